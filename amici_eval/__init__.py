@@ -1,0 +1,48 @@
+"""Evaluate the attention heads of trained AMICI models that are registered in MLflow.
+
+Importing this package loads no torch, scvi-tools, AMICI or MLflow: the names below are fetched when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AblationSpec": "amici_eval.specs",
+    "AmiciEvalError": "amici_eval.errors",
+    "AnnDataDataset": "amici_eval.tracking.dataset",
+    "DataSpec": "amici_eval.specs",
+    "EvaluationSpec": "amici_eval.specs",
+    "HeadEvaluation": "amici_eval.results",
+    "PermutationSpec": "amici_eval.specs",
+    "SubsetSpec": "amici_eval.specs",
+    "TrainedAMICI": "amici_eval.model.checkpoint",
+    "Undefined": "amici_eval.results",
+    "evaluate": "amici_eval.evaluation",
+    "from_anndata": "amici_eval.tracking.dataset",
+    "load_model": "amici_eval.tracking.flavor",
+    "log_model": "amici_eval.tracking.flavor",
+    "open_anndata": "amici_eval.data",
+    "plot_barplot": "amici_eval.report.figures",
+    "plot_heatmap": "amici_eval.report.figures",
+    "save_model": "amici_eval.tracking.flavor",
+    "simulate_tissue": "amici_eval.simulate",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,78 @@
+"""Exceptions of amici_eval: every one names the value, the rule it breaks and the fix."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AmiciEvalError",
+    "DataError",
+    "DeviceError",
+    "InvalidSpecError",
+    "ModelFormatError",
+    "ModelNotFoundError",
+    "OutputError",
+    "TrackingError",
+    "UnsafePickleError",
+]
+
+
+class AmiciEvalError(Exception):
+    """Base of all errors that a user of amici_eval can mend.
+
+    Parameters
+    ----------
+    value
+        What was found, with the offending value in it.
+    rule
+        What is required instead.
+    fix
+        What the user can do about it.
+    """
+
+    def __init__(self, value: str, *, rule: str, fix: str) -> None:
+        super().__init__(value, rule, fix)
+        self.value = value
+        self.rule = rule
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.rule}; {self.fix}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # keyword-only arguments do not survive the default pickling, and joblib workers send errors back pickled
+        return (_rebuild, (type(self), self.value, self.rule, self.fix))
+
+
+def _rebuild(cls: type[AmiciEvalError], value: str, rule: str, fix: str) -> AmiciEvalError:
+    return cls(value, rule=rule, fix=fix)
+
+
+class InvalidSpecError(AmiciEvalError, ValueError):
+    """A setting is outside what it may be."""
+
+
+class DataError(AmiciEvalError, ValueError):
+    """The AnnData is missing, unreadable or does not fit the model."""
+
+
+class ModelFormatError(AmiciEvalError, ValueError):
+    """A model file is truncated, altered or of another kind."""
+
+
+class UnsafePickleError(ModelFormatError):
+    """A pickle asks for something outside the allow-list."""
+
+
+class ModelNotFoundError(AmiciEvalError, LookupError):
+    """No such model, version, alias or logged model."""
+
+
+class DeviceError(AmiciEvalError, RuntimeError):
+    """The compute device that was asked for is not there."""
+
+
+class TrackingError(AmiciEvalError, RuntimeError):
+    """The tracking server cannot be reached or refused a write."""
+
+
+class OutputError(AmiciEvalError, OSError):
+    """A folder cannot be written."""

@@ -1,0 +1,602 @@
+"""A trained AMICI without pickle: weights as safetensors, set-up as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import types
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+
+from amici_eval.data import Tissue, describe_training_data, open_anndata, prepare
+from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError
+from amici_eval.specs import DataSpec, ModelCard, TrainingData
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from jaxtyping import Float32
+    from torch import Tensor
+
+__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "card_of", "own_data_loader", "read_amici_directory"]
+
+SCHEMA_VERSION = 1
+WEIGHTS = "weights.safetensors"
+SETUP = "model.json"
+CELLS = "cells.json"
+MANIFEST = "manifest.json"
+BUNDLED_ADATA = "adata.h5ad"
+_SPLITS = ("train", "validation", "test")
+_PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
+_PROFILE_TOLERANCE = 1e-3
+
+
+@contextmanager
+def own_data_loader() -> Iterator[None]:
+    """Undo, after the body, what AMICI's constructor does to scvi-tools.
+
+    ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model
+    would then train with AMICI's loader.
+    """
+    from scvi.dataloaders import DataSplitter
+
+    before = DataSplitter.data_loader_cls
+    try:
+        yield
+    finally:
+        DataSplitter.data_loader_cls = before
+
+
+def _give_own_data_splitter(model: Any) -> None:
+    """Let one model train with AMICI's loader without touching the class that all scvi-tools models share."""
+    base = type(model)._data_splitter_cls
+    model._data_splitter_cls = type(base.__name__, (base,), {"data_loader_cls": type(model)._data_loader_cls})
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedAMICI:
+    """A trained AMICI, apart from any AnnData.
+
+    Parameters
+    ----------
+    card
+        Heads, genes, cell types, neighbours, versions, training cells.
+    init_params
+        Keyword arguments of ``amici.AMICI``.
+    registry
+        The set-up of the training AnnData as scvi-tools records it.
+    weights
+        The module's state dict, on the CPU.
+    cells
+        Names of the cells of the ``train``, ``validation`` and ``test`` split, in the order of training; empty if not
+        known.
+    history
+        Training curves by name.
+    """
+
+    card: ModelCard
+    init_params: Mapping[str, Any]
+    registry: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    cells: Mapping[str, tuple[str, ...]]
+    history: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def from_amici(cls, model: Any, *, adata: AnnData | None = None) -> TrainedAMICI:
+        """Take everything that is needed from a trained ``amici.AMICI``.
+
+        Parameters
+        ----------
+        model
+            The model; it is not changed.
+        adata
+            The AnnData it was trained on, if that is not ``model.adata``.
+
+        Raises
+        ------
+        ModelFormatError
+            If it is no AMICI, a subclass of it, or not trained.
+        """
+        if type(model).__name__ != "AMICI" or type(model).__module__.split(".")[0] != "amici":
+            raise ModelFormatError(
+                f"the model is a {type(model).__module__}.{type(model).__name__}",
+                rule="only amici.AMICI itself can be saved: its weights are put back into that class",
+                fix="evaluate other classes directly with amici_eval.evaluate(model, adata)",
+            )
+        if not model.is_trained_:
+            raise ModelFormatError("the model is not trained", rule="only trained models are saved", fix="call train()")
+        attributes = {
+            "init_params_": model.init_params_,
+            "registry_": model.registry_,
+            "history_": model.history_,
+            **{f"{split}_indices_": getattr(model, f"{split}_indices_", None) for split in _SPLITS},
+        }
+        return cls._assemble(attributes, model.module.state_dict(), adata if adata is not None else model.adata)
+
+    @classmethod
+    def _assemble(
+        cls, attributes: Mapping[str, Any], weights: Mapping[str, Tensor], adata: AnnData | None
+    ) -> TrainedAMICI:
+        registry = _plain(attributes["registry_"], "registry_")
+        if registry.get("model_name") != "AMICI":
+            raise ModelFormatError(
+                f"the model was saved by class {registry.get('model_name')!r}",
+                rule="it must have been saved by amici.AMICI",
+                fix="give the folder that AMICI.save(...) wrote",
+            )
+        init_params = {
+            key: value
+            for group in attributes["init_params_"]["kwargs"].values()
+            for key, value in _plain(group, "init_params_").items()
+        }
+        setup, fields = registry["setup_args"], registry["field_registries"]
+        genes = [str(gene) for gene in _values(fields["X"]["state_registry"]["column_names"])]
+        training, cells = None, {}
+        if adata is not None:
+            _check_is_training_data(adata, registry, genes, weights)
+            training = describe_training_data(adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"])
+            names = adata.obs_names.astype(str).to_numpy()
+            for split in _SPLITS:
+                rows = attributes.get(f"{split}_indices_")
+                cells[split] = () if rows is None else tuple(names[np.asarray(rows, dtype=np.int64)].tolist())
+        heads = weights["attention_layer.W_O"].shape[1]
+        versions = {package: _version(package) for package in _PACKAGES}
+        versions["scvi-tools"] = str(registry.get("scvi_version", versions["scvi-tools"]))
+        card = ModelCard(
+            n_heads=int(heads),
+            n_neighbors=int(setup["n_neighbors"]),
+            genes=tuple(genes),
+            cell_types=tuple(str(label) for label in _values(fields["labels"]["state_registry"]["categorical_mapping"])),
+            labels_key=setup["labels_key"],
+            coord_obsm_key=setup["coord_obsm_key"],
+            layer=setup["layer"],
+            cell_radius_key=setup.get("cell_radius_key"),
+            versions=versions,
+            training_data=training,
+            training_cells=frozenset(cells["train"]) if cells.get("train") else None,
+        )
+        return cls(
+            card=card,
+            init_params=init_params,
+            registry=registry,
+            weights={name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()},
+            cells=cells,
+            history=_history(attributes.get("history_")),
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write the model into a new folder: ``weights.safetensors``, ``model.json``, ``cells.json``, ``manifest.json``.
+
+        None of the files is a pickle. The manifest holds the SHA-256 of the others, to tell a damaged file; it is no
+        signature.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(dict(self.weights), directory / WEIGHTS)
+        card = asdict(self.card)
+        del card["training_cells"]
+        setup = {
+            "schema_version": SCHEMA_VERSION,
+            "card": card,
+            "init_params": dict(self.init_params),
+            "registry": self.registry,
+            "history": {name: list(values) for name, values in self.history.items()},
+        }
+        (directory / SETUP).write_text(json.dumps(setup, indent=1, ensure_ascii=False), encoding="utf-8")
+        cells = {split: list(names) for split, names in self.cells.items()}
+        (directory / CELLS).write_text(json.dumps(cells, ensure_ascii=False), encoding="utf-8")
+        write_manifest(directory)
+
+    @classmethod
+    def load(cls, directory: Path) -> TrainedAMICI:
+        """Read what :meth:`save` wrote. Nothing in the folder can run code: there is no pickle and no import.
+
+        Raises
+        ------
+        ModelFormatError
+            If a file is missing, altered, truncated or does not fit the others.
+        """
+        _check_manifest(directory)
+        try:
+            setup = json.loads((directory / SETUP).read_text(encoding="utf-8"))
+            cells = json.loads((directory / CELLS).read_text(encoding="utf-8"))
+            if setup["schema_version"] != SCHEMA_VERSION:
+                raise ModelFormatError(
+                    f"model of schema version {setup['schema_version']!r}",
+                    rule=f"this version of amici_eval reads schema version {SCHEMA_VERSION}",
+                    fix="install the version of amici_eval that logged it",
+                )
+            card = dict(setup["card"])
+            training = card.pop("training_data")
+            for key in ("genes", "cell_types"):
+                card[key] = tuple(card[key])
+            return cls(
+                card=ModelCard(
+                    **card,
+                    training_data=None if training is None else TrainingData(**training),
+                    training_cells=frozenset(cells["train"]) if cells.get("train") else None,
+                ),
+                init_params=setup["init_params"],
+                registry=setup["registry"],
+                weights=load_safetensors((directory / WEIGHTS).read_bytes()),
+                cells={split: tuple(names) for split, names in cells.items()},
+                history={name: tuple(values) for name, values in setup["history"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            if isinstance(error, ModelFormatError):
+                raise
+            raise _damaged(directory, f"{type(error).__name__}: {error}") from error
+
+    def build_module(self) -> Any:
+        """Return a new ``amici.AMICIModule`` with these weights, in eval mode on the CPU.
+
+        Raises
+        ------
+        ModelFormatError
+            If weights and set-up do not fit each other.
+        """
+        from amici import AMICIModule
+
+        # the constructor draws initial weights, and the caller's random state is not ours to advance
+        with torch.random.fork_rng(devices=[]):
+            try:
+                module = AMICIModule(
+                    n_genes=len(self.card.genes),
+                    n_labels=len(self.card.cell_types),
+                    empirical_ct_means=torch.zeros(len(self.card.cell_types), len(self.card.genes)),
+                    **self.init_params,
+                )
+                module.load_state_dict(dict(self.weights))
+            except (RuntimeError, TypeError) as error:
+                message = str(error).splitlines()
+                raise ModelFormatError(
+                    f"weights and set-up disagree ({' '.join(line.strip() for line in message[:2])})",
+                    rule="they must come from one model",
+                    fix="register the model again",
+                ) from error
+        return module.eval()
+
+    def bind(self, adata: AnnData) -> Any:
+        """Return a native ``amici.AMICI`` on a tissue, ready for all of AMICI's own methods.
+
+        Parameters
+        ----------
+        adata
+            Any tissue with the model's genes and labels. It is not changed: the model gets a copy with dense
+            expression, and neighbours are computed for it.
+
+        Raises
+        ------
+        DataError
+            If the tissue does not fit the model.
+        """
+        from amici import AMICI
+        from anndata import AnnData
+
+        tissue = prepare(adata, self.card, DataSpec())
+        card = self.card
+        categories = _values(self.registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
+        own = AnnData(X=tissue.expression(np.arange(tissue.n_cells)))
+        own.obs_names, own.var_names = list(tissue.cell_names), list(card.genes)
+        own.obs[card.labels_key] = [categories[code] for code in tissue.label_codes]
+        own.obsm[card.coord_obsm_key] = tissue.coordinates
+        if card.layer is not None:
+            own.layers[card.layer] = own.X
+        if card.cell_radius_key is not None:
+            own.obs[card.cell_radius_key] = tissue.radii
+        registry = _with_arrays(self.registry)
+        with own_data_loader(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # means of types that this tissue lacks are empty; the saved profiles replace them all
+            warnings.simplefilter("ignore")
+            AMICI.setup_anndata(own, source_registry=registry, **registry["setup_args"])
+            model = AMICI(own, **self.init_params)
+        model.module.load_state_dict(dict(self.weights))
+        model.module.eval()
+        _give_own_data_splitter(model)
+        model.is_trained_ = True
+        import pandas as pd
+
+        model.history_ = {
+            name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
+            for name, values in self.history.items()
+        }
+        row_of = {name: row for row, name in enumerate(tissue.cell_names)}
+        for split, names in self.cells.items():
+            rows = [row_of[name] for name in names if name in row_of]
+            setattr(model, f"{split}_indices_", np.array(rows, dtype=np.int64))
+        return model
+
+    def predict(self, adata: AnnData) -> Float32[np.ndarray, "cells genes"]:
+        """Return the unablated model's predicted expression of all cells, in the order of the AnnData.
+
+        Raises
+        ------
+        DataError
+            If the tissue does not fit the model.
+        """
+        from amici_eval.model.access import open_access
+        from amici_eval.specs import AblationSpec
+
+        tissue = prepare(adata, self.card, DataSpec())
+        with open_access(self, tissue, AblationSpec(device="cpu")) as access:
+            return access.predict(np.arange(tissue.n_cells), keeps=[None])[0]
+
+
+def card_of(model: Any, *, adata: AnnData) -> ModelCard:
+    """Return the card of a :class:`TrainedAMICI` or of a live ``amici.AMICI`` (or a subclass).
+
+    Parameters
+    ----------
+    model
+        The model.
+    adata
+        The tissue it will be evaluated on; the live model's training tissue is described only if it is another.
+    """
+    if isinstance(model, TrainedAMICI):
+        return model.card
+    registry = getattr(model, "registry_", None)
+    if registry is None or not hasattr(getattr(model, "module", None), "attention_layer"):
+        raise ModelFormatError(
+            f"the model is a {type(model).__module__}.{type(model).__name__}",
+            rule="it must be an amici.AMICI or what amici_eval.load_model returns",
+            fix="load it with amici_eval.load_model(model_uri)",
+        )
+    setup, fields = registry["setup_args"], registry["field_registries"]
+    training = None
+    if model.adata is not adata:
+        training = describe_training_data(model.adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"])
+    rows = getattr(model, "train_indices_", None)
+    names = model.adata.obs_names.astype(str).to_numpy()
+    return ModelCard(
+        n_heads=int(model.module.n_heads),
+        n_neighbors=int(setup["n_neighbors"] or model.n_neighbors),
+        genes=tuple(str(gene) for gene in fields["X"]["state_registry"]["column_names"]),
+        cell_types=tuple(str(label) for label in fields["labels"]["state_registry"]["categorical_mapping"]),
+        labels_key=setup["labels_key"],
+        coord_obsm_key=setup["coord_obsm_key"],
+        layer=setup["layer"],
+        cell_radius_key=setup.get("cell_radius_key"),
+        versions={package: _version(package) for package in _PACKAGES},
+        training_data=training,
+        training_cells=None if rows is None else frozenset(names[np.asarray(rows)].tolist()),
+    )
+
+
+def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool) -> TrainedAMICI:
+    """Read what ``AMICI.save`` wrote; this unpickles ``model.pt``.
+
+    Parameters
+    ----------
+    directory
+        Folder with ``model.pt``, and ``adata.h5ad`` if it was saved with ``save_anndata=True``.
+    adata
+        The AnnData the model was trained on; ``None`` takes the folder's own, if any.
+    trust
+        ``False``: only the classes that a real AMICI needs are unpickled, anything else is refused. ``True``: plain
+        ``torch.load``, which runs whatever code the file holds.
+
+    Raises
+    ------
+    ModelFormatError
+        If the folder holds no AMICI.
+    UnsafePickleError
+        If the pickle asks for a class or function outside the allow-list.
+    """
+    path = directory / "model.pt"
+    if not path.is_file():
+        raise ModelFormatError(
+            f"{directory} holds no model.pt",
+            rule="model_dir must be a folder that AMICI.save(...) wrote",
+            fix="correct register.model_dir",
+        )
+    if not zipfile.is_zipfile(path):
+        raise ModelFormatError(
+            f"{path} is no torch archive", rule="it must be written by AMICI.save(...)", fix="copy or save it again"
+        )
+    try:
+        if trust:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_ALLOW_LIST_PICKLE)
+        attributes, weights = content["attr_dict"], content["model_state_dict"]
+        init_params = attributes["init_params_"]["kwargs"]
+    except UnsafePickleError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
+        raise ModelFormatError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            rule="it must be what AMICI.save(...) wrote",
+            fix="copy or save it again",
+        ) from error
+    assert isinstance(init_params, Mapping)  # noqa: S101, RUF100 - for the type checker
+    if adata is None and (directory / BUNDLED_ADATA).is_file():
+        adata = open_anndata(directory / BUNDLED_ADATA)
+    return TrainedAMICI._assemble(attributes, weights, adata)
+
+
+_ALLOWED_GLOBALS = {
+    "_codecs": {"encode"},
+    "builtins": {"bytes", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "range", "set", "slice", "str", "tuple"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "pandas._libs.internals": {"_unpickle_block"},
+    "pandas.core.frame": {"DataFrame"},
+    "pandas.core.series": {"Series"},
+    "pandas.core.indexes.base": {"Index", "_new_Index"},
+    "pandas.core.indexes.range": {"RangeIndex"},
+    "pandas.core.internals.managers": {"BlockManager", "SingleBlockManager"},
+    "torch": {"Size", "device"},
+    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
+}
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        # protocol 2 writes Python 2's names
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module_name, module_name)
+        is_storage = module in ("torch", "torch.storage") and global_name.endswith("Storage")
+        if global_name in _ALLOWED_GLOBALS.get(module, ()) or is_storage:
+            return super().find_class(module, global_name)
+        raise UnsafePickleError(
+            f"the pickle asks for {module_name}.{global_name}",
+            rule="a model.pt of AMICI needs arrays, tables and plain containers only",
+            fix="if you trust whoever wrote the file with running code on this machine, pass register.trust=true",
+        )
+
+
+# torch.load takes a module that looks like pickle
+_ALLOW_LIST_PICKLE: Any = types.SimpleNamespace(
+    Unpickler=_AllowListUnpickler,
+    load=lambda file, **options: _AllowListUnpickler(file, **options).load(),
+    __name__="amici_eval_allow_list_pickle",
+)
+
+
+def _check_is_training_data(
+    adata: AnnData, registry: Mapping[str, Any], genes: list[str], weights: Mapping[str, Tensor]
+) -> None:
+    """Refuse an AnnData whose size, genes or mean profiles are not those the model was trained on.
+
+    Splits are row numbers in the training AnnData: with another one they would name the wrong cells.
+    """
+    fix = "give the AnnData the model was trained on, cells in the same order"
+    setup = registry["setup_args"]
+    n_cells = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
+    if adata.n_obs != n_cells:
+        raise DataError(f"the data has {adata.n_obs} cells", rule=f"the model was trained on {n_cells}", fix=fix)
+    profiles = weights["ct_profiles"].detach().cpu().double().numpy()
+    labels = [str(label) for label in _values(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])]
+    card = ModelCard(
+        n_heads=1,
+        n_neighbors=1,
+        genes=tuple(genes),
+        cell_types=tuple(labels),
+        labels_key=setup["labels_key"],
+        coord_obsm_key=setup["coord_obsm_key"],
+        layer=setup["layer"],
+        cell_radius_key=setup.get("cell_radius_key"),
+    )
+    tissue = prepare(adata, card, DataSpec())
+    for code, label in enumerate(labels):
+        rows = np.flatnonzero(tissue.label_codes == code)
+        if len(rows) == 0:
+            continue
+        gap = float(np.abs(_mean_profile(tissue, rows) - profiles[code]).max())
+        if gap > _PROFILE_TOLERANCE * max(1.0, float(np.abs(profiles[code]).max())):
+            raise DataError(
+                f"mean expression of type {label!r} differs by up to {gap:.3g} from the profile in the model",
+                rule="the model stores the mean profiles of its training data",
+                fix=fix,
+            )
+
+
+def _mean_profile(tissue: Tissue, rows: np.ndarray) -> np.ndarray:
+    total = np.zeros(profile_size) if (profile_size := tissue.expression(rows[:1]).shape[1]) else np.zeros(0)
+    for start in range(0, len(rows), 4096):
+        total += tissue.expression(rows[start : start + 4096]).astype(np.float64).sum(axis=0)
+    return total / len(rows)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, np.ndarray):
+        return {"array": [_plain(item, where) for item in value.tolist()], "dtype": str(value.dtype)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise ModelFormatError(
+        f"{where} holds a {type(value).__name__}",
+        rule="set-up must consist of plain values and arrays, so that it can be stored without pickle",
+        fix="train the model with plain arguments",
+    )
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"array", "dtype"}:
+            return np.array(value["array"], dtype=value["dtype"])
+        return {key: _with_arrays(item) for key, item in value.items()}
+    return value
+
+
+def _values(stored: Any) -> list[Any]:
+    return list(stored["array"]) if isinstance(stored, Mapping) else list(stored)
+
+
+def _history(history: Any) -> dict[str, tuple[float, ...]]:
+    if not isinstance(history, Mapping):
+        return {}
+    return {
+        str(name): tuple(float(value) for value in np.asarray(frame, dtype=np.float64).ravel())
+        for name, frame in history.items()
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def write_manifest(directory: Path) -> None:
+    """Record the SHA-256 of every file of a saved model."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST)
+    sums = {path.name: _sha256(path) for path in files}
+    (directory / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _damaged(directory: Path, what: str) -> ModelFormatError:
+    return ModelFormatError(
+        f"the model in {directory} is damaged: {what}",
+        rule="its files must be as they were logged",
+        fix="download it again or register the model again",
+    )
+
+
+def _check_manifest(directory: Path) -> None:
+    try:
+        sums = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        missing = sorted({WEIGHTS, SETUP, CELLS} - set(sums))
+        if missing:
+            raise _damaged(directory, f"the manifest lacks {missing[0]}")
+        for name, expected in sums.items():
+            if Path(name).name != name:
+                raise _damaged(directory, f"the manifest names {name!r}, which is no plain file name")
+            path = directory / name
+            if not path.is_file():
+                raise _damaged(directory, f"{name} is missing")
+            if _sha256(path) != expected:
+                raise _damaged(directory, f"{name} is not the file that was logged (SHA-256 differs)")
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ModelFormatError):
+            raise
+        raise _damaged(directory, f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error

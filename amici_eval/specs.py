@@ -1,0 +1,313 @@
+"""Frozen, validated settings: what to evaluate, on which cells, with which test.
+
+Everything below the command line takes these and nothing else. Each ``__post_init__`` refuses what it cannot use and
+says why, so that a wrong setting stops a job before the model is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from amici_eval.errors import InvalidSpecError
+
+__all__ = [
+    "AblationSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "ModelCard",
+    "PermutationSpec",
+    "SubsetSpec",
+    "TrainingData",
+    "default_n_permutations",
+    "spec_from_mapping",
+]
+
+ENGINES = ("hooked",)
+NULLS = ("free",)
+METHODS = ("monte_carlo",)
+CONVENTIONS = ("add_one", "reference")
+ADJUSTMENTS = ("bh",)
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidSpecError(
+            f"{name}={value!r}",
+            rule=f"it must be one of {', '.join(allowed)}",
+            fix=f"set {name}={allowed[0]}",
+        )
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InvalidSpecError(
+            f"{name}={value!r}", rule=f"it must be a whole number of at least {minimum}", fix=f"set {name}={minimum}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetSpec:
+    """Which cells are evaluated; all cells stay in the tissue as neighbours.
+
+    Parameters
+    ----------
+    key
+        Column of ``adata.obs``; together with ``value``.
+    value
+        The cells whose ``obs[key]``, written as text, equals this are evaluated.
+    indices
+        Row numbers of the evaluated cells in the AnnData; instead of ``key`` and ``value``.
+    """
+
+    key: str | None = None
+    value: str | None = None
+    indices: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.value is None):
+            missing = "value" if self.value is None else "key"
+            raise InvalidSpecError(
+                f"data.subset.key={self.key!r}, data.subset.value={self.value!r}",
+                rule="a subset by column needs both",
+                fix=f"give data.subset.{missing} too",
+            )
+        if self.indices is not None:
+            if self.key is not None:
+                raise InvalidSpecError(
+                    f"data.subset.key={self.key!r} and data.subset.indices with {len(self.indices)} rows",
+                    rule="cells are chosen by column or by index, not by both",
+                    fix="drop one of the two",
+                )
+            if not self.indices or min(self.indices) < 0 or len(set(self.indices)) < len(self.indices):
+                raise InvalidSpecError(
+                    f"data.subset.indices={list(self.indices[:5])}... ({len(self.indices)} rows)",
+                    rule="row numbers must be distinct, not negative, and at least one",
+                    fix="give each row once, counted from 0",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """How the AnnData is read; ``None`` takes what the model was trained with.
+
+    Parameters
+    ----------
+    labels_key
+        Column of ``adata.obs`` with the cell type.
+    coord_obsm_key
+        Key of ``adata.obsm`` with the coordinates, in the unit the model was trained in.
+    layer
+        Layer with the expression; ``None`` takes the model's, ``"X"`` forces ``adata.X``.
+    sample_key
+        Column of ``adata.obs`` that names the slide or section of a cell. Given, neighbours must not cross sections.
+    subset
+        The cells to evaluate.
+    """
+
+    labels_key: str | None = None
+    coord_obsm_key: str | None = None
+    layer: str | None = None
+    sample_key: str | None = None
+    subset: SubsetSpec = field(default_factory=SubsetSpec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSpec:
+    """How head ablations are computed.
+
+    Parameters
+    ----------
+    engine
+        ``"hooked"``: hooks on the attention pattern through the model's own forward pass.
+    device
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``auto`` takes CUDA where there is one, else the CPU.
+    batch_size
+        Receiver cells per forward pass. Changes speed and memory, not results.
+    """
+
+    engine: str = "hooked"
+    device: str = "auto"
+    batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        _require_one_of("ablation.engine", self.engine, ENGINES)
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise InvalidSpecError(
+                f"ablation.device={self.device!r}",
+                rule="it must be auto, cpu, cuda, cuda:N or mps",
+                fix="set ablation.device=auto",
+            )
+        _require_int("ablation.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutationSpec:
+    """The permutation test of a head.
+
+    Parameters
+    ----------
+    n_permutations
+        Permutations per cell type; ``None`` takes ``ceil(n_heads * n_types / alpha)``.
+    alpha
+        Significance level, for the default number of permutations and for the marks in tables and figures.
+    seed
+        With the cell type and the permutation's number it determines each permutation.
+    convention
+        ``add_one``: p = (b+1)/(m+1), valid and never 0 (Phipson & Smyth 2010). ``reference``: p = b/m as amici-st.
+    null
+        ``free``: cells of a type are exchangeable. In spatially autocorrelated tissue this is anticonservative.
+    method
+        ``monte_carlo``: count random permutations.
+    adjustment
+        ``bh``: Benjamini-Hochberg over all defined heads x types.
+    """
+
+    n_permutations: int | None = None
+    alpha: float = 0.05
+    seed: int = 0
+    convention: str = "add_one"
+    null: str = "free"
+    method: str = "monte_carlo"
+    adjustment: str = "bh"
+
+    def __post_init__(self) -> None:
+        if self.n_permutations is not None:
+            _require_int("permutation.n_permutations", self.n_permutations, 1)
+        _require_int("permutation.seed", self.seed, 0)
+        if not isinstance(self.alpha, float) or not 0.0 < self.alpha < 1.0:
+            raise InvalidSpecError(
+                f"permutation.alpha={self.alpha!r}",
+                rule="a significance level lies strictly between 0 and 1",
+                fix="set permutation.alpha=0.05",
+            )
+        _require_one_of("permutation.convention", self.convention, CONVENTIONS)
+        _require_one_of("permutation.null", self.null, NULLS)
+        _require_one_of("permutation.method", self.method, METHODS)
+        _require_one_of("permutation.adjustment", self.adjustment, ADJUSTMENTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec:
+    """Everything that determines the numbers of one evaluation."""
+
+    data: DataSpec = field(default_factory=DataSpec)
+    ablation: AblationSpec = field(default_factory=AblationSpec)
+    permutation: PermutationSpec = field(default_factory=PermutationSpec)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as nested plain values, ready for JSON and YAML."""
+        return asdict(self)
+
+
+def default_n_permutations(n_heads: int, n_types: int, alpha: float) -> int:
+    """Return the smallest number of permutations at which one lone test of the family can reach ``alpha``.
+
+    Notes
+    -----
+    The same rule as amici-st: ``ceil(n_heads * n_types / alpha)``, types counted among the evaluated cells.
+    """
+    return math.ceil(n_heads * n_types / alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What is remembered of the tissue a model was trained on, to notice data of another kind later.
+
+    Parameters
+    ----------
+    n_cells
+        Cells in the training AnnData (training, validation and test cells together).
+    digest
+        Content digest of the AnnData.
+    nn_distance
+        Median distance of a cell to the nearest other cell, in the unit of the coordinates.
+    integer_valued
+        Whether all expression values were whole numbers (counts).
+    """
+
+    n_cells: int
+    digest: str
+    nn_distance: float
+    integer_valued: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the evaluation needs to know of a trained AMICI besides its weights.
+
+    Parameters
+    ----------
+    n_heads, n_neighbors
+        Attention heads, and neighbours a receiver attends to.
+    genes
+        Genes in the order of the model's inputs and outputs.
+    cell_types
+        Labels in the order of the model's label codes.
+    labels_key, coord_obsm_key, layer, cell_radius_key
+        How the AnnData was registered for training.
+    versions
+        Versions of the packages that trained it, by distribution name.
+    training_data
+        Facts of the training tissue; ``None`` if they were not recorded.
+    training_cells
+        Names of the cells the model was fitted on; ``None`` if they were not recorded.
+    """
+
+    n_heads: int
+    n_neighbors: int
+    genes: tuple[str, ...]
+    cell_types: tuple[str, ...]
+    labels_key: str
+    coord_obsm_key: str
+    layer: str | None = None
+    cell_radius_key: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    training_data: TrainingData | None = None
+    training_cells: frozenset[str] | None = None
+
+
+def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:
+    """Build an :class:`EvaluationSpec` from nested plain values, refusing unknown keys.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a key is not a setting, or a value is not allowed.
+    """
+    spec = _build(EvaluationSpec, values, "")
+    assert isinstance(spec, EvaluationSpec)  # noqa: S101 - for the type checker
+    return spec
+
+
+_NESTED = {"data": DataSpec, "ablation": AblationSpec, "permutation": PermutationSpec, "subset": SubsetSpec}
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
+    if not isinstance(values, Mapping):
+        raise InvalidSpecError(
+            f"{prefix.rstrip('.')}={values!r}", rule="it must be a group of settings", fix="give a mapping"
+        )
+    names = [f.name for f in fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise InvalidSpecError(
+            f"unknown setting {prefix}{unknown[0]}",
+            rule=f"known here are {', '.join(prefix + name for name in names)}",
+            fix="correct the name or drop it",
+        )
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in _NESTED and is_dataclass(_NESTED[name]):
+            arguments[name] = _build(_NESTED[name], value, f"{prefix}{name}.")
+        elif name == "indices" and value is not None:
+            arguments[name] = tuple(int(row) for row in value)
+        elif name == "alpha" and isinstance(value, int) and not isinstance(value, bool):
+            arguments[name] = float(value)
+        else:
+            arguments[name] = value
+    return cls(**arguments)

@@ -1,0 +1,1 @@
+"""Statistics of head evaluation: knows arrays, no model, no AnnData, no MLflow."""
