@@ -1,0 +1,239 @@
+"""AnnData as an MLflow dataset: constructor, source and what ``mlflow.models.evaluate`` hands to the evaluator."""
+
+# MLflow reads the return annotation of a constructor as an object: no `from __future__ import annotations` here
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+from urllib.parse import unquote, urlparse
+
+from mlflow.data.dataset import Dataset
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.evaluation_dataset import EvaluationDataset
+from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
+
+from amici_eval.errors import DataError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["AnnDataDataset", "AnnDataEvaluationDataset", "AnnDataSource", "from_anndata"]
+
+_MLFLOW_SCHEMES = ("runs", "models", "mlflow-artifacts", "dbfs")
+_SUFFIXES = (".h5ad", ".zarr")
+_TIMEOUT_S = 30
+_CHUNK_BYTES = 2**20
+
+
+class AnnDataSource(DatasetSource):
+    """Where an AnnData lies.
+
+    Parameters
+    ----------
+    uri
+        Local path, ``file:``, ``runs:/``, ``models:/``, ``mlflow-artifacts:/``, ``http(s)`` or any URI that fsspec
+        opens (``s3:``, ``gs:``, ``az:``, ``memory:`` with their packages), ending in ``.h5ad`` or ``.zarr``. Local
+        paths are made absolute.
+    """
+
+    def __init__(self, uri: str) -> None:
+        path = _as_local_path(uri)
+        self._uri = uri if path is None else str(path.absolute())
+
+    @property
+    def uri(self) -> str:
+        """The URI or absolute path."""
+        return self._uri
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "anndata"
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        # only what is an AnnData by its name, or this class would claim other people's datasets
+        return isinstance(raw_source, (str, Path)) and str(raw_source).rstrip("/").lower().endswith(_SUFFIXES)
+
+    @classmethod
+    def _resolve(cls, raw_source: Any) -> "AnnDataSource":
+        return cls(str(raw_source))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``{"uri": ...}``."""
+        return {"uri": self._uri}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[Any, Any]) -> "AnnDataSource":
+        """Rebuild a source from :meth:`to_dict`."""
+        return cls(source_dict["uri"])
+
+    def load(self) -> str:
+        """Fetch the AnnData if it is remote and return a local path, which the caller owns."""
+        local = _as_local_path(self._uri)
+        return str(local) if local is not None else str(self._fetch(Path(tempfile.mkdtemp(prefix="amici-eval-data-"))))
+
+    @contextmanager
+    def local_copy(self) -> Iterator[Path]:
+        """Give a local path to the AnnData; a fetched copy is removed after the body.
+
+        Raises
+        ------
+        DataError
+            If it cannot be fetched.
+        """
+        local = _as_local_path(self._uri)
+        if local is not None:
+            yield local
+            return
+        with tempfile.TemporaryDirectory(prefix="amici-eval-data-") as folder:
+            yield self._fetch(Path(folder))
+
+    def _fetch(self, folder: Path) -> Path:
+        parsed = urlparse(self._uri)
+        name = Path(unquote(parsed.path)).name
+        if not name.lower().endswith(_SUFFIXES):
+            raise DataError(
+                f"data.uri={self._uri}", rule="data must be an AnnData written as .h5ad or .zarr", fix="correct the URI"
+            )
+        try:
+            if parsed.scheme in _MLFLOW_SCHEMES:
+                import mlflow.artifacts
+
+                return Path(mlflow.artifacts.download_artifacts(artifact_uri=self._uri, dst_path=str(folder)))
+            if parsed.scheme in ("http", "https") and name.lower().endswith(".h5ad"):
+                return _download(self._uri, folder / name)
+            import fsspec
+
+            filesystem, path = fsspec.core.url_to_fs(self._uri)
+            filesystem.get(path, str(folder / name), recursive=name.lower().endswith(".zarr"))
+        except Exception as error:  # noqa: BLE001 - every store raises its own
+            text = str(error).strip()
+            raise DataError(
+                f"{self._uri} cannot be fetched ({type(error).__name__}: {text.splitlines()[0] if text else ''})",
+                rule="data.uri must name a readable .h5ad or .zarr",
+                fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
+            ) from error
+        return folder / name
+
+
+def _as_local_path(uri: str) -> Optional[Path]:
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    # a one-letter scheme is a Windows drive
+    return Path(uri).expanduser() if len(parsed.scheme) <= 1 else None
+
+
+def _download(url: str, target: Path) -> Path:
+    import requests
+
+    with requests.get(url, stream=True, timeout=_TIMEOUT_S) as answer, target.open("wb") as file:
+        answer.raise_for_status()
+        for chunk in answer.iter_content(_CHUNK_BYTES):
+            file.write(chunk)
+    return target
+
+
+class AnnDataEvaluationDataset(EvaluationDataset):
+    """What ``mlflow.models.evaluate`` hands to the evaluator: the AnnData itself."""
+
+    def __init__(self, adata: "AnnData", *, name: Optional[str], digest: str, path: Optional[str] = None) -> None:
+        import numpy as np
+
+        # the base class wants a table of features; the rows of the AnnData stand for it
+        super().__init__(np.arange(adata.n_obs)[:, None], name=name, path=path, digest=digest)
+        self._hash = digest
+        self.adata = adata
+
+
+class AnnDataDataset(Dataset, PyFuncConvertibleDatasetMixin):
+    """A spatial AnnData as an MLflow dataset, with a digest of its content.
+
+    Use :func:`from_anndata` (also ``mlflow.data.from_anndata``).
+    """
+
+    def __init__(
+        self, adata: "AnnData", source: DatasetSource, name: Optional[str] = None, digest: Optional[str] = None
+    ) -> None:
+        self._adata = adata
+        super().__init__(source=source, name=name, digest=digest)
+
+    @property
+    def adata(self) -> "AnnData":
+        """The AnnData."""
+        return self._adata
+
+    def _compute_digest(self) -> str:
+        from amici_eval.data import content_digest
+
+        return content_digest(self._adata)
+
+    @property
+    def schema(self) -> None:
+        """None: an AnnData has no column schema in MLflow's sense."""
+        return None
+
+    @property
+    def profile(self) -> dict[str, int]:
+        """Numbers of cells and genes."""
+        return {"n_cells": int(self._adata.n_obs), "n_genes": int(self._adata.n_vars)}
+
+    def to_dict(self) -> dict[str, str]:
+        """Return name, digest, source and profile as text, for the tracking store."""
+        return {**super().to_dict(), "profile": json.dumps(self.profile)}
+
+    def to_pyfunc(self) -> PyFuncInputsOutputs:
+        """Return the AnnData as the input of the model."""
+        return PyFuncInputsOutputs(inputs=[self._adata])
+
+    def to_evaluation_dataset(
+        self, path: Optional[str] = None, feature_names: Optional[list[str]] = None  # noqa: ARG002, RUF100 - MLflow's signature
+    ) -> AnnDataEvaluationDataset:
+        """Return the AnnData for ``mlflow.models.evaluate``."""
+        return AnnDataEvaluationDataset(self._adata, name=self._name, digest=self.digest, path=path)
+
+
+def from_anndata(
+    adata: "Union[AnnData, str, Path]",
+    source: "Union[str, Path, DatasetSource, None]" = None,
+    name: Optional[str] = None,
+    digest: Optional[str] = None,
+) -> AnnDataDataset:
+    """Make an MLflow dataset of an AnnData, for ``mlflow.log_input`` and ``mlflow.models.evaluate``.
+
+    Parameters
+    ----------
+    adata
+        The AnnData, or a path or URI of one (see :class:`AnnDataSource`), which is then read and is the source.
+    source
+        Where the AnnData came from; it lets later runs find it again.
+    name
+        Name of the dataset; by default the file's name without suffix, or ``anndata``.
+    digest
+        Fingerprint of at most 36 characters; by default computed from the content.
+
+    Raises
+    ------
+    DataError
+        If a path or URI cannot be read.
+    """
+    from amici_eval.data import open_anndata
+
+    if isinstance(adata, (str, Path)):
+        origin = AnnDataSource(str(adata))
+        source = source if source is not None else origin
+        with origin.local_copy() as path:
+            adata = open_anndata(path)
+    if isinstance(source, (str, Path)):
+        source = AnnDataSource(str(source))
+    if source is None:
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.tracking.context import registry
+
+        source = CodeDatasetSource(tags=registry.resolve_tags())
+    if name is None:
+        name = Path(urlparse(source.uri).path).stem if isinstance(source, AnnDataSource) else "anndata"
+    return AnnDataDataset(adata, source=source, name=name, digest=digest)
