@@ -20,7 +20,9 @@ __all__ = [
     "EvaluationSpec",
     "ModelCard",
     "PermutationSpec",
+    "ReportSpec",
     "SubsetSpec",
+    "TrackingSpec",
     "TrainingData",
     "default_n_permutations",
     "spec_from_mapping",
@@ -202,6 +204,64 @@ class EvaluationSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested plain values, ready for JSON and YAML."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSpec:
+    """What is drawn of an evaluation; changes no number.
+
+    Parameters
+    ----------
+    figures
+        Whether figures are drawn.
+    formats
+        File formats of the figures.
+    n_top_genes
+        Genes per heat map.
+    cell_types
+        Types to draw; ``None`` draws all.
+    palette
+        Seaborn palette of the bar plot; ``None`` chooses one with enough colours.
+    """
+
+    figures: bool = True
+    formats: tuple[str, ...] = ("png", "svg")
+    n_top_genes: int = 20
+    cell_types: tuple[str, ...] | None = None
+    palette: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_int("report.n_top_genes", self.n_top_genes, 1)
+        for name in self.formats:
+            _require_one_of("report.formats", name, ("png", "svg", "pdf"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSpec:
+    """Where a run is tracked and kept.
+
+    Parameters
+    ----------
+    uri
+        Tracking URI; ``None`` takes MLflow's own setting (``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``).
+    experiment
+        Name of the experiment; ``None`` takes MLflow's own setting.
+    run_name
+        Name of the run; ``None`` makes one from model and version.
+    output_dir
+        Local folder in which results are written before they are sent.
+    keep_local
+        Whether that copy stays after everything was sent.
+    tags
+        Further tags of the run.
+    """
+
+    uri: str | None = None
+    experiment: str | None = None
+    run_name: str | None = None
+    output_dir: str = "amici-eval-results"
+    keep_local: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def default_n_permutations(n_heads: int, n_types: int, alpha: float) -> int:

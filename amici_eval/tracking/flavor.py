@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,15 +109,18 @@ def save_model(
             bundled_adata=adata is not None and not isinstance(adata, str),
             adata_uri=adata if isinstance(adata, str) else None,
         )
-        mlflow.pyfunc.save_model(
-            path=str(path),
-            loader_module=__name__,
-            data_path=str(folder),
-            mlflow_model=mlflow_model,
-            pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in _PINNED],
-            # MLflow infers a signature from the type hints of a predict function; ours is set above
-            signature=mlflow_model.signature,
-        )
+        with warnings.catch_warnings():
+            # there is no input example of an AnnData, and the signature has no inputs to check
+            warnings.filterwarnings("ignore", message="(?s).*input example was not provided")
+            mlflow.pyfunc.save_model(
+                path=str(path),
+                loader_module=__name__,
+                data_path=str(folder),
+                mlflow_model=mlflow_model,
+                pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in _PINNED],
+                # MLflow infers a signature from the type hints of a predict function; ours is set above
+                signature=mlflow_model.signature,
+            )
 
 
 def log_model(

@@ -1,0 +1,232 @@
+"""What Hydra may set, and how it becomes the frozen settings that everything else takes.
+
+The schema classes are plain dataclasses because Hydra needs that to refuse unknown keys and wrong types; they go no
+further than this module.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from amici_eval.errors import InvalidSpecError
+from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
+
+__all__ = ["evaluation_spec", "hydra_override", "register_schemas", "report_spec", "resolved_yaml", "tracking_spec"]
+
+# Hydra resolves these annotations at run time and knows Optional, List and Dict only
+# ruff: noqa: UP006, UP007, UP035, UP045
+from typing import Dict, List  # noqa: E402
+
+
+@dataclass
+class SubsetConfig:
+    """Group ``data.subset``."""
+
+    key: Optional[str] = None
+    value: Optional[str] = None
+    indices: Optional[List[int]] = None
+
+
+@dataclass
+class DataConfig:
+    """Group ``data``."""
+
+    uri: Optional[str] = None
+    labels_key: Optional[str] = None
+    coord_obsm_key: Optional[str] = None
+    layer: Optional[str] = None
+    sample_key: Optional[str] = None
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+
+
+@dataclass
+class AblationConfig:
+    """Group ``ablation``."""
+
+    engine: str = "hooked"
+    device: str = "auto"
+    batch_size: int = 512
+
+
+@dataclass
+class PermutationConfig:
+    """Group ``permutation``."""
+
+    n_permutations: Optional[int] = None
+    alpha: float = 0.05
+    seed: int = 0
+    convention: str = "add_one"
+    null: str = "free"
+    method: str = "monte_carlo"
+    adjustment: str = "bh"
+
+
+@dataclass
+class ReportConfig:
+    """Group ``report``."""
+
+    figures: bool = True
+    formats: List[str] = field(default_factory=lambda: ["png", "svg"])
+    n_top_genes: int = 20
+    cell_types: Optional[List[str]] = None
+    palette: Optional[str] = None
+
+
+@dataclass
+class TrackingConfig:
+    """Group ``tracking``."""
+
+    uri: Optional[str] = None
+    experiment: Optional[str] = None
+    run_name: Optional[str] = None
+    output_dir: str = "amici-eval-results"
+    keep_local: bool = False
+    tags: Dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateConfig:
+    """Command ``evaluate``."""
+
+    model_uri: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class RegisterGroupConfig:
+    """Group ``register``."""
+
+    adata: Optional[str] = None
+    trust: bool = False
+    alias: Optional[str] = None
+
+
+@dataclass
+class RegisterConfig:
+    """Command ``register``."""
+
+    model_dir: str = MISSING
+    name: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    register: RegisterGroupConfig = field(default_factory=RegisterGroupConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class DemoConfig:
+    """Command ``demo``."""
+
+    seed: int = 0
+    output_dir: str = "demo-output"
+    n_permutations: Optional[int] = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+SCHEMAS: dict[str, type[Any]] = {"evaluate": EvaluateConfig, "register": RegisterConfig, "demo": DemoConfig}
+_TEXT_KEYS = re.compile(
+    r"(model_uri|model_dir|name|output_dir|ablation\.device|report\.palette"
+    r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
+    r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir|tags\..+))"
+)
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra, by command."""
+    store = ConfigStore.instance()
+    for command, schema in SCHEMAS.items():
+        store.store(name=f"{command}_schema", node=schema)
+
+
+def hydra_override(text: str, *, sweep: bool = False) -> str:
+    """Return an override that Hydra reads as the user meant it.
+
+    Parameters
+    ----------
+    text
+        ``key=value`` as typed.
+    sweep
+        Whether a comma separates the values of a sweep.
+
+    Returns
+    -------
+    str
+        The same, with the value quoted where Hydra's grammar would refuse it (``data.subset.value=A_&_B``) or read text
+        as a number (``data.subset.value=007``).
+
+    Raises
+    ------
+    InvalidSpecError
+        If it is no override at all.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InvalidSpecError(
+            f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
+        )
+    quoted = f"{key}='{_escape(value)}'"
+    is_text = _TEXT_KEYS.fullmatch(key) and value not in ("", "null") and value[0] not in "'\"[{$"
+    if is_text and not (sweep and "," in value):
+        return quoted
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return quoted
+    return text
+
+
+def _escape(value: str) -> str:
+    # a backslash is special to Hydra only before a quote or at the end
+    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
+    return re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
+
+
+def evaluation_spec(config: DictConfig) -> EvaluationSpec:
+    """Return the settings of an evaluation.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is not allowed.
+    """
+    values = _plain(config)
+    data = {name: value for name, value in values["data"].items() if name != "uri"}
+    return spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]})
+
+
+def report_spec(config: DictConfig) -> ReportSpec:
+    """Return the settings of the report."""
+    values = _plain(config)["report"]
+    types = values["cell_types"]
+    return ReportSpec(
+        **{**values, "formats": tuple(values["formats"]), "cell_types": None if types is None else tuple(types)}
+    )
+
+
+def tracking_spec(config: DictConfig) -> TrackingSpec:
+    """Return the settings of tracking."""
+    return TrackingSpec(**_plain(config)["tracking"])
+
+
+def resolved_yaml(config: DictConfig) -> str:
+    """Return the whole configuration, interpolations resolved, as YAML."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InvalidSpecError(f"{missing[0]} is not set", rule="it has no default", fix=f"pass {missing[0]}=...")
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)  # noqa: S101, RUF100 - for the type checker
+    return {str(key): value for key, value in values.items()}

@@ -1,0 +1,319 @@
+"""Train an AMICI model without leaving traces in the data, the process or the working folder."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from amici import AMICI
+from amici.callbacks import AttentionPenaltyMonitor
+from scvi.dataloaders import DataSplitter
+
+from amici_eval.errors import DataError, InvalidSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from jaxtyping import Int64
+
+__all__ = ["DEMO_TRAINING", "AttentionPenalty", "TrainingRecipe", "train_amici"]
+
+_CHATTY_LOGGERS = ("scvi", "lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+_VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class AttentionPenalty:
+    """How the penalty on the entropy of the attention rises during training.
+
+    Parameters
+    ----------
+    start_epoch, end_epoch
+        Before `start_epoch` there is no penalty; from `end_epoch` on it stays at `end`.
+    start, end
+        Coefficients between which the penalty rises linearly.
+    """
+
+    start_epoch: int
+    end_epoch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Settings of one training; ``train_amici(adata, seed=0, **recipe.kwargs())`` applies them.
+
+    Parameters
+    ----------
+    n_neighbors, max_epochs, batch_size, learning_rate, attention_penalty, model_params
+        As in `train_amici`.
+    """
+
+    n_neighbors: int
+    max_epochs: int
+    batch_size: int
+    learning_rate: float
+    attention_penalty: AttentionPenalty | None = None
+    model_params: Mapping[str, Any] = field(default_factory=dict)
+
+    def kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments for `train_amici`."""
+        return {
+            "n_neighbors": self.n_neighbors,
+            "max_epochs": self.max_epochs,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "attention_penalty": self.attention_penalty,
+            "model_params": dict(self.model_params),
+        }
+
+
+def train_amici(
+    adata: ad.AnnData,
+    *,
+    labels_key: str = "cell_type",
+    coord_obsm_key: str = "spatial",
+    n_neighbors: int,
+    seed: int,
+    max_epochs: int,
+    batch_size: int,
+    learning_rate: float = 1e-3,
+    train_indices: Sequence[int] | Int64[np.ndarray, " train"] | None = None,
+    model_params: Mapping[str, Any] | None = None,
+    attention_penalty: AttentionPenalty | None = None,
+    accelerator: str = "cpu",
+    progress: bool = False,
+) -> AMICI:
+    """Train an AMICI model on the log-normalised expression in ``adata.X``.
+
+    Parameters
+    ----------
+    adata
+        Log-normalised cells; it is not changed.
+    labels_key
+        Column of ``adata.obs`` with the cell types.
+    coord_obsm_key
+        Key of ``adata.obsm`` with the positions.
+    n_neighbors
+        Number of nearest cells of other types that a cell attends to.
+    seed
+        Seeds the weights, the batches, the neighbour dropout and, without `train_indices`, the split.
+    max_epochs
+        Passes over the training cells. Learning starts after some hundred optimiser steps.
+    batch_size
+        Cells per optimiser step.
+    learning_rate
+        Learning rate of the optimiser.
+    train_indices
+        Row numbers of the training cells; all other cells are validation cells. Without it, a random 90 % of the
+        cells are trained on. Either way every cell remains a possible neighbour.
+    model_params
+        Keyword arguments of ``AMICI``, such as ``n_heads``.
+    attention_penalty
+        Schedule of the attention penalty; none if left out.
+    accelerator
+        Accelerator as Lightning names it.
+    progress
+        Whether Lightning shows its progress bar.
+
+    Returns
+    -------
+    AMICI
+        The trained model, in evaluation mode, on a private copy of `adata` (``model.adata``). It shares the memory
+        of ``adata.X`` where that is a dense float32 array.
+
+    Raises
+    ------
+    DataError
+        If `adata` lacks the labels or the positions, or has cells without a label.
+    InvalidSpecError
+        If a setting is outside what it may be.
+
+    Notes
+    -----
+    AMICI takes the mean profile of each type from all cells, so validation cells do shape that mean; explained
+    variance, which ignores constant shifts, is unaffected. scvi-tools would ignore `batch_size` and always load 128
+    cells; here it is honoured.
+    """
+    private = _private_copy(adata, labels_key=labels_key, coord_obsm_key=coord_obsm_key)
+    _validate_settings(
+        private,
+        labels_key=labels_key,
+        n_neighbors=n_neighbors,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    split = _split(private.n_obs, train_indices, seed=seed)
+    callbacks = []
+    if attention_penalty is not None:
+        callbacks.append(
+            AttentionPenaltyMonitor(
+                epoch_start=attention_penalty.start_epoch,
+                epoch_end=attention_penalty.end_epoch,
+                start_val=attention_penalty.start,
+                end_val=attention_penalty.end,
+                flavor="linear",
+            )
+        )
+    with _undisturbed_process(progress=progress), tempfile.TemporaryDirectory() as scratch:
+        _seed_everything(seed)
+        AMICI.setup_anndata(private, labels_key=labels_key, coord_obsm_key=coord_obsm_key, n_neighbors=n_neighbors)
+        model = AMICI(private, **(model_params or {}))
+        model._data_splitter_cls = _spatial_splitter(type(model)._data_loader_cls, batch_size=batch_size)
+        model.train(
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=1,
+            batch_size=batch_size,
+            external_indexing=split,
+            plan_kwargs={"lr": learning_rate},
+            callbacks=callbacks,
+            enable_progress_bar=progress,
+            enable_checkpointing=False,
+            default_root_dir=scratch,
+            # scvi's default logger keeps the history in memory; per-step rows only cost time
+            log_every_n_steps=max_epochs * private.n_obs,
+        )
+    # the trainer keeps the optimiser, the loaders and the removed scratch folder alive
+    model.trainer = None
+    return model
+
+
+def _private_copy(adata: ad.AnnData, *, labels_key: str, coord_obsm_key: str) -> ad.AnnData:
+    if labels_key not in adata.obs:
+        value = f"the data has no obs column {labels_key!r}"
+        raise DataError(value, rule="training needs a cell type per cell", fix="set labels_key to the right column")
+    if coord_obsm_key not in adata.obsm:
+        value = f"the data has no obsm entry {coord_obsm_key!r}"
+        raise DataError(value, rule="training needs positions", fix="set coord_obsm_key to the right entry")
+    labels = adata.obs[labels_key]
+    if labels.isna().any():
+        value = f"{int(labels.isna().sum())} cells have no {labels_key!r}"
+        raise DataError(value, rule="every cell needs a cell type", fix="label these cells or drop them")
+    # from strings, so that categories without cells (whose mean would be NaN) are gone
+    obs = pd.DataFrame({labels_key: pd.Categorical(labels.astype(str))}, index=adata.obs_names.copy())
+    x: Any = adata.X
+    return ad.AnnData(
+        X=np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float32),
+        obs=obs,
+        var=pd.DataFrame(index=adata.var_names.copy()),
+        obsm={coord_obsm_key: np.array(adata.obsm[coord_obsm_key], dtype=np.float64)},
+    )
+
+
+def _validate_settings(
+    private: ad.AnnData, *, labels_key: str, n_neighbors: int, seed: int, learning_rate: float, **counts: int
+) -> None:
+    others = private.n_obs - int(private.obs[labels_key].value_counts().max())
+    if not 1 <= n_neighbors <= others:
+        value = f"n_neighbors={n_neighbors}"
+        rule = f"it must be between 1 and {others}, the number of cells outside the largest cell type"
+        raise InvalidSpecError(value, rule=rule, fix="use fewer neighbours, at least 1")
+    for name, count in counts.items():
+        if count < 1:
+            value = f"{name}={count}"
+            raise InvalidSpecError(value, rule="it must be at least 1", fix="use a positive number")
+    if not learning_rate > 0:
+        value = f"learning_rate={learning_rate}"
+        raise InvalidSpecError(value, rule="it must be positive", fix="use a value such as 0.001")
+    if not 0 <= seed < 2**32:
+        value = f"seed={seed}"
+        raise InvalidSpecError(value, rule="it must be between 0 and 2**32 - 1", fix="use a seed such as 0")
+
+
+def _split(
+    n_cells: int, train_indices: Sequence[int] | Int64[np.ndarray, " train"] | None, *, seed: int
+) -> list[np.ndarray]:
+    if train_indices is None:
+        # scvi would split by an unseeded generator unless its global seed is set
+        order = np.random.default_rng(seed).permutation(n_cells)
+        train = np.sort(order[int(_VALIDATION_SHARE * n_cells) :])
+    else:
+        train = np.asarray(train_indices)
+        fix = "pass numpy.flatnonzero(mask) of the cells to train on"
+        if train.ndim != 1 or train.size == 0 or not np.issubdtype(train.dtype, np.integer):
+            value = f"train_indices has shape {train.shape} and dtype {train.dtype}"
+            raise InvalidSpecError(value, rule="it must be a list of row numbers, not empty", fix=fix)
+        if train.min() < 0 or train.max() >= n_cells or np.unique(train).size < train.size:
+            value = f"train_indices has {np.unique(train).size} different numbers among {train.size}, "
+            value += f"from {train.min()} to {train.max()}"
+            raise InvalidSpecError(value, rule=f"all must differ and lie between 0 and {n_cells - 1}", fix=fix)
+    validation = np.setdiff1d(np.arange(n_cells), train)
+    # scvi takes training, validation and test rows as a list
+    return [train, validation, np.array([], dtype=int)]
+
+
+def _spatial_splitter(loader: type, *, batch_size: int) -> type[DataSplitter]:
+    class SpatialSplitter(DataSplitter):  # type: ignore[misc]
+        data_loader_cls = loader
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # the base class takes batch_size out of the loader's settings and forgets it
+            self.data_loader_kwargs["batch_size"] = batch_size
+
+    return SpatialSplitter
+
+
+def _seed_everything(seed: int) -> None:
+    # not Lightning's seed_everything, which also leaves an environment variable behind
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - third-party code draws from the global state
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _undisturbed_process(*, progress: bool) -> Iterator[None]:
+    """Restore what training changes for the whole process: generators, loader class, backend flags, log levels."""
+    loader_cls = DataSplitter.data_loader_cls
+    benchmark = torch.backends.cudnn.benchmark
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    loggers = [logging.getLogger(name) for name in _CHATTY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            # about workers, small batches and deprecations inside the training stack: nothing a caller can act on
+            warnings.simplefilter("ignore")
+            if not progress:
+                for logger in loggers:
+                    logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.backends.cudnn.benchmark = benchmark
+        DataSplitter.data_loader_cls = loader_cls
+
+
+DEMO_TRAINING = TrainingRecipe(
+    n_neighbors=14,
+    max_epochs=100,
+    batch_size=128,
+    learning_rate=3e-3,
+    model_params={
+        "n_heads": 4,
+        "n_head_size": 8,
+        "n_query_dim": 64,
+        "n_kv_dim": 64,
+        "n_nn_embed": 64,
+        "n_nn_embed_hidden": 64,
+        "n_query_embed_hidden": 64,
+        "n_pos_coef_mlp_hidden": 64,
+        "distance_kernel_unit_scale": 10.0,
+    },
+)
+"""A recipe with which AMICI learns `amici_eval.simulate.DEMO_TISSUE` in about 25 seconds on two cores."""

@@ -1,0 +1,337 @@
+"""The jobs behind the commands: check everything, start a run, compute, keep, send."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.results import HeadEvaluation
+from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
+from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, resolve_model
+from amici_eval.tracking.run_log import (
+    ARTIFACTS,
+    RunRecord,
+    check_writable,
+    evaluation_metrics,
+    evaluation_params,
+    remove_local,
+    send,
+    write_artifacts,
+)
+
+if TYPE_CHECKING:
+    from amici_eval.tracking.dataset import AnnDataDataset
+
+__all__ = ["PARENT_RUN_VARIABLE", "EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job", "tracked_run"]
+
+logger = logging.getLogger(__name__)
+
+PARENT_RUN_VARIABLE = "AMICI_EVAL_PARENT_RUN_ID"
+_ALIAS = re.compile(r"[\w-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun:
+    """An evaluation and where it was logged.
+
+    Parameters
+    ----------
+    evaluation
+        The result.
+    run_id, experiment_id, tracking_uri
+        The run.
+    folder
+        Local copy of its artifacts, if it was kept.
+    """
+
+    evaluation: HeadEvaluation
+    run_id: str
+    experiment_id: str
+    tracking_uri: str
+    folder: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredVersion:
+    """A registered version.
+
+    Parameters
+    ----------
+    name, version
+        In the registry.
+    model_id, run_id
+        The logged model behind it and the run that logged it.
+    """
+
+    name: str
+    version: str
+    model_id: str
+    run_id: str
+
+    @property
+    def uri(self) -> str:
+        """URI of the version."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@contextmanager
+def tracked_run(tracking: TrackingSpec, *, name: str | None, tags: dict[str, str]) -> Iterator[Any]:
+    """Run a body inside an MLflow run that never stays RUNNING: FINISHED, FAILED, or KILLED when interrupted.
+
+    Takes over the run that ``mlflow run`` opened, becomes a child in a sweep, else starts a run of its own.
+    """
+    import mlflow
+
+    parent = os.environ.get(PARENT_RUN_VARIABLE)
+    if parent is not None:
+        # the parent belongs to the sweep; each job starts a child of its own
+        os.environ.pop("MLFLOW_RUN_ID", None)
+    if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
+        mlflow.set_experiment(tracking.experiment)
+    run = mlflow.start_run(run_name=tracking.run_name or name, parent_run_id=parent, tags={**tags, **tracking.tags})
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        _end_run(status)
+
+
+def _end_run(status: str) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        mlflow.end_run(status)
+    except (MlflowException, RequestException, OSError) as error:
+        # the body's own error matters more and says how to go on
+        logger.error("the run could not be closed as %s: %s", status, error)
+
+
+def evaluate_job(
+    model_uri: str,
+    *,
+    data_uri: str | None,
+    spec: EvaluationSpec,
+    report: ReportSpec,
+    tracking: TrackingSpec,
+    config_yaml: str,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> EvaluationRun:
+    """Evaluate a registered or logged model and log everything to a run.
+
+    Parameters
+    ----------
+    model_uri
+        As for :func:`~amici_eval.tracking.registry.resolve_model`.
+    data_uri
+        The tissue; ``None`` falls back to what the model brings (see
+        :func:`~amici_eval.tracking.registry.find_dataset`).
+    spec, report, tracking
+        Settings.
+    config_yaml
+        The resolved configuration, kept with the run.
+    progress
+        Told how far the work is.
+
+    Raises
+    ------
+    AmiciEvalError
+        If anything does not fit; before the run starts, unless the tracking store fails later.
+    """
+    from amici_eval.tracking.dataset import from_anndata
+    from amici_eval.tracking.flavor import open_stored_model
+
+    output = Path(tracking.output_dir).absolute()
+    check_writable(output)
+    tracking_uri = connect(tracking.uri)
+    model = resolve_model(model_uri)
+    with open_stored_model(model.uri) as stored:
+        location = find_dataset(model, stored, data_uri)
+        name = f"{model.name or 'model'} data" if location == stored.bundled_adata else None
+        return _evaluate(
+            model,
+            stored,
+            from_anndata(location, name=name),
+            spec=spec,
+            report=report,
+            tracking=tracking,
+            tracking_uri=tracking_uri,
+            output=output,
+            config_yaml=config_yaml,
+            progress=progress,
+        )
+
+
+def _evaluate(
+    model: ResolvedModel,
+    stored: Any,
+    dataset: AnnDataDataset,
+    *,
+    spec: EvaluationSpec,
+    report: ReportSpec,
+    tracking: TrackingSpec,
+    tracking_uri: str,
+    output: Path,
+    config_yaml: str,
+    progress: Callable[[int, int, str], None] | None,
+) -> EvaluationRun:
+    from amici_eval.data import prepare
+    from amici_eval.evaluation import evaluate_access
+    from amici_eval.model.access import open_access, resolve_device
+
+    model_id = model.model_id or stored.model_id
+    info = {**model.describe(), "model_id": model_id, "versions": dict(stored.trained.card.versions)}
+    resolve_device(spec.ablation.device)
+    check_report(report, stored.trained.card.cell_types)
+    tissue = prepare(dataset.adata, stored.trained.card, spec.data)
+    source = dataset.to_dict()
+    data_info = {
+        "name": dataset.name,
+        "digest": dataset.digest,
+        "source": source["source"],
+        "n_cells": tissue.n_cells,
+        "n_evaluated": int(tissue.evaluated.sum()),
+    }
+    title = f"evaluate {model.name} {model.version}" if model.name else "evaluate"
+    # everything that can be refused is refused before the run starts
+    with open_access(stored.trained, tissue, spec.ablation) as access:
+        with tracked_run(tracking, name=title, tags=_run_tags(model, model_id)) as run:
+            run_id, experiment_id = run.info.run_id, run.info.experiment_id
+            folder = output / run_id
+            evaluation = evaluate_access(access, spec, progress=progress, model_info=info, data_info=data_info)
+            write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml, progress=progress)
+            record = RunRecord(
+                tracking_uri=tracking_uri,
+                run_id=run_id,
+                params=evaluation_params(evaluation),
+                metrics=evaluation_metrics(evaluation),
+                tags=_run_tags(model, model_id),
+                dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
+                model_id=model_id,
+                model_name=model.name,
+                model_version=model.version,
+            )
+            send(folder, record)
+    if not tracking.keep_local:
+        remove_local(folder)
+    return EvaluationRun(
+        evaluation=evaluation,
+        run_id=run_id,
+        experiment_id=experiment_id,
+        tracking_uri=tracking_uri,
+        folder=folder if tracking.keep_local else None,
+    )
+
+
+def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
+    """Refuse types that the model does not know before anything is computed."""
+    for cell_type in report.cell_types or ():
+        if cell_type not in cell_types:
+            raise InvalidSpecError(
+                f"report.cell_types names {cell_type!r}",
+                rule=f"the model knows {', '.join(cell_types)}",
+                fix="choose among these",
+            )
+
+
+def _run_tags(model: ResolvedModel, model_id: str | None) -> dict[str, str]:
+    tags = {
+        "amici_eval.kind": "evaluation",
+        "amici_eval.model_uri": model.asked,
+        "amici_eval.model_id": model_id,
+        "amici_eval.model_name": model.name,
+        "amici_eval.model_version": model.version,
+    }
+    return {key: value for key, value in tags.items() if value is not None}
+
+
+def register_job(
+    model_dir: str,
+    *,
+    name: str,
+    data_uri: str | None,
+    adata: str | None,
+    trust: bool,
+    alias: str | None,
+    tracking: TrackingSpec,
+) -> RegisteredVersion:
+    """Log and register what ``AMICI.save`` wrote.
+
+    Parameters
+    ----------
+    model_dir
+        Folder that ``AMICI.save`` wrote. Its ``model.pt`` is unpickled: by default through an allow-list.
+    name
+        Registered model; made if it does not exist.
+    data_uri
+        The AnnData the model was trained on; ``None`` takes the one in the folder, if any.
+    adata
+        ``"bundle"`` stores that AnnData with the model; another text is recorded as the URI where it is.
+    trust
+        Unpickle anything, which runs whatever code the file holds.
+    alias
+        Alias to set on the new version.
+    tracking
+        Where to.
+
+    Raises
+    ------
+    AmiciEvalError
+        If folder and data do not fit; before anything is logged.
+    """
+    import mlflow
+
+    from amici_eval.model.checkpoint import BUNDLED_ADATA, read_amici_directory
+    from amici_eval.tracking.dataset import from_anndata
+    from amici_eval.tracking.flavor import log_model
+
+    if not name or set(name) & set("/:@"):
+        raise InvalidSpecError(f"name={name!r}", rule="a registered model's name has no '/', ':' or '@'", fix="rename it")
+    if alias is not None and (not _ALIAS.fullmatch(alias) or alias == "latest" or re.fullmatch(r"v\d+", alias)):
+        raise InvalidSpecError(
+            f"register.alias={alias!r}",
+            rule="an alias has letters, digits, '_' and '-'; 'latest' and 'v<number>' are MLflow's own",
+            fix="choose another",
+        )
+    folder = Path(model_dir).expanduser()
+    location: str | Path | None = data_uri
+    if location is None and (folder / BUNDLED_ADATA).is_file():
+        location = folder / BUNDLED_ADATA
+    if location is None and adata == "bundle":
+        raise DataError(
+            "register.adata=bundle without data", rule="there must be an AnnData to bundle", fix="pass data.uri=..."
+        )
+    dataset = None if location is None else from_anndata(location)
+    trained = read_amici_directory(folder, adata=None if dataset is None else dataset.adata, trust=trust)
+    if dataset is None:
+        logger.warning(
+            "no data given: the names of the training cells are not recorded, so held-out cells cannot be told later"
+        )
+    connect(tracking.uri)
+    with tracked_run(tracking, name=f"register {name}", tags={"amici_eval.kind": "registration"}) as run:
+        if dataset is not None:
+            mlflow.log_input(dataset, context="training")
+        info = log_model(
+            trained,
+            name,
+            registered_model_name=name,
+            adata=adata,
+            training_adata=None if dataset is None else dataset.adata,
+        )
+        version = str(info.registered_model_version)
+        if alias is not None:
+            mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
+        return RegisteredVersion(name=name, version=version, model_id=info.model_id, run_id=run.info.run_id)
+

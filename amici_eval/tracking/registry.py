@@ -1,0 +1,258 @@
+"""Find models, versions and data in the tracking store, and say what is there when they are not found."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
+
+if TYPE_CHECKING:
+    from amici_eval.tracking.flavor import StoredModel
+
+__all__ = ["ResolvedModel", "connect", "find_dataset", "resolve_model"]
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 5
+_READ_TIMEOUT_S = 10
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))/?")
+_LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]+)/?")
+
+
+def connect(uri: str | None) -> str:
+    """Choose the tracking store for this process and make sure it answers, within seconds.
+
+    Parameters
+    ----------
+    uri
+        Tracking URI; ``None`` keeps MLflow's own setting.
+
+    Returns
+    -------
+    str
+        The URI, with a relative SQLite path made absolute, so that it means the same file from every folder.
+
+    Raises
+    ------
+    TrackingError
+        If the store cannot be reached.
+    """
+    import mlflow
+
+    absolute = _absolute_sqlite(uri or mlflow.get_tracking_uri())
+    _check_reachable(absolute)
+    mlflow.set_tracking_uri(absolute)
+    return absolute
+
+
+def _absolute_sqlite(uri: str) -> str:
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/") and ":memory:" not in uri:
+        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+    return uri
+
+
+def _check_reachable(uri: str) -> None:
+    parsed = urlparse(uri)
+    scheme = parsed.scheme.partition("+")[0]
+    try:
+        if scheme in ("http", "https"):
+            import requests
+
+            # any answer will do: 401 and 404 come from a server that is there
+            requests.get(f"{uri.rstrip('/')}/health", timeout=(_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S))
+        elif scheme in _PORTS and parsed.hostname:
+            address = (parsed.hostname, parsed.port or _PORTS[scheme])
+            socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S).close()
+        elif scheme == "sqlite":
+            folder = Path(uri.removeprefix("sqlite:///")).parent
+            if not folder.is_dir():
+                message = f"no folder {folder}"
+                raise OSError(message)
+    except (OSError, ValueError) as error:
+        shown = parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
+        raise TrackingError(
+            f"tracking store {shown} cannot be reached ({type(error).__name__}: {str(error)[:200]})",
+            rule="the store must answer before any work starts",
+            fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedModel:
+    """A model in the tracking store.
+
+    Parameters
+    ----------
+    uri
+        Where to fetch it: the logged model behind a registered version.
+    asked
+        The URI as the user wrote it.
+    model_id
+        Id of the logged model, if there is one.
+    name, version
+        Registered model and version, if it was asked for as such.
+    run_id
+        The run that logged it, if known.
+    """
+
+    uri: str
+    asked: str
+    model_id: str | None = None
+    name: str | None = None
+    version: str | None = None
+    run_id: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what names the model, as plain values for results."""
+        return {
+            "uri": self.asked,
+            "name": self.name,
+            "version": self.version,
+            "model_id": self.model_id,
+            "run_id": self.run_id,
+        }
+
+
+def resolve_model(model_uri: str) -> ResolvedModel:
+    """Find the logged model that a URI means.
+
+    Parameters
+    ----------
+    model_uri
+        ``models:/NAME/VERSION``, ``models:/NAME/latest``, ``models:/NAME@ALIAS``, ``models:/m-...``, ``runs:/...`` or a
+        local folder.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If there is no such model, version or alias; the message lists what there is.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient()
+    if match := _LOGGED.fullmatch(model_uri):
+        model_id = match["model_id"]
+        try:
+            logged = client.get_logged_model(model_id)
+        except MlflowException as error:
+            raise ModelNotFoundError(
+                f"{model_uri}: there is no logged model {model_id}",
+                rule="the id must be one of this tracking store",
+                fix="check the id and tracking.uri",
+            ) from error
+        return ResolvedModel(uri=model_uri, asked=model_uri, model_id=model_id, run_id=logged.source_run_id)
+    if match := _REGISTERED.fullmatch(model_uri):
+        version = _registered_version(client, match["name"], match["version"], match["alias"], model_uri)
+        logged_id = _LOGGED.fullmatch(version.source or "")
+        return ResolvedModel(
+            uri=f"models:/{version.name}/{version.version}",
+            asked=model_uri,
+            model_id=version.model_id or (logged_id["model_id"] if logged_id else None),
+            name=version.name,
+            version=str(version.version),
+            run_id=version.run_id,
+        )
+    if model_uri.startswith("models:"):
+        raise ModelNotFoundError(
+            f"{model_uri!r} is no model URI",
+            rule="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID",
+            fix="correct model_uri",
+        )
+    run_id = model_uri.split("/")[1] if model_uri.startswith("runs:/") else None
+    return ResolvedModel(uri=model_uri, asked=model_uri, run_id=run_id)
+
+
+def _registered_version(client: Any, name: str, version: str | None, alias: str | None, model_uri: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        registered = client.get_registered_model(name)
+    except MlflowException as error:
+        known = [model.name for model in client.search_registered_models(max_results=20)]
+        raise ModelNotFoundError(
+            f"{model_uri}: there is no registered model {name!r}",
+            rule=f"this registry holds {', '.join(known) or 'no models'}",
+            fix="correct the name, or register it with amici-eval register",
+        ) from error
+    versions = sorted(int(entry.version) for entry in client.search_model_versions(f"name='{name}'"))
+    shown = ", ".join(map(str, versions)) or "none"
+    if alias is not None:
+        if alias not in registered.aliases:
+            aliases = ", ".join(f"{key} -> {value}" for key, value in registered.aliases.items()) or "none"
+            raise ModelNotFoundError(
+                f"{model_uri}: model {name!r} has no alias {alias!r}",
+                rule=f"its aliases are {aliases}; its versions {shown}",
+                fix="set the alias or name a version",
+            )
+        version = str(registered.aliases[alias])
+    if version == "latest" and versions:
+        version = str(versions[-1])
+    if version is None or not version.isdigit() or int(version) not in versions:
+        raise ModelNotFoundError(
+            f"{model_uri}: model {name!r} has no version {version!r}",
+            rule=f"its versions are {shown}",
+            fix="name one of these",
+        )
+    return client.get_model_version(name, version)
+
+
+def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> str | Path:
+    """Return where the data of an evaluation lies.
+
+    Parameters
+    ----------
+    model, stored
+        The model.
+    uri
+        What the user gave; it wins. Else the AnnData bundled with the model, else the URI recorded with it, else the
+        dataset that the model's training run logged.
+
+    Raises
+    ------
+    DataError
+        If there is none of these.
+    """
+    if uri is not None:
+        return uri
+    if stored.bundled_adata is not None:
+        return stored.bundled_adata
+    if stored.adata_uri is not None:
+        return stored.adata_uri
+    if model.run_id is not None:
+        logged = _dataset_of_run(model.run_id)
+        if logged is not None:
+            logger.info("no data given: taking %s, which the model's training run logged", logged)
+            return logged
+    raise DataError(
+        f"no data for {model.asked}",
+        rule="an evaluation needs an AnnData: data.uri, one bundled with the model, or one logged by its training run",
+        fix="pass data.uri=/path/to/tissue.h5ad",
+    )
+
+
+def _dataset_of_run(run_id: str) -> str | None:
+    from mlflow import MlflowClient
+    from mlflow.data import get_source
+    from mlflow.exceptions import MlflowException
+
+    from amici_eval.tracking.dataset import AnnDataSource
+
+    try:
+        inputs = MlflowClient().get_run(run_id).inputs.dataset_inputs
+    except MlflowException:
+        return None
+    for entry in reversed(inputs):
+        source = get_source(entry.dataset) if entry.dataset.source_type == "anndata" else None
+        if isinstance(source, AnnDataSource):
+            return source.uri
+    return None
+

@@ -1,0 +1,273 @@
+"""From a result to a run: written to a local folder first, then sent, so that nothing computed can be lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import OutputError, TrackingError
+from amici_eval.names import slugify
+from amici_eval.specs import ReportSpec
+
+if TYPE_CHECKING:
+    from amici_eval.results import HeadEvaluation
+
+__all__ = ["RunRecord", "check_writable", "evaluation_metrics", "evaluation_params", "send", "upload", "write_artifacts"]
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "upload.json"
+ARTIFACTS = "artifacts"
+_METRICS_PER_BATCH = 1000
+_PARAMS_PER_BATCH = 100
+_LONGEST_PARAM = 6000
+_LONGEST_TAG = 8000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What has to be sent to a run besides its files.
+
+    Parameters
+    ----------
+    tracking_uri, run_id
+        The run.
+    params, metrics, tags
+        As logged.
+    dataset
+        The dataset input as text fields (name, digest, source, source_type, profile); ``None`` if MLflow logs it.
+    model_id
+        Logged model that the metrics belong to.
+    model_name, model_version
+        Registered version that gets tags pointing back to the run.
+    timestamp_ms
+        Time of the metrics.
+    """
+
+    tracking_uri: str
+    run_id: str
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, str] | None = None
+    model_id: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+    timestamp_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+
+    def save(self, folder: Path) -> None:
+        """Write the record beside the artifacts."""
+        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunRecord:
+        """Read a record back.
+
+        Raises
+        ------
+        OutputError
+            If the folder holds none.
+        """
+        try:
+            return cls(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise OutputError(
+                f"{folder} holds no readable {RECORD_FILE} ({type(error).__name__})",
+                rule="it must be the folder that an interrupted evaluation named",
+                fix="give that folder",
+            ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and refuse one that cannot be written, before any long work."""
+    probe = folder / ".amici-eval-write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written ({error.strerror or error})",
+            rule="results are kept there until they are sent",
+            fix="choose another folder with tracking.output_dir=...",
+        ) from error
+
+
+def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
+    """Return the metrics of a run; undefined values are left out and counted.
+
+    Returns
+    -------
+    dict
+        ``ev/<type>/head_<h>``, ``p_adj/<type>/head_<h>`` (free null), ``ev_full_model/<type>``, ``ev_no_head/<type>`` and
+        ``summary/...``; types as slugs (see ``tables/labels.csv``).
+    """
+    metrics: dict[str, float] = {}
+    for index, cell_type in enumerate(evaluation.cell_types):
+        slug = slugify(cell_type)
+        metrics[f"ev_full_model/{slug}"] = float(evaluation.expl_var_full[index])
+        metrics[f"ev_no_head/{slug}"] = float(evaluation.expl_var_none[index])
+        for head in range(evaluation.n_heads):
+            metrics[f"ev/{slug}/head_{head}"] = float(evaluation.expl_var[head, index])
+            metrics[f"p_adj/{slug}/head_{head}"] = float(evaluation.p_value_adj[head, index])
+    finite = [float(value) for value in evaluation.expl_var.ravel() if math.isfinite(value)]
+    metrics["summary/n_cells"] = float(evaluation.n_cells.sum())
+    metrics["summary/n_tests"] = float(evaluation.n_tests)
+    metrics["summary/n_significant_free"] = float(evaluation.n_significant)
+    metrics["summary/n_undefined"] = float(evaluation.n_undefined)
+    metrics["summary/n_permutations"] = float(evaluation.n_permutations)
+    metrics["summary/max_ev"] = max(finite, default=math.nan)
+    # MLflow would store NaN as 0 and infinity as a number
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def evaluation_params(evaluation: HeadEvaluation) -> dict[str, str]:
+    """Return the settings that determined the numbers, as ``cfg/...`` params."""
+    return {f"cfg/{name}": value[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", "" if value is None else str(value)))
+    return rows
+
+
+def write_artifacts(
+    evaluation: HeadEvaluation,
+    folder: Path,
+    *,
+    report: ReportSpec,
+    config_yaml: str,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Write the tables, figures and report of an evaluation, as a run holds them, into a folder."""
+    from amici_eval.report.html import write_html
+    from amici_eval.report.tables import write_significance, write_tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation.save(folder)
+    write_tables(evaluation, folder)
+    write_significance(evaluation, folder)
+    (folder / "config").mkdir(exist_ok=True)
+    (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
+    figures: dict[str, Path] = {}
+    if report.figures:
+        from amici_eval.report.figures import save_figures
+
+        paths = save_figures(
+            evaluation,
+            folder / "figures",
+            cell_types=report.cell_types,
+            palette=report.palette,
+            n_top_genes=report.n_top_genes,
+            formats=report.formats,
+            progress=progress,
+        )
+        figures = {path.stem: path for path in paths if path.suffix == ".svg"} or {
+            path.stem: path for path in paths if path.suffix == ".png"
+        }
+    write_html(evaluation, folder, figures=figures)
+
+
+def send(folder: Path, record: RunRecord) -> None:
+    """Send a folder of results to its run; what is there already is not logged twice.
+
+    Raises
+    ------
+    TrackingError
+        If the store fails half way; the folder stays and the message says how to go on.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    record.save(folder)
+    try:
+        _send(folder, record)
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        text = str(error).strip()
+        raise TrackingError(
+            f"the run {record.run_id} could not be completed ({type(error).__name__}: "
+            f"{text.splitlines()[0][:200] if text else ''})",
+            rule=f"all results are safe in {folder}",
+            fix=f"when the tracking store is back, run: amici-eval upload {folder}",
+        ) from error
+
+
+def _send(folder: Path, record: RunRecord) -> None:
+    from mlflow import MlflowClient
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
+
+    client = MlflowClient(tracking_uri=record.tracking_uri)
+    run_id = record.run_id
+    run = client.get_run(run_id)
+    params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
+    for start in range(0, len(params), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
+    client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()])
+    if record.dataset is not None and not run.inputs.dataset_inputs:
+        datasets = [DatasetInput(Dataset(**record.dataset), tags=[InputTag("mlflow.data.context", "evaluation")])]
+        models = [] if record.model_id is None else [LoggedModelInput(record.model_id)]
+        client.log_inputs(run_id, datasets=datasets, models=models)
+    metrics = [
+        Metric(
+            key,
+            value,
+            record.timestamp_ms,
+            0,
+            model_id=record.model_id,
+            dataset_name=record.dataset["name"] if record.dataset else None,
+            dataset_digest=record.dataset["digest"] if record.dataset else None,
+            run_id=run_id,
+        )
+        for key, value in record.metrics.items()
+        if key not in run.data.metrics
+    ]
+    for start in range(0, len(metrics), _METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
+    client.log_artifacts(run_id, str(folder / ARTIFACTS))
+    # last: a version or model that points to a run points to a complete one
+    if record.model_id is not None:
+        client.set_logged_model_tags(record.model_id, {"amici_eval.evaluation_run_id": run_id})
+    if record.model_name is not None and record.model_version is not None:
+        client.set_model_version_tag(record.model_name, record.model_version, "amici_eval.evaluation_run_id", run_id)
+
+
+def upload(folder: Path) -> str:
+    """Finish the run of an evaluation that could not be sent, and return its id; the folder stays.
+
+    Raises
+    ------
+    OutputError
+        If the folder holds no results.
+    TrackingError
+        If the store still fails.
+    """
+    from mlflow import MlflowClient
+
+    from amici_eval.tracking.registry import connect
+
+    record = RunRecord.load(folder)
+    connect(record.tracking_uri)
+    send(folder, record)
+    MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
+    return record.run_id
+
+
+def remove_local(folder: Path) -> None:
+    """Remove the local copy of what was sent, and the folder above if nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    parent = folder.parent
+    if parent.is_dir() and not any(parent.iterdir()):
+        parent.rmdir()

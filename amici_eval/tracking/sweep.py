@@ -1,0 +1,60 @@
+"""One parent run for a Hydra sweep; each job starts a child of it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from amici_eval.tracking.jobs import PARENT_RUN_VARIABLE
+
+__all__ = ["ParentRun"]
+
+
+class ParentRun(Callback):
+    """Opens the parent before the jobs of ``-m`` and closes it behind them.
+
+    Jobs learn of it through an environment variable, which worker processes inherit.
+    """
+
+    def __init__(self) -> None:
+        self._run_id: str | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002, RUF100 - Hydra's signature
+        """Start the parent run, or take over the one that ``mlflow run`` opened."""
+        import mlflow
+
+        from amici_eval.tracking.registry import connect
+
+        tracking = config.tracking
+        os.environ["MLFLOW_TRACKING_URI"] = connect(tracking.uri)
+        if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
+            mlflow.set_experiment(tracking.experiment)
+        run = mlflow.start_run(run_name=tracking.run_name or "sweep", tags={"amici_eval.kind": "sweep"})
+        self._run_id = run.info.run_id
+        os.environ[PARENT_RUN_VARIABLE] = self._run_id
+        # children belong to the parent's experiment, also in worker processes
+        os.environ["MLFLOW_EXPERIMENT_ID"] = run.info.experiment_id
+        # the fluent stack must be empty or a job's run in this process would have to be nested
+        mlflow.end_run("RUNNING")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002, RUF100 - Hydra's signature
+        """Note on the parent that a child failed; this may run in a worker process."""
+        parent = os.environ.get(PARENT_RUN_VARIABLE)
+        if parent is not None and job_return.status is not JobStatus.COMPLETED:
+            import mlflow
+
+            mlflow.MlflowClient().set_tag(parent, "amici_eval.failed_child", "true")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002, RUF100 - Hydra's signature
+        """Close the parent: FAILED if a child failed."""
+        import mlflow
+
+        os.environ.pop(PARENT_RUN_VARIABLE, None)
+        if self._run_id is not None:
+            client = mlflow.MlflowClient()
+            failed = "amici_eval.failed_child" in client.get_run(self._run_id).data.tags
+            client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
