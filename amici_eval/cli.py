@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from amici_eval import __version__
 from amici_eval.errors import AmiciEvalError, InvalidSpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from omegaconf import DictConfig
 
 __all__ = ["main"]
@@ -28,9 +29,9 @@ usage: amici-eval COMMAND [key=value ...] [hydra flags]
 
 commands
   evaluate  model_uri=models:/NAME/VERSION [data.uri=FILE]   evaluate the heads of a registered model, log to MLflow
-  register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (this unpickles DIR/model.pt)
+  register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (unpickles model.pt)
   upload    DIR                                              finish a run whose tracking server failed half way
-  demo                                                       simulate a tissue, train two models, register and evaluate both
+  demo                                                       simulate a tissue, train, register, evaluate
 
 settings (show all with: amici-eval COMMAND --cfg job)
   data.uri, data.subset.key/value, data.sample_key, ...      which tissue, which receivers; all cells stay neighbours
@@ -104,13 +105,13 @@ def _run(command: str, rest: list[str]) -> int:
     if command == "project":
         # the entry points of MLproject come in as `project COMMAND --key value ...`
         if not rest:
-            raise InvalidSpecError("project", rule="it needs a command", fix="see amici-eval --help")
+            raise InvalidSpecError(value="project", rule="it needs a command", fix="see amici-eval --help")
         command, rest = rest[0], project_overrides(rest[1:], rest[0])
     if command == "upload":
         return _upload(rest)
     if command not in COMMANDS:
         raise InvalidSpecError(
-            f"unknown command {command!r}",
+            value=f"unknown command {command!r}",
             rule=f"commands are {', '.join((*COMMANDS, 'upload'))}",
             fix="see amici-eval --help",
         )
@@ -148,7 +149,7 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
             value = arguments[position]
             position += 1
         else:
-            raise InvalidSpecError(f"parameter {argument}", rule="it needs a value", fix=f"pass -P {key}=VALUE")
+            raise InvalidSpecError(value=f"parameter {argument}", rule="it needs a value", fix=f"pass -P {key}=VALUE")
         if value == "":
             continue
         if key == "overrides":
@@ -176,8 +177,24 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     overrides, takes_value = [], False
     for argument in arguments:
         is_flag = takes_value or argument.startswith("-")
-        takes_value = argument in ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p", "--experimental-rerun")
-        plain = is_flag or argument.startswith(("~", "+", "hydra/", "hydra.")) or "=" in argument and "/" in argument.split("=")[0]
+        takes_value = argument in (
+            "--config-dir",
+            "-cd",
+            "--config-name",
+            "-cn",
+            "--config-path",
+            "-cp",
+            "--cfg",
+            "-c",
+            "--package",
+            "-p",
+            "--experimental-rerun",
+        )
+        plain = (
+            is_flag
+            or argument.startswith(("~", "+", "hydra/", "hydra."))
+            or ("=" in argument and "/" in argument.split("=")[0])
+        )
         overrides.append(argument if plain else hydra_override(argument, sweep=sweep))
     register_schemas()
     codes = [0]
@@ -265,7 +282,6 @@ def _demo(config: DictConfig) -> None:
         n_permutations=config.n_permutations,
         tracking=tracking_spec(config),
         say=_say,
-        reporter=_reporter,
     )
 
 
@@ -276,7 +292,7 @@ def _upload(rest: list[str]) -> int:
     folders = [argument for argument in rest if not argument.startswith("-")]
     if len(folders) != 1:
         raise InvalidSpecError(
-            f"upload with {len(folders)} folders", rule="it takes one folder", fix="amici-eval upload DIR"
+            value=f"upload with {len(folders)} folders", rule="it takes one folder", fix="amici-eval upload DIR"
         )
     from amici_eval.tracking.run_log import upload
 
@@ -296,8 +312,9 @@ class _reporter:  # noqa: N801, RUF100 - used as a context manager function
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._stage: tuple[int, str] | None = None
-        self._started = self._last = time.monotonic()
+        # time counts from the first report, so that loading is not taken for work
+        self._first_done: int | None = None
+        self._started = self._last = 0.0
 
     def __enter__(self) -> Callable[[int, int, str], None]:
         return self._report
@@ -311,9 +328,11 @@ class _reporter:  # noqa: N801, RUF100 - used as a context manager function
             self._show_bar(done, total, what)
             return
         now = time.monotonic()
-        if now - self._last >= _LOG_SECONDS and done:
+        if self._first_done is None:
+            self._first_done, self._started, self._last = done, now, now
+        elif now - self._last >= _LOG_SECONDS and done > self._first_done:
             self._last = now
-            left = (now - self._started) / done * (total - done)
+            left = (now - self._started) / (done - self._first_done) * (total - done)
             sys.stderr.write(f"{100 * done // total:3d} % ({what}), about {left:.0f} s left\n")
             sys.stderr.flush()
 

@@ -21,8 +21,8 @@ from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from
 __all__ = ["evaluation_spec", "hydra_override", "register_schemas", "report_spec", "resolved_yaml", "tracking_spec"]
 
 # Hydra resolves these annotations at run time and knows Optional, List and Dict only
-# ruff: noqa: UP006, UP007, UP035, UP045
-from typing import Dict, List  # noqa: E402
+# ruff: noqa: UP006, UP035, UP045
+from typing import Dict, List
 
 
 @dataclass
@@ -172,7 +172,7 @@ def hydra_override(text: str, *, sweep: bool = False) -> str:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InvalidSpecError(
-            f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
+            value=f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
         )
     quoted = f"{key}='{_escape(value)}'"
     is_text = _TEXT_KEYS.fullmatch(key) and value not in ("", "null") and value[0] not in "'\"[{$"
@@ -226,7 +226,7 @@ def resolved_yaml(config: DictConfig) -> str:
 def _plain(config: DictConfig) -> dict[str, Any]:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise InvalidSpecError(f"{missing[0]} is not set", rule="it has no default", fix=f"pass {missing[0]}=...")
+        raise InvalidSpecError(value=f"{missing[0]} is not set", rule="it has no default", fix=f"pass {missing[0]}=...")
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)  # noqa: S101, RUF100 - for the type checker
     return {str(key): value for key, value in values.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from amici_eval.errors import DataError
 from amici_eval.specs import DataSpec, ModelCard, SubsetSpec, TrainingData
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from anndata import AnnData
     from jaxtyping import Bool, Float32, Float64, Int64
 
@@ -47,19 +48,21 @@ def open_anndata(path: str | Path) -> AnnData:
 
     location = Path(path)
     if not location.exists():
-        raise DataError(f"{location} does not exist", rule="data must be a readable AnnData", fix="correct the path")
+        raise DataError(
+            value=f"{location} does not exist", rule="data must be a readable AnnData", fix="correct the path"
+        )
     suffix = location.suffix.lower()
     if suffix not in (".h5ad", ".zarr"):
         raise DataError(
-            f"{location} ends in {suffix or 'no suffix'}",
+            value=f"{location} ends in {suffix or 'no suffix'}",
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="write it with adata.write_h5ad(...)",
         )
     try:
         adata = anndata.read_zarr(location) if suffix == ".zarr" else anndata.read_h5ad(location)
-    except Exception as error:  # noqa: BLE001 - h5py, zarr and anndata raise anything for a damaged file
+    except Exception as error:
         raise DataError(
-            f"{location} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            value=f"{location} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="write it again with adata.write_h5ad(...), or copy it again if it was cut off",
         ) from error
@@ -70,7 +73,7 @@ def open_anndata(path: str | Path) -> AnnData:
 def _check_is_filled(adata: AnnData) -> None:
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise DataError(
-            f"the AnnData is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
+            value=f"the AnnData is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
             rule="at least one cell and one gene are needed",
             fix="check how it was filtered",
         )
@@ -161,7 +164,7 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     if not adata.obs_names.is_unique:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise DataError(
-            f"cell name {twice!r} occurs more than once",
+            value=f"cell name {twice!r} occurs more than once",
             rule="obs_names must be unique: the order of permutations and training membership go by name",
             fix="call adata.obs_names_make_unique()",
         )
@@ -203,7 +206,7 @@ def _check_type(adata: object) -> None:
 
     if not isinstance(adata, AnnData):
         raise DataError(
-            f"data is a {type(adata).__name__}",
+            value=f"data is a {type(adata).__name__}",
             rule="data must be an AnnData",
             fix="read the file with anndata.read_h5ad(...) or give its path as data.uri",
         )
@@ -215,7 +218,7 @@ def _align_genes(adata: AnnData, card: ModelCard, notes: list[str]) -> Int64[np.
     if not have.is_unique:
         twice = have[have.duplicated()][0]
         raise DataError(
-            f"gene {twice!r} occurs more than once",
+            value=f"gene {twice!r} occurs more than once",
             rule="genes are matched by name, so var_names must be unique",
             fix="call adata.var_names_make_unique() or drop one of them",
         )
@@ -224,7 +227,7 @@ def _align_genes(adata: AnnData, card: ModelCard, notes: list[str]) -> Int64[np.
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(
-            f"the model has {len(card.genes)} genes and the data lacks {len(missing)} of them ({some})",
+            value=f"the model has {len(card.genes)} genes and the data lacks {len(missing)} of them ({some})",
             rule="every gene of the model must be among var_names",
             fix="take the AnnData before gene filtering, or train on the genes you have",
         )
@@ -240,14 +243,14 @@ def _align_genes(adata: AnnData, card: ModelCard, notes: list[str]) -> Int64[np.
 def _obs_column(adata: AnnData, key: str, what: str) -> pd.Series:
     if key not in adata.obs:
         raise DataError(
-            f"adata.obs has no column {key!r}",
+            value=f"adata.obs has no column {key!r}",
             rule=f"it must hold the {what}; there are {', '.join(map(str, adata.obs.columns)) or 'no columns'}",
             fix="name the right column",
         )
     column = adata.obs[key]
     if column.isna().any():
         raise DataError(
-            f"adata.obs[{key!r}] is missing in {int(column.isna().sum())} of {adata.n_obs} cells",
+            value=f"adata.obs[{key!r}] is missing in {int(column.isna().sum())} of {adata.n_obs} cells",
             rule=f"every cell needs a value for the {what}",
             fix="fill the values or drop these cells before training",
         )
@@ -261,7 +264,7 @@ def _labels(adata: AnnData, card: ModelCard, key: str) -> np.ndarray:
         counts = labels.value_counts()
         some = ", ".join(f"{label!r} ({counts[label]} cells)" for label in unseen[:3])
         raise DataError(
-            f"adata.obs[{key!r}] has {len(unseen)} labels the model has not seen: {some}",
+            value=f"adata.obs[{key!r}] has {len(unseen)} labels the model has not seen: {some}",
             rule=f"the model knows {', '.join(card.cell_types)}",
             fix="rename the labels to the model's, or drop these cells",
         )
@@ -271,7 +274,7 @@ def _labels(adata: AnnData, card: ModelCard, key: str) -> np.ndarray:
 def _coordinates(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensions"]:
     if key not in adata.obsm:
         raise DataError(
-            f"adata.obsm has no {key!r}",
+            value=f"adata.obsm has no {key!r}",
             rule=f"it must hold the coordinates; there are {', '.join(map(str, adata.obsm)) or 'no entries'}",
             fix="name the right entry as data.coord_obsm_key",
         )
@@ -280,20 +283,20 @@ def _coordinates(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensi
         coordinates = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"adata.obsm[{key!r}] holds {getattr(values, 'dtype', type(values).__name__)}",
+            value=f"adata.obsm[{key!r}] holds {getattr(values, 'dtype', type(values).__name__)}",
             rule="coordinates must be numbers",
             fix="convert them to float",
         ) from error
     if coordinates.ndim != 2 or coordinates.shape[1] < 2:
         raise DataError(
-            f"adata.obsm[{key!r}] has shape {coordinates.shape}",
+            value=f"adata.obsm[{key!r}] has shape {coordinates.shape}",
             rule="coordinates must have at least two columns",
             fix="store x and y",
         )
     bad = ~np.isfinite(coordinates).all(axis=1)
     if bad.any():
         raise DataError(
-            f"adata.obsm[{key!r}] is not finite for {int(bad.sum())} of {len(bad)} cells (first: "
+            value=f"adata.obsm[{key!r}] is not finite for {int(bad.sum())} of {len(bad)} cells (first: "
             f"{adata.obs_names[int(np.argmax(bad))]})",
             rule="every cell needs finite coordinates",
             fix="drop these cells before training and evaluation",
@@ -304,11 +307,13 @@ def _coordinates(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensi
 def _matrix(adata: AnnData, layer: str | None) -> Any:
     if layer is None or layer == "X":
         if adata.X is None:
-            raise DataError("adata.X is empty", rule="it must hold the expression", fix="name the layer as data.layer")
+            raise DataError(
+                value="adata.X is empty", rule="it must hold the expression", fix="name the layer as data.layer"
+            )
         matrix = adata.X
     elif layer not in adata.layers:
         raise DataError(
-            f"adata.layers has no {layer!r}",
+            value=f"adata.layers has no {layer!r}",
             rule=f"it must hold the expression; there are {', '.join(adata.layers) or 'no layers'}",
             fix="name the right layer as data.layer, or data.layer=X for adata.X",
         )
@@ -324,7 +329,7 @@ def _check_neighbours(labels: np.ndarray, n_neighbors: int) -> None:
     if len(few):
         label = few.index[0]
         raise DataError(
-            f"cells of type {label!r} have {few.iloc[0]} cells of other types around them",
+            value=f"cells of type {label!r} have {few.iloc[0]} cells of other types around them",
             rule=f"the model attends to {n_neighbors} neighbours, all of other types",
             fix="evaluate on the whole tissue and choose receivers with data.subset, which keeps everybody as neighbour",
         )
@@ -347,7 +352,7 @@ def _check_expression(matrix: Any, columns: np.ndarray | None, genes: tuple[str,
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
             raise DataError(
-                f"expression of {genes[column]} in cell {names[start + row]} is {values[row, column]}",
+                value=f"expression of {genes[column]} in cell {names[start + row]} is {values[row, column]}",
                 rule="expression must be finite",
                 fix="drop or impute such values as it was done for training",
             )
@@ -381,7 +386,7 @@ def _subset(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells"]:
     if subset.indices is not None:
         if max(subset.indices) >= adata.n_obs:
             raise DataError(
-                f"data.subset.indices names row {max(subset.indices)}",
+                value=f"data.subset.indices names row {max(subset.indices)}",
                 rule=f"the data has rows 0 to {adata.n_obs - 1}",
                 fix="give row numbers of this AnnData",
             )
@@ -396,12 +401,16 @@ def _subset(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells"]:
         values = sorted(column.unique())
         some = ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
         raise DataError(
-            f"no cell has {subset.key} = {subset.value!r}", rule=f"its values are {some}", fix="choose one of these"
+            value=f"no cell has {subset.key} = {subset.value!r}",
+            rule=f"its values are {some}",
+            fix="choose one of these",
         )
     return chosen
 
 
-def check_sections(samples: np.ndarray, neighbours: Int64[np.ndarray, "cells neighbours"], coordinates: np.ndarray) -> None:
+def check_sections(
+    samples: np.ndarray, neighbours: Int64[np.ndarray, "cells neighbours"], coordinates: np.ndarray
+) -> None:
     """Refuse sections that lie so close in one coordinate frame that neighbours cross between them.
 
     Parameters
@@ -424,7 +433,7 @@ def check_sections(samples: np.ndarray, neighbours: Int64[np.ndarray, "cells nei
     cell, rank = np.argwhere(crossing)[0]
     extent = float(np.ptp(coordinates, axis=0).max())
     raise DataError(
-        f"{int(crossing.any(axis=1).sum())} of {len(samples)} cells have neighbours in another section (first: a cell of "
+        value=f"{int(crossing.any(axis=1).sum())} of {len(samples)} cells have neighbours in another section (first: a cell of "
         f"{samples[cell]} beside one of {samples[neighbours[cell, rank]]})",
         rule="sections must lie apart in one coordinate frame, or the model attends across slides",
         fix=f"shift each section before training and evaluation, e.g. add {extent * 2:.4g} times its number to the x "

@@ -43,7 +43,7 @@ class AmiciEvalError(Exception):
 
 
 def _rebuild(cls: type[AmiciEvalError], value: str, rule: str, fix: str) -> AmiciEvalError:
-    return cls(value, rule=rule, fix=fix)
+    return cls(value=value, rule=rule, fix=fix)
 
 
 class InvalidSpecError(AmiciEvalError, ValueError):

@@ -78,7 +78,7 @@ def evaluate(
         adata = getattr(model, "adata", None)
         if adata is None:
             raise DataError(
-                "no data was given",
+                value="no data was given",
                 rule="a model loaded from MLflow holds no AnnData",
                 fix="call evaluate(model, adata)",
             )
@@ -119,7 +119,7 @@ def evaluate_access(
         predictions = access.predict(
             rows,
             keeps=[*((head,) for head in range(n_heads)), None, ()],
-            progress=lambda done, label=cell_type: report.add(done, label),
+            progress=report.per_cell(cell_type),
         )
         for head in range(n_heads):
             fit = explained_variance(predictions[head], targets)
@@ -127,7 +127,9 @@ def evaluate_access(
         full[index] = explained_variance(predictions[n_heads], targets).aggregated
         none[index] = explained_variance(predictions[n_heads + 1], targets).aggregated
         undefined += [
-            Undefined(cell_type=cell_type, gene=gene, reason=f"the gene has one value in all {n_cells} cells of the type")
+            Undefined(
+                cell_type=cell_type, gene=gene, reason=f"the gene has one value in all {n_cells} cells of the type"
+            )
             for gene, constant in zip(genes, fit.constant_genes, strict=True)
             if constant
         ]
@@ -151,7 +153,9 @@ def evaluate_access(
         )
         exceedances[:, index] = np.where(counts.dead, -1, counts.exceedances)
         undefined += [
-            Undefined(cell_type=cell_type, head=int(head), reason="the head predicts the same for all cells (dead head)")
+            Undefined(
+                cell_type=cell_type, head=int(head), reason="the head predicts the same for all cells (dead head)"
+            )
             for head in np.flatnonzero(counts.dead)
         ]
 
@@ -202,6 +206,10 @@ class _Meter:
         self._done += work
         if self._progress is not None:
             self._progress(self._done, self._total, what)
+
+    def per_cell(self, what: str) -> Callable[[int], None]:
+        """Return a callback that adds finished cells."""
+        return lambda done: self.add(done, what)
 
     def share(self, work: int, pieces: int, what: str) -> Callable[[int], None]:
         """Return a callback that spreads ``work`` over ``pieces`` without rounding loss."""

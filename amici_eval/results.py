@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,8 @@ from amici_eval.errors import DataError
 from amici_eval.specs import EvaluationSpec, spec_from_mapping
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
     from jaxtyping import Float64, Int64
 
@@ -167,7 +168,7 @@ class HeadEvaluation:
             return self.cell_types.index(cell_type)
         except ValueError:
             raise DataError(
-                f"cell type {cell_type!r}",
+                value=f"cell type {cell_type!r}",
                 rule=f"the evaluation holds {', '.join(self.cell_types)}",
                 fix="choose one of these",
             ) from None
@@ -193,7 +194,7 @@ class HeadEvaluation:
         best = _nan_max(self.expl_var_gene[:, self.type_index(cell_type)])
         if np.all(np.isnan(best)):
             raise DataError(
-                f"cell type {cell_type!r} has no defined explained variance",
+                value=f"cell type {cell_type!r} has no defined explained variance",
                 rule="a best head needs at least one defined gene",
                 fix="choose a type with more cells; heads() gives the reason",
             )
@@ -320,11 +321,13 @@ class HeadEvaluation:
             version = record["schema_version"]
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"not an evaluation ({error})", rule=f"it must be the {FILE_NAME} of a run", fix="download it again"
+                value=f"not an evaluation ({error})",
+                rule=f"it must be the {FILE_NAME} of a run",
+                fix="download it again",
             ) from error
         if version != SCHEMA_VERSION:
             raise DataError(
-                f"evaluation of schema version {version!r}",
+                value=f"evaluation of schema version {version!r}",
                 rule=f"this version of amici_eval reads schema version {SCHEMA_VERSION}",
                 fix="install the version of amici_eval that wrote it",
             )
@@ -349,7 +352,7 @@ class HeadEvaluation:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"damaged evaluation ({type(error).__name__}: {error})",
+                value=f"damaged evaluation ({type(error).__name__}: {error})",
                 rule="all fields of its schema version must be there, with matching sizes",
                 fix="download it again or evaluate again",
             ) from error
@@ -373,7 +376,7 @@ class HeadEvaluation:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise DataError(
-                f"{directory} holds no {FILE_NAME}",
+                value=f"{directory} holds no {FILE_NAME}",
                 rule="load() takes a folder that save() or a run wrote",
                 fix="give the folder itself",
             )

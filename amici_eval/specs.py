@@ -39,7 +39,7 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidSpecError(
-            f"{name}={value!r}",
+            value=f"{name}={value!r}",
             rule=f"it must be one of {', '.join(allowed)}",
             fix=f"set {name}={allowed[0]}",
         )
@@ -48,7 +48,9 @@ def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _require_int(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InvalidSpecError(
-            f"{name}={value!r}", rule=f"it must be a whole number of at least {minimum}", fix=f"set {name}={minimum}"
+            value=f"{name}={value!r}",
+            rule=f"it must be a whole number of at least {minimum}",
+            fix=f"set {name}={minimum}",
         )
 
 
@@ -74,20 +76,20 @@ class SubsetSpec:
         if (self.key is None) != (self.value is None):
             missing = "value" if self.value is None else "key"
             raise InvalidSpecError(
-                f"data.subset.key={self.key!r}, data.subset.value={self.value!r}",
+                value=f"data.subset.key={self.key!r}, data.subset.value={self.value!r}",
                 rule="a subset by column needs both",
                 fix=f"give data.subset.{missing} too",
             )
         if self.indices is not None:
             if self.key is not None:
                 raise InvalidSpecError(
-                    f"data.subset.key={self.key!r} and data.subset.indices with {len(self.indices)} rows",
+                    value=f"data.subset.key={self.key!r} and data.subset.indices with {len(self.indices)} rows",
                     rule="cells are chosen by column or by index, not by both",
                     fix="drop one of the two",
                 )
             if not self.indices or min(self.indices) < 0 or len(set(self.indices)) < len(self.indices):
                 raise InvalidSpecError(
-                    f"data.subset.indices={list(self.indices[:5])}... ({len(self.indices)} rows)",
+                    value=f"data.subset.indices={list(self.indices[:5])}... ({len(self.indices)} rows)",
                     rule="row numbers must be distinct, not negative, and at least one",
                     fix="give each row once, counted from 0",
                 )
@@ -140,7 +142,7 @@ class AblationSpec:
         _require_one_of("ablation.engine", self.engine, ENGINES)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InvalidSpecError(
-                f"ablation.device={self.device!r}",
+                value=f"ablation.device={self.device!r}",
                 rule="it must be auto, cpu, cuda, cuda:N or mps",
                 fix="set ablation.device=auto",
             )
@@ -183,7 +185,7 @@ class PermutationSpec:
         _require_int("permutation.seed", self.seed, 0)
         if not isinstance(self.alpha, float) or not 0.0 < self.alpha < 1.0:
             raise InvalidSpecError(
-                f"permutation.alpha={self.alpha!r}",
+                value=f"permutation.alpha={self.alpha!r}",
                 rule="a significance level lies strictly between 0 and 1",
                 fix="set permutation.alpha=0.05",
             )
@@ -340,7 +342,7 @@ def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:
         If a key is not a setting, or a value is not allowed.
     """
     spec = _build(EvaluationSpec, values, "")
-    assert isinstance(spec, EvaluationSpec)  # noqa: S101 - for the type checker
+    assert isinstance(spec, EvaluationSpec)
     return spec
 
 
@@ -350,13 +352,13 @@ _NESTED = {"data": DataSpec, "ablation": AblationSpec, "permutation": Permutatio
 def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
     if not isinstance(values, Mapping):
         raise InvalidSpecError(
-            f"{prefix.rstrip('.')}={values!r}", rule="it must be a group of settings", fix="give a mapping"
+            value=f"{prefix.rstrip('.')}={values!r}", rule="it must be a group of settings", fix="give a mapping"
         )
     names = [f.name for f in fields(cls)]
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise InvalidSpecError(
-            f"unknown setting {prefix}{unknown[0]}",
+            value=f"unknown setting {prefix}{unknown[0]}",
             rule=f"known here are {', '.join(prefix + name for name in names)}",
             fix="correct the name or drop it",
         )

@@ -56,6 +56,8 @@ def make_evaluation(
     strength = rng.exponential(0.05, (n_heads, n_types, 1))
     per_gene = np.minimum(strength * rng.normal(1.0, 1.0, (n_heads, n_types, len(names))), 0.95)
     exceedances = np.where(strength[:, :, 0] > 0.05, 0, rng.integers(1, n_permutations, (n_heads, n_types)))
+    if n_types > 1:
+        exceedances[0, 0] = round(0.045 * (n_permutations + 1)) - 1  # below 0.05 before the adjustment, above it after
     n_cells = rng.integers(20, 900, n_types)
     undefined: list[Undefined] = []
     if with_undefined and n_types:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,10 +12,13 @@ from amici_eval.data import Tissue, check_sections
 from amici_eval.errors import DeviceError
 from amici_eval.model.checkpoint import TrainedAMICI, card_of
 from amici_eval.model.interventions import eval_mode_on, keep_heads
-from amici_eval.specs import AblationSpec, ModelCard
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
     from jaxtyping import Float32, Float64, Int64
+
+    from amici_eval.specs import AblationSpec, ModelCard
 
 __all__ = ["ModelAccess", "neighbours", "open_access", "resolve_device"]
 
@@ -76,13 +78,13 @@ def resolve_device(device: str) -> str:
         number = int(device.partition(":")[2] or 0)
         if number >= count:
             raise DeviceError(
-                f"ablation.device={device}",
+                value=f"ablation.device={device}",
                 rule=f"this machine offers PyTorch {torch.__version__} {count} CUDA devices",
                 fix="set ablation.device=auto or cpu, or install a PyTorch build for your CUDA",
             )
     if device == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(
-            "ablation.device=mps", rule="PyTorch finds no Apple GPU here", fix="set ablation.device=auto or cpu"
+            value="ablation.device=mps", rule="PyTorch finds no Apple GPU here", fix="set ablation.device=auto or cpu"
         )
     return device
 

@@ -111,12 +111,14 @@ class TrainedAMICI:
         """
         if type(model).__name__ != "AMICI" or type(model).__module__.split(".")[0] != "amici":
             raise ModelFormatError(
-                f"the model is a {type(model).__module__}.{type(model).__name__}",
+                value=f"the model is a {type(model).__module__}.{type(model).__name__}",
                 rule="only amici.AMICI itself can be saved: its weights are put back into that class",
                 fix="evaluate other classes directly with amici_eval.evaluate(model, adata)",
             )
         if not model.is_trained_:
-            raise ModelFormatError("the model is not trained", rule="only trained models are saved", fix="call train()")
+            raise ModelFormatError(
+                value="the model is not trained", rule="only trained models are saved", fix="call train()"
+            )
         attributes = {
             "init_params_": model.init_params_,
             "registry_": model.registry_,
@@ -132,7 +134,7 @@ class TrainedAMICI:
         registry = _plain(attributes["registry_"], "registry_")
         if registry.get("model_name") != "AMICI":
             raise ModelFormatError(
-                f"the model was saved by class {registry.get('model_name')!r}",
+                value=f"the model was saved by class {registry.get('model_name')!r}",
                 rule="it must have been saved by amici.AMICI",
                 fix="give the folder that AMICI.save(...) wrote",
             )
@@ -158,7 +160,9 @@ class TrainedAMICI:
             n_heads=int(heads),
             n_neighbors=int(setup["n_neighbors"]),
             genes=tuple(genes),
-            cell_types=tuple(str(label) for label in _values(fields["labels"]["state_registry"]["categorical_mapping"])),
+            cell_types=tuple(
+                str(label) for label in _values(fields["labels"]["state_registry"]["categorical_mapping"])
+            ),
             labels_key=setup["labels_key"],
             coord_obsm_key=setup["coord_obsm_key"],
             layer=setup["layer"],
@@ -213,7 +217,7 @@ class TrainedAMICI:
             cells = json.loads((directory / CELLS).read_text(encoding="utf-8"))
             if setup["schema_version"] != SCHEMA_VERSION:
                 raise ModelFormatError(
-                    f"model of schema version {setup['schema_version']!r}",
+                    value=f"model of schema version {setup['schema_version']!r}",
                     rule=f"this version of amici_eval reads schema version {SCHEMA_VERSION}",
                     fix="install the version of amici_eval that logged it",
                 )
@@ -261,7 +265,7 @@ class TrainedAMICI:
             except (RuntimeError, TypeError) as error:
                 message = str(error).splitlines()
                 raise ModelFormatError(
-                    f"weights and set-up disagree ({' '.join(line.strip() for line in message[:2])})",
+                    value=f"weights and set-up disagree ({' '.join(line.strip() for line in message[:2])})",
                     rule="they must come from one model",
                     fix="register the model again",
                 ) from error
@@ -348,7 +352,7 @@ def card_of(model: Any, *, adata: AnnData) -> ModelCard:
     registry = getattr(model, "registry_", None)
     if registry is None or not hasattr(getattr(model, "module", None), "attention_layer"):
         raise ModelFormatError(
-            f"the model is a {type(model).__module__}.{type(model).__name__}",
+            value=f"the model is a {type(model).__module__}.{type(model).__name__}",
             rule="it must be an amici.AMICI or what amici_eval.load_model returns",
             fix="load it with amici_eval.load_model(model_uri)",
         )
@@ -396,13 +400,15 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
     path = directory / "model.pt"
     if not path.is_file():
         raise ModelFormatError(
-            f"{directory} holds no model.pt",
+            value=f"{directory} holds no model.pt",
             rule="model_dir must be a folder that AMICI.save(...) wrote",
             fix="correct register.model_dir",
         )
     if not zipfile.is_zipfile(path):
         raise ModelFormatError(
-            f"{path} is no torch archive", rule="it must be written by AMICI.save(...)", fix="copy or save it again"
+            value=f"{path} is no torch archive",
+            rule="it must be written by AMICI.save(...)",
+            fix="copy or save it again",
         )
     try:
         if trust:
@@ -413,9 +419,9 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
         init_params = attributes["init_params_"]["kwargs"]
     except UnsafePickleError:
         raise
-    except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
+    except Exception as error:
         raise ModelFormatError(
-            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            value=f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
             rule="it must be what AMICI.save(...) wrote",
             fix="copy or save it again",
         ) from error
@@ -427,7 +433,21 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
 
 _ALLOWED_GLOBALS = {
     "_codecs": {"encode"},
-    "builtins": {"bytes", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "range", "set", "slice", "str", "tuple"},
+    "builtins": {
+        "bytes",
+        "bytearray",
+        "complex",
+        "dict",
+        "float",
+        "frozenset",
+        "int",
+        "list",
+        "range",
+        "set",
+        "slice",
+        "str",
+        "tuple",
+    },
     "collections": {"OrderedDict", "defaultdict"},
     "numpy": {"dtype", "ndarray"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -453,7 +473,7 @@ class _AllowListUnpickler(pickle.Unpickler):
         if global_name in _ALLOWED_GLOBALS.get(module, ()) or is_storage:
             return super().find_class(module, global_name)
         raise UnsafePickleError(
-            f"the pickle asks for {module_name}.{global_name}",
+            value=f"the pickle asks for {module_name}.{global_name}",
             rule="a model.pt of AMICI needs arrays, tables and plain containers only",
             fix="if you trust whoever wrote the file with running code on this machine, pass register.trust=true",
         )
@@ -478,9 +498,11 @@ def _check_is_training_data(
     setup = registry["setup_args"]
     n_cells = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
     if adata.n_obs != n_cells:
-        raise DataError(f"the data has {adata.n_obs} cells", rule=f"the model was trained on {n_cells}", fix=fix)
+        raise DataError(value=f"the data has {adata.n_obs} cells", rule=f"the model was trained on {n_cells}", fix=fix)
     profiles = weights["ct_profiles"].detach().cpu().double().numpy()
-    labels = [str(label) for label in _values(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])]
+    labels = [
+        str(label) for label in _values(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
+    ]
     card = ModelCard(
         n_heads=1,
         n_neighbors=1,
@@ -499,7 +521,7 @@ def _check_is_training_data(
         gap = float(np.abs(_mean_profile(tissue, rows) - profiles[code]).max())
         if gap > _PROFILE_TOLERANCE * max(1.0, float(np.abs(profiles[code]).max())):
             raise DataError(
-                f"mean expression of type {label!r} differs by up to {gap:.3g} from the profile in the model",
+                value=f"mean expression of type {label!r} differs by up to {gap:.3g} from the profile in the model",
                 rule="the model stores the mean profiles of its training data",
                 fix=fix,
             )
@@ -525,7 +547,7 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise ModelFormatError(
-        f"{where} holds a {type(value).__name__}",
+        value=f"{where} holds a {type(value).__name__}",
         rule="set-up must consist of plain values and arrays, so that it can be stored without pickle",
         fix="train the model with plain arguments",
     )
@@ -576,7 +598,7 @@ def _sha256(path: Path) -> str:
 
 def _damaged(directory: Path, what: str) -> ModelFormatError:
     return ModelFormatError(
-        f"the model in {directory} is damaged: {what}",
+        value=f"the model in {directory} is damaged: {what}",
         rule="its files must be as they were logged",
         fix="download it again or register the model again",
     )

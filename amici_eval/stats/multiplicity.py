@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["adjust_p_values"]
 
 
-def adjust_p_values(p: Float64[np.ndarray, "..."], *, method: str = "bh") -> Float64[np.ndarray, "..."]:
+def adjust_p_values(p: Float64[np.ndarray, ...], *, method: str = "bh") -> Float64[np.ndarray, ...]:
     """Adjust p-values to control the false discovery rate among the tests that are defined.
 
     Parameters

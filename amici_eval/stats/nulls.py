@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from amici_eval.stats.permutations import PermutationStream
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Float64, Int64
     from torch import Tensor
+
+    from amici_eval.stats.permutations import PermutationStream
 
 __all__ = ["MIN_CELLS_TEST", "PermutationCounts", "permutation_exceedances"]
 

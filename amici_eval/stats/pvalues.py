@@ -26,13 +26,13 @@ class PValues:
         Clopper-Pearson 95 % interval of the p-value that infinitely many permutations would give.
     """
 
-    p: Float64[np.ndarray, "..."]
-    ci_low: Float64[np.ndarray, "..."]
-    ci_high: Float64[np.ndarray, "..."]
+    p: Float64[np.ndarray, ...]
+    ci_low: Float64[np.ndarray, ...]
+    ci_high: Float64[np.ndarray, ...]
 
 
 def p_values(
-    exceedances: Int64[np.ndarray, "..."], *, n_permutations: int, convention: str = "add_one", confidence: float = 0.95
+    exceedances: Int64[np.ndarray, ...], *, n_permutations: int, convention: str = "add_one", confidence: float = 0.95
 ) -> PValues:
     """Turn the number of permutations at least as extreme as the observation into p-values.
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from mlflow.data.dataset import Dataset
@@ -96,7 +96,9 @@ class AnnDataSource(DatasetSource):
         name = Path(unquote(parsed.path)).name
         if not name.lower().endswith(_SUFFIXES):
             raise DataError(
-                f"data.uri={self._uri}", rule="data must be an AnnData written as .h5ad or .zarr", fix="correct the URI"
+                value=f"data.uri={self._uri}",
+                rule="data must be an AnnData written as .h5ad or .zarr",
+                fix="correct the URI",
             )
         try:
             if parsed.scheme in _MLFLOW_SCHEMES:
@@ -109,17 +111,17 @@ class AnnDataSource(DatasetSource):
 
             filesystem, path = fsspec.core.url_to_fs(self._uri)
             filesystem.get(path, str(folder / name), recursive=name.lower().endswith(".zarr"))
-        except Exception as error:  # noqa: BLE001 - every store raises its own
+        except Exception as error:
             text = str(error).strip()
             raise DataError(
-                f"{self._uri} cannot be fetched ({type(error).__name__}: {text.splitlines()[0] if text else ''})",
+                value=f"{self._uri} cannot be fetched ({type(error).__name__}: {text.splitlines()[0] if text else ''})",
                 rule="data.uri must name a readable .h5ad or .zarr",
                 fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
             ) from error
         return folder / name
 
 
-def _as_local_path(uri: str) -> Optional[Path]:
+def _as_local_path(uri: str) -> Path | None:
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return Path(unquote(parsed.path))
@@ -140,7 +142,7 @@ def _download(url: str, target: Path) -> Path:
 class AnnDataEvaluationDataset(EvaluationDataset):
     """What ``mlflow.models.evaluate`` hands to the evaluator: the AnnData itself."""
 
-    def __init__(self, adata: "AnnData", *, name: Optional[str], digest: str, path: Optional[str] = None) -> None:
+    def __init__(self, adata: "AnnData", *, name: str | None, digest: str, path: str | None = None) -> None:
         import numpy as np
 
         # the base class wants a table of features; the rows of the AnnData stand for it
@@ -156,7 +158,7 @@ class AnnDataDataset(Dataset, PyFuncConvertibleDatasetMixin):
     """
 
     def __init__(
-        self, adata: "AnnData", source: DatasetSource, name: Optional[str] = None, digest: Optional[str] = None
+        self, adata: "AnnData", source: DatasetSource, name: str | None = None, digest: str | None = None
     ) -> None:
         self._adata = adata
         super().__init__(source=source, name=name, digest=digest)
@@ -190,17 +192,19 @@ class AnnDataDataset(Dataset, PyFuncConvertibleDatasetMixin):
         return PyFuncInputsOutputs(inputs=[self._adata])
 
     def to_evaluation_dataset(
-        self, path: Optional[str] = None, feature_names: Optional[list[str]] = None  # noqa: ARG002, RUF100 - MLflow's signature
+        self,
+        path: str | None = None,
+        feature_names: list[str] | None = None,  # noqa: ARG002, RUF100 - MLflow's signature
     ) -> AnnDataEvaluationDataset:
         """Return the AnnData for ``mlflow.models.evaluate``."""
         return AnnDataEvaluationDataset(self._adata, name=self._name, digest=self.digest, path=path)
 
 
 def from_anndata(
-    adata: "Union[AnnData, str, Path]",
-    source: "Union[str, Path, DatasetSource, None]" = None,
-    name: Optional[str] = None,
-    digest: Optional[str] = None,
+    adata: "AnnData | str | Path",
+    source: "str | Path | DatasetSource | None" = None,
+    name: str | None = None,
+    digest: str | None = None,
 ) -> AnnDataDataset:
     """Make an MLflow dataset of an AnnData, for ``mlflow.log_input`` and ``mlflow.models.evaluate``.
 

@@ -53,7 +53,7 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
     unknown = sorted(set(report) - set(ReportSpec.__dataclass_fields__))
     if unknown:
         raise InvalidSpecError(
-            f"unknown setting report.{unknown[0]}",
+            value=f"unknown setting report.{unknown[0]}",
             rule=f"known here are {', '.join(ReportSpec.__dataclass_fields__)}",
             fix="correct the name or drop it",
         )
@@ -96,7 +96,14 @@ class AMICIEvaluator(ModelEvaluator):
 
         from amici_eval.evaluation import evaluate
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
-        from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, evaluation_metrics, evaluation_params, send, write_artifacts
+        from amici_eval.tracking.run_log import (
+            ARTIFACTS,
+            RunRecord,
+            evaluation_metrics,
+            evaluation_params,
+            send,
+            write_artifacts,
+        )
 
         for name, value in (
             ("extra_metrics", extra_metrics),
@@ -105,12 +112,12 @@ class AMICIEvaluator(ModelEvaluator):
         ):
             if value:
                 raise InvalidSpecError(
-                    f"{name} was given", rule="the amici evaluator computes its own metrics", fix=f"drop {name}"
+                    value=f"{name} was given", rule="the amici evaluator computes its own metrics", fix=f"drop {name}"
                 )
         spec, report = settings_from_config(evaluator_config)
         if not isinstance(dataset, AnnDataEvaluationDataset):
             raise DataError(
-                f"data is a {type(dataset).__name__}",
+                value=f"data is a {type(dataset).__name__}",
                 rule="the amici evaluator needs an AnnData dataset",
                 fix="pass data=amici_eval.from_anndata(adata)",
             )
@@ -138,7 +145,10 @@ class AMICIEvaluator(ModelEvaluator):
             folder = Path(scratch)
             settings = {**spec.to_dict(), "report": {**vars(report)}}
             write_artifacts(
-                evaluation, folder / ARTIFACTS, report=report, config_yaml=yaml.safe_dump(_plain(settings), sort_keys=False)
+                evaluation,
+                folder / ARTIFACTS,
+                report=report,
+                config_yaml=yaml.safe_dump(_plain(settings), sort_keys=False),
             )
             send(folder, record)
             return EvaluationResult(metrics=metrics, artifacts=_artifacts(folder / ARTIFACTS, run_id))
@@ -152,12 +162,14 @@ def _native_model(model: Any) -> Any:
         raw = model.get_raw_model()
     except (AttributeError, NotImplementedError) as error:
         raise ModelFormatError(
-            f"the model is a {type(model).__name__} without a native model",
+            value=f"the model is a {type(model).__name__} without a native model",
             rule="the amici evaluator hooks into the model itself, so it must be loaded in this process",
             fix=fix,
         ) from error
     if not isinstance(raw, TrainedAMICI):
-        raise ModelFormatError(f"the model is a {type(raw).__name__}", rule="it must have the flavor 'amici'", fix=fix)
+        raise ModelFormatError(
+            value=f"the model is a {type(raw).__name__}", rule="it must have the flavor 'amici'", fix=fix
+        )
     return raw
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +15,8 @@ import yaml
 from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import numpy as np
     import pandas as pd
     from anndata import AnnData
@@ -28,7 +29,18 @@ __all__ = ["FLAVOR_NAME", "StoredModel", "load_model", "log_model", "open_stored
 
 FLAVOR_NAME = "amici"
 _FOLDER = "amici"
-_PINNED = ("amici-eval", "amici-st", "anndata", "mlflow", "numpy", "pyarrow", "safetensors", "scvi-tools", "torch", "transformers")
+_PINNED = (
+    "amici-eval",
+    "amici-st",
+    "anndata",
+    "mlflow",
+    "numpy",
+    "pyarrow",
+    "safetensors",
+    "scvi-tools",
+    "torch",
+    "transformers",
+)
 
 
 def save_model(
@@ -75,7 +87,7 @@ def save_model(
     if isinstance(adata, str) and adata == "bundle":
         if source is None:
             raise DataError(
-                'adata="bundle"', rule="the training AnnData must be at hand", fix="pass it as training_adata"
+                value='adata="bundle"', rule="the training AnnData must be at hand", fix="pass it as training_adata"
             )
         adata = source
     card = trained.card
@@ -228,7 +240,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
                 folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=staging))
             except (MlflowException, OSError, ValueError) as error:
                 raise ModelNotFoundError(
-                    f"{model_uri} cannot be fetched ({_first_line(error)})",
+                    value=f"{model_uri} cannot be fetched ({_first_line(error)})",
                     rule="it must name a model in the tracking store or a local folder",
                     fix="check the URI and the tracking URI",
                 ) from error
@@ -236,7 +248,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
         data = (folder / str(settings.get("data", ""))).resolve()
         if not data.is_relative_to(folder.resolve()) or not data.is_dir():
             raise ModelFormatError(
-                f"{model_uri} names {settings.get('data')!r} as its data",
+                value=f"{model_uri} names {settings.get('data')!r} as its data",
                 rule="the data of a model must be a folder inside it",
                 fix="register the model again",
             )
@@ -256,13 +268,13 @@ def _flavor_settings(folder: Path, model_uri: str) -> dict[str, Any]:
         names = sorted(flavors)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ModelFormatError(
-            f"{model_uri} has no readable MLmodel file ({_first_line(error)})",
+            value=f"{model_uri} has no readable MLmodel file ({_first_line(error)})",
             rule="it must be a model that MLflow logged",
             fix="check the URI, or register the model again",
         ) from error
     if FLAVOR_NAME not in flavors or not isinstance(flavors[FLAVOR_NAME], dict):
         raise ModelFormatError(
-            f"{model_uri} is a model of flavor {', '.join(names) or 'none'}",
+            value=f"{model_uri} is a model of flavor {', '.join(names) or 'none'}",
             rule=f"it must have the flavor {FLAVOR_NAME!r}",
             fix="register it with amici-eval register model_dir=... name=... data.uri=...",
         )
@@ -310,11 +322,11 @@ class _PyFuncAMICI:
         from amici_eval.tracking.dataset import AnnDataSource
 
         if params:
-            raise InvalidSpecError(f"params={params!r}", rule="predict takes no parameters", fix="drop them")
+            raise InvalidSpecError(value=f"params={params!r}", rule="predict takes no parameters", fix="drop them")
         if isinstance(model_input, pd.DataFrame):
             if model_input.shape[1] != 1 or model_input.empty:
                 raise DataError(
-                    f"a frame of shape {model_input.shape}",
+                    value=f"a frame of shape {model_input.shape}",
                     rule="a frame must have one column with the path of an AnnData in each row",
                     fix="pass pandas.DataFrame({'path': [...]})",
                 )
@@ -330,5 +342,3 @@ def _load_pyfunc(path: str) -> _PyFuncAMICI:
     from amici_eval.model.checkpoint import TrainedAMICI
 
     return _PyFuncAMICI(TrainedAMICI.load(Path(path)))
-
-

@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
-from amici_eval.results import HeadEvaluation
-from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, resolve_model
 from amici_eval.tracking.run_log import (
     ARTIFACTS,
@@ -27,6 +24,10 @@ from amici_eval.tracking.run_log import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from amici_eval.results import HeadEvaluation
+    from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.dataset import AnnDataDataset
 
 __all__ = ["PARENT_RUN_VARIABLE", "EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job", "tracked_run"]
@@ -211,7 +212,7 @@ def _evaluate(
             run_id, experiment_id = run.info.run_id, run.info.experiment_id
             folder = output / run_id
             evaluation = evaluate_access(access, spec, progress=progress, model_info=info, data_info=data_info)
-            write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml, progress=progress)
+            write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
             record = RunRecord(
                 tracking_uri=tracking_uri,
                 run_id=run_id,
@@ -240,7 +241,7 @@ def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
     for cell_type in report.cell_types or ():
         if cell_type not in cell_types:
             raise InvalidSpecError(
-                f"report.cell_types names {cell_type!r}",
+                value=f"report.cell_types names {cell_type!r}",
                 rule=f"the model knows {', '.join(cell_types)}",
                 fix="choose among these",
             )
@@ -298,10 +299,12 @@ def register_job(
     from amici_eval.tracking.flavor import log_model
 
     if not name or set(name) & set("/:@"):
-        raise InvalidSpecError(f"name={name!r}", rule="a registered model's name has no '/', ':' or '@'", fix="rename it")
+        raise InvalidSpecError(
+            value=f"name={name!r}", rule="a registered model's name has no '/', ':' or '@'", fix="rename it"
+        )
     if alias is not None and (not _ALIAS.fullmatch(alias) or alias == "latest" or re.fullmatch(r"v\d+", alias)):
         raise InvalidSpecError(
-            f"register.alias={alias!r}",
+            value=f"register.alias={alias!r}",
             rule="an alias has letters, digits, '_' and '-'; 'latest' and 'v<number>' are MLflow's own",
             fix="choose another",
         )
@@ -311,7 +314,9 @@ def register_job(
         location = folder / BUNDLED_ADATA
     if location is None and adata == "bundle":
         raise DataError(
-            "register.adata=bundle without data", rule="there must be an AnnData to bundle", fix="pass data.uri=..."
+            value="register.adata=bundle without data",
+            rule="there must be an AnnData to bundle",
+            fix="pass data.uri=...",
         )
     dataset = None if location is None else from_anndata(location)
     trained = read_amici_directory(folder, adata=None if dataset is None else dataset.adata, trust=trust)
@@ -334,4 +339,3 @@ def register_job(
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
         return RegisteredVersion(name=name, version=version, model_id=info.model_id, run_id=run.info.run_id)
-

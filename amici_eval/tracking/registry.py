@@ -79,7 +79,7 @@ def _check_reachable(uri: str) -> None:
     except (OSError, ValueError) as error:
         shown = parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
         raise TrackingError(
-            f"tracking store {shown} cannot be reached ({type(error).__name__}: {str(error)[:200]})",
+            value=f"tracking store {shown} cannot be reached ({type(error).__name__}: {str(error)[:200]})",
             rule="the store must answer before any work starts",
             fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
         ) from error
@@ -145,7 +145,7 @@ def resolve_model(model_uri: str) -> ResolvedModel:
             logged = client.get_logged_model(model_id)
         except MlflowException as error:
             raise ModelNotFoundError(
-                f"{model_uri}: there is no logged model {model_id}",
+                value=f"{model_uri}: there is no logged model {model_id}",
                 rule="the id must be one of this tracking store",
                 fix="check the id and tracking.uri",
             ) from error
@@ -163,7 +163,7 @@ def resolve_model(model_uri: str) -> ResolvedModel:
         )
     if model_uri.startswith("models:"):
         raise ModelNotFoundError(
-            f"{model_uri!r} is no model URI",
+            value=f"{model_uri!r} is no model URI",
             rule="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID",
             fix="correct model_uri",
         )
@@ -179,7 +179,7 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
     except MlflowException as error:
         known = [model.name for model in client.search_registered_models(max_results=20)]
         raise ModelNotFoundError(
-            f"{model_uri}: there is no registered model {name!r}",
+            value=f"{model_uri}: there is no registered model {name!r}",
             rule=f"this registry holds {', '.join(known) or 'no models'}",
             fix="correct the name, or register it with amici-eval register",
         ) from error
@@ -189,7 +189,7 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
         if alias not in registered.aliases:
             aliases = ", ".join(f"{key} -> {value}" for key, value in registered.aliases.items()) or "none"
             raise ModelNotFoundError(
-                f"{model_uri}: model {name!r} has no alias {alias!r}",
+                value=f"{model_uri}: model {name!r} has no alias {alias!r}",
                 rule=f"its aliases are {aliases}; its versions {shown}",
                 fix="set the alias or name a version",
             )
@@ -198,7 +198,7 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
         version = str(versions[-1])
     if version is None or not version.isdigit() or int(version) not in versions:
         raise ModelNotFoundError(
-            f"{model_uri}: model {name!r} has no version {version!r}",
+            value=f"{model_uri}: model {name!r} has no version {version!r}",
             rule=f"its versions are {shown}",
             fix="name one of these",
         )
@@ -233,7 +233,7 @@ def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> 
             logger.info("no data given: taking %s, which the model's training run logged", logged)
             return logged
     raise DataError(
-        f"no data for {model.asked}",
+        value=f"no data for {model.asked}",
         rule="an evaluation needs an AnnData: data.uri, one bundled with the model, or one logged by its training run",
         fix="pass data.uri=/path/to/tissue.h5ad",
     )
@@ -247,12 +247,11 @@ def _dataset_of_run(run_id: str) -> str | None:
     from amici_eval.tracking.dataset import AnnDataSource
 
     try:
-        inputs = MlflowClient().get_run(run_id).inputs.dataset_inputs
+        inputs = MlflowClient().get_run(run_id).inputs
     except MlflowException:
         return None
-    for entry in reversed(inputs):
+    for entry in reversed(inputs.dataset_inputs if inputs else []):
         source = get_source(entry.dataset) if entry.dataset.source_type == "anndata" else None
         if isinstance(source, AnnDataSource):
             return source.uri
     return None
-

@@ -6,20 +6,30 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import OutputError, TrackingError
 from amici_eval.names import slugify
-from amici_eval.specs import ReportSpec
 
 if TYPE_CHECKING:
-    from amici_eval.results import HeadEvaluation
+    from pathlib import Path
 
-__all__ = ["RunRecord", "check_writable", "evaluation_metrics", "evaluation_params", "send", "upload", "write_artifacts"]
+    from amici_eval.results import HeadEvaluation
+    from amici_eval.specs import ReportSpec
+
+__all__ = [
+    "RunRecord",
+    "check_writable",
+    "evaluation_metrics",
+    "evaluation_params",
+    "send",
+    "upload",
+    "write_artifacts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +89,7 @@ class RunRecord:
             return cls(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError) as error:
             raise OutputError(
-                f"{folder} holds no readable {RECORD_FILE} ({type(error).__name__})",
+                value=f"{folder} holds no readable {RECORD_FILE} ({type(error).__name__})",
                 rule="it must be the folder that an interrupted evaluation named",
                 fix="give that folder",
             ) from error
@@ -94,7 +104,7 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(
-            f"{folder} cannot be written ({error.strerror or error})",
+            value=f"{folder} cannot be written ({error.strerror or error})",
             rule="results are kept there until they are sent",
             fix="choose another folder with tracking.output_dir=...",
         ) from error
@@ -106,8 +116,8 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
     Returns
     -------
     dict
-        ``ev/<type>/head_<h>``, ``p_adj/<type>/head_<h>`` (free null), ``ev_full_model/<type>``, ``ev_no_head/<type>`` and
-        ``summary/...``; types as slugs (see ``tables/labels.csv``).
+        ``ev/<type>/head_<h>``, ``p_adj/<type>/head_<h>`` (free null), ``ev_full_model/<type>``,
+        ``ev_no_head/<type>`` and ``summary/...``; types as slugs (see ``tables/labels.csv``).
     """
     metrics: dict[str, float] = {}
     for index, cell_type in enumerate(evaluation.cell_types):
@@ -149,7 +159,6 @@ def write_artifacts(
     *,
     report: ReportSpec,
     config_yaml: str,
-    progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Write the tables, figures and report of an evaluation, as a run holds them, into a folder."""
     from amici_eval.report.html import write_html
@@ -172,7 +181,6 @@ def write_artifacts(
             palette=report.palette,
             n_top_genes=report.n_top_genes,
             formats=report.formats,
-            progress=progress,
         )
         figures = {path.stem: path for path in paths if path.suffix == ".svg"} or {
             path.stem: path for path in paths if path.suffix == ".png"
@@ -198,7 +206,7 @@ def send(folder: Path, record: RunRecord) -> None:
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         text = str(error).strip()
         raise TrackingError(
-            f"the run {record.run_id} could not be completed ({type(error).__name__}: "
+            value=f"the run {record.run_id} could not be completed ({type(error).__name__}: "
             f"{text.splitlines()[0][:200] if text else ''})",
             rule=f"all results are safe in {folder}",
             fix=f"when the tracking store is back, run: amici-eval upload {folder}",
@@ -216,7 +224,7 @@ def _send(folder: Path, record: RunRecord) -> None:
     for start in range(0, len(params), _PARAMS_PER_BATCH):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
     client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()])
-    if record.dataset is not None and not run.inputs.dataset_inputs:
+    if record.dataset is not None and not (run.inputs and run.inputs.dataset_inputs):
         datasets = [DatasetInput(Dataset(**record.dataset), tags=[InputTag("mlflow.data.context", "evaluation")])]
         models = [] if record.model_id is None else [LoggedModelInput(record.model_id)]
         client.log_inputs(run_id, datasets=datasets, models=models)
@@ -263,6 +271,25 @@ def upload(folder: Path) -> str:
     send(folder, record)
     MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
     return record.run_id
+
+
+def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEvaluation:
+    """Return the evaluation that a run holds.
+
+    Raises
+    ------
+    DataError
+        If the run holds none.
+    """
+    import mlflow.artifacts
+
+    from amici_eval.results import FILE_NAME, HeadEvaluation
+
+    with tempfile.TemporaryDirectory(prefix="amici-eval-") as scratch:
+        mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=FILE_NAME, dst_path=scratch, tracking_uri=tracking_uri
+        )
+        return HeadEvaluation.load(scratch)
 
 
 def remove_local(folder: Path) -> None:

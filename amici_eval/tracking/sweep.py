@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
 
 from amici_eval.tracking.jobs import PARENT_RUN_VARIABLE
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["ParentRun"]
 

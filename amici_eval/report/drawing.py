@@ -1,0 +1,126 @@
+"""Parts that figures share: colours of types, legend, marks, captions, labels that come out as they are."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.colors import is_color_like, to_rgb
+from matplotlib.patches import Patch
+
+from amici_eval.errors import InvalidSpecError
+from amici_eval.report.wording import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    Color = str | tuple[float, float, float]
+    Palette = str | Sequence[Color] | Mapping[str, Color]
+
+__all__ = ["add_caption", "add_legend", "add_marks", "drawn_label", "literal", "type_colours"]
+
+_MUTED = "#666666"
+_LONGEST_LABEL = 48
+
+
+def type_colours(types: Sequence[str], palette: Palette | None) -> dict[str, tuple[float, float, float]]:
+    """Return a colour for each type, all different unless a mapping says otherwise.
+
+    Raises
+    ------
+    InvalidSpecError
+        If the palette is unknown, holds something that is no colour, or is a mapping that lacks a type.
+    """
+    import seaborn  # here because it takes a second to load
+
+    if isinstance(palette, Mapping):
+        missing = [name for name in types if name not in palette]
+        if missing:
+            raise InvalidSpecError(
+                value=f"palette without {', '.join(map(repr, missing))}",
+                rule="a mapping needs a colour for each of the evaluation's types",
+                fix="add them or name a palette, for example 'tab10'",
+            )
+        colours: Sequence[Any] = [palette[name] for name in types]
+    elif palette is None or isinstance(palette, str):
+        try:
+            colours = seaborn.color_palette(palette or "tab10", len(types))
+        except ValueError:
+            raise InvalidSpecError(
+                value=f"palette={palette!r}",
+                rule="it must be the name of a seaborn or matplotlib palette",
+                fix="set palette='tab10', 'colorblind' or 'husl'",
+            ) from None
+    else:
+        colours = list(palette)
+    wrong = [colour for colour in colours if not is_color_like(colour)]
+    if wrong:
+        raise InvalidSpecError(
+            value=f"colour {wrong[0]!r} in palette", rule="matplotlib must know it", fix="use a name or '#rrggbb'"
+        )
+    if not isinstance(palette, Mapping) and len({to_rgb(colour) for colour in colours}) < len(types):
+        # neighbours in the legend stay apart: tab20's dark colours before its light ones, every third hue of husl
+        larger = seaborn.color_palette("tab20", 20) if len(types) <= 20 else seaborn.husl_palette(len(types), s=0.8)
+        step = 2 if len(types) <= 20 else 3
+        colours = [colour for start in range(step) for colour in larger[start::step]]
+    return {name: to_rgb(colour) for name, colour in zip(types, colours, strict=False)}
+
+
+def add_legend(ax: Axes, names: Sequence[str], colours: Mapping[str, Any]) -> None:
+    """Name the types outside the axes, to the right."""
+    handles = [Patch(color=colours[name], linewidth=0) for name in names]
+    columns = max(1, -(-len(names) // 24))
+    # the texts are set afterwards because a legend drops labels that begin with an underscore
+    legend = ax.legend(
+        handles,
+        [str(number) for number in range(len(names))],
+        title="Receiver cell type",
+        alignment="left",
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.02),
+        frameon=False,
+        fontsize=8,
+        title_fontsize=9,
+        ncols=columns,
+        handlelength=1.0,
+        handleheight=1.0,
+        labelspacing=0.35,
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(literal(drawn_label(name)))
+
+
+def add_marks(ax: Axes, points: list[tuple[float, float]], *, marker: Any, size: float, color: str, gid: str) -> None:
+    """Put a mark at each of the points; ``gid`` names them in an SVG."""
+    if points:
+        x, y = zip(*points, strict=True)
+        ax.scatter(x, y, marker=marker, s=size**2, color=color, linewidths=0.7, zorder=4, gid=gid)
+
+
+def add_caption(ax: Axes, *sentences: str) -> None:
+    """Write sentences in small print below the axes, each on its own line."""
+    axes_width = ax.get_window_extent().width / ax.figure.dpi
+    lines = [line for text in sentences if text for line in textwrap.wrap(text, max(40, int(axes_width * 18.5)))]
+    # hangs below the axis label, wherever that is
+    ax.annotate(
+        literal("\n".join(lines)),
+        xy=(0, 0),
+        xycoords=("axes fraction", ax.xaxis.label),
+        xytext=(0, -6),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color=_MUTED,
+        annotation_clip=False,
+    )
+
+
+def drawn_label(name: str) -> str:
+    """Return a label without control characters, cut if it would push the drawing aside."""
+    return printable(name, longest=_LONGEST_LABEL)
+
+
+def literal(text: str) -> str:
+    """Return text that matplotlib draws as it is; else it takes what stands between two dollars for mathematics."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,91 @@
+"""Figures as markup for a page: several SVG drawings in one document, nothing fetched, nothing run."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html import escape
+from pathlib import Path
+from xml.etree import ElementTree
+
+from amici_eval.errors import DataError
+
+__all__ = ["inline_figure"]
+
+_URL = re.compile(r"url\(\s*#")
+_MATPLOTLIB_STYLE = "stroke-linejoin:round;stroke-linecap:butt"
+# drawing only: no script, no metadata with addresses, no foreign content; style sheets would leak into the page
+_DROPPED = frozenset({"script", "metadata", "foreignObject", "style", "a", "animate", "set"})
+
+
+def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
+    """Return a figure file as markup to put into a page.
+
+    Parameters
+    ----------
+    path
+        A PNG or SVG file. An SVG is taken in as elements, so that its text can be searched and stays sharp.
+    prefix
+        Put before each ``id`` of an SVG and each reference to one: drawings of one program share their ids, which
+        must be unique in a page. Letters, digits, ``-`` and ``_`` only.
+    alt
+        What the figure shows, for those who cannot see it.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == ".png":
+            return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">'
+        root = ElementTree.fromstring(content)
+        if _bare(root.tag) != "svg":
+            msg = "the outermost element is no svg"
+            raise ElementTree.ParseError(msg)
+    except (OSError, ElementTree.ParseError) as error:
+        raise DataError(
+            value=f"figure {path} cannot be used ({error})",
+            rule="figures of a report are PNG or SVG files",
+            fix="draw it again with save_figures()",
+        ) from error
+    _clean(root, prefix)
+    view_box = root.get("viewBox")
+    root.attrib.clear()
+    if view_box is not None:
+        root.set("viewBox", view_box)
+        root.set("width", view_box.split()[2] + "pt")
+    root.set("role", "img")
+    root.set("aria-label", alt)
+    root.set("style", _MATPLOTLIB_STYLE)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _clean(element: ElementTree.Element, prefix: str) -> None:
+    # without namespaces: HTML knows the elements of SVG by their names
+    element.tag = _bare(element.tag)
+    attributes = {_bare(name): value for name, value in element.attrib.items()}
+    element.attrib.clear()
+    for name, value in attributes.items():
+        if name.lower().startswith("on"):
+            continue
+        if name == "id":
+            element.set(name, prefix + value)
+        elif name == "href":
+            if value.startswith("#"):
+                element.set(name, f"#{prefix}{value[1:]}")
+            elif value.startswith("data:image/png"):
+                element.set(name, value)
+        else:
+            element.set(name, _URL.sub(f"url(#{prefix}", value))
+    for child in list(element):
+        if not isinstance(child.tag, str) or _bare(child.tag) in _DROPPED:
+            element.remove(child)
+        else:
+            _clean(child, prefix)
+
+
+def _bare(name: str) -> str:
+    return name.rpartition("}")[2]

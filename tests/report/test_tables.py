@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+
+from amici_eval.errors import OutputError
+from amici_eval.names import slugify
+from amici_eval.report.tables import best_heads, summary_lines, write_significance, write_tables
+from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
+from tests.builders import AWKWARD_TYPES, make_evaluation
+
+
+def read(path, **options):
+    return pd.read_csv(path, float_precision="round_trip", **options)
+
+
+def test_files_have_the_names_of_the_contract(tmp_path):
+    files = write_tables(make_evaluation(), tmp_path / "run")
+    names = ["explained_variance.csv", "explained_variance.parquet", "heads.csv", "baselines.csv", "labels.csv"]
+    assert files == tuple(tmp_path / "run" / "tables" / name for name in names)
+    assert sorted((tmp_path / "run" / "tables").iterdir()) == sorted(files)
+
+
+def test_columns_are_those_of_the_contract(tmp_path):
+    write_tables(make_evaluation(), tmp_path)
+    first_lines = {
+        name: (tmp_path / "tables" / f"{name}.csv").read_text(encoding="utf-8").splitlines()[0]
+        for name in ("explained_variance", "heads", "baselines", "labels")
+    }
+    assert first_lines == {
+        "explained_variance": "head,ct_name,gene,expl_var_head_gene,expl_var_head,p_value_head,p_value_adj_head,"
+        "p_value_gene,p_value_adj_gene,undefined_reason",
+        "heads": "head,ct_name,n_cells,expl_var_head,ci_low,ci_high,best_gene,expl_var_best_gene,p_value_head,"
+        "p_value_adj_head,p_ci_low,p_ci_high,p_value_spatial,p_value_adj_spatial,ess,null,method,significant_free,"
+        "significant,significant_by,held_out,undefined_reason",
+        "baselines": "ct_name,baseline,expl_var",
+        "labels": "kind,slug,label",
+    }
+    assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 22)
+
+
+def test_genes_read_back_equal_from_csv_and_parquet(tmp_path):
+    evaluation = make_evaluation()
+    write_tables(evaluation, tmp_path)
+    frame = evaluation.to_frame()
+    assert frame["expl_var_head_gene"].isna().any()
+    assert_frame_equal(pd.read_parquet(tmp_path / "tables" / "explained_variance.parquet"), frame, check_exact=True)
+    from_csv = read(tmp_path / "tables" / "explained_variance.csv")
+    from_csv["undefined_reason"] = from_csv["undefined_reason"].fillna("").astype(object)
+    assert_frame_equal(from_csv, frame, check_exact=True)
+
+
+def test_heads_and_baselines_read_back_equal(tmp_path):
+    evaluation = make_evaluation(held_out=[True, False, None, True, False, None, True])
+    write_tables(evaluation, tmp_path)
+    booleans = dict.fromkeys(["significant_free", "significant", "held_out"], "boolean")
+    heads = read(tmp_path / "tables" / "heads.csv", dtype=booleans)
+    expected = evaluation.heads()
+    for name in expected:
+        left, right = heads[name], expected[name]
+        if name in ("undefined_reason", "best_gene", "significant_by"):
+            left, right = left.fillna(""), right.fillna("")
+        assert (
+            left.tolist() == right.tolist()
+            or (left.astype(object).fillna("?") == right.astype(object).fillna("?")).all()
+        )
+    assert heads["held_out"].isna().sum() == 2 * 3
+    assert_frame_equal(read(tmp_path / "tables" / "baselines.csv"), evaluation.baselines(), check_exact=True)
+
+
+def test_booleans_and_missing_values_in_csv(tmp_path):
+    evaluation = make_evaluation(2, ["A", "B"], held_out=[True, None])
+    write_tables(evaluation, tmp_path)
+    rows = read(tmp_path / "tables" / "heads.csv", dtype=str, keep_default_na=False).set_index(["head", "ct_name"])
+    assert set(rows["held_out"]) == {"True", ""}
+    assert rows.loc[("0", "B"), ["expl_var_head", "best_gene", "p_value_head", "significant"]].tolist() == [""] * 4
+    assert rows.loc[("0", "B"), "undefined_reason"] == "1 cell; at least 3 needed"
+    assert rows.loc[("0", "A"), "significant"] in ("True", "False")
+
+
+def test_labels_map_every_slug_to_its_label(tmp_path):
+    write_tables(make_evaluation(), tmp_path)
+    labels = read(tmp_path / "tables" / "labels.csv", keep_default_na=False)
+    assert labels["label"].tolist() == sorted(AWKWARD_TYPES)
+    assert labels["slug"].tolist() == [slugify(label) for label in sorted(AWKWARD_TYPES)]
+    assert set(labels["kind"]) == {"cell_type"}
+
+
+def test_labels_with_commas_quotes_and_breaks_survive(tmp_path):
+    names = ['a,"b"', "c\nd", "NA"]
+    write_tables(make_evaluation(2, names), tmp_path)
+    heads = read(tmp_path / "tables" / "heads.csv", keep_default_na=False)
+    assert sorted(set(heads["ct_name"])) == sorted(names)
+
+
+def test_significance_says_test_families_and_reasons(tmp_path):
+    evaluation = make_evaluation(alpha=0.1)
+    path = write_significance(evaluation, tmp_path / "run")
+    assert path == tmp_path / "run" / "significance.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    validity = record.pop("validity")
+    assert record == {
+        "schema_version": 1,
+        "test": {
+            "null": "free",
+            "method": "monte_carlo",
+            "convention": "add_one",
+            "n_permutations": 999,
+            "alpha": 0.1,
+            "seed": 0,
+            "adjustment": "bh",
+        },
+        "families": {
+            "heads_x_types": {
+                "n_heads": 3,
+                "n_types": 7,
+                "n_pairs": 21,
+                "n_tests": 17,
+                "n_significant": int((evaluation.p_value_adj <= 0.1).sum()),
+                "n_undefined": 4,
+                "undefined_reasons": {"1 cell; at least 3 needed": 3, "predictions are constant": 1},
+            }
+        },
+        "undefined_genes": {"expression is constant": 1},
+        "parity": None,
+    }
+    assert "anticonservative" in validity
+    assert "spatially autocorrelated" in validity
+
+
+def test_nothing_undefined_leaves_the_keys(tmp_path):
+    record = json.loads(write_significance(make_evaluation(with_undefined=False), tmp_path).read_text(encoding="utf-8"))
+    family = record["families"]["heads_x_types"]
+    assert (family["n_undefined"], family["undefined_reasons"], record["undefined_genes"]) == (0, {}, {})
+
+
+def test_best_heads_are_those_of_the_evaluation():
+    evaluation = make_evaluation()
+    best = best_heads(evaluation)
+    assert best["ct_name"].tolist() == sorted(AWKWARD_TYPES)[:-1]
+    assert best["head"].tolist() == [evaluation.best_head(name) for name in best["ct_name"]]
+
+
+def test_summary_says_effects_before_tests_and_everything_once():
+    evaluation = make_evaluation()
+    lines = summary_lines(evaluation)
+    text = "\n".join(lines)
+    assert lines[0] == f"3 attention heads x 7 cell types evaluated on {evaluation.n_cells.sum():,} cells and 5 genes."
+    assert f"{evaluation.n_significant} of 17 tested head x type pairs are significant at adjusted p <= 0.05" in text
+    assert "4 of 21 pairs have no test" in text
+    assert text.index("Largest effect") < text.index("significant")
+    head, index = np.unravel_index(np.nanargmax(evaluation.expl_var), evaluation.expl_var.shape)
+    value, name = evaluation.expl_var[head, index], evaluation.cell_types[index]
+    assert f"head {head}, kept alone, explains {value:.3f} of the expression variance of {name};" in text
+    assert "Undefined: β cell, all heads: 1 cell; at least 3 needed." in lines
+    assert "Undefined: <script>alert(1)</script>, head 2: predictions are constant." in lines
+    assert "Undefined: $x$_1, 1 gene (HLA-DRA): expression is constant." in lines
+    assert "Note: coordinates look like pixels: median distance 812." in lines
+    assert "anticonservative" in text
+    table = lines[lines.index(next(line for line in lines if line.startswith("cell type"))) + 1 :]
+    assert [row.split()[0] for row in table] == sorted(AWKWARD_TYPES)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "expected"),
+    [
+        ((True, True), "Held out: the model was fitted on none of the evaluated cells."),
+        ((False, False), "In-sample: the model was fitted on some or all"),
+        ((None, None), "It is not known which cells the model was fitted on"),
+        ((True, False), "Of 2 types, 1 are held out, 1 in-sample (their effects are optimistic)."),
+        ((True, None), "Of 2 types, 1 are held out, 0 in-sample (their effects are optimistic) and 1 unknown."),
+    ],
+)
+def test_summary_says_what_is_held_out(held_out, expected):
+    lines = summary_lines(make_evaluation(2, ["A", "B"], held_out=held_out))
+    assert any(line.startswith(expected) for line in lines)
+
+
+def test_summary_stays_narrow_and_on_its_lines():
+    evaluation = make_evaluation(2, ["x" * 200, "a\x1b[31m\nb", "z"], notes=["one\ntwo"])
+    lines = summary_lines(evaluation)
+    table = lines[lines.index(next(line for line in lines if line.startswith("cell type"))) :]
+    assert max(len(row) for row in table) <= 100
+    assert not any(character in line for line in lines for character in "\n\x1b")
+
+
+def test_an_evaluation_without_any_value_has_a_summary(tmp_path):
+    evaluation = make_evaluation(2, ["only"])
+    lines = summary_lines(evaluation)
+    assert "0 of 0 tested head x type pairs are significant at adjusted p <= 0.05" in "\n".join(lines)
+    assert "Undefined: only, all heads: 1 cell; at least 3 needed." in lines
+    assert len(write_tables(evaluation, tmp_path)) == 5
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "tables" / "heads.csv").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"heads\.csv cannot be written .*: .* must take new files; free space or"):
+        write_tables(make_evaluation(), tmp_path)
+    (tmp_path / "significance.json").mkdir()
+    with pytest.raises(OutputError, match=r"significance\.json cannot be written"):
+        write_significance(make_evaluation(), tmp_path)
