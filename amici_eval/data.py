@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from amici_eval.errors import DataError
+from amici_eval.errors import DataError, first_line
 from amici_eval.specs import DataSpec, ModelCard, SubsetSpec, TrainingData
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def open_anndata(path: str | Path) -> AnnData:
         adata = anndata.read_zarr(location) if suffix == ".zarr" else anndata.read_h5ad(location)
     except Exception as error:
         raise DataError(
-            value=f"{location} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            value=f"{location} cannot be read ({first_line(error)})",
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="write it again with adata.write_h5ad(...), or copy it again if it was cut off",
         ) from error
@@ -172,7 +172,7 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     labels = _labels(adata, card, spec.labels_key or card.labels_key)
     coordinates = _coordinates(adata, spec.coord_obsm_key or card.coord_obsm_key)
     matrix = _matrix(adata, card.layer if spec.layer is None else spec.layer)
-    codes = pd.Index(card.cell_types).get_indexer(labels).astype(np.int64)
+    codes = pd.Index(card.cell_types).get_indexer(pd.Index(labels)).astype(np.int64)
     _check_neighbours(labels, card.n_neighbors)
     radii = None
     if card.cell_radius_key is not None:
@@ -331,7 +331,7 @@ def _check_neighbours(labels: np.ndarray, n_neighbors: int) -> None:
         raise DataError(
             value=f"cells of type {label!r} have {few.iloc[0]} cells of other types around them",
             rule=f"the model attends to {n_neighbors} neighbours, all of other types",
-            fix="evaluate on the whole tissue and choose receivers with data.subset, which keeps everybody as neighbour",
+            fix="evaluate on the whole tissue and choose receivers with data.subset, which keeps all as neighbours",
         )
 
 
@@ -377,8 +377,8 @@ def _compare_with_training(card: ModelCard, coordinates: np.ndarray, integer_val
         if not 1 / _SCALE_RATIO <= ratio <= _SCALE_RATIO:
             notes.append(
                 f"cells lie {distance:.4g} apart (median distance to the nearest cell), {ratio:.3g} times the "
-                f"{training.nn_distance:.4g} of the training tissue: the unit of adata.obsm differs; the model's distance "
-                "kernel needs coordinates in the unit of training"
+                f"{training.nn_distance:.4g} of the training tissue: the unit of adata.obsm differs; the model's "
+                "distance kernel needs coordinates in the unit of training"
             )
 
 
@@ -433,8 +433,8 @@ def check_sections(
     cell, rank = np.argwhere(crossing)[0]
     extent = float(np.ptp(coordinates, axis=0).max())
     raise DataError(
-        value=f"{int(crossing.any(axis=1).sum())} of {len(samples)} cells have neighbours in another section (first: a cell of "
-        f"{samples[cell]} beside one of {samples[neighbours[cell, rank]]})",
+        value=f"{int(crossing.any(axis=1).sum())} of {len(samples)} cells have neighbours in another section (first: a "
+        f"cell of {samples[cell]} beside one of {samples[neighbours[cell, rank]]})",
         rule="sections must lie apart in one coordinate frame, or the model attends across slides",
         fix=f"shift each section before training and evaluation, e.g. add {extent * 2:.4g} times its number to the x "
         "coordinate; a section with fewer cells of other types than neighbours must be dropped",

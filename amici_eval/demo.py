@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from amici_eval.tracking.run_log import check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from amici_eval.results import HeadEvaluation
     from amici_eval.simulate import PlantedEffect
@@ -117,8 +117,7 @@ def run_demo(
 
 
 def planted_table(evaluation: HeadEvaluation, effects: Sequence[PlantedEffect]) -> list[str]:
-    """Return, line by line, the head that found each planted effect, and how many heads are significant where nothing was
-    planted.
+    """Return, as lines, the head that found each planted effect, and how many others are significant.
 
     Parameters
     ----------
@@ -179,7 +178,7 @@ def _command(arguments: list[str], say: Callable[..., None]) -> str:
         say(f"     {line.rstrip()}")
     if process.wait() != 0:
         raise AmiciEvalError(
-            f"amici-eval {arguments[0]} exited with {process.returncode}",
+            value=f"amici-eval {arguments[0]} exited with {process.returncode}",
             rule="each step of the demo must succeed",
             fix="see its message above",
         )

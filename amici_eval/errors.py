@@ -12,6 +12,7 @@ __all__ = [
     "OutputError",
     "TrackingError",
     "UnsafePickleError",
+    "first_line",
 ]
 
 
@@ -40,6 +41,12 @@ class AmiciEvalError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # keyword-only arguments do not survive the default pickling, and joblib workers send errors back pickled
         return (_rebuild, (type(self), self.value, self.rule, self.fix))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class and the first line of another library's error, for a message of ours."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def _rebuild(cls: type[AmiciEvalError], value: str, rule: str, fix: str) -> AmiciEvalError:

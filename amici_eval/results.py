@@ -332,7 +332,7 @@ class HeadEvaluation:
                 fix="install the version of amici_eval that wrote it",
             )
         try:
-            arrays = {
+            arrays: dict[str, Any] = {
                 name: np.array(record[name], dtype=kind).reshape(_shape(record, dimensions))
                 for name, (kind, dimensions) in _ARRAYS.items()
             }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-import types
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,7 +20,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 from amici_eval.data import Tissue, describe_training_data, open_anndata, prepare
-from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError
+from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError, first_line
+from amici_eval.model.allow_list import load_allow_listed
 from amici_eval.specs import DataSpec, ModelCard, TrainingData
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ class TrainedAMICI:
         )
 
     def save(self, directory: Path) -> None:
-        """Write the model into a new folder: ``weights.safetensors``, ``model.json``, ``cells.json``, ``manifest.json``.
+        """Write the model into a new folder: ``weights.safetensors``, ``model.json``, ``cells.json``, a manifest.
 
         None of the files is a pickle. The manifest holds the SHA-256 of the others, to tell a damaged file; it is no
         signature.
@@ -414,14 +413,14 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
         if trust:
             content = torch.load(path, map_location="cpu", weights_only=False)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_ALLOW_LIST_PICKLE)
+            content = load_allow_listed(path)
         attributes, weights = content["attr_dict"], content["model_state_dict"]
         init_params = attributes["init_params_"]["kwargs"]
     except UnsafePickleError:
         raise
     except Exception as error:
         raise ModelFormatError(
-            value=f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            value=f"{path} cannot be read ({first_line(error)})",
             rule="it must be what AMICI.save(...) wrote",
             fix="copy or save it again",
         ) from error
@@ -429,62 +428,6 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
     if adata is None and (directory / BUNDLED_ADATA).is_file():
         adata = open_anndata(directory / BUNDLED_ADATA)
     return TrainedAMICI._assemble(attributes, weights, adata)
-
-
-_ALLOWED_GLOBALS = {
-    "_codecs": {"encode"},
-    "builtins": {
-        "bytes",
-        "bytearray",
-        "complex",
-        "dict",
-        "float",
-        "frozenset",
-        "int",
-        "list",
-        "range",
-        "set",
-        "slice",
-        "str",
-        "tuple",
-    },
-    "collections": {"OrderedDict", "defaultdict"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.numeric": {"_frombuffer"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "pandas._libs.internals": {"_unpickle_block"},
-    "pandas.core.frame": {"DataFrame"},
-    "pandas.core.series": {"Series"},
-    "pandas.core.indexes.base": {"Index", "_new_Index"},
-    "pandas.core.indexes.range": {"RangeIndex"},
-    "pandas.core.internals.managers": {"BlockManager", "SingleBlockManager"},
-    "torch": {"Size", "device"},
-    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
-}
-
-
-class _AllowListUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        # protocol 2 writes Python 2's names
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module_name, module_name)
-        is_storage = module in ("torch", "torch.storage") and global_name.endswith("Storage")
-        if global_name in _ALLOWED_GLOBALS.get(module, ()) or is_storage:
-            return super().find_class(module, global_name)
-        raise UnsafePickleError(
-            value=f"the pickle asks for {module_name}.{global_name}",
-            rule="a model.pt of AMICI needs arrays, tables and plain containers only",
-            fix="if you trust whoever wrote the file with running code on this machine, pass register.trust=true",
-        )
-
-
-# torch.load takes a module that looks like pickle
-_ALLOW_LIST_PICKLE: Any = types.SimpleNamespace(
-    Unpickler=_AllowListUnpickler,
-    load=lambda file, **options: _AllowListUnpickler(file, **options).load(),
-    __name__="amici_eval_allow_list_pickle",
-)
 
 
 def _check_is_training_data(

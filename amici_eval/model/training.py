@@ -256,7 +256,7 @@ def _split(
 
 
 def _spatial_splitter(loader: type, *, batch_size: int) -> type[DataSplitter]:
-    class SpatialSplitter(DataSplitter):  # type: ignore[misc]
+    class SpatialSplitter(DataSplitter):
         data_loader_cls = loader
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ MIN_CELLS_TEST = 3
 """Two cells have one permutation besides the identity: no test at any usual level."""
 
 _TIE_TOLERANCE = 1e-10
-"""Relative to ||P|| ||Y||: sums of one permutation may differ by less than this between devices and summation orders."""
+"""Relative to ||P|| ||Y||: sums of one permutation differ by less than this between devices and summation orders."""
 _DEAD_TOLERANCE = 1e-6
 """A head whose predictions vary by less than this share of their size varies by float32 rounding alone."""
 _CELL_BLOCK = 2048

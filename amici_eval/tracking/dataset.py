@@ -15,7 +15,7 @@ from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
-from amici_eval.errors import DataError
+from amici_eval.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -112,9 +112,8 @@ class AnnDataSource(DatasetSource):
             filesystem, path = fsspec.core.url_to_fs(self._uri)
             filesystem.get(path, str(folder / name), recursive=name.lower().endswith(".zarr"))
         except Exception as error:
-            text = str(error).strip()
             raise DataError(
-                value=f"{self._uri} cannot be fetched ({type(error).__name__}: {text.splitlines()[0] if text else ''})",
+                value=f"{self._uri} cannot be fetched ({first_line(error)})",
                 rule="data.uri must name a readable .h5ad or .zarr",
                 fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
             ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError
+from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -240,7 +240,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
                 folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=staging))
             except (MlflowException, OSError, ValueError) as error:
                 raise ModelNotFoundError(
-                    value=f"{model_uri} cannot be fetched ({_first_line(error)})",
+                    value=f"{model_uri} cannot be fetched ({first_line(error)})",
                     rule="it must name a model in the tracking store or a local folder",
                     fix="check the URI and the tracking URI",
                 ) from error
@@ -268,7 +268,7 @@ def _flavor_settings(folder: Path, model_uri: str) -> dict[str, Any]:
         names = sorted(flavors)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ModelFormatError(
-            value=f"{model_uri} has no readable MLmodel file ({_first_line(error)})",
+            value=f"{model_uri} has no readable MLmodel file ({first_line(error)})",
             rule="it must be a model that MLflow logged",
             fix="check the URI, or register the model again",
         ) from error
@@ -279,11 +279,6 @@ def _flavor_settings(folder: Path, model_uri: str) -> dict[str, Any]:
             fix="register it with amici-eval register model_dir=... name=... data.uri=...",
         )
     return {**flavors[FLAVOR_NAME], "model_id": content.get("model_id")}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def load_model(model_uri: str) -> TrainedAMICI:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
+from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
 
 if TYPE_CHECKING:
     from amici_eval.tracking.flavor import StoredModel
@@ -79,7 +79,7 @@ def _check_reachable(uri: str) -> None:
     except (OSError, ValueError) as error:
         shown = parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
         raise TrackingError(
-            value=f"tracking store {shown} cannot be reached ({type(error).__name__}: {str(error)[:200]})",
+            value=f"tracking store {shown} cannot be reached ({first_line(error)})",
             rule="the store must answer before any work starts",
             fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
         ) from error

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import OutputError, TrackingError
+from amici_eval.errors import OutputError, TrackingError, first_line
 from amici_eval.names import slugify
 
 if TYPE_CHECKING:
@@ -204,10 +204,8 @@ def send(folder: Path, record: RunRecord) -> None:
     try:
         _send(folder, record)
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        text = str(error).strip()
         raise TrackingError(
-            value=f"the run {record.run_id} could not be completed ({type(error).__name__}: "
-            f"{text.splitlines()[0][:200] if text else ''})",
+            value=f"the run {record.run_id} could not be completed ({first_line(error)})",
             rule=f"all results are safe in {folder}",
             fix=f"when the tracking store is back, run: amici-eval upload {folder}",
         ) from error

@@ -1,0 +1,47 @@
+# Two commands from a fresh clone do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# nothing phones home
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+export WANDB_MODE := disabled
+
+.PHONY: help install demo test lint bench clean
+
+help:
+	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
+	@echo "make test   install and run the tests"
+	@echo "make lint   install and run ruff, mypy and import-linter"
+	@echo "make bench  time against amici-st on the same model and data"
+	@echo "make clean  remove what the above made"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "$$($(PYTHON) --version) found, Python 3.10 to 3.12 needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,sweep]'
+	@touch $@
+
+demo: install
+	$(BIN)/amici-eval demo
+	@echo "(amici-eval and mlflow are in $(BIN); activate it with: source $(BIN)/activate)"
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m tests.benchmarks.against_reference
+
+clean:
+	rm -rf $(VENV) demo-output amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
