@@ -214,6 +214,12 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     sys.argv = ["amici-eval", *overrides]
     try:
         hydra.main(config_path=str(config_directory()), config_name=command, version_base="1.3")(task)()
+    except (KeyboardInterrupt, SystemExit) as end:
+        if sweep:
+            from amici_eval.tracking.sweep import close_parent
+
+            close_parent("KILLED" if isinstance(end, KeyboardInterrupt) else "FAILED")
+        raise
     finally:
         sys.argv = before
     return codes[0]

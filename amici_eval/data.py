@@ -176,7 +176,7 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     _check_neighbours(labels, card.n_neighbors)
     radii = None
     if card.cell_radius_key is not None:
-        radii = _obs_column(adata, card.cell_radius_key, "cell radii").to_numpy(dtype=np.float64)
+        radii = _radii(adata, card.cell_radius_key)
     samples = None
     if spec.sample_key is not None:
         samples = _obs_column(adata, spec.sample_key, "samples").astype(str).to_numpy(dtype=object)
@@ -302,6 +302,20 @@ def _coordinates(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensi
             fix="drop these cells before training and evaluation",
         )
     return coordinates
+
+
+def _radii(adata: AnnData, key: str) -> Float64[np.ndarray, " cells"]:
+    column = _obs_column(adata, key, "cell radii").astype(object)
+    radii: Float64[np.ndarray, " cells"] = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    bad = ~np.isfinite(radii)
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise DataError(
+            value=f"adata.obs[{key!r}] is {column.iloc[first]!r} in cell {adata.obs_names[first]}",
+            rule="cell radii must be finite numbers",
+            fix="correct the column",
+        )
+    return radii
 
 
 def _matrix(adata: AnnData, layer: str | None) -> Any:
@@ -489,7 +503,8 @@ def content_digest(adata: AnnData) -> str:
         digest.update(name.encode())
         if matrix is not None:
             for block in _row_blocks(matrix.tocsr() if sparse.issparse(matrix) else matrix):
-                digest.update(np.ascontiguousarray(block, dtype="<f4").tobytes())
+                # + 0 makes a negative zero, which sparse storage drops, a plain one
+                digest.update((np.ascontiguousarray(block, dtype="<f4") + np.float32(0)).tobytes())
     return digest.hexdigest()
 
 

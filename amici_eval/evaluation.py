@@ -153,9 +153,7 @@ def evaluate_access(
         )
         exceedances[:, index] = np.where(counts.dead, -1, counts.exceedances)
         undefined += [
-            Undefined(
-                cell_type=cell_type, head=int(head), reason="the head predicts the same for all cells (dead head)"
-            )
+            Undefined(cell_type=cell_type, head=int(head), reason=_why_dead(predictions[head]))
             for head in np.flatnonzero(counts.dead)
         ]
 
@@ -189,6 +187,12 @@ def evaluate_access(
         model=dict(model_info or {}),
         data=dict(data_info or {}),
     )
+
+
+def _why_dead(prediction: np.ndarray) -> str:
+    if not np.isfinite(prediction).all():
+        return "the head's predictions are not finite"
+    return "the head predicts the same for all cells (dead head)"
 
 
 def _held_out(access: ModelAccess, rows: np.ndarray) -> bool | None:

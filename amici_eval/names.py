@@ -7,7 +7,8 @@ import re
 
 __all__ = ["slugify"]
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9_]+")
+_SAFE = re.compile(r"[A-Za-z0-9_]+")
+_OTHER = re.compile(r"[^A-Za-z0-9]+")
 _LONGEST = 60
 
 
@@ -26,8 +27,8 @@ def slugify(label: str) -> str:
         replaced by ``_`` and a hash of the whole label behind a ``-``, so that different labels never share a name
         (``"A+"`` and ``"A/"`` differ). It depends on the label alone, so it is the same in every run.
     """
-    safe = _UNSAFE.sub("_", label).strip("_") or "x"
-    if safe == label and len(label) <= _LONGEST:
+    if _SAFE.fullmatch(label) and len(label) <= _LONGEST:
         return label
+    readable = _OTHER.sub("_", label).strip("_") or "x"
     digest = hashlib.blake2b(label.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-    return f"{safe[:_LONGEST]}-{digest}"
+    return f"{readable[:_LONGEST]}-{digest}"

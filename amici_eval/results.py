@@ -308,7 +308,7 @@ class HeadEvaluation:
         return json.dumps(record, allow_nan=False, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> HeadEvaluation:
+    def from_json(cls, text: str | bytes) -> HeadEvaluation:
         """Read what :meth:`to_json` wrote.
 
         Raises
@@ -336,12 +336,16 @@ class HeadEvaluation:
                 name: np.array(record[name], dtype=kind).reshape(_shape(record, dimensions))
                 for name, (kind, dimensions) in _ARRAYS.items()
             }
+            held_out = tuple(record["held_out"])
+            if len(held_out) != len(record["cell_types"]):
+                msg = f"held_out has {len(held_out)} entries for {len(record['cell_types'])} cell types"
+                raise ValueError(msg)
             return cls(
                 n_heads=record["n_heads"],
                 cell_types=tuple(record["cell_types"]),
                 genes=tuple(record["genes"]),
                 n_permutations=record["n_permutations"],
-                held_out=tuple(record["held_out"]),
+                held_out=held_out,
                 spec=spec_from_mapping(record["spec"]),
                 undefined=tuple(Undefined(**item) for item in record["undefined"]),
                 notes=tuple(record["notes"]),
@@ -350,7 +354,7 @@ class HeadEvaluation:
                 schema_version=version,
                 **arrays,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 value=f"damaged evaluation ({type(error).__name__}: {error})",
                 rule="all fields of its schema version must be there, with matching sizes",
@@ -380,7 +384,8 @@ class HeadEvaluation:
                 rule="load() takes a folder that save() or a run wrote",
                 fix="give the folder itself",
             )
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        # not read_text: bytes that are no UTF-8 are damage, which from_json tells
+        return cls.from_json(path.read_bytes())
 
 
 _ARRAYS: dict[str, tuple[type, str]] = {

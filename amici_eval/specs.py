@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from numbers import Integral
 from typing import Any
 
 from amici_eval.errors import InvalidSpecError
@@ -81,17 +82,21 @@ class SubsetSpec:
                 fix=f"give data.subset.{missing} too",
             )
         if self.indices is not None:
+            # NumPy's whole numbers are welcome, but JSON holds plain ones only
+            rows = list(self.indices) if isinstance(self.indices, Iterable) else [self.indices]
+            whole = all(isinstance(row, Integral) and not isinstance(row, bool) for row in rows)
+            if not whole or not rows or min(rows) < 0 or len(set(rows)) < len(rows):
+                raise InvalidSpecError(
+                    value=f"data.subset.indices={rows[:5]}... ({len(rows)} rows)",
+                    rule="row numbers must be distinct whole numbers, not negative, and at least one",
+                    fix="give each row once, counted from 0",
+                )
+            object.__setattr__(self, "indices", tuple(int(row) for row in rows))
             if self.key is not None:
                 raise InvalidSpecError(
-                    value=f"data.subset.key={self.key!r} and data.subset.indices with {len(self.indices)} rows",
+                    value=f"data.subset.key={self.key!r} and data.subset.indices with {len(rows)} rows",
                     rule="cells are chosen by column or by index, not by both",
                     fix="drop one of the two",
-                )
-            if not self.indices or min(self.indices) < 0 or len(set(self.indices)) < len(self.indices):
-                raise InvalidSpecError(
-                    value=f"data.subset.indices={list(self.indices[:5])}... ({len(self.indices)} rows)",
-                    rule="row numbers must be distinct, not negative, and at least one",
-                    fix="give each row once, counted from 0",
                 )
 
 
@@ -267,7 +272,7 @@ class TrackingSpec:
 
 
 def default_n_permutations(n_heads: int, n_types: int, alpha: float) -> int:
-    """Return the smallest number of permutations at which one lone test of the family can reach ``alpha``.
+    """Return a number of permutations at which one lone test of the family reaches ``alpha`` if nothing exceeds it.
 
     Notes
     -----
@@ -366,8 +371,6 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
     for name, value in values.items():
         if name in _NESTED and is_dataclass(_NESTED[name]):
             arguments[name] = _build(_NESTED[name], value, f"{prefix}{name}.")
-        elif name == "indices" and value is not None:
-            arguments[name] = tuple(int(row) for row in value)
         elif name == "alpha" and isinstance(value, int) and not isinstance(value, bool):
             arguments[name] = float(value)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,20 +94,59 @@ def native(amici_dir: Path, adata: AnnData):
         return amici.AMICI.load(str(amici_dir), adata=adata.copy())
 
 
+@dataclass(frozen=True)
+class Registry:
+    """A tracking store with models in it, shared by all tests of a session: they add to it and never take away."""
+
+    uri: str
+    folder: Path
+    data: Path
+    model_id: str
+    run_id: str
+
+
+_OURS = ("MLFLOW_RUN", "MLFLOW_EXPERIMENT", "MLFLOW_TRACKING", "AMICI_EVAL")
+
+
+@pytest.fixture(scope="session")
+def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    import mlflow
+
+    from amici_eval.specs import TrackingSpec
+    from amici_eval.tracking.jobs import register_job
+
+    folder = tmp_path_factory.mktemp("store")
+    data = folder / "tissue.h5ad"
+    _tissue.write_h5ad(data)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    before, here = mlflow.get_tracking_uri(), Path.cwd()
+    os.chdir(folder)
+    try:
+        # version 1 brings its data by the run that logged it, version 2 in a bundle, version 3 not at all
+        options = {"name": "tiny", "trust": False, "tracking": TrackingSpec(uri=uri)}
+        first = register_job(str(amici_dir), data_uri=str(data), adata=None, alias="champion", **options)
+        register_job(str(amici_dir), data_uri=str(data), adata="bundle", alias=None, **options)
+        register_job(str(amici_dir), data_uri=None, adata=None, alias=None, **options)
+    finally:
+        os.chdir(here)
+        mlflow.set_tracking_uri(before)
+    return Registry(uri=uri, folder=folder, data=data, model_id=first.model_id, run_id=first.run_id)
+
+
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A SQLite tracking store in the test's folder, which is the current folder; nothing of it outlives the test."""
+def registry(_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    """The shared store as MLflow's tracking URI, from the test's own folder: models:/tiny/1 to 3, @champion -> 1."""
     import mlflow
 
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("MLFLOW_RUN", "MLFLOW_EXPERIMENT", "MLFLOW_TRACKING", "AMICI_EVAL")):
+        if name.startswith(_OURS):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", _registry.uri)
     before = mlflow.get_tracking_uri()
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(_registry.uri)
     try:
-        yield uri
+        yield _registry
     finally:
         while mlflow.active_run() is not None:
             mlflow.end_run("FAILED")

@@ -58,6 +58,20 @@ def own_data_loader() -> Iterator[None]:
         DataSplitter.data_loader_cls = before
 
 
+@contextmanager
+def _weights_fit_setup() -> Iterator[None]:
+    """Say in our words what torch says when a module cannot be built or cannot take the weights."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        message = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ModelFormatError(
+            value=f"weights and set-up disagree ({message})",
+            rule="they must come from one model",
+            fix="register the model again",
+        ) from error
+
+
 def _give_own_data_splitter(model: Any) -> None:
     """Let one model train with AMICI's loader without touching the class that all scvi-tools models share."""
     base = type(model)._data_splitter_cls
@@ -253,7 +267,7 @@ class TrainedAMICI:
 
         # the constructor draws initial weights, and the caller's random state is not ours to advance
         with torch.random.fork_rng(devices=[]):
-            try:
+            with _weights_fit_setup():
                 module = AMICIModule(
                     n_genes=len(self.card.genes),
                     n_labels=len(self.card.cell_types),
@@ -261,13 +275,6 @@ class TrainedAMICI:
                     **self.init_params,
                 )
                 module.load_state_dict(dict(self.weights))
-            except (RuntimeError, TypeError) as error:
-                message = str(error).splitlines()
-                raise ModelFormatError(
-                    value=f"weights and set-up disagree ({' '.join(line.strip() for line in message[:2])})",
-                    rule="they must come from one model",
-                    fix="register the model again",
-                ) from error
         return module.eval()
 
     def bind(self, adata: AnnData) -> Any:
@@ -283,6 +290,8 @@ class TrainedAMICI:
         ------
         DataError
             If the tissue does not fit the model.
+        ModelFormatError
+            If weights and set-up do not fit each other.
         """
         from amici import AMICI
         from anndata import AnnData
@@ -299,12 +308,12 @@ class TrainedAMICI:
         if card.cell_radius_key is not None:
             own.obs[card.cell_radius_key] = tissue.radii
         registry = _with_arrays(self.registry)
-        with own_data_loader(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with own_data_loader(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_fit_setup():
             # means of types that this tissue lacks are empty; the saved profiles replace them all
             warnings.simplefilter("ignore")
             AMICI.setup_anndata(own, source_registry=registry, **registry["setup_args"])
             model = AMICI(own, **self.init_params)
-        model.module.load_state_dict(dict(self.weights))
+            model.module.load_state_dict(dict(self.weights))
         model.module.eval()
         _give_own_data_splitter(model)
         model.is_trained_ = True

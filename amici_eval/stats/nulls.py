@@ -40,7 +40,7 @@ class PermutationCounts:
     exceedances
         Shape (heads,): permutations whose fit is at least that of the identity; meaningless where ``dead``.
     dead
-        Shape (heads,): heads whose prediction is the same for all cells, so that there is nothing to permute.
+        Shape (heads,): heads whose prediction is the same for all cells, or not finite: there is nothing to permute.
     n_permutations
         Random permutations drawn; the identity is not among them.
     """
@@ -122,7 +122,8 @@ def permutation_exceedances(
             p = _centred(predictions[head], device)
             p_norm = float(torch.linalg.norm(p))
             size = float(np.linalg.norm(predictions[head].astype(np.float64)))
-            if p_norm <= _DEAD_TOLERANCE * size:
+            # asked this way round, a prediction that is not finite is dead and not a fit that no permutation reaches
+            if not p_norm > _DEAD_TOLERANCE * size:
                 dead[head] = True
             else:
                 statistics = kernel(p, y, permutations)
@@ -145,7 +146,8 @@ def _with_identity(stream: PermutationStream, start: int, stop: int) -> np.ndarr
 
 
 def _centred(values: Float[np.ndarray, "cells genes"], device: str) -> Float64[Tensor, "cells genes"]:
-    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=torch.float64)
+    # a copy: PyTorch warns of arrays that are read-only
+    tensor = torch.from_numpy(np.array(values, dtype=np.float64, order="C")).to(device)
     return tensor - tensor.mean(dim=0)
 
 

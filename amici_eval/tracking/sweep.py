@@ -13,7 +13,16 @@ from amici_eval.tracking.jobs import PARENT_RUN_VARIABLE
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["ParentRun"]
+__all__ = ["ParentRun", "close_parent"]
+
+
+def close_parent(status: str) -> None:
+    """Close the parent run if one is open: Hydra does not tell its callbacks when a sweep fails or is interrupted."""
+    run_id = os.environ.pop(PARENT_RUN_VARIABLE, None)
+    if run_id is not None:
+        import mlflow
+
+        mlflow.MlflowClient().set_terminated(run_id, status)
 
 
 class ParentRun(Callback):
@@ -55,8 +64,6 @@ class ParentRun(Callback):
         """Close the parent: FAILED if a child failed."""
         import mlflow
 
-        os.environ.pop(PARENT_RUN_VARIABLE, None)
         if self._run_id is not None:
-            client = mlflow.MlflowClient()
-            failed = "amici_eval.failed_child" in client.get_run(self._run_id).data.tags
-            client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
+            failed = "amici_eval.failed_child" in mlflow.MlflowClient().get_run(self._run_id).data.tags
+            close_parent("FAILED" if failed else "FINISHED")

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from amici_eval.cli import main, project_overrides
+from amici_eval.config import hydra_override
+from amici_eval.errors import InvalidSpecError
+
+
+def call(*arguments: str) -> int:
+    """Run the command line in this process and return its exit code."""
+    handler = signal.getsignal(signal.SIGTERM)
+    environment = dict(os.environ)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        os.environ.clear()
+        os.environ.update(environment)
+    return int(ended.value.code or 0)
+
+
+def test_help_and_version(capsys):
+    assert call("--help") == 0
+    assert "amici-eval COMMAND" in capsys.readouterr().out
+    assert call("evaluate", "--help") == 0
+    assert call("--version") == 0
+    assert call() == 2
+
+
+def test_unknown_command(capsys):
+    assert call("evalute") == 2
+    assert "unknown command 'evalute': commands are evaluate, register, demo, upload" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("model_uri=models:/amici@champion", "model_uri='models:/amici@champion'"),
+        ("data.subset.value=Stromal_&_T_Cell_Hybrid", "data.subset.value='Stromal_&_T_Cell_Hybrid'"),
+        ("data.subset.value=007", "data.subset.value='007'"),
+        ("data.subset.value=1e10", "data.subset.value='1e10'"),
+        ("data.subset.value=β cell", "data.subset.value='β cell'"),
+        ("data.subset.value=it's", r"data.subset.value='it\'s'"),
+        ("data.subset.value='quoted'", "data.subset.value='quoted'"),
+        ("data.uri=/tmp/my tissue (1),x.h5ad", "data.uri='/tmp/my tissue (1),x.h5ad'"),
+        ("data.uri=null", "data.uri=null"),
+        ("permutation.seed=3", "permutation.seed=3"),
+        ("report.cell_types=[A,B]", "report.cell_types=[A,B]"),
+        ("permutation=reference", "permutation=reference"),
+    ],
+)
+def test_overrides_are_quoted_where_hydra_would_misread_them(given, expected):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    quoted = hydra_override(given)
+    assert quoted == expected
+    value = OverridesParser.create().parse_override(quoted).value()
+    if given.startswith("data.subset.value="):
+        assert str(getattr(value, "text", value)) == given.partition("=")[2].strip("'")
+
+
+def test_a_sweep_keeps_its_commas():
+    assert hydra_override("model_uri=models:/a/1,models:/a/2", sweep=True) == "model_uri=models:/a/1,models:/a/2"
+
+
+def test_what_is_no_override_is_told():
+    with pytest.raises(InvalidSpecError, match="settings are written key=value"):
+        hydra_override("models:/a/1")
+
+
+def test_project_parameters_become_overrides():
+    arguments = ["--model_uri", "models:/a/1", "--data", "", "--device", "cpu", "--seed", "3", "--overrides"]
+    arguments += ["report.figures=false 'data.subset.value=a b'", "--permutation.alpha", "0.1"]
+    assert project_overrides(arguments, "evaluate") == [
+        "model_uri=models:/a/1",
+        "ablation.device=cpu",
+        "permutation.seed=3",
+        "report.figures=false",
+        "data.subset.value=a b",
+        "permutation.alpha=0.1",
+    ]
+    assert project_overrides(["--seed", "3"], "demo") == ["seed=3"]
+    with pytest.raises(InvalidSpecError, match="--data: it needs a value"):
+        project_overrides(["--data"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["permutation.n_perm=3"], "Key 'n_perm' not in"),
+        (["permutation.alpha=big"], "could not be converted to Float"),
+        (["permutation.n_permutations=1.5"], "could not be converted to Integer"),
+        (["report.figures=perhaps"], "is not a valid bool"),
+        (["permutaton.seed=3"], "Key 'permutaton' not in 'EvaluateConfig'"),
+        (["permutation=cyclical"], "Could not find 'permutation/cyclical'"),
+    ],
+)
+def test_typos_and_wrong_types_are_refused(arguments, message, capsys):
+    assert call("evaluate", "model_uri=models:/a/1", *arguments) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model_uri is not set: it has no default; pass model_uri=..."),
+        (
+            ["model_uri=x", "permutation.alpha=2"],
+            "permutation.alpha=2.0: a significance level lies strictly between 0 and 1",
+        ),
+        (["model_uri=x", "permutation.n_permutations=0"], "it must be a whole number of at least 1"),
+        (["model_uri=x", "ablation.device=gpu"], "ablation.device='gpu': it must be auto, cpu, cuda, cuda:N or mps"),
+        (["model_uri=x", "ablation.engine=fast"], "ablation.engine='fast': it must be one of hooked"),
+        (["model_uri=x", "data.subset.key=region"], "a subset by column needs both"),
+        (["model_uri=x", "report.formats=[gif]"], "report.formats='gif'"),
+    ],
+)
+def test_bad_settings_name_value_rule_and_fix(arguments, message, capsys):
+    assert call("evaluate", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_users_extend_the_configuration(tmp_path, capsys):
+    (tmp_path / "mine" / "permutation").mkdir(parents=True)
+    (tmp_path / "mine" / "permutation" / "strict.yaml").write_text("alpha: 0.001\nseed: 11\n")
+    call("evaluate", "--config-dir", str(tmp_path / "mine"), "permutation=strict", "--cfg", "job")
+    shown = capsys.readouterr().out
+    assert "alpha: 0.001" in shown
+    assert "seed: 11" in shown
+
+
+@pytest.mark.amici
+def test_evaluate_from_the_command_line(registry, capsys):
+    code = call(
+        "evaluate",
+        "model_uri=models:/tiny@champion",
+        "data.subset.key=region",
+        "data.subset.value=left_strip",
+        "permutation=reference",
+        "permutation.n_permutations=19",
+        "report.formats=[png]",
+        "tracking.experiment=cli",
+        "tracking.keep_local=true",
+    )
+    out = capsys.readouterr().out
+    assert code == 0
+    run_id = next(line.split()[1] for line in out.splitlines() if line.startswith("run "))
+    logged = mlflow.get_run(run_id)
+    assert logged.info.status == "FINISHED"
+    assert mlflow.get_experiment(logged.info.experiment_id).name == "cli"
+    assert logged.data.params["cfg/permutation.convention"] == "reference"
+    assert logged.data.params["cfg/data.subset.value"] == "left_strip"
+    folder = Path("amici-eval-results") / run_id / "artifacts"
+    assert "value: left_strip" in (folder / "config" / "resolved.yaml").read_text()
+    assert "Held out" in out
+
+
+@pytest.mark.amici
+def test_register_and_sweep(registry, amici_dir, capsys):
+    register = [
+        "register",
+        f"model_dir={amici_dir}",
+        "name=swept",
+        f"data.uri={registry.data}",
+        "register.alias=champion",
+    ]
+    assert call(*register) == 0
+    assert "registered models:/swept/1" in capsys.readouterr().out
+    options = ["permutation.n_permutations=19", "report.figures=false", "tracking.experiment=sweep"]
+    assert call("evaluate", "-m", "model_uri=models:/swept/1,models:/swept@champion", *options) == 0
+    experiment = mlflow.get_experiment_by_name("sweep").experiment_id
+    runs = mlflow.search_runs([experiment], output_format="list")
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert parent.info.status == "FINISHED"
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.data.tags["amici_eval.model_uri"] for run in children} == {"models:/swept/1", "models:/swept@champion"}
+    assert {run.info.status for run in children} == {"FINISHED"}
+
+
+@pytest.mark.amici
+def test_a_failed_job_of_a_sweep_fails_the_parent(registry, capsys):
+    options = ["permutation.n_permutations=19", "report.figures=false", "tracking.experiment=half"]
+    assert call("evaluate", "-m", "model_uri=models:/tiny/9,models:/tiny/1", *options) != 0
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name("half").experiment_id], output_format="list")
+    by_kind = {run.data.tags["amici_eval.kind"]: run.info.status for run in runs}
+    assert by_kind == {"sweep": "FAILED", "evaluation": "FINISHED"}
+
+
+@pytest.mark.amici
+def test_bad_input_exits_2_with_its_message(registry, capsys):
+    assert call("evaluate", "model_uri=models:/tiny/9") == 2
+    assert "model 'tiny' has no version '9'" in capsys.readouterr().err
+    assert call("evaluate", "model_uri=models:/tiny/3") == 2
+    assert "pass data.uri=/path/to/tissue.h5ad" in capsys.readouterr().err
+
+
+def start(*arguments: str, cwd: Path, script: str | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", script] if script else [sys.executable, "-m", "amici_eval"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.amici
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_leaves_the_run_killed(registry, tmp_path, sign, code):
+    name = f"interrupted {sign.name}"
+    # so many permutations that it is still at work when the signal comes
+    options = ["permutation.n_permutations=5000000", f"tracking.run_name={name}"]
+    process = start("evaluate", "model_uri=models:/tiny/1", *options, cwd=tmp_path)
+    deadline = time.monotonic() + 90
+    runs: list = []
+    while not runs and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.5)
+        runs = mlflow.search_runs(
+            filter_string=f"attributes.run_name = '{name}'", search_all_experiments=True, output_format="list"
+        )
+    assert runs, process.communicate()
+    assert runs[0].info.status == "RUNNING"
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert mlflow.get_run(runs[0].info.run_id).info.status == "KILLED"
+
+
+@pytest.mark.amici
+def test_mlflow_run_evaluates(registry, tmp_path, monkeypatch):
+    """`mlflow run .` in the environment at hand: parameters, further overrides, exit code, the run it opened itself."""
+    repository = Path(__file__).resolve().parents[1]
+    # the project's command says `python`, as for anybody whose environment is activated
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    run = mlflow.projects.run(
+        str(repository),
+        env_manager="local",
+        experiment_name="project",
+        parameters={
+            "model_uri": "models:/tiny/1",
+            "n_permutations": "19",
+            "report.figures": "false",
+            "overrides": f"data.subset.key=region data.subset.value=left_strip tracking.output_dir={tmp_path}/out",
+        },
+    )
+    logged = mlflow.get_run(run.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["cfg/permutation.n_permutations"] == "19"
+    assert logged.data.params["cfg/data.subset.value"] == "left_strip"
+    assert "ev/Tumor/head_0" in logged.data.metrics
+    assert {entry.path for entry in mlflow.MlflowClient().list_artifacts(run.run_id)} >= {"tables", "report.html"}

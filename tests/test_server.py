@@ -1,0 +1,152 @@
+"""Against a real `mlflow server` on loopback, with a SQLite store and proxied artifacts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+import pytest
+import requests
+
+import amici_eval
+from amici_eval.errors import TrackingError
+from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.tracking.jobs import evaluate_job, register_job
+from amici_eval.tracking.run_log import upload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.amici, pytest.mark.server]
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                    *("--host", "127.0.0.1", "--port", str(self.port)),
+                    *("--backend-store-uri", f"sqlite:///{self.folder / 'm.db'}"),
+                    *("--artifacts-destination", str(self.folder / "artifacts")),
+                ],
+                cwd=self.folder,
+                env={name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING")},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                if requests.get(f"{self.uri}/health", timeout=2).ok:
+                    return
+            except requests.RequestException:
+                time.sleep(0.3)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, 15)
+            self.process.wait(timeout=30)
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    before = mlflow.get_tracking_uri()
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        mlflow.set_tracking_uri(before)
+
+
+def test_register_run_evaluate_and_a_lost_server(server, amici_dir, adata, tmp_path, monkeypatch):
+    adata.write_h5ad(tmp_path / "tissue.h5ad")
+    tracking = TrackingSpec(uri=server.uri, experiment="over http")
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
+    version = register_job(
+        str(amici_dir),
+        name="remote",
+        data_uri=str(tmp_path / "tissue.h5ad"),
+        adata="bundle",
+        trust=False,
+        alias="champion",
+        tracking=tracking,
+    )
+
+    def evaluate_champion():
+        return evaluate_job(
+            "models:/remote@champion",
+            data_uri=None,
+            spec=spec,
+            report=ReportSpec(formats=("png",)),
+            tracking=tracking,
+            config_yaml="",
+        )
+
+    # 1. the job
+    result = evaluate_champion()
+    client = mlflow.MlflowClient(server.uri)
+    logged = client.get_run(result.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.info.artifact_uri.startswith("mlflow-artifacts:")
+    assert {entry.path for entry in client.list_artifacts(result.run_id)} >= {"tables", "figures", "report.html"}
+    assert logged.inputs.model_inputs[0].model_id == version.model_id
+    assert client.get_model_version("remote", "1").tags["amici_eval.evaluation_run_id"] == result.run_id
+
+    # 2. MLflow's own evaluate; data from the model's artifacts
+    data = amici_eval.from_anndata("models:/remote/1/data/amici/adata.h5ad")
+    with mlflow.start_run() as run:
+        outcome = mlflow.models.evaluate(
+            "models:/remote@champion",
+            data=data,
+            model_type="amici",
+            evaluators="amici",
+            evaluator_config={"n_permutations": 19, "report.figures": False},
+        )
+    tumor = result.evaluation.type_index("Tumor")
+    assert outcome.metrics["ev/Tumor/head_0"] == result.evaluation.expl_var[0, tumor]
+    assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
+
+    # 3. the server dies while the heads are evaluated, comes back, and the run is finished from the local folder
+    from amici_eval import evaluation
+
+    real = evaluation.evaluate_access
+
+    def evaluate_then_lose_the_server(*arguments, **options):
+        outcome = real(*arguments, **options)
+        server.stop()
+        return outcome
+
+    monkeypatch.setattr(evaluation, "evaluate_access", evaluate_then_lose_the_server)
+    with pytest.raises(TrackingError, match="all results are safe in") as caught:
+        evaluate_champion()
+    folder = Path(caught.value.fix.rpartition(" ")[2])
+    server.start()
+    assert upload(folder) == folder.name
+    finished = client.get_run(folder.name)
+    assert finished.info.status == "FINISHED"
+    assert finished.data.metrics == logged.data.metrics
+    assert {entry.path for entry in client.list_artifacts(folder.name)} >= {"tables", "figures", "report.html"}

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import http.server
+import threading
+from functools import partial
+from pathlib import Path
+
+import mlflow
+import mlflow.data
+import numpy as np
+import pytest
+
+import amici_eval
+from amici_eval.data import content_digest
+from amici_eval.errors import DataError
+from amici_eval.tracking.dataset import AnnDataSource
+
+
+@pytest.fixture
+def file(adata, tmp_path) -> Path:
+    adata.write_h5ad(tmp_path / "my tissue.h5ad")
+    return tmp_path / "my tissue.h5ad"
+
+
+def test_mlflow_offers_the_constructor(adata):
+    dataset = mlflow.data.from_anndata(adata, name="t")
+    assert isinstance(dataset, amici_eval.AnnDataDataset)
+    assert dataset.digest == content_digest(adata)
+    assert len(dataset.digest) <= 36
+    assert dataset.profile == {"n_cells": 500, "n_genes": 40}
+
+
+def test_a_path_is_read_and_remembered(file, adata, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    dataset = amici_eval.from_anndata(file.name)
+    assert (dataset.name, dataset.digest) == ("my tissue", content_digest(adata))
+    assert dataset.source.to_dict() == {"uri": str(file)}
+
+
+def test_logged_dataset_comes_back(file, registry):
+    with mlflow.start_run() as run:
+        mlflow.log_input(amici_eval.from_anndata(file), context="training")
+    entry = mlflow.get_run(run.info.run_id).inputs.dataset_inputs[0].dataset
+    assert entry.source_type == "anndata"
+    source = mlflow.data.get_source(entry)
+    assert Path(source.load()) == file
+
+
+def test_an_anndata_without_source_is_logged_too(adata, registry):
+    with mlflow.start_run() as run:
+        mlflow.log_input(amici_eval.from_anndata(adata))
+    assert mlflow.get_run(run.info.run_id).inputs.dataset_inputs[0].dataset.digest == content_digest(adata)
+
+
+def test_only_anndata_files_are_claimed(registry):
+    assert AnnDataSource._can_resolve("s3://bucket/a.h5ad")
+    assert AnnDataSource._can_resolve("/data/a.zarr/")
+    assert not AnnDataSource._can_resolve("s3://bucket/a.csv")
+    assert not AnnDataSource._can_resolve(np.zeros(3))
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(file):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(file.parent)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_every_kind_of_uri_gives_the_same_anndata(adata, file, web, registry):
+    import fsspec
+
+    with mlflow.start_run() as run:
+        mlflow.log_artifact(str(file), "data")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(file), "/bucket/tissue.h5ad")
+    adata.write_zarr(file.with_suffix(".zarr"))
+    memory.put(str(file.with_suffix(".zarr")), "/bucket/tissue.zarr", recursive=True)
+    uris = [
+        str(file),
+        file.as_uri(),
+        f"runs:/{run.info.run_id}/data/{file.name}",
+        "models:/tiny/2/data/amici/adata.h5ad",
+        f"{web}/my%20tissue.h5ad",
+        "memory://bucket/tissue.h5ad",
+        "memory://bucket/tissue.zarr",
+        str(file.with_suffix(".zarr")),
+    ]
+    assert {uri: amici_eval.from_anndata(uri).digest for uri in uris} == dict.fromkeys(uris, content_digest(adata))
+
+
+def test_fetched_copies_are_removed(web):
+    with AnnDataSource(f"{web}/my%20tissue.h5ad").local_copy() as path:
+        assert path.is_file()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("{web}/absent.h5ad", "404"),
+        ("http://127.0.0.1:9/a.h5ad", "cannot be fetched"),
+        ("nosuch://bucket/a.h5ad", "fsspec package of its scheme"),
+        ("s3://bucket/a.csv", "must be an AnnData written as .h5ad or .zarr"),
+        ("memory://bucket/absent.h5ad", "cannot be fetched"),
+    ],
+)
+def test_what_cannot_be_fetched_says_so(uri, message, web):
+    with pytest.raises(DataError, match=message):
+        amici_eval.from_anndata(uri.format(web=web))

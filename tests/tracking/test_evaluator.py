@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+import amici_eval
+from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError
+from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
+from amici_eval.tracking.evaluator import AMICIEvaluator, settings_from_config
+
+pytestmark = pytest.mark.amici
+
+CONFIG = {"n_permutations": 19, "device": "cpu", "report.formats": ["png"]}
+
+
+def test_mlflow_knows_the_evaluator():
+    assert "amici" in mlflow.models.list_evaluators()
+
+
+def test_it_claims_amici_only():
+    for model_type in ("classifier", "regressor", "question-answering", "text", None, "AMICI"):
+        assert not AMICIEvaluator.can_evaluate(model_type=model_type, evaluator_config={})
+    assert AMICIEvaluator.can_evaluate(model_type="amici", evaluator_config={})
+
+
+@pytest.mark.parametrize("uri", ["models:/tiny/1", "models:/tiny@champion", "models:/{model_id}"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_evaluate_gives_metrics_and_artifacts_linked_once(registry, adata, uri, as_list, tmp_path):
+    uri = uri.format(model_id=registry.model_id)
+    options = {"evaluators": ["amici"], "evaluator_config": {"amici": CONFIG}}
+    if not as_list:
+        options = {"evaluators": "amici", "evaluator_config": CONFIG}
+    with mlflow.start_run() as run:
+        result = mlflow.models.evaluate(uri, data=amici_eval.from_anndata(adata), model_type="amici", **options)
+    expected = amici_eval.evaluate(
+        amici_eval.load_model(uri),
+        adata,
+        amici_eval.EvaluationSpec(permutation=amici_eval.PermutationSpec(n_permutations=19)),
+    )
+    tumor = expected.type_index("Tumor")
+    assert result.metrics["ev/Tumor/head_1"] == expected.expl_var[1, tumor]
+    assert result.metrics["p_adj/Tumor/head_1"] == expected.p_value_adj[1, tumor]
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    client = mlflow.MlflowClient()
+    for name, value in result.metrics.items():
+        points = client.get_metric_history(run.info.run_id, name)
+        assert [point.value for point in points] == [value], name
+    linked = [entry for entry in client.get_logged_model(registry.model_id).metrics if entry.run_id == run.info.run_id]
+    assert {entry.key: entry.value for entry in linked} == result.metrics
+    assert len(linked) == len(result.metrics)
+    logged = client.get_run(run.info.run_id)
+    assert logged.data.params["cfg/permutation.n_permutations"] == "19"
+    assert logged.data.tags["amici_eval.model_id"] == registry.model_id
+    assert logged.inputs.dataset_inputs[0].dataset.source_type == "code"
+    assert client.get_logged_model(registry.model_id).tags["amici_eval.evaluation_run_id"] == run.info.run_id
+    files = {entry.path for entry in client.list_artifacts(run.info.run_id, "tables")}
+    assert {"tables/heads.csv", "tables/explained_variance.parquet"} <= files
+    assert tuple(result.artifacts["heads"].content.columns) == HEAD_COLUMNS
+    assert tuple(result.artifacts["explained_variance"].content.columns) == GENE_COLUMNS
+    assert result.artifacts["significance"].content["schema_version"] == 1
+    result.save(str(tmp_path / "out"))
+    saved = pd.read_csv(tmp_path / "out" / "artifacts" / "heads.csv")
+    assert len(saved) == expected.n_heads * len(expected.cell_types)
+
+
+def test_no_other_evaluator_runs_beside_it(registry, adata):
+    with mlflow.start_run() as run:
+        mlflow.models.evaluate(
+            "models:/tiny/1",
+            data=amici_eval.from_anndata(adata),
+            model_type="amici",
+            evaluator_config={"amici": CONFIG},
+        )
+    assert "ev/Tumor/head_0" in mlflow.get_run(run.info.run_id).data.metrics
+
+
+def test_settings_nested_dotted_and_short():
+    for config in (
+        {"permutation": {"seed": 3, "alpha": 0.1}, "data": {"subset": {"key": "region", "value": "rest"}}},
+        {"seed": 3, "alpha": 0.1, "data.subset.key": "region", "data.subset.value": "rest"},
+    ):
+        spec, _ = settings_from_config(config)
+        assert (spec.permutation.seed, spec.permutation.alpha) == (3, 0.1)
+        assert (spec.data.subset.key, spec.data.subset.value) == ("region", "rest")
+    assert settings_from_config(None)[0] == amici_eval.EvaluationSpec()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n_perm": 3}, "unknown setting n_perm: known here are data, ablation, permutation"),
+        (
+            {"permutation": {"n_perm": 3}},
+            r"unknown setting permutation\.n_perm: known here are permutation\.n_permutations",
+        ),
+        ({"report.dpi": 3}, r"unknown setting report\.dpi"),
+        ({"device": "gpu"}, r"ablation\.device='gpu': it must be auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_unknown_and_wrong_settings_are_refused(registry, adata, config, message):
+    with mlflow.start_run(), pytest.raises(InvalidSpecError, match=message):
+        mlflow.models.evaluate(
+            "models:/tiny/1",
+            data=amici_eval.from_anndata(adata),
+            model_type="amici",
+            evaluators="amici",
+            evaluator_config=config,
+        )
+
+
+def test_data_of_another_kind(registry):
+    with mlflow.start_run(), pytest.raises(DataError, match=r"pass data=amici_eval\.from_anndata"):
+        mlflow.models.evaluate("models:/tiny/1", data=pd.DataFrame({"a": [1]}), model_type="amici", evaluators="amici")
+
+
+def test_a_served_model_has_no_native_model(adata):
+    served = SimpleNamespace(metadata=None)
+    dataset = amici_eval.from_anndata(adata).to_evaluation_dataset()
+    with pytest.raises(ModelFormatError, match=r"must be loaded in this process.*env_manager='local'"):
+        AMICIEvaluator().evaluate(model_type="amici", dataset=dataset, run_id="0", evaluator_config=None, model=served)

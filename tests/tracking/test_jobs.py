@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+
+import amici_eval
+from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
+from amici_eval.names import slugify
+from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
+from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.tracking.jobs import evaluate_job, register_job
+from amici_eval.tracking.run_log import load_evaluation, upload
+
+pytestmark = pytest.mark.amici
+
+QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
+
+
+def run(model_uri: str = "models:/tiny/1", *, data_uri=None, spec=QUICK, report=None, **tracking):
+    report = report or ReportSpec(formats=("png",))
+    return evaluate_job(
+        model_uri,
+        data_uri=data_uri,
+        spec=spec,
+        report=report,
+        tracking=TrackingSpec(**tracking),
+        config_yaml="a: 1\n",
+    )
+
+
+def statuses(registry) -> set[str]:
+    client = mlflow.MlflowClient()
+    experiments = [entry.experiment_id for entry in client.search_experiments()]
+    return {entry.info.status for entry in client.search_runs(experiments)}
+
+
+def test_a_run_holds_the_contract(registry, tmp_path):
+    result = run(report=ReportSpec(), experiment="contract")
+    client = mlflow.MlflowClient()
+    logged = client.get_run(result.run_id)
+    assert logged.info.status == "FINISHED"
+    folder = Path(mlflow.artifacts.download_artifacts(run_id=result.run_id, dst_path=str(tmp_path / "got")))
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    types = result.evaluation.cell_types
+    assert files == {
+        "tables/explained_variance.csv",
+        "tables/explained_variance.parquet",
+        "tables/heads.csv",
+        "tables/baselines.csv",
+        "tables/labels.csv",
+        "significance.json",
+        "config/resolved.yaml",
+        "report.html",
+        "evaluation.json",
+        *(f"figures/expl_variance_barplot_per_head.{suffix}" for suffix in ("png", "svg")),
+        *(f"figures/expl_variance_heatmap_{slugify(name)}.{suffix}" for name in types for suffix in ("png", "svg")),
+    }
+    assert tuple(pd.read_csv(folder / "tables/explained_variance.csv").columns) == GENE_COLUMNS
+    heads = pd.read_csv(folder / "tables/heads.csv")
+    assert tuple(heads.columns) == HEAD_COLUMNS
+    assert len(heads) == 2 * len(types)
+    baselines = pd.read_csv(folder / "tables/baselines.csv")
+    assert list(baselines.columns) == ["ct_name", "baseline", "expl_var"]
+    assert set(baselines["baseline"]) == {"full_model", "no_head"}
+    assert list(pd.read_csv(folder / "tables/labels.csv").columns) == ["kind", "slug", "label"]
+    assert json.loads((folder / "significance.json").read_text())["schema_version"] == 1
+    assert (folder / "config/resolved.yaml").read_text() == "a: 1\n"
+    # metrics, params, dataset, and the links both ways
+    for index, cell_type in enumerate(types):
+        for head in range(2):
+            name = f"{slugify(cell_type)}/head_{head}"
+            assert logged.data.metrics[f"ev/{name}"] == result.evaluation.expl_var[head, index]
+            assert logged.data.metrics[f"p_adj/{name}"] == result.evaluation.p_value_adj[head, index]
+    assert logged.data.params["cfg/permutation.n_permutations"] == "19"
+    entry = logged.inputs.dataset_inputs[0]
+    assert (entry.dataset.name, entry.dataset.source_type) == ("tissue", "anndata")
+    assert entry.dataset.digest == result.evaluation.data["digest"]
+    assert [model.model_id for model in logged.inputs.model_inputs] == [registry.model_id]
+    assert logged.data.tags["amici_eval.model_version"] == "1"
+    assert client.get_model_version("tiny", "1").tags["amici_eval.evaluation_run_id"] == result.run_id
+    assert client.get_logged_model(registry.model_id).tags["amici_eval.evaluation_run_id"] == result.run_id
+    assert not (tmp_path / "amici-eval-results").exists()
+    assert load_evaluation(result.run_id).to_json() == result.evaluation.to_json()
+
+
+def test_the_bundle_serves_as_data(registry):
+    given, bundled = run("models:/tiny/1", data_uri=str(registry.data)), run("models:/tiny/2")
+    assert bundled.evaluation.data["digest"] == given.evaluation.data["digest"]
+    assert np.array_equal(bundled.evaluation.p_value, given.evaluation.p_value)
+
+
+def test_a_failing_store_loses_nothing_and_upload_finishes(registry, tmp_path, monkeypatch):
+    # the store fails after params, tags, inputs and one metric batch, before the files
+    real = mlflow.MlflowClient.log_artifacts
+
+    def gone(*arguments, **options):
+        message = "connection lost"
+        raise MlflowException(message)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", gone)
+    with pytest.raises(
+        TrackingError, match=r"connection lost.*all results are safe in .*run: amici-eval upload"
+    ) as caught:
+        run()
+    folder = Path(caught.value.fix.rpartition(" ")[2])
+    assert (folder / "artifacts" / "tables" / "heads.csv").is_file()
+    run_id = folder.name
+    assert mlflow.get_run(run_id).info.status == "FAILED"
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", real)
+    assert upload(folder) == run_id
+    client = mlflow.MlflowClient()
+    logged = client.get_run(run_id)
+    assert logged.info.status == "FINISHED"
+    assert len(logged.inputs.dataset_inputs) == 1
+    for name in logged.data.metrics:
+        assert len(client.get_metric_history(run_id, name)) == 1
+    assert {entry.path for entry in client.list_artifacts(run_id)} >= {"tables", "figures", "report.html"}
+
+
+def test_upload_of_another_folder(tmp_path):
+    with pytest.raises(OutputError, match=r"holds no readable upload\.json"):
+        upload(tmp_path)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_is_killed(registry, monkeypatch, interrupt):
+    def stop(*arguments, **options):
+        raise interrupt
+
+    monkeypatch.setattr("amici_eval.evaluation.evaluate_access", stop)
+    with pytest.raises(interrupt):
+        run(run_name=f"stopped by {interrupt.__name__}")
+    (stopped,) = mlflow.search_runs(
+        filter_string=f"attributes.run_name = 'stopped by {interrupt.__name__}'",
+        search_all_experiments=True,
+        output_format="list",
+    )
+    assert stopped.info.status == "KILLED"
+    assert "RUNNING" not in statuses(registry)
+
+
+def test_a_crash_is_failed(registry, monkeypatch):
+    def crash(*arguments, **options):
+        message = "boom"
+        raise ZeroDivisionError(message)
+
+    monkeypatch.setattr("amici_eval.evaluation.evaluate_access", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(run_name="crashed")
+    (crashed,) = mlflow.search_runs(
+        filter_string="attributes.run_name = 'crashed'", search_all_experiments=True, output_format="list"
+    )
+    assert crashed.info.status == "FAILED"
+
+
+def bad_data(adata, change) -> str:
+    change(adata)
+    adata.write_h5ad("bad.h5ad")
+    return "bad.h5ad"
+
+
+def drop_gene(adata):
+    adata._inplace_subset_var(adata.var_names[1:])
+
+
+def drop_labels(adata):
+    del adata.obs["cell_type"]
+
+
+def nan_expression(adata):
+    adata.X[0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_gene, "the data lacks 1 of them"),
+        (drop_labels, "adata.obs has no column 'cell_type'"),
+        (nan_expression, "expression of .* is nan"),
+    ],
+)
+def test_bad_data_starts_no_run(registry, adata, change, message):
+    client = mlflow.MlflowClient()
+    before = len(client.search_runs(["0"]))
+    with pytest.raises(DataError, match=message):
+        run(data_uri=bad_data(adata, change))
+    assert len(client.search_runs(["0"])) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"report": ReportSpec(cell_types=("Tumour",))}, InvalidSpecError, r"report\.cell_types names 'Tumour'"),
+        ({"output_dir": "/proc/none"}, OutputError, r"/proc/none cannot be written .*tracking\.output_dir"),
+        ({"data_uri": "absent.h5ad"}, DataError, r"absent\.h5ad does not exist"),
+    ],
+)
+def test_other_bad_input_starts_no_run(registry, options, kind, message):
+    client = mlflow.MlflowClient()
+    before = len(client.search_runs(["0"]))
+    with pytest.raises(kind, match=message):
+        run(**options)
+    assert len(client.search_runs(["0"])) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a/b"}, "a registered model's name has no '/'"),
+        ({"alias": "v1"}, r"register\.alias='v1'"),
+        ({"adata": "bundle", "data_uri": None}, "there must be an AnnData to bundle"),
+    ],
+)
+def test_bad_registration_is_refused(registry, amici_dir, options, message):
+    arguments = {
+        "name": "x",
+        "data_uri": str(registry.data),
+        "adata": None,
+        "trust": False,
+        "alias": None,
+        "tracking": TrackingSpec(),
+        **options,
+    }
+    with pytest.raises(AmiciEvalError, match=message):
+        register_job(str(amici_dir), **arguments)
+
+
+def test_awkward_labels_go_all_the_way(registry, adata, trained, amici_dir, tmp_path):
+    names = dict(
+        zip(
+            trained.card.cell_types,
+            ("CD8+_T_Cells", "Stromal_&_T_Cell_Hybrid", "Microglia/PVM", "β cell", "$x$ <b>"),
+            strict=True,
+        )
+    )
+    adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories(names)
+    from dataclasses import replace
+
+    renamed = replace(
+        trained,
+        card=replace(
+            trained.card, cell_types=tuple(names[name] for name in trained.card.cell_types), training_data=None
+        ),
+    )
+    with mlflow.start_run():
+        amici_eval.log_model(renamed, registered_model_name="awkward")
+    adata.write_h5ad(tmp_path / "awkward.h5ad")
+    result = run("models:/awkward/1", data_uri=str(tmp_path / "awkward.h5ad"), report=ReportSpec())
+    labels = pd.read_csv(mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/labels.csv"))
+    assert dict(zip(labels["label"], labels["slug"], strict=True)) == {name: slugify(name) for name in names.values()}
+    metrics = mlflow.get_run(result.run_id).data.metrics
+    assert all(f"ev/{slug}/head_0" in metrics for slug in labels["slug"])
