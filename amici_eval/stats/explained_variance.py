@@ -60,7 +60,7 @@ def explained_variance(
 
     Notes
     -----
-    The quantity of AMICI's explained-variance module (Hong et al. 2025), which says 0 where a gene does not vary;
+    The quantity of amici-st's explained-variance module, which says 0 where a gene does not vary;
     here it is undefined (NaN). Differences and variances are taken in float64, in two passes.
     """
     if predictions.shape != targets.shape or targets.ndim != 2:

@@ -58,4 +58,4 @@ class PermutationStream:
         for part in (str(self.seed), self.cell_type, self.stratum):
             encoded = part.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        return np.frombuffer(digest.digest(), dtype=np.uint64)
+        return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)

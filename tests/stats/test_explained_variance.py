@@ -42,7 +42,7 @@ def test_hand_computed_values():
 
 
 def test_a_shifted_prediction_is_as_good():
-    predictions, targets = draw(3, 30, 4)
+    _, targets = draw(3, 30, 4)
     fit, shifted = (explained_variance(p, targets) for p in (targets, targets + 5.0))
     np.testing.assert_allclose(fit.per_gene, 1.0, atol=1e-15)
     np.testing.assert_allclose(shifted.per_gene, 1.0, atol=1e-12)
@@ -90,7 +90,9 @@ def test_blocks_of_cells_change_nothing(monkeypatch):
     ("predictions", "targets"), [((4, 3), (4, 2)), ((4, 3), (3, 3)), ((4,), (4,)), ((2, 4, 3), (2, 4, 3))]
 )
 def test_shapes_that_disagree_are_named(predictions, targets):
-    with pytest.raises(ValueError, match=r"predictions have shape .* targets .* both must be \(cells, genes\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"predictions have shape .* targets .* both must be \(cells, genes\)"
+    ) as caught:
         explained_variance(np.ones(predictions), np.ones(targets))
     assert str(predictions) in str(caught.value)
     assert str(targets) in str(caught.value)

@@ -10,6 +10,9 @@ from scipy.stats import chisquare
 
 from amici_eval.stats.permutations import PermutationStream
 
+FROZEN = [[0, 5, 3, 1, 6, 7, 2, 4], [1, 0, 5, 2, 4, 7, 6, 3], [0, 6, 4, 1, 7, 3, 5, 2]]
+FROZEN_OTHER = [[4, 2, 1, 0, 3], [1, 3, 2, 0, 4]]
+
 
 def stream(**changes):
     return PermutationStream(**{"seed": 0, "cell_type": "B cell", "n_cells": 8, **changes})
@@ -30,13 +33,19 @@ def pair_codes(permutations, first, second):
 def test_first_permutations_are_frozen():
     # other values here mean that every published p-value changes: a numerical change of its own
     np.testing.assert_array_equal(stream().batch(0, 3), FROZEN)
-    np.testing.assert_array_equal(stream(seed=7, cell_type="β cell", stratum="slide 2", n_cells=5).batch(40, 42), FROZEN_2)
+    other = stream(seed=7, cell_type="β cell", stratum="slide 2", n_cells=5)
+    np.testing.assert_array_equal(other.batch(40, 42), FROZEN_OTHER)
 
 
 def test_the_same_labels_give_the_same_permutations_and_any_other_label_others():
     first = stream().batch(0, 20)
     np.testing.assert_array_equal(stream().batch(0, 20), first)
-    for changes in ({"seed": 1}, {"cell_type": "B cel"}, {"stratum": "slide 1"}, {"cell_type": "", "stratum": "B cell"}):
+    for changes in (
+        {"seed": 1},
+        {"cell_type": "B cel"},
+        {"stratum": "slide 1"},
+        {"cell_type": "", "stratum": "B cell"},
+    ):
         assert not np.array_equal(stream(**changes).batch(0, 20), first), changes
     # labels that read the same when put one behind the other are still different labels
     left, right = stream(cell_type="AB", stratum="C"), stream(cell_type="A", stratum="BC")

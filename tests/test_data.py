@@ -1,0 +1,774 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from amici_eval import data as module
+from amici_eval.data import check_sections, content_digest, describe_training_data, open_anndata, prepare
+from amici_eval.errors import DataError
+from amici_eval.specs import DataSpec, SubsetSpec, TrainingData
+from tests.fakes import make_card
+
+LABELS = ("CD8+_T_Cells", "Microglia/PVM", "Stromal_&_T_Cell_Hybrid", "β cell")
+CARD = make_card()
+
+
+def make_adata(n_cells=40, *, genes=CARD.genes, spacing=10.0, seed=0):
+    """A tissue that fits ``CARD``: log values, cells about ``spacing`` apart, ten cells of each type."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(3.0, size=(n_cells, len(genes))).astype(np.float32)
+    grid = np.stack(np.divmod(np.arange(n_cells), 8), axis=1) + rng.uniform(-0.2, 0.2, size=(n_cells, 2))
+    return ad.AnnData(
+        X=np.log1p(counts),
+        obs=pd.DataFrame(
+            {
+                "cell_type": pd.Categorical([LABELS[i % 4] for i in range(n_cells)]),
+                "region": pd.Categorical(["left" if i < 15 else "rest" for i in range(n_cells)]),
+                "slide": [i % 2 for i in range(n_cells)],
+                "radius": np.linspace(3, 5, n_cells),
+                "kept": [i % 3 == 0 for i in range(n_cells)],
+            },
+            index=[f"cell{i:03d}" for i in rng.permutation(n_cells)],
+        ),
+        var=pd.DataFrame(index=list(genes)),
+        layers={"counts": counts},
+        obsm={"spatial": grid * spacing},
+        uns={"note": "kept"},
+    )
+
+
+@pytest.fixture
+def adata():
+    return make_adata()
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(DataError) as caught:
+        call(*args, **kwargs)
+    return caught.value.value, caught.value.rule, caught.value.fix
+
+
+def prepared(adata, *, card=CARD, **settings):
+    return prepare(adata, card, DataSpec(**settings))
+
+
+def refused(adata, *, card=CARD, **settings):
+    return refusal(prepare, adata, card, DataSpec(**settings))
+
+
+# --- reading files
+
+
+def test_files_of_both_formats_are_read(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    adata.write_zarr(tmp_path / "a.zarr")
+    for name in ("a.h5ad", "a.zarr"):
+        read = open_anndata(tmp_path / name)
+        np.testing.assert_array_equal(read.X, adata.X)
+        assert read.obs_names.equals(adata.obs_names)
+    assert open_anndata(str(tmp_path / "a.h5ad")).shape == (40, 6)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "none.h5ad"
+    assert refusal(open_anndata, path) == (
+        f"{path} does not exist",
+        "data must be a readable AnnData",
+        "correct the path",
+    )
+
+
+@pytest.mark.parametrize(("name", "ending"), [("a.csv", ".csv"), ("a.h5", ".h5"), ("a", "no suffix")])
+def test_a_file_of_another_kind_is_refused(tmp_path, name, ending):
+    path = tmp_path / name
+    path.write_text("gene,cell\n1,2\n")
+    assert refusal(open_anndata, path) == (
+        f"{path} ends in {ending}",
+        "data must be an AnnData written as .h5ad or .zarr",
+        "write it with adata.write_h5ad(...)",
+    )
+
+
+def damage(path, adata, how):
+    adata.write_h5ad(path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "random": np.random.default_rng(0).bytes(5000),
+            "truncated": whole[: len(whole) // 2],
+            "cut at the end": whole[:-100],
+            "empty": b"",
+            "csv": b"gene,cell\n1,2\n",
+        }[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["random", "truncated", "cut at the end", "empty", "csv"])
+def test_a_damaged_file_is_refused(adata, tmp_path, how):
+    path = tmp_path / "a.h5ad"
+    damage(path, adata, how)
+    value, rule, fix = refusal(open_anndata, path)
+    assert value.startswith(f"{path} cannot be read (")
+    assert rule == "data must be an AnnData written as .h5ad or .zarr"
+    assert fix == "write it again with adata.write_h5ad(...), or copy it again if it was cut off"
+
+
+def test_a_folder_that_is_no_zarr_is_refused(tmp_path):
+    (tmp_path / "a.zarr").mkdir()
+    value, _, fix = refusal(open_anndata, tmp_path / "a.zarr")
+    assert value.startswith(f"{tmp_path / 'a.zarr'} cannot be read (")
+    assert fix.startswith("write it again")
+
+
+@pytest.mark.parametrize(("cells", "genes"), [(0, 6), (40, 0)])
+def test_an_empty_anndata_is_refused(adata, tmp_path, cells, genes):
+    empty = adata[:cells, :genes].copy()
+    expected = (
+        f"the AnnData is empty ({cells} cells x {genes} genes)",
+        "at least one cell and one gene are needed",
+        "check how it was filtered",
+    )
+    assert refused(empty) == expected
+    empty.write_h5ad(tmp_path / "a.h5ad")
+    assert refusal(open_anndata, tmp_path / "a.h5ad") == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(None, "NoneType"), (np.ones((3, 3)), "ndarray"), (pd.DataFrame(), "DataFrame")]
+)
+def test_what_is_no_anndata_is_refused(value, name):
+    assert refused(value) == (
+        f"data is a {name}",
+        "data must be an AnnData",
+        "read the file with anndata.read_h5ad(...) or give its path as data.uri",
+    )
+
+
+# --- a tissue that fits
+
+
+def test_a_tissue_that_fits_is_seen_as_it_is(adata):
+    tissue = prepared(adata)
+    assert tissue.notes == ()
+    assert tissue.n_cells == 40
+    assert tissue.gene_columns is None
+    assert tissue.evaluated.all()
+    assert tissue.radii is None
+    assert tissue.samples is None
+    assert tissue.matrix is adata.X
+    np.testing.assert_array_equal(tissue.cell_names, adata.obs_names)
+    np.testing.assert_array_equal(tissue.labels, adata.obs["cell_type"].astype(str))
+    np.testing.assert_array_equal(np.array(CARD.cell_types)[tissue.label_codes], tissue.labels)
+    np.testing.assert_array_equal(tissue.coordinates, adata.obsm["spatial"])
+    rows = np.array([7, 3, 3])
+    np.testing.assert_array_equal(tissue.expression(rows), adata.X[rows])
+    assert tissue.expression(rows).dtype == np.float32
+
+
+def test_awkward_labels_are_labels(adata):
+    receivers = prepared(adata).receivers()
+    assert tuple(receivers) == LABELS
+    for label, rows in receivers.items():
+        assert (adata.obs["cell_type"].iloc[rows] == label).all()
+        assert len(rows) == 10
+
+
+def test_label_codes_follow_the_model_and_not_the_data(adata):
+    card = make_card(cell_types=("never seen here", *LABELS[::-1]))
+    codes = prepared(adata, card=card).label_codes
+    np.testing.assert_array_equal(np.array(card.cell_types)[codes], adata.obs["cell_type"].astype(str))
+    assert codes.dtype == np.int64
+    assert set(codes) == {1, 2, 3, 4}
+
+
+def test_receivers_are_in_the_order_of_their_names(adata):
+    tissue = prepared(adata)
+    for rows in tissue.receivers().values():
+        names = tissue.cell_names[rows].tolist()
+        assert names == sorted(names)
+    shuffled = adata[np.random.default_rng(1).permutation(40)].copy()
+    other = prepared(shuffled)
+    for label, rows in tissue.receivers().items():
+        assert tissue.cell_names[rows].tolist() == other.cell_names[other.receivers()[label]].tolist()
+
+
+@pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, sparse.csc_array])
+def test_sparse_expression_is_the_same_expression(adata, kind):
+    dense = prepared(adata).expression(np.arange(40))
+    adata.X = kind(adata.X)
+    np.testing.assert_array_equal(prepared(adata).expression(np.arange(40)), dense)
+
+
+def test_layers_are_chosen(adata):
+    rows = np.arange(5)
+    by_card = make_card(layer="counts")
+    counts = adata.layers["counts"][rows]
+    np.testing.assert_array_equal(prepared(adata, layer="counts").expression(rows), counts)
+    np.testing.assert_array_equal(prepared(adata, card=by_card).expression(rows), counts)
+    np.testing.assert_array_equal(prepared(adata, card=by_card, layer="X").expression(rows), adata.X[rows])
+
+
+def test_the_user_names_other_columns_than_the_model(adata):
+    adata.obs["other"] = adata.obs["cell_type"].to_numpy()[::-1]
+    adata.obsm["elsewhere"] = adata.obsm["spatial"] + 5
+    tissue = prepared(adata, labels_key="other", coord_obsm_key="elsewhere", sample_key="slide")
+    np.testing.assert_array_equal(tissue.labels, adata.obs["other"].astype(str))
+    np.testing.assert_array_equal(tissue.coordinates, adata.obsm["spatial"] + 5)
+    np.testing.assert_array_equal(tissue.samples, adata.obs["slide"].astype(str))
+
+
+def test_radii_are_taken_if_the_model_uses_them(adata):
+    tissue = prepared(adata, card=make_card(cell_radius_key="radius"))
+    np.testing.assert_array_equal(tissue.radii, adata.obs["radius"])
+
+
+def test_coordinates_may_be_a_frame_or_have_three_columns(adata):
+    expected = adata.obsm["spatial"].copy()
+    adata.obsm["spatial"] = pd.DataFrame(expected, index=adata.obs_names, columns=["x", "y"])
+    np.testing.assert_array_equal(prepared(adata).coordinates, expected)
+    adata.obsm["spatial"] = np.column_stack([expected, np.arange(40)])
+    assert prepared(adata).coordinates.shape == (40, 3)
+
+
+# --- names
+
+
+def test_cell_names_that_occur_twice_are_refused(adata):
+    names = adata.obs_names.tolist()
+    names[9] = names[4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # AnnData says so, too
+        adata.obs_names = names
+        found = refused(adata)
+    assert found == (
+        f"cell name {names[4]!r} occurs more than once",
+        "obs_names must be unique: the order of permutations and training membership go by name",
+        "call adata.obs_names_make_unique()",
+    )
+
+
+def test_genes_that_occur_twice_are_refused(adata):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adata.var_names = ["g0", "g1", "g2", "g3", "g4", "g1"]
+        found = refused(adata)
+    assert found == (
+        "gene 'g1' occurs more than once",
+        "genes are matched by name, so var_names must be unique",
+        "call adata.var_names_make_unique() or drop one of them",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [(["g0", "g2", "g3", "g4", "g5"], "1 of them (g1)"), (["g5", "g1"], "4 of them (g0, g2, g3, ...)")],
+)
+def test_missing_genes_are_named(adata, kept, missing):
+    assert refused(adata[:, kept].copy()) == (
+        f"the model has 6 genes and the data lacks {missing}",
+        "every gene of the model must be among var_names",
+        "take the AnnData before gene filtering, or train on the genes you have",
+    )
+
+
+def test_genes_in_another_order_are_aligned_by_name(adata):
+    rows = np.array([5, 0, 39])
+    moved = prepared(adata[:, ["g3", "g0", "g5", "g1", "g2", "g4"]].copy())
+    np.testing.assert_array_equal(moved.expression(rows), adata.X[rows])
+    assert moved.notes == ("genes of the data are in another order than the model's; aligned by name",)
+
+
+@pytest.mark.parametrize("storage", [np.asarray, sparse.csr_matrix])
+def test_further_genes_are_ignored_with_a_note(storage):
+    wide = make_adata(genes=("g0", "extra", "g1", "g2", "g3", "more", "g4", "g5"))
+    rows = np.array([5, 0, 39])
+    expected = wide.X[rows][:, [0, 2, 3, 4, 6, 7]]
+    wide.X = storage(wide.X)
+    tissue = prepared(wide)
+    np.testing.assert_array_equal(tissue.expression(rows), expected)
+    assert tissue.notes == ("2 of 8 genes of the data are not in the model and ignored",)
+    both = prepared(wide[:, ["g5", "g4", "more", "g3", "g2", "g1", "extra", "g0"]].copy())
+    np.testing.assert_array_equal(both.expression(rows), expected)
+    assert [note.split()[0] for note in both.notes] == ["2", "genes"]
+
+
+def test_notes_are_logged(adata, caplog):
+    with caplog.at_level(logging.WARNING, logger="amici_eval"):
+        notes = prepared(adata[:, list(adata.var_names[::-1])].copy()).notes
+    assert [record.getMessage() for record in caplog.records] == list(notes)
+    assert len(notes) == 1
+
+
+# --- labels
+
+
+def test_a_missing_label_column_is_named_with_the_columns_there_are(adata):
+    rule = (
+        "it must hold the cell types (data.labels_key names another column); "
+        "there are cell_type, region, slide, radius, kept"
+    )
+    assert refused(adata, labels_key="celltype") == (
+        "adata.obs has no column 'celltype'",
+        rule,
+        "name the right column",
+    )
+    bare = ad.AnnData(X=adata.X, var=adata.var, obs=pd.DataFrame(index=adata.obs_names))
+    assert refused(bare)[1].endswith("there are no columns")
+
+
+@pytest.mark.parametrize("dtype", ["category", object])
+def test_cells_without_label_are_counted(adata, dtype):
+    labels = adata.obs["cell_type"].astype(object)
+    labels.iloc[[3, 17]] = np.nan
+    adata.obs["cell_type"] = labels.astype(dtype)
+    assert refused(adata) == (
+        "adata.obs['cell_type'] is missing in 2 of 40 cells",
+        "every cell needs a value for the cell types (data.labels_key names another column)",
+        "fill the values or drop these cells before training",
+    )
+
+
+def test_labels_the_model_has_not_seen_are_named_and_counted(adata):
+    labels = adata.obs["cell_type"].astype(object)
+    labels.iloc[:7] = ["new", "new", "α", "new", "δ", "ε", "new"]
+    adata.obs["cell_type"] = labels
+    assert refused(adata) == (
+        "adata.obs['cell_type'] has 4 labels the model has not seen: 'new' (4 cells), 'α' (1 cells), 'δ' (1 cells)",
+        f"the model knows {', '.join(LABELS)}",
+        "rename the labels to the model's, or drop these cells",
+    )
+
+
+def test_a_category_without_cells_is_no_unseen_label(adata):
+    adata.obs["cell_type"] = adata.obs["cell_type"].cat.add_categories(["never used"])
+    assert tuple(prepared(adata).receivers()) == LABELS
+
+
+def test_too_few_cells_of_other_types_are_refused(adata):
+    few = adata[(adata.obs["cell_type"] == "β cell").to_numpy() | (np.arange(40) < 5)].copy()
+    # rows 0 to 4 hold one cell of each other type and a second one of the first
+    assert few.obs["cell_type"].value_counts()["β cell"] == 10
+    card = make_card(n_neighbors=5)
+    assert refused(few, card=card) == (
+        "cells of type 'β cell' have 4 cells of other types around them",
+        "the model attends to 5 neighbours, all of other types",
+        "evaluate on the whole tissue and choose receivers with data.subset, which keeps all as neighbours",
+    )
+    assert prepared(few, card=make_card(n_neighbors=4)).n_cells == 14
+
+
+# --- coordinates
+
+
+def test_missing_coordinates_are_named_with_the_entries_there_are(adata):
+    adata.obsm["X_pca"] = np.ones((40, 3))
+    assert refused(adata, coord_obsm_key="xy") == (
+        "adata.obsm has no 'xy'",
+        "it must hold the coordinates; there are spatial, X_pca",
+        "name the right entry as data.coord_obsm_key",
+    )
+    del adata.obsm["spatial"], adata.obsm["X_pca"]
+    assert refused(adata)[:2] == (
+        "adata.obsm has no 'spatial'",
+        "it must hold the coordinates; there are no entries",
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_coordinates_that_are_not_finite_name_the_first_cell(adata, bad):
+    adata.obsm["spatial"][[6, 22], [1, 0]] = bad
+    assert refused(adata) == (
+        f"adata.obsm['spatial'] is not finite for 2 of 40 cells (first: {adata.obs_names[6]})",
+        "every cell needs finite coordinates",
+        "drop these cells before training and evaluation",
+    )
+
+
+def test_coordinates_of_one_column_are_refused(adata):
+    adata.obsm["spatial"] = adata.obsm["spatial"][:, :1]
+    assert refused(adata) == (
+        "adata.obsm['spatial'] has shape (40, 1)",
+        "coordinates must have at least two columns",
+        "store x and y",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (np.full((40, 2), "left"), "<U4"),
+        (np.full((40, 2), "left", dtype=object), "object"),
+        (pd.DataFrame({"x": ["a"] * 40, "y": [1.0] * 40}), "DataFrame"),
+        (sparse.csr_matrix(np.ones((40, 2))), "float64"),
+    ],
+)
+def test_coordinates_that_are_no_numbers_are_refused(adata, values, shown):
+    if isinstance(values, pd.DataFrame):
+        values.index = adata.obs_names
+    adata.obsm["spatial"] = values
+    assert refused(adata) == (
+        f"adata.obsm['spatial'] holds {shown}",
+        "coordinates must be numbers",
+        "convert them to float",
+    )
+
+
+@pytest.mark.parametrize("bad", ["wide", np.inf])
+@pytest.mark.parametrize("dtype", ["category", object])
+def test_radii_that_are_no_finite_numbers_are_refused(adata, bad, dtype):
+    radii = adata.obs["radius"].astype(object)
+    radii.iloc[8] = bad
+    adata.obs["radius"] = radii.astype(dtype)
+    assert refused(adata, card=make_card(cell_radius_key="radius")) == (
+        f"adata.obs['radius'] is {bad!r} in cell {adata.obs_names[8]}",
+        "cell radii must be finite numbers",
+        "correct the column",
+    )
+
+
+def test_missing_radii_are_counted(adata):
+    adata.obs.loc[adata.obs_names[:3], "radius"] = np.nan
+    value, rule, _ = refused(adata, card=make_card(cell_radius_key="radius"))
+    assert value == "adata.obs['radius'] is missing in 3 of 40 cells"
+    assert rule == "every cell needs a value for the cell radii"
+
+
+# --- expression
+
+
+@pytest.mark.parametrize("storage", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_expression_that_is_not_finite_names_gene_and_cell(adata, storage, bad, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 7)
+    adata.X[23, 4] = bad
+    adata.X = storage(adata.X)
+    expected = (
+        f"expression of g4 in cell {adata.obs_names[23]} is {bad}",
+        "expression must be finite",
+        "drop or impute such values as it was done for training",
+    )
+    assert refused(adata) == expected
+    assert refused(adata[:, ["g3", "g0", "g4", "g1", "g2", "g5"]].copy()) == expected
+
+
+def test_genes_the_model_does_not_know_may_be_anything():
+    wide = make_adata(genes=("extra", *CARD.genes))
+    wide.X[3, 0] = np.nan
+    assert prepared(wide).n_cells == 40
+
+
+def test_a_missing_layer_is_named_with_the_layers_there_are(adata):
+    fix = "name the right layer as data.layer, or data.layer=X for adata.X"
+    expected = ("adata.layers has no 'lognorm'", "it must hold the expression; there are counts", fix)
+    assert refused(adata, layer="lognorm") == expected
+    assert refused(adata, card=make_card(layer="lognorm")) == expected
+    del adata.layers["counts"]
+    assert refused(adata, layer="lognorm")[1] == "it must hold the expression; there are no layers"
+
+
+def test_an_anndata_without_x_is_refused(adata):
+    adata.X = None
+    assert refused(adata) == ("adata.X is empty", "it must hold the expression", "name the layer as data.layer")
+    assert prepared(adata, layer="counts").n_cells == 40
+
+
+# --- compared with the training tissue
+
+
+def trained_on(adata, **changes):
+    facts = describe_training_data(adata, coord_obsm_key="spatial", layer=None)
+    return make_card(training_data=dataclasses.replace(facts, **changes))
+
+
+def test_facts_of_the_training_tissue(adata):
+    facts = describe_training_data(adata, coord_obsm_key="spatial", layer=None)
+    xy = adata.obsm["spatial"]
+    apart = np.sqrt(((xy[:, None] - xy) ** 2).sum(axis=2))
+    np.fill_diagonal(apart, np.inf)
+    assert facts == TrainingData(
+        n_cells=40,
+        digest=content_digest(adata),
+        nn_distance=pytest.approx(np.median(apart.min(axis=1)), rel=1e-12),
+        integer_valued=False,
+    )
+    assert describe_training_data(adata, coord_obsm_key="spatial", layer="counts").integer_valued
+
+
+def test_the_training_tissue_itself_needs_no_note(adata):
+    assert prepared(adata, card=trained_on(adata)).notes == ()
+
+
+def test_counts_for_a_model_of_log_values_get_a_note(adata):
+    (note,) = prepared(adata, card=trained_on(adata), layer="counts").notes
+    assert note.startswith("expression looks like counts, but the model was trained on transformed values")
+    assert note.endswith("name the right layer as data.layer")
+    (note,) = prepared(adata, card=trained_on(adata, integer_valued=True)).notes
+    assert note.startswith("expression looks like transformed values, but the model was trained on counts")
+
+
+@pytest.mark.parametrize(("factor", "shown"), [(10.0, "10 times"), (0.1, "0.1 times")])
+def test_coordinates_in_another_unit_get_a_note(adata, factor, shown):
+    card = trained_on(adata)
+    adata.obsm["spatial"] = adata.obsm["spatial"] * factor
+    (note,) = prepared(adata, card=card).notes
+    trained = card.training_data.nn_distance
+    assert f"cells lie {factor * trained:.4g} apart" in note
+    assert f"{shown} the {trained:.4g} of the training tissue: the unit of adata.obsm differs" in note
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_tissue_of_another_density_gets_no_note(adata, factor):
+    card = trained_on(adata)
+    adata.obsm["spatial"] = adata.obsm["spatial"] * factor
+    assert prepared(adata, card=card).notes == ()
+
+
+def test_cells_on_one_spot_do_not_break_the_comparison(adata):
+    card = trained_on(adata)
+    adata.obsm["spatial"] = np.zeros((40, 2))
+    assert prepared(adata, card=card).notes == ()
+
+
+# --- which cells are evaluated
+
+
+def test_a_subset_by_column(adata):
+    tissue = prepared(adata, subset=SubsetSpec(key="region", value="left"))
+    np.testing.assert_array_equal(tissue.evaluated, np.arange(40) < 15)
+    assert tissue.n_cells == 40
+    assert sum(map(len, tissue.receivers().values())) == 15
+    assert all((rows < 15).all() for rows in tissue.receivers().values())
+    assert tissue.notes == ("15 of 40 cells evaluated; all cells serve as neighbours",)
+
+
+@pytest.mark.parametrize(("key", "value", "size"), [("slide", "1", 20), ("kept", "True", 14)])
+def test_a_subset_by_numbers_or_truth_values_is_written_as_text(adata, key, value, size):
+    tissue = prepared(adata, subset=SubsetSpec(key=key, value=value))
+    assert tissue.evaluated.sum() == size
+    np.testing.assert_array_equal(tissue.evaluated, adata.obs[key].astype(str) == value)
+
+
+def test_a_subset_by_index(adata):
+    tissue = prepared(adata, subset=SubsetSpec(indices=(39, 0, 4)))
+    assert np.flatnonzero(tissue.evaluated).tolist() == [0, 4, 39]
+    assert tuple(tissue.receivers()) == ("CD8+_T_Cells", "β cell")
+
+
+def test_an_unknown_value_is_refused_with_the_values_there_are(adata):
+    assert refused(adata, subset=SubsetSpec(key="region", value="right")) == (
+        "no cell has region = 'right'",
+        "its values are left, rest",
+        "choose one of these",
+    )
+    value, rule, _ = refused(adata, subset=SubsetSpec(key="radius", value="left"))
+    assert value == "no cell has radius = 'left'"
+    assert rule.count(", ") == 8
+    assert rule.endswith(", ...")
+
+
+def test_an_unknown_subset_column_is_refused(adata):
+    value, rule, fix = refused(adata, subset=SubsetSpec(key="area", value="left"))
+    assert value == "adata.obs has no column 'area'"
+    assert rule.startswith("it must hold the subset (data.subset.key); there are cell_type, region")
+    assert fix == "name the right column"
+
+
+def test_an_unknown_sample_column_is_refused(adata):
+    value, rule, _ = refused(adata, sample_key="batch")
+    assert value == "adata.obs has no column 'batch'"
+    assert rule.startswith("it must hold the samples; there are")
+
+
+def test_rows_beyond_the_end_are_refused(adata):
+    assert refused(adata, subset=SubsetSpec(indices=(3, 40))) == (
+        "data.subset.indices names row 40",
+        "the data has rows 0 to 39",
+        "give row numbers of this AnnData",
+    )
+
+
+# --- sections
+
+
+def test_sections_that_touch_are_refused():
+    samples = np.array(["s1", "s1", "s2", "s2"], dtype=object)
+    coordinates = np.array([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [40.0, 0.0]])
+    value, rule, fix = refusal(check_sections, samples, np.array([[1], [2], [1], [2]]), coordinates)
+    assert value == "2 of 4 cells have neighbours in another section (first: a cell of s1 beside one of s2)"
+    assert rule == "sections must lie apart in one coordinate frame, or the model attends across slides"
+    assert "add 80 times its number to the x coordinate" in fix
+
+
+def test_sections_apart_are_fine():
+    samples = np.array(["s1", "s1", "s2", "s2"], dtype=object)
+    neighbours = np.array([[1], [0], [3], [2]])
+    assert check_sections(samples, neighbours, np.zeros((4, 2))) is None
+
+
+# --- nothing changes
+
+
+@pytest.mark.parametrize("storage", [np.asarray, sparse.csc_matrix])
+def test_the_anndata_is_only_read(storage):
+    adata = make_adata(genes=("extra", *CARD.genes[::-1]))
+    adata.X = storage(adata.X)
+    before = adata.copy()
+    digest, matrix, spatial = content_digest(adata), adata.X, adata.obsm["spatial"]
+    tissue = prepared(adata, sample_key="slide", subset=SubsetSpec(key="kept", value="True"))
+    expression = tissue.expression(np.arange(40))
+    tissue.receivers()
+    expression[:] = -1.0
+    assert content_digest(adata) == digest == content_digest(before)
+    assert adata.X is matrix
+    assert adata.obsm["spatial"] is spatial
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+    pd.testing.assert_frame_equal(adata.var, before.var)
+    for name in ("obsm", "layers", "uns", "varm", "obsp", "varp"):
+        assert list(getattr(adata, name)) == list(getattr(before, name)), name
+
+
+def test_expression_of_all_cells_is_no_view_of_the_data(adata):
+    prepared(adata).expression(np.arange(40))[:] = -1.0
+    assert adata.X.min() == 0.0
+
+
+# --- fingerprints
+
+
+def test_the_fingerprint_is_frozen():
+    # another value here means that runs of one data set no longer find each other
+    adata = ad.AnnData(
+        X=np.array([[0.0, 1.5], [2.0, 0.0]], dtype=np.float32),
+        obs=pd.DataFrame({"cell_type": ["A", "β cell"], "score": [0.5, np.nan]}, index=["c1", "c2"]),
+        var=pd.DataFrame(index=["g1", "g2"]),
+        obsm={"spatial": np.array([[0.0, 1.0], [2.0, 3.0]])},
+    )
+    assert content_digest(adata) == "a6e363d562c5382208d655ada1249d9a"
+
+
+def test_the_fingerprint_does_not_depend_on_storage(adata, tmp_path, monkeypatch):
+    # a negative zero is a zero that sparse storage drops
+    adata.X[3, 2] = -0.0
+    adata.obs["some"] = pd.array([1, None] * 20, dtype="Int64")
+    adata.obs["text"] = [f"t{i}" for i in range(40)]
+    adata.obs["gap"] = pd.Categorical(["a", None] * 20)
+    digest = content_digest(adata)
+    assert len(digest) == 32
+    assert set(digest) <= set("0123456789abcdef")
+    variants = {"copy": adata.copy(), "view": adata[:, :]}
+    for kind in (sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array):
+        variants[kind.__name__] = other = adata.copy()
+        other.X, other.layers["counts"] = kind(adata.X), kind(adata.layers["counts"])
+    variants["float64"] = wide = adata.copy()
+    wide.X, wide.layers["counts"] = adata.X.astype(np.float64), adata.layers["counts"].astype(np.int64)
+    for name in ("copy", "csr_matrix"):
+        variants[name].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+        variants[f"{name} in h5ad"] = open_anndata(tmp_path / f"{name}.h5ad")
+        variants[name].copy().write_zarr(tmp_path / f"{name}.zarr")
+        variants[f"{name} in zarr"] = open_anndata(tmp_path / f"{name}.zarr")
+    variants["backed"] = ad.read_h5ad(tmp_path / "csr_matrix.h5ad", backed="r")
+    assert {name: content_digest(other) for name, other in variants.items()} == dict.fromkeys(variants, digest)
+    variants["backed"].file.close()
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 7)
+    assert content_digest(adata) == digest
+    assert content_digest(variants["csc_matrix"]) == digest
+
+
+def test_the_fingerprint_leaves_out_what_model_set_up_writes(adata):
+    digest = content_digest(adata)
+    adata.obs["_scvi_labels"] = 1
+    adata.obsm["_nn_idx"] = np.ones((40, 4), dtype=int)
+    adata.uns["_scvi_uuid"] = "x"
+    adata.uns["note"] = "changed"
+    assert content_digest(adata) == digest
+
+
+def change_x(adata):
+    adata.X[39, 5] += 1e-3
+
+
+def change_a_zero(adata):
+    adata.X[tuple(np.argwhere(adata.X == 0)[0])] = 1e-3
+
+
+def change_a_layer(adata):
+    adata.layers["counts"][0, 0] += 1
+
+
+def add_a_layer(adata):
+    adata.layers["more"] = adata.X
+
+
+def rename_a_layer(adata):
+    adata.layers["raw_counts"] = adata.layers.pop("counts")
+
+
+def change_a_label(adata):
+    adata.obs.loc[adata.obs_names[0], "cell_type"] = LABELS[1]
+
+
+def change_a_number(adata):
+    adata.obs.loc[adata.obs_names[0], "radius"] += 1e-9
+
+
+def change_a_truth_value(adata):
+    adata.obs.loc[adata.obs_names[0], "kept"] = False
+
+
+def drop_a_column(adata):
+    del adata.obs["slide"]
+
+
+def rename_a_column(adata):
+    adata.obs.rename(columns={"slide": "slice"}, inplace=True)  # noqa: PD002, RUF100 - of the same object
+
+
+def change_a_coordinate(adata):
+    adata.obsm["spatial"][20, 1] += 1e-9
+
+
+def rename_a_cell(adata):
+    adata.obs_names = ["renamed", *adata.obs_names[1:]]
+
+
+def rename_a_gene(adata):
+    adata.var_names = [*adata.var_names[:-1], "renamed"]
+
+
+def move_a_letter_between_names(adata):
+    adata.obs_names = [adata.obs_names[0] + "c", adata.obs_names[1][1:], *adata.obs_names[2:]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(change_x, change_a_zero, change_a_layer, add_a_layer, rename_a_layer, change_a_label, change_a_number),
+        *(change_a_truth_value, drop_a_column, rename_a_column, change_a_coordinate, rename_a_cell, rename_a_gene),
+        move_a_letter_between_names,
+    ],
+)
+def test_the_fingerprint_notices(adata, change):
+    digest = content_digest(adata)
+    change(adata)
+    assert content_digest(adata) != digest
+
+
+def test_the_fingerprint_notices_the_order_of_cells_and_genes(adata):
+    digests = {content_digest(adata), content_digest(adata[::-1].copy()), content_digest(adata[:, ::-1].copy())}
+    assert len(digests) == 3
+
+
+def test_a_missing_label_is_not_the_text_of_it(adata):
+    labels = adata.obs["cell_type"].astype(object)
+    digests = set()
+    for filler in (None, "nan", "None", "NA", ""):
+        adata.obs["cell_type"] = labels.where(np.arange(40) > 0, filler)
+        digests.add(content_digest(adata))
+    assert len(digests) == 5

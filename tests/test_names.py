@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from amici_eval.names import slugify
+
+seeded = settings(max_examples=300, deadline=None, derandomize=True)
+awkward = st.text(alphabet=st.sampled_from("aA1_-+/&. β\n\0é"), max_size=6) | st.text(max_size=80)
+
+
+@pytest.mark.parametrize("label", ["Tumor", "CD8_T_cells", "0", "a" * 60])
+def test_a_safe_label_is_its_own_name(label):
+    assert slugify(label) == label
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("CD8+_T_Cells", "CD8_T_Cells-f839fcbf"),
+        ("Microglia/PVM", "Microglia_PVM-108191b0"),
+        ("Stromal_&_T_Cell_Hybrid", "Stromal_T_Cell_Hybrid-0fbc73d8"),
+        ("β cell", "cell-d92e5577"),
+        ("_hidden", "_hidden"),
+        ("", "x-1271cf25"),
+        ("a" * 61, "a" * 60 + "-a79c1fb9"),
+    ],
+)
+def test_names_are_frozen(label, name):
+    # other names would break the metric and file names of all runs so far
+    assert slugify(label) == name
+
+
+def test_awkward_labels_get_different_names():
+    labels = {
+        *"Aaxeé_-βα ",
+        *("A+", "A/", "A_", "_A", "A-", "-A", "A ", " A", "A__", "A.", ""),
+        *("β cell", "α cell", "Microglia/PVM", "Microglia_PVM", "Microglia\\PVM", "Stromal_&_T_Cell_Hybrid"),
+        *("Stromal___T_Cell_Hybrid", "CD8+_T_Cells", "CD8-_T_Cells", "CD8__T_Cells", "..", "../x"),
+        *("a" * 60, "a" * 61, "a" * 62, "a" * 60 + "b"),
+    }
+    # a label that looks like the name of another is not given that name
+    labels |= {slugify(label) for label in labels if slugify(label) != label}
+    assert len({slugify(label) for label in labels}) == len(labels)
+
+
+@seeded
+@given(label=awkward)
+@example("\ud800")
+@example("")
+def test_a_name_has_safe_characters_and_a_bounded_length(label):
+    name = slugify(label)
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name)
+    assert len(name) <= 69
+    assert slugify(label) == name
+
+
+@seeded
+@given(labels=st.sets(awkward, min_size=2, max_size=8))
+@example({"A+", "A/"})
+@example({"", "x"})
+@example({"_A", "A"})
+def test_different_labels_have_different_names(labels):
+    for left, right in itertools.combinations(sorted(labels), 2):
+        assert slugify(left) != slugify(right)

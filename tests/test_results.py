@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amici_eval.errors import DataError
+from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS, SCHEMA_VERSION, HeadEvaluation, Undefined
+from tests.builders import AWKWARD_TYPES, make_evaluation
+
+seeded = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def assert_equal(left: HeadEvaluation, right: HeadEvaluation) -> None:
+    for field in dataclasses.fields(HeadEvaluation):
+        one, other = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(one, np.ndarray):
+            assert one.dtype == other.dtype, field.name
+            assert one.shape == other.shape, field.name
+            np.testing.assert_array_equal(one, other, err_msg=field.name)
+        else:
+            assert one == other, field.name
+            assert type(one) is type(other), field.name
+
+
+@pytest.fixture
+def small():
+    """Two heads, three types (one gene constant in A, one cell of C, head 1 without test in B), two genes."""
+    nan = math.nan
+    return dataclasses.replace(
+        make_evaluation(2, ("A", "B", "C"), genes=("g0", "g1"), n_permutations=99, held_out=(True, False, None)),
+        n_cells=np.array([30, 20, 1]),
+        expl_var_gene=np.array([[[0.1, nan], [0.3, 0.2], [nan, nan]], [[0.4, nan], [-0.2, -0.1], [nan, nan]]]),
+        expl_var=np.array([[0.1, 0.25, nan], [0.4, -0.15, nan]]),
+        expl_var_full=np.array([0.5, 0.3, nan]),
+        expl_var_none=np.array([0.01, 0.02, nan]),
+        exceedances=np.array([[4, 0, -1], [0, -1, -1]]),
+        p_value=np.array([[0.05, 0.01, nan], [0.01, nan, nan]]),
+        p_value_adj=np.array([[0.06, 0.015, nan], [0.015, nan, nan]]),
+        p_ci_low=np.array([[0.01, 0.0, nan], [0.0, nan, nan]]),
+        p_ci_high=np.array([[0.1, 0.04, nan], [0.04, nan, nan]]),
+        undefined=(
+            Undefined(cell_type="A", gene="g1", reason="the gene is constant"),
+            Undefined(cell_type="B", head=1, reason="dead head"),
+            Undefined(cell_type="C", reason="1 cell"),
+        ),
+    )
+
+
+@seeded
+@given(
+    n_heads=st.integers(1, 5),
+    types=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6), max_size=5, unique=True),
+    n_genes=st.integers(1, 7),
+    seed=st.integers(0, 1000),
+    with_undefined=st.booleans(),
+    notes=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=3),
+)
+def test_json_gives_everything_back(n_heads, types, n_genes, seed, with_undefined, notes):
+    held_out = [(True, False, None)[(seed + i) % 3] for i in range(len(types))]
+    evaluation = make_evaluation(
+        n_heads, types, n_genes, seed, with_undefined=with_undefined, held_out=held_out, notes=notes
+    )
+    assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
+
+
+def test_json_is_plain_and_readable():
+    evaluation = make_evaluation()
+    text = evaluation.to_json()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert "β cell" in text
+    record = json.loads(text)
+    assert record["schema_version"] == SCHEMA_VERSION == 1
+    assert record["expl_var"][0][-1] is None
+    assert record["exceedances"][0][-1] == -1
+    assert evaluation.to_json() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no json", "[]", "null", '"text"', "{}", '{"a": 1}', make_evaluation().to_json()[:-20], b"\xff\xfe{", b""],
+)
+def test_what_is_no_evaluation_is_refused(text):
+    with pytest.raises(DataError) as caught:
+        HeadEvaluation.from_json(text)
+    assert caught.value.value.startswith("not an evaluation (")
+    assert caught.value.rule == "it must be the evaluation.json of a run"
+    assert caught.value.fix == "download it again"
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None])
+def test_another_schema_version_is_refused(version):
+    record = json.loads(make_evaluation().to_json())
+    record["schema_version"] = version
+    with pytest.raises(DataError) as caught:
+        HeadEvaluation.from_json(json.dumps(record))
+    assert caught.value.value == f"evaluation of schema version {version!r}"
+    assert caught.value.rule == "this version of amici_eval reads schema version 1"
+    assert caught.value.fix == "install the version of amici_eval that wrote it"
+
+
+@pytest.mark.parametrize("name", sorted(set(json.loads(make_evaluation().to_json())) - {"schema_version"}))
+def test_a_missing_field_is_refused(name):
+    record = json.loads(make_evaluation().to_json())
+    del record[name]
+    with pytest.raises(DataError) as caught:
+        HeadEvaluation.from_json(json.dumps(record))
+    assert caught.value.value == f"damaged evaluation (KeyError: {name!r})"
+    assert caught.value.rule == "all fields of its schema version must be there, with matching sizes"
+    assert caught.value.fix == "download it again or evaluate again"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("expl_var", [[0.1]]),
+        ("n_cells", [1, 2]),
+        ("n_cells", [10**30] * 7),
+        ("exceedances", None),
+        ("n_heads", 4),
+        ("genes", ["only one"]),
+        ("cell_types", 7),
+        ("held_out", [True]),
+        ("undefined", [{"cell_type": "A"}]),
+        ("undefined", ["A"]),
+        ("spec", {"permutation": {"alpha": 3.0}}),
+        ("spec", "free"),
+        ("p_value", "text"),
+    ],
+)
+def test_a_field_of_another_size_or_kind_is_refused(name, value):
+    record = json.loads(make_evaluation().to_json())
+    record[name] = value
+    with pytest.raises(DataError, match=r"^damaged evaluation"):
+        HeadEvaluation.from_json(json.dumps(record))
+
+
+def test_a_folder_keeps_an_evaluation(tmp_path):
+    evaluation = make_evaluation()
+    path = evaluation.save(tmp_path / "not" / "there yet")
+    assert path == tmp_path / "not" / "there yet" / "evaluation.json"
+    assert_equal(HeadEvaluation.load(path.parent), evaluation)
+    assert_equal(HeadEvaluation.load(str(path.parent)), evaluation)
+
+
+@pytest.mark.parametrize("give_the_file", [False, True])
+def test_a_folder_without_evaluation_is_refused(tmp_path, give_the_file):
+    place = make_evaluation().save(tmp_path / "full") if give_the_file else tmp_path
+    with pytest.raises(DataError) as caught:
+        HeadEvaluation.load(place)
+    assert caught.value.value == f"{place} holds no evaluation.json"
+    assert caught.value.rule == "load() takes a folder that save() or a run wrote"
+    assert caught.value.fix == "give the folder itself"
+
+
+def test_bytes_damaged_on_the_way_are_refused(tmp_path):
+    path = make_evaluation().save(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace("β".encode(), b"\xff\xfe", 1))
+    with pytest.raises(DataError, match=r"^not an evaluation \(.*decode"):
+        HeadEvaluation.load(tmp_path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"^not an evaluation"):
+        HeadEvaluation.load(tmp_path)
+
+
+def test_columns_are_the_contract():
+    # named as AMICI names them; others read these files
+    assert GENE_COLUMNS == (
+        *("head", "ct_name", "gene", "expl_var_head_gene", "expl_var_head", "p_value_head", "p_value_adj_head"),
+        *("p_value_gene", "p_value_adj_gene", "undefined_reason"),
+    )
+    assert HEAD_COLUMNS == (
+        *("head", "ct_name", "n_cells", "expl_var_head", "ci_low", "ci_high", "best_gene", "expl_var_best_gene"),
+        *("p_value_head", "p_value_adj_head", "p_ci_low", "p_ci_high", "p_value_spatial", "p_value_adj_spatial", "ess"),
+        *("null", "method", "significant_free", "significant", "significant_by", "held_out", "undefined_reason"),
+    )
+    evaluation = make_evaluation()
+    assert tuple(evaluation.to_frame().columns) == GENE_COLUMNS
+    assert tuple(evaluation.heads().columns) == HEAD_COLUMNS
+    assert tuple(evaluation.baselines().columns) == ("ct_name", "baseline", "expl_var")
+
+
+def test_frame_has_a_row_per_head_type_and_gene(small):
+    frame = small.to_frame()
+    assert frame[["head", "ct_name", "gene"]].to_numpy().tolist() == [
+        [head, cell_type, gene] for head in (0, 1) for cell_type in "ABC" for gene in ("g0", "g1")
+    ]
+    np.testing.assert_array_equal(frame["expl_var_head_gene"], small.expl_var_gene.ravel())
+    for row in frame.itertuples():
+        place = row.head, "ABC".index(row.ct_name)
+        np.testing.assert_equal(row.expl_var_head, small.expl_var[place])
+        np.testing.assert_equal(row.p_value_head, small.p_value[place])
+        np.testing.assert_equal(row.p_value_adj_head, small.p_value_adj[place])
+    assert frame["undefined_reason"].tolist() == [
+        *("", "the gene is constant", "", "", "1 cell", "1 cell"),
+        *("", "the gene is constant", "dead head", "dead head", "1 cell", "1 cell"),
+    ]
+    assert frame[["p_value_gene", "p_value_adj_gene"]].isna().all(axis=None)
+
+
+def test_heads_has_a_row_per_head_and_type(small):
+    heads = small.heads()
+    nan = math.nan
+    expected = pd.DataFrame(
+        {
+            "head": [0, 0, 0, 1, 1, 1],
+            "ct_name": list("ABCABC"),
+            "n_cells": [30, 20, 1, 30, 20, 1],
+            "expl_var_head": [0.1, 0.25, nan, 0.4, -0.15, nan],
+            "best_gene": ["g0", "g0", None, "g0", "g1", None],
+            "expl_var_best_gene": [0.1, 0.3, nan, 0.4, -0.1, nan],
+            "p_value_head": [0.05, 0.01, nan, 0.01, nan, nan],
+            "p_value_adj_head": [0.06, 0.015, nan, 0.015, nan, nan],
+            "p_ci_low": [0.01, 0.0, nan, 0.0, nan, nan],
+            "p_ci_high": [0.1, 0.04, nan, 0.04, nan, nan],
+            "null": ["free"] * 6,
+            "method": ["monte_carlo"] * 6,
+            "significant_free": pd.array([False, True, None, True, None, None], dtype="boolean"),
+            "significant": pd.array([False, True, None, True, None, None], dtype="boolean"),
+            "significant_by": ["free", "free", None, "free", None, None],
+            "held_out": pd.array([True, False, None] * 2, dtype="boolean"),
+            "undefined_reason": ["", "", "1 cell", "", "dead head", "1 cell"],
+        }
+    )
+    pd.testing.assert_frame_equal(heads[expected.columns], expected)
+    assert heads[["ci_low", "ci_high", "p_value_spatial", "p_value_adj_spatial", "ess"]].isna().all(axis=None)
+
+
+def test_heads_gives_every_reason(small):
+    more = dataclasses.replace(
+        small, undefined=(*small.undefined, Undefined(cell_type="B", reason="2 cells; a test needs at least 3"))
+    )
+    reasons = more.heads().set_index(["head", "ct_name"])["undefined_reason"]
+    assert reasons[0, "B"] == "2 cells; a test needs at least 3"
+    assert reasons[1, "B"] == "dead head; 2 cells; a test needs at least 3"
+
+
+def test_counts_of_tests(small):
+    assert (small.n_tests, small.n_undefined, small.n_significant) == (3, 3, 2)
+
+
+@pytest.mark.parametrize(("adjusted", "expected"), [(0.05, 3), (np.nextafter(0.05, 1.0), 0)])
+def test_an_adjusted_p_of_alpha_is_significant(small, adjusted, expected):
+    changed = dataclasses.replace(small, p_value_adj=np.where(np.isnan(small.p_value), np.nan, adjusted))
+    assert changed.n_significant == expected
+    assert changed.heads()["significant"].sum() == changed.heads()["significant_free"].sum() == expected
+
+
+def test_baselines_has_two_rows_per_type(small):
+    expected = pd.DataFrame(
+        {
+            "ct_name": list("AABBCC"),
+            "baseline": ["full_model", "no_head"] * 3,
+            "expl_var": [0.5, 0.01, 0.3, 0.02, math.nan, math.nan],
+        }
+    )
+    pd.testing.assert_frame_equal(small.baselines(), expected)
+
+
+def test_best_head_explains_one_gene_best(small):
+    assert small.best_head("A") == 1
+    assert small.best_head("B") == 0
+    # one gene decides, not the mean over genes
+    peaked = small.expl_var_gene.copy()
+    peaked[1, 1] = [-5.0, 0.9]
+    assert dataclasses.replace(small, expl_var_gene=peaked).best_head("B") == 1
+
+
+def test_best_head_is_found_among_negative_values(small):
+    negative = small.expl_var_gene.copy()
+    negative[:, 1] = [[-3.0, -2.0], [-1.0, np.nan]]
+    assert dataclasses.replace(small, expl_var_gene=negative).best_head("B") == 1
+    negative[1, 1] = np.nan
+    assert dataclasses.replace(small, expl_var_gene=negative).best_head("B") == 0
+
+
+def test_a_type_without_values_has_no_best_head(small):
+    with pytest.raises(DataError) as caught:
+        small.best_head("C")
+    assert caught.value.value == "cell type 'C' has no defined explained variance"
+    assert caught.value.rule == "a best head needs at least one defined gene"
+    assert caught.value.fix == "choose a type with more cells; heads() gives the reason"
+
+
+def test_an_unknown_type_is_refused_with_the_known_ones(small):
+    for call in (small.best_head, small.type_index):
+        with pytest.raises(DataError) as caught:
+            call("D")
+        assert caught.value.value == "cell type 'D'"
+        assert caught.value.rule == "the evaluation holds A, B, C"
+        assert caught.value.fix == "choose one of these"
+    assert [small.type_index(name) for name in "ABC"] == [0, 1, 2]
+
+
+def test_awkward_names_come_through_every_table():
+    evaluation = make_evaluation()
+    assert set(evaluation.to_frame()["ct_name"]) == set(evaluation.heads()["ct_name"]) == set(AWKWARD_TYPES)
+    assert set(evaluation.baselines()["ct_name"]) == set(AWKWARD_TYPES)
+
+
+def test_tables_of_no_type_are_empty():
+    evaluation = make_evaluation(2, ())
+    assert len(evaluation.to_frame()) == len(evaluation.heads()) == len(evaluation.baselines()) == 0
+    assert tuple(evaluation.to_frame().columns) == GENE_COLUMNS
+    assert tuple(evaluation.heads().columns) == HEAD_COLUMNS
