@@ -1,0 +1,59 @@
+"""Small AMICI models made in a moment, for set-ups that the trained one does not have; one thread for all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from anndata import AnnData
+
+SMALL = {
+    "n_heads": 2,
+    "n_head_size": 4,
+    "n_query_dim": 8,
+    "n_kv_dim": 8,
+    "n_nn_embed": 8,
+    "n_nn_embed_hidden": 8,
+    "n_query_embed_hidden": 8,
+    "n_pos_coef_mlp_hidden": 8,
+    "distance_kernel_unit_scale": 10.0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices gain nothing from threads, and on a busy machine waiting for them takes ten times as long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_amici() -> Callable[..., Any]:
+    """Return a function that makes a live AMICI with random weights that says it was trained."""
+    import torch
+    from amici import AMICI
+
+    from amici_eval.model.checkpoint import own_data_loader
+
+    def make(adata: AnnData, *, cls: type = AMICI, trained: bool = True, **setup: Any) -> Any:
+        keys = {"labels_key": "cell_type", "coord_obsm_key": "spatial", "n_neighbors": 6, **setup}
+        with own_data_loader(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            cls.setup_anndata(adata, **keys)
+            model = cls(adata, **SMALL)
+        model.module.eval()
+        model.is_trained_ = trained
+        model.history_ = {}
+        model.train_indices_ = np.arange(0, adata.n_obs, 2)
+        return model
+
+    return make

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from amici_eval.data import content_digest, prepare
+from amici_eval.errors import DataError, DeviceError
+from amici_eval.model.access import neighbours, open_access, resolve_device
+from amici_eval.model.checkpoint import card_of
+from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+
+pytestmark = pytest.mark.amici
+
+QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
+
+
+def everything(adata):
+    """Content and layout of an AnnData."""
+    return (
+        content_digest(adata),
+        *(sorted(getattr(adata, part).keys()) for part in ("obs", "var", "obsm", "varm", "obsp", "layers", "uns")),
+        adata.X.dtype,
+        type(adata.X),
+    )
+
+
+def random_state():
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what must stay untouched
+    return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+
+def test_neighbours_are_those_of_amici(trained, native, adata):
+    index, distance = neighbours(prepare(adata, trained.card, DataSpec()), trained.card)
+    assert np.array_equal(index, native.adata.obsm["_nn_idx"])
+    assert np.array_equal(distance, native.adata.obsm["_nn_dist"])
+
+
+def test_neighbours_with_cell_radii_are_those_of_amici(make_amici, adata):
+    adata.obs["radius"] = np.random.default_rng(0).uniform(0.5, 4.0, adata.n_obs)
+    model = make_amici(adata.copy(), cell_radius_key="radius")
+    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
+    index, distance = neighbours(tissue, card_of(model, adata=adata))
+    assert np.array_equal(index, model.adata.obsm["_nn_idx"])
+    assert np.array_equal(distance, model.adata.obsm["_nn_dist"])
+    assert (distance == 0.0).any()
+
+
+def test_unablated_predictions_are_those_of_amici(trained, native, adata):
+    with open_access(trained, prepare(adata, trained.card, DataSpec()), AblationSpec(device="cpu")) as access:
+        ours = access.predict(np.arange(adata.n_obs), keeps=[None])[0]
+    np.testing.assert_allclose(ours, native.get_predictions(prog_bar=False), atol=1e-6, rtol=0)
+
+
+def test_batch_size_changes_nothing(trained, adata):
+    tissue = prepare(adata, trained.card, DataSpec())
+    rows = np.random.default_rng(0).permutation(adata.n_obs)[:60]
+    keeps = [(0,), (1,), (0, 1), None, ()]
+    results = {}
+    for size in (1, 7, 512):
+        done = []
+        with open_access(trained, tissue, AblationSpec(device="cpu", batch_size=size)) as access:
+            results[size] = access.predict(rows, keeps=keeps, progress=done.append)
+        assert sum(done) == len(rows) * len(keeps)
+    np.testing.assert_allclose(results[1], results[512], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(results[7], results[512], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(results[512][2], results[512][3], atol=1e-6, rtol=0)
+
+
+def test_rows_are_what_was_asked_for(trained, adata):
+    tissue = prepare(adata, trained.card, DataSpec(subset=SubsetSpec(key="region", value="rest")))
+    with open_access(trained, tissue, AblationSpec(device="cpu")) as access:
+        receivers = access.receivers()
+        rows = np.concatenate(list(receivers.values()))
+        assert set(rows.tolist()) == set(np.flatnonzero(adata.obs["region"] == "rest").tolist())
+        for label, own in receivers.items():
+            assert set(adata.obs["cell_type"].iloc[own]) == {label}
+            assert access.cell_names(own) == sorted(adata.obs_names[own])
+        x = adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X
+        assert np.array_equal(access.expression(rows), np.asarray(x, dtype=np.float32)[rows])
+        assert access.predict(rows[:0], keeps=[None]).shape == (1, 0, adata.n_vars)
+
+
+def test_cell_order_changes_nothing(trained, adata):
+    order = np.random.default_rng(1).permutation(adata.n_obs)
+    one = trained.predict(adata)
+    other = trained.predict(adata[order].copy())
+    np.testing.assert_allclose(other, one[order], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "count", "message"),
+    [
+        ("cuda", False, 0, "ablation.device=cuda: this machine offers PyTorch .* 0 CUDA devices; set ablation.device"),
+        ("cuda:7", True, 2, "ablation.device=cuda:7: this machine offers PyTorch .* 2 CUDA devices"),
+    ],
+)
+def test_absent_cuda_devices_are_refused(monkeypatch, device, there, count, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(DeviceError, match=message):
+        resolve_device(device)
+
+
+def test_absent_apple_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(
+        DeviceError, match=r"ablation.device=mps: PyTorch finds no Apple GPU here; set ablation.device=auto"
+    ):
+        resolve_device("mps")
+
+
+def test_devices_that_are_there_are_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [resolve_device(name) for name in ("auto", "cuda", "cuda:1", "mps")] == ["cuda", "cuda", "cuda:1", "mps"]
+
+
+def test_absent_device_stops_an_evaluation_before_the_data_is_looked_at(monkeypatch, trained):
+    from amici_eval.evaluation import evaluate
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="0 CUDA devices"):
+        evaluate(trained, "no AnnData", replace(QUICK, ablation=AblationSpec(device="cuda")))
+
+
+def test_touching_sections_are_refused(trained, adata):
+    from amici_eval.evaluation import evaluate
+
+    left = adata.obsm["spatial"][:, 0] < np.median(adata.obsm["spatial"][:, 0])
+    adata.obs["slide"] = np.where(left, "slide 1", "slide 2")
+    spec = replace(QUICK, data=DataSpec(sample_key="slide"))
+    with pytest.raises(DataError, match=r"of 500 cells have neighbours in another section .* sections must lie apart"):
+        evaluate(trained, adata, spec)
+    # the model is free to look across where no section is named
+    assert evaluate(trained, adata, QUICK).n_cells.sum() == 500
+    adata.obsm["spatial"] = adata.obsm["spatial"] + np.where(left, 0.0, 1e4)[:, None]
+    assert evaluate(trained, adata, spec).n_cells.sum() == 500
+
+
+def test_live_model_stays_where_it_is(native, adata):
+    model = native
+    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
+    storages = {name: value.data_ptr() for name, value in model.module.state_dict().items()}
+    with open_access(model, tissue, AblationSpec(device="cpu")) as access:
+        access.predict(np.arange(5), keeps=[(0,)])
+    assert {parameter.device.type for parameter in model.module.parameters()} == {"cpu"}
+    assert {name: value.data_ptr() for name, value in model.module.state_dict().items()} == storages
+
+
+def test_evaluation_leaves_a_live_model_and_all_else_as_it_was(native, adata):
+    import amici
+    from scvi.dataloaders import DataSplitter
+
+    from amici_eval.evaluation import evaluate
+
+    calls = []
+    native.module.train()
+    native.module.nn_embed.eval()
+    point = native.module.attention_layer.hook_pattern
+    point.add_hook(lambda pattern, hook: calls.append(pattern.shape))
+    hooks = list(point.fwd_hooks)
+    flags = [part.training for part in native.module.modules()]
+    weights = {name: value.clone() for name, value in native.module.state_dict().items()}
+    own_before, before = everything(native.adata), everything(adata)
+    classes = {cls: dict(vars(cls)) for cls in (amici.AMICI, amici.AMICIModule, DataSplitter)}
+    attributes = {name: id(value) for name, value in vars(native).items()}
+    state = random_state()
+
+    own = evaluate(native, spec=QUICK)
+    other = evaluate(native, adata, QUICK)
+
+    assert random_state() == state
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+    assert {name: id(value) for name, value in vars(native).items()} == attributes
+    assert everything(native.adata) == own_before
+    assert everything(adata) == before
+    assert [part.training for part in native.module.modules()] == flags
+    assert point.fwd_hooks == hooks
+    assert calls
+    assert all(torch.equal(value, weights[name]) for name, value in native.module.state_dict().items())
+    assert all(parameter.grad is None for parameter in native.module.parameters())
+    # neither neighbour dropout nor the hook changed a number
+    np.testing.assert_array_equal(own.expl_var, other.expl_var)
+    np.testing.assert_array_equal(own.exceedances, other.exceedances)
+
+
+def test_live_and_saved_model_give_the_same_evaluation(native, trained, adata):
+    from amici_eval.evaluation import evaluate
+
+    live, saved = evaluate(native, adata, QUICK), evaluate(trained, adata, QUICK)
+    np.testing.assert_array_equal(live.expl_var_gene, saved.expl_var_gene)
+    np.testing.assert_array_equal(live.exceedances, saved.exceedances)
+    assert live.held_out == saved.held_out
+
+
+def test_held_out_cells_are_told_from_training_cells(trained, adata):
+    from amici_eval.evaluation import evaluate
+
+    region = sorted(set(adata.obs["region"]) - {"rest"})[0]
+    fresh = evaluate(trained, adata, replace(QUICK, data=DataSpec(subset=SubsetSpec(key="region", value=region))))
+    seen = evaluate(trained, adata, replace(QUICK, data=DataSpec(subset=SubsetSpec(key="region", value="rest"))))
+    assert set(fresh.held_out) == {True}
+    assert set(seen.held_out) == {False}
+
+
+def test_evaluation_without_any_data_is_refused(trained):
+    from amici_eval.evaluation import evaluate
+
+    with pytest.raises(DataError, match=r"no data was given: .* call evaluate\(model, adata\)"):
+        evaluate(trained)
+
+
+def test_subclass_of_amici_can_be_evaluated(make_amici, adata):
+    from amici import AMICI
+
+    from amici_eval.evaluation import evaluate
+
+    class Mine(AMICI):
+        pass
+
+    result = evaluate(make_amici(adata.copy(), cls=Mine), spec=QUICK)
+    assert np.isfinite(result.expl_var).all()

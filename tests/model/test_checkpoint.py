@@ -1,0 +1,450 @@
+from __future__ import annotations
+
+import json
+import pickletools
+import random
+import shutil
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from amici_eval.data import content_digest
+from amici_eval.errors import DataError, ModelFormatError
+from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory, write_manifest
+
+pytestmark = pytest.mark.amici
+
+FILES = ("weights.safetensors", "model.json", "cells.json", "manifest.json")
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    trained.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def random_state():
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what must stay untouched
+    return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+
+def assert_same(one: TrainedAMICI, other: TrainedAMICI) -> None:
+    assert one.card == other.card
+    assert one.init_params == other.init_params
+    assert one.registry == other.registry
+    assert one.cells == other.cells
+    assert one.history == other.history
+    assert list(one.weights) == list(other.weights)
+    for name, value in one.weights.items():
+        assert value.dtype == other.weights[name].dtype
+        assert torch.equal(value, other.weights[name]), name
+
+
+# --- save and load ----------------------------------------------------------------------------------------------------
+
+
+def test_saved_model_comes_back_the_same(trained, saved):
+    back = TrainedAMICI.load(saved)
+    # safetensors sorts by name
+    assert_same(
+        replace(trained, weights=dict(sorted(trained.weights.items()))),
+        replace(back, weights=dict(sorted(back.weights.items()))),
+    )
+    assert back.history
+    for name, value in back.build_module().state_dict().items():
+        assert torch.equal(value, trained.weights[name]), name
+
+
+def test_live_model_and_its_folder_give_the_same(native, trained):
+    one = TrainedAMICI.from_amici(native)
+    # scvi-tools writes the set-up of the folder anew when it loads, with an id of its own
+    assert_same(replace(one, registry={}), replace(trained, registry={}))
+    assert {key: value for key, value in one.registry.items() if key != "scvi_uuid"}.keys() == {
+        key for key in trained.registry if key != "scvi_uuid"
+    }
+
+
+def test_nothing_that_is_saved_is_a_pickle(saved):
+    paths = sorted(path for path in saved.rglob("*") if path.is_file())
+    assert {path.name for path in paths} == set(FILES)
+    for path in paths:
+        content = path.read_bytes()
+        assert not zipfile.is_zipfile(path)
+        assert content[:1] not in (b"\x80", b"(", b"c", b"P")
+        with pytest.raises(ValueError, match=r"opcode|pickle|not"):
+            list(pickletools.genops(content))
+        if path.suffix == ".json":
+            json.loads(content)
+        else:
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + size])
+            assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "I64"}
+
+
+def test_training_cells_are_known_by_name(trained, saved, adata):
+    rest = frozenset(adata.obs_names[adata.obs["region"] == "rest"])
+    assert trained.card.training_cells == rest
+    assert TrainedAMICI.load(saved).card.training_cells == rest
+    assert set(trained.cells["validation"]) == set(adata.obs_names) - rest
+    assert trained.cells["test"] == ()
+
+
+def test_card_says_what_the_model_is(trained, adata):
+    card = trained.card
+    assert (card.n_heads, card.n_neighbors, card.genes) == (2, 8, tuple(adata.var_names))
+    assert card.cell_types == tuple(sorted(adata.obs["cell_type"].unique()))
+    assert (card.labels_key, card.coord_obsm_key, card.layer, card.cell_radius_key) == (
+        "cell_type",
+        "spatial",
+        None,
+        None,
+    )
+    assert card.training_data.n_cells == 500
+    assert card.training_data.digest == content_digest(adata)
+    assert card.versions["amici-st"] == "0.1.0"
+    assert card.versions["scvi-tools"] == "1.2.2"
+
+
+def test_folder_without_data_leaves_training_cells_unknown(amici_dir, tmp_path):
+    model = read_amici_directory(amici_dir, adata=None, trust=False)
+    assert model.card.training_cells is None
+    assert model.card.training_data is None
+    assert model.cells == {}
+    model.save(tmp_path / "saved")
+    assert TrainedAMICI.load(tmp_path / "saved").card == model.card
+
+
+def test_data_saved_with_the_model_is_used(native, trained, tmp_path):
+    native.save(str(tmp_path / "model"), save_anndata=True)
+    assert (tmp_path / "model" / "adata.h5ad").is_file()
+    model = read_amici_directory(tmp_path / "model", adata=None, trust=False)
+    assert model.card.training_cells == trained.card.training_cells
+    assert model.card.training_data.digest == trained.card.training_data.digest
+
+
+def test_model_on_a_layer_and_with_radii(make_amici, adata, tmp_path):
+    adata.layers["scaled"] = adata.X.copy()
+    adata.X = np.ones_like(np.asarray(adata.layers["scaled"]))
+    adata.obs["radius"] = np.linspace(0.5, 4.0, adata.n_obs)
+    native = make_amici(adata.copy(), layer="scaled", cell_radius_key="radius")
+    TrainedAMICI.from_amici(native).save(tmp_path / "saved")
+    model = TrainedAMICI.load(tmp_path / "saved")
+    assert (model.card.layer, model.card.cell_radius_key) == ("scaled", "radius")
+    expected = native.get_predictions(prog_bar=False)
+    np.testing.assert_array_equal(model.bind(adata).get_predictions(prog_bar=False), expected)
+    np.testing.assert_allclose(model.predict(adata), expected, atol=1e-6, rtol=0)
+    del adata.layers["scaled"]
+    with pytest.raises(DataError, match=r"adata.layers has no 'scaled'"):
+        model.bind(adata)
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_bound_model_predicts_bit_for_bit_as_amici(saved, native, adata):
+    bound = TrainedAMICI.load(saved).bind(adata)
+    np.testing.assert_array_equal(bound.get_predictions(prog_bar=False), native.get_predictions(prog_bar=False))
+    np.testing.assert_array_equal(bound.train_indices_, native.train_indices_)
+    for name, frame in native.history_.items():
+        np.testing.assert_allclose(np.ravel(bound.history_[name]), np.ravel(np.asarray(frame, dtype=float)))
+
+
+@pytest.mark.parametrize("storage", ["dense", "csr", "csc", "float64"])
+def test_predictions_do_not_depend_on_storage(saved, native, adata, storage):
+    expected = native.get_predictions(prog_bar=False)
+    x = np.asarray(adata.X.toarray() if sparse.issparse(adata.X) else adata.X)
+    adata.X = {"dense": x, "csr": sparse.csr_matrix(x), "csc": sparse.csc_matrix(x), "float64": x.astype(np.float64)}[
+        storage
+    ]
+    model = TrainedAMICI.load(saved)
+    np.testing.assert_allclose(model.predict(adata), expected, atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(model.bind(adata).get_predictions(prog_bar=False), expected)
+
+
+def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, adata):
+    expected = native.get_predictions(prog_bar=False)
+    model = TrainedAMICI.load(saved)
+    genes, cells = (np.random.default_rng(0).permutation(size) for size in (adata.n_vars, adata.n_obs))
+    reordered = adata[cells, genes].copy()
+    np.testing.assert_allclose(model.predict(reordered), expected[cells], atol=1e-6, rtol=0)
+    bound = model.bind(reordered)
+    assert list(bound.adata.var_names) == list(adata.var_names)
+    assert list(bound.adata.obs_names) == list(reordered.obs_names)
+    np.testing.assert_allclose(bound.get_predictions(prog_bar=False), expected[cells], atol=1e-6, rtol=0)
+    trained_rows = set(reordered.obs_names[bound.train_indices_])
+    assert trained_rows == set(adata.obs_names[adata.obs["region"] == "rest"])
+
+
+def test_layer_of_the_data_can_be_named(trained, native, adata):
+    from amici_eval.data import prepare
+    from amici_eval.model.access import open_access
+    from amici_eval.specs import AblationSpec, DataSpec
+
+    adata.layers["scaled"] = adata.X.copy()
+    adata.X = adata.X * 0.5
+    tissue = prepare(adata, trained.card, DataSpec(layer="scaled"))
+    with open_access(trained, tissue, AblationSpec(device="cpu")) as access:
+        ours = access.predict(np.arange(adata.n_obs), keeps=[None])[0]
+    np.testing.assert_allclose(ours, native.get_predictions(prog_bar=False), atol=1e-6, rtol=0)
+
+
+def test_tissue_that_lacks_a_type_keeps_the_models_own_profiles(saved, adata):
+    model = TrainedAMICI.load(saved)
+    gone = model.card.cell_types[0]
+    fewer = adata[adata.obs["cell_type"] != gone].copy()
+    bound = model.bind(fewer)
+    assert torch.equal(bound.module.ct_profiles, model.weights["ct_profiles"])
+    np.testing.assert_allclose(bound.get_predictions(prog_bar=False), model.predict(fewer), atol=1e-6, rtol=0)
+
+
+def test_binding_leaves_data_generators_and_scvi_alone(saved, adata):
+    from scvi.dataloaders import AnnDataLoader, DataSplitter
+
+    assert DataSplitter.data_loader_cls is AnnDataLoader
+    copy, state = adata.copy(), random_state()
+    model = TrainedAMICI.load(saved)
+    bound = model.bind(adata)
+    model.predict(adata)
+    assert random_state() == state
+    assert DataSplitter.data_loader_cls is AnnDataLoader
+    assert bound.adata is not adata
+    assert not np.shares_memory(np.asarray(bound.adata.X), np.asarray(adata.X))
+    assert content_digest(adata) == content_digest(copy)
+    for part in ("obs", "var", "obsm", "varm", "layers", "uns"):
+        assert sorted(getattr(adata, part).keys()) == sorted(getattr(copy, part).keys())
+
+
+def test_bound_model_can_train_on_without_changing_what_it_came_from(saved, adata, tmp_path, monkeypatch):
+    from amici._anndataloader import SpatialAnnDataLoader
+    from scvi.dataloaders import AnnDataLoader, DataSplitter
+
+    model = TrainedAMICI.load(saved)
+    bound = model.bind(adata)
+    assert bound._data_splitter_cls.data_loader_cls is SpatialAnnDataLoader
+    before = bound.get_predictions(prog_bar=False)
+    monkeypatch.chdir(tmp_path)
+    bound.module.train()
+    bound.train(
+        max_epochs=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+    )
+    assert not np.allclose(bound.get_predictions(prog_bar=False), before)
+    assert DataSplitter.data_loader_cls is AnnDataLoader
+    np.testing.assert_allclose(model.predict(adata), before, atol=1e-6, rtol=0)
+
+
+def test_bound_model_serves_amicis_own_interpretation(saved, native, adata):
+    bound = TrainedAMICI.load(saved).bind(adata)
+    label = adata.obs["cell_type"].iloc[0]
+    ours = bound.get_neighbor_ablation_scores(label, 0)._ablation_scores_df
+    theirs = native.get_neighbor_ablation_scores(label, 0)._ablation_scores_df
+    columns = [name for name in theirs if theirs[name].dtype.kind == "f"]
+    np.testing.assert_array_equal(ours[columns].to_numpy(), theirs[columns].to_numpy())
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_untrained_model_is_refused(make_amici, adata):
+    model = make_amici(adata, trained=False)
+    with pytest.raises(ModelFormatError, match=r"the model is not trained: only trained models are saved; call train"):
+        TrainedAMICI.from_amici(model)
+
+
+def test_subclass_is_refused(make_amici, adata):
+    from amici import AMICI
+
+    class Mine(AMICI):
+        pass
+
+    with pytest.raises(
+        ModelFormatError, match=r"Mine: only amici.AMICI itself can be saved.*amici_eval.evaluate\(model"
+    ):
+        TrainedAMICI.from_amici(make_amici(adata, cls=Mine))
+
+
+def test_subclass_of_the_same_name_is_refused(make_amici, adata):
+    from amici import AMICI
+
+    namesake = type("AMICI", (AMICI,), {"__module__": "tests.model"})
+    with pytest.raises(ModelFormatError, match=r"tests.model.AMICI: only amici.AMICI itself can be saved"):
+        TrainedAMICI.from_amici(make_amici(adata, cls=namesake))
+
+
+def test_another_model_of_scvi_tools_is_refused(adata):
+    from scvi.model import SCVI
+
+    from amici_eval.evaluation import evaluate
+
+    adata.X = np.asarray(adata.X, dtype=np.float32).round()
+    SCVI.setup_anndata(adata)
+    model = SCVI(adata, n_hidden=4, n_latent=2)
+    model.is_trained_ = True
+    with pytest.raises(ModelFormatError, match=r"SCVI: only amici.AMICI itself can be saved"):
+        TrainedAMICI.from_amici(model)
+    with pytest.raises(
+        ModelFormatError, match=r"SCVI: it must be an amici.AMICI or what amici_eval.load_model returns"
+    ):
+        evaluate(model, adata)
+
+
+def test_folder_of_another_model_is_refused(amici_dir, tmp_path):
+    content = torch.load(amici_dir / "model.pt", weights_only=False)
+    content["attr_dict"]["registry_"]["model_name"] = "SCVI"
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ModelFormatError, match=r"saved by class 'SCVI': it must have been saved by amici.AMICI"):
+        read_amici_directory(tmp_path, adata=None, trust=False)
+
+
+def test_data_with_other_cells_is_refused(amici_dir, native, adata):
+    message = r"the data has 499 cells: the model was trained on 500; give the AnnData the model was trained on"
+    with pytest.raises(DataError, match=message):
+        read_amici_directory(amici_dir, adata=adata[1:].copy(), trust=False)
+    with pytest.raises(DataError, match=message):
+        TrainedAMICI.from_amici(native, adata=adata[1:].copy())
+
+
+def test_data_with_other_expression_is_refused(amici_dir, adata):
+    adata.X = adata.X[np.random.default_rng(0).permutation(adata.n_obs)]
+    message = (
+        r"mean expression of type '.*' differs by up to .* from the profile in the model: the model stores the mean"
+    )
+    with pytest.raises(DataError, match=message):
+        read_amici_directory(amici_dir, adata=adata, trust=False)
+
+
+def test_data_with_other_genes_or_labels_is_refused(amici_dir, adata):
+    with pytest.raises(DataError, match=r"the model has 40 genes and the data lacks 1 of them"):
+        read_amici_directory(amici_dir, adata=adata[:, 1:].copy(), trust=False)
+    adata.obs["cell_type"] = "Unheard_Of"
+    with pytest.raises(DataError, match=r"1 labels the model has not seen: 'Unheard_Of' \(500 cells\)"):
+        read_amici_directory(amici_dir, adata=adata, trust=False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(ModelFormatError, match=rf"is damaged: {name} (is missing|cannot be read)"):
+        TrainedAMICI.load(saved)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_file_is_named(saved, name):
+    content = (saved / name).read_bytes()
+    for size in (0, len(content) // 2, len(content) - 1):
+        (saved / name).write_bytes(content[:size])
+        with pytest.raises(ModelFormatError, match=rf"is damaged: {name} (is not the file that was|cannot be read)"):
+            TrainedAMICI.load(saved)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_altered_file_is_named(saved, name):
+    content = bytearray((saved / name).read_bytes())
+    content[-20] ^= 1
+    (saved / name).write_bytes(bytes(content))
+    with pytest.raises(
+        ModelFormatError, match=rf"is damaged: {name} is not the file that was logged \(SHA-256 differs\)"
+    ):
+        TrainedAMICI.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ('{"sha256": {}}', "the manifest lacks cells.json"),
+        ('{"sums": {}}', "manifest.json cannot be read"),
+        ("[]", "manifest.json cannot be read"),
+        ('{"sha256": 3}', "manifest.json cannot be read"),
+        ("\xff\xfe", "manifest.json cannot be read"),
+    ],
+)
+def test_odd_manifest_is_refused(saved, manifest, message):
+    (saved / "manifest.json").write_text(manifest, encoding="latin1")
+    with pytest.raises(ModelFormatError, match=f"is damaged: {message}"):
+        TrainedAMICI.load(saved)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file"])
+def test_manifest_reads_no_file_elsewhere(saved, name):
+    sums = json.loads((saved / "manifest.json").read_text())["sha256"]
+    (saved / "manifest.json").write_text(json.dumps({"sha256": {name: "0" * 64, **sums}}))
+    with pytest.raises(ModelFormatError, match=r"is damaged: the manifest names .*, which is no plain file name"):
+        TrainedAMICI.load(saved)
+
+
+def rewrite(saved, change) -> None:
+    """Change model.json and sign the folder again, as another program might."""
+    setup = json.loads((saved / "model.json").read_text(encoding="utf-8"))
+    change(setup)
+    (saved / "model.json").write_text(json.dumps(setup), encoding="utf-8")
+    write_manifest(saved)
+
+
+def test_later_schema_is_refused(saved):
+    rewrite(saved, lambda setup: setup.update(schema_version=99))
+    with pytest.raises(ModelFormatError, match=r"schema version 99: .* reads schema version 1; install the version"):
+        TrainedAMICI.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda setup: setup.pop("card"),
+        lambda setup: setup["card"].update(colour="red"),
+        lambda setup: setup["card"].pop("n_heads"),
+        lambda setup: setup["card"].update(genes=3),
+        lambda setup: setup.update(history=[1]),
+    ],
+)
+def test_set_up_with_missing_or_unknown_parts_is_refused(saved, change):
+    rewrite(saved, change)
+    with pytest.raises(ModelFormatError, match="is damaged: "):
+        TrainedAMICI.load(saved)
+
+
+def test_weights_that_are_no_safetensors_are_refused(saved):
+    (saved / "weights.safetensors").write_bytes(b"no tensors here")
+    write_manifest(saved)
+    with pytest.raises(ModelFormatError, match="is damaged: SafetensorError"):
+        TrainedAMICI.load(saved)
+
+
+@pytest.mark.parametrize("change", [{"n_heads": 4}, {"n_head_size": 8}, {"depth": 3}])
+def test_weights_that_do_not_fit_the_set_up_are_refused(trained, adata, change):
+    odd = replace(trained, init_params={**trained.init_params, **change})
+    message = r"weights and set-up disagree \(.*\): they must come from one model; register the model again"
+    with pytest.raises(ModelFormatError, match=message):
+        odd.build_module()
+    with pytest.raises(ModelFormatError, match=message):
+        odd.bind(adata)
+
+
+def test_missing_weight_is_refused(trained):
+    weights = {name: value for name, value in trained.weights.items() if name != "linear_head.weight"}
+    with pytest.raises(ModelFormatError, match=r"weights and set-up disagree .*linear_head.weight"):
+        replace(trained, weights=weights).build_module()
+
+
+def test_set_up_that_json_cannot_hold_is_refused(native):
+    native.init_params_ = {"kwargs": {"model_kwargs": {"activation": torch.nn.ReLU()}}}
+    with pytest.raises(
+        ModelFormatError, match=r"init_params_.activation holds a ReLU: set-up must consist of plain values"
+    ):
+        TrainedAMICI.from_amici(native)
+
+
+def test_folder_without_model_is_refused(tmp_path, amici_dir):
+    message = r"holds no model.pt: model_dir must be a folder that AMICI.save\(...\) wrote; correct register.model_dir"
+    with pytest.raises(ModelFormatError, match=message):
+        read_amici_directory(tmp_path, adata=None, trust=False)
+    with pytest.raises(ModelFormatError, match=message):
+        read_amici_directory(amici_dir / "model.pt", adata=None, trust=False)
+    shutil.copy(amici_dir / "model.pt", tmp_path / "model.pt")
+    assert read_amici_directory(tmp_path, adata=None, trust=False).card.n_heads == 2
