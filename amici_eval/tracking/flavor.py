@@ -200,12 +200,21 @@ class StoredModel:
         Where its AnnData was recorded to be, if so.
     model_id
         Id of the logged model, if it was logged.
+    data_path
+        Folder inside the model that holds its files.
     """
 
     trained: TrainedAMICI
     bundled_adata: Path | None
     adata_uri: str | None
     model_id: str | None
+    data_path: str
+
+    def bundle_uri(self, model_uri: str) -> str:
+        """Return where the bundled AnnData stays, given the URI of the model."""
+        from amici_eval.model.checkpoint import BUNDLED_ADATA
+
+        return f"{model_uri.rstrip('/')}/{self.data_path}/{BUNDLED_ADATA}"
 
 
 @contextmanager
@@ -258,6 +267,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
             bundled_adata=bundled,
             adata_uri=settings.get("adata_uri"),
             model_id=settings.get("model_id"),
+            data_path=str(settings["data"]),
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.names import without_credentials
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, resolve_model
 from amici_eval.tracking.run_log import (
     ARTIFACTS,
@@ -151,20 +152,26 @@ def evaluate_job(
     AmiciEvalError
         If anything does not fit; before the run starts, unless the tracking store fails later.
     """
-    from amici_eval.tracking.dataset import from_anndata
+    from amici_eval.model.access import resolve_device
+    from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.flavor import open_stored_model
 
+    resolve_device(spec.ablation.device)
     output = Path(tracking.output_dir).absolute()
     check_writable(output)
     tracking_uri = connect(tracking.uri)
     model = resolve_model(model_uri)
     with open_stored_model(model.uri) as stored:
         location = find_dataset(model, stored, data_uri)
-        name = f"{model.name or 'model'} data" if location == stored.bundled_adata else None
+        name = source = None
+        if location == stored.bundled_adata:
+            # the fetched copy goes away; the run must name where the bundle stays
+            name = f"{model.name or 'model'} data"
+            source = AnnDataSource(stored.bundle_uri(model.uri)) if model.uri.startswith("models:/") else None
         return _evaluate(
             model,
             stored,
-            from_anndata(location, name=name),
+            from_anndata(location, source, name=name),
             spec=spec,
             report=report,
             tracking=tracking,
@@ -190,18 +197,19 @@ def _evaluate(
 ) -> EvaluationRun:
     from amici_eval.data import prepare
     from amici_eval.evaluation import evaluate_access
-    from amici_eval.model.access import open_access, resolve_device
+    from amici_eval.model.access import open_access
+    from amici_eval.report.tables import summary_lines
+    from amici_eval.tracking.dataset import AnnDataSource
 
     model_id = model.model_id or stored.model_id
     info = {**model.describe(), "model_id": model_id, "versions": dict(stored.trained.card.versions)}
-    resolve_device(spec.ablation.device)
     check_report(report, stored.trained.card.cell_types)
     tissue = prepare(dataset.adata, stored.trained.card, spec.data)
     source = dataset.to_dict()
     data_info = {
         "name": dataset.name,
         "digest": dataset.digest,
-        "source": source["source"],
+        "uri": without_credentials(dataset.source.uri) if isinstance(dataset.source, AnnDataSource) else None,
         "n_cells": tissue.n_cells,
         "n_evaluated": int(tissue.evaluated.sum()),
     }
@@ -218,7 +226,8 @@ def _evaluate(
                 run_id=run_id,
                 params=evaluation_params(evaluation),
                 metrics=evaluation_metrics(evaluation),
-                tags=_run_tags(model, model_id),
+                # MLflow shows this tag as the description of the run; it reads Markdown
+                tags={**_run_tags(model, model_id), "mlflow.note.content": _note(summary_lines(evaluation))},
                 dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
                 model_id=model_id,
                 model_name=model.name,
@@ -245,6 +254,10 @@ def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
                 rule=f"the model knows {', '.join(cell_types)}",
                 fix="choose among these",
             )
+
+
+def _note(lines: list[str]) -> str:
+    return "```\n" + "\n".join(lines) + "\n```"
 
 
 def _run_tags(model: ResolvedModel, model_id: str | None) -> dict[str, str]:

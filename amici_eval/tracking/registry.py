@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
+from amici_eval.names import without_credentials
 
 if TYPE_CHECKING:
     from amici_eval.tracking.flavor import StoredModel
@@ -77,9 +78,8 @@ def _check_reachable(uri: str) -> None:
                 message = f"no folder {folder}"
                 raise OSError(message)
     except (OSError, ValueError) as error:
-        shown = parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
         raise TrackingError(
-            value=f"tracking store {shown} cannot be reached ({first_line(error)})",
+            value=f"tracking store {without_credentials(uri)} cannot be reached ({first_line(error)})",
             rule="the store must answer before any work starts",
             fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
         ) from error

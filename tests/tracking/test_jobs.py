@@ -10,6 +10,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 import amici_eval
+from amici_eval.data import content_digest
 from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
 from amici_eval.names import slugify
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
@@ -83,6 +84,7 @@ def test_a_run_holds_the_contract(registry, tmp_path):
     assert entry.dataset.digest == result.evaluation.data["digest"]
     assert [model.model_id for model in logged.inputs.model_inputs] == [registry.model_id]
     assert logged.data.tags["amici_eval.model_version"] == "1"
+    assert "2 attention heads x 5 cell types" in logged.data.tags["mlflow.note.content"]
     assert client.get_model_version("tiny", "1").tags["amici_eval.evaluation_run_id"] == result.run_id
     assert client.get_logged_model(registry.model_id).tags["amici_eval.evaluation_run_id"] == result.run_id
     assert not (tmp_path / "amici-eval-results").exists()
@@ -93,6 +95,12 @@ def test_the_bundle_serves_as_data(registry):
     given, bundled = run("models:/tiny/1", data_uri=str(registry.data)), run("models:/tiny/2")
     assert bundled.evaluation.data["digest"] == given.evaluation.data["digest"]
     assert np.array_equal(bundled.evaluation.p_value, given.evaluation.p_value)
+    # the run names where the bundle stays, not the copy that was fetched
+    (entry,) = mlflow.get_run(bundled.run_id).inputs.dataset_inputs
+    source = mlflow.data.get_source(entry.dataset)
+    assert source.uri == "models:/tiny/2/data/amici/adata.h5ad"
+    with source.local_copy() as path:
+        assert content_digest(amici_eval.open_anndata(path)) == given.evaluation.data["digest"]
 
 
 def test_a_failing_store_loses_nothing_and_upload_finishes(registry, tmp_path, monkeypatch):
