@@ -6,12 +6,13 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval import __version__
-from amici_eval.errors import AmiciEvalError, InvalidSpecError
+from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,7 @@ hydra flags
 
 COMMANDS = ("evaluate", "register", "demo")
 EXIT_BAD_INPUT = 2
+SCRATCH_VARIABLE = "AMICI_EVAL_SWEEP_DIR"
 _LOG_SECONDS = 10.0
 
 
@@ -87,7 +89,9 @@ def _on_sigterm(signum: int, frame: object) -> None:  # noqa: ARG001, RUF100 - t
 
 
 def _set_up_process() -> None:
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal must not leave a run RUNNING either
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _on_sigterm)
     # MLflow's default retries keep a user waiting for minutes when a server is gone
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -197,31 +201,41 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
         )
         overrides.append(argument if plain else hydra_override(argument, sweep=sweep))
     register_schemas()
-    codes = [0]
+    codes, jobs = [0], []
 
     def task(config: DictConfig) -> None:
+        jobs.append(command)
         try:
             _TASKS[command](config)
         except AmiciEvalError as error:
             if sweep:
                 # Hydra notes which job failed and goes on with the others
+                codes[0] = EXIT_BAD_INPUT
                 _complain(error)
                 raise
             _complain(error)
             codes[0] = EXIT_BAD_INPUT
 
+    # Hydra writes multirun.yaml with the whole configuration into the folder of a sweep
+    scratch = tempfile.TemporaryDirectory(prefix="amici-eval-sweep-")
+    os.environ[SCRATCH_VARIABLE] = scratch.name
     before = sys.argv
     sys.argv = ["amici-eval", *overrides]
     try:
         hydra.main(config_path=str(config_directory()), config_name=command, version_base="1.3")(task)()
-    except (KeyboardInterrupt, SystemExit) as end:
+    except BaseException as end:
         if sweep:
             from amici_eval.tracking.sweep import close_parent
 
             close_parent("KILLED" if isinstance(end, KeyboardInterrupt) else "FAILED")
+        # Hydra exits with 1 for settings that it refuses itself, before any job, and after jobs that failed
+        if isinstance(end, SystemExit) and end.code == 1 and (not jobs or codes[0] == EXIT_BAD_INPUT):
+            return EXIT_BAD_INPUT
         raise
     finally:
         sys.argv = before
+        os.environ.pop(SCRATCH_VARIABLE, None)
+        scratch.cleanup()
     return codes[0]
 
 
@@ -244,7 +258,8 @@ def _evaluate(config: DictConfig) -> None:
             progress=progress,
         )
     _say(*summary_lines(result.evaluation), "")
-    _say(f"run {result.run_id} in {result.tracking_uri}", *_how_to_look(result.tracking_uri))
+    shown = mask_secrets(result.tracking_uri)
+    _say(f"run {result.run_id} in {shown}", *_how_to_look(shown))
     if result.folder is not None:
         _say(f"local copy in {result.folder}")
 

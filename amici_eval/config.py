@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.errors import InvalidSpecError, mask_secrets
 from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
 
 __all__ = ["evaluation_spec", "hydra_override", "register_schemas", "report_spec", "resolved_yaml", "tracking_spec"]
@@ -181,8 +181,14 @@ def hydra_override(text: str, *, sweep: bool = False) -> str:
     try:
         OverridesParser.create().parse_override(text)
     except HydraException:
-        return quoted
+        if value.startswith("[") and value.endswith("]"):
+            return f"{key}=[{_quote_each(value[1:-1])}]"
+        return f"{key}={_quote_each(value)}" if sweep and "," in value else quoted
     return text
+
+
+def _quote_each(values: str) -> str:
+    return ",".join(f"'{_escape(value.strip())}'" for value in values.split(","))
 
 
 def _escape(value: str) -> str:
@@ -220,7 +226,7 @@ def tracking_spec(config: DictConfig) -> TrackingSpec:
 
 def resolved_yaml(config: DictConfig) -> str:
     """Return the whole configuration, interpolations resolved, as YAML."""
-    return OmegaConf.to_yaml(config, resolve=True)
+    return mask_secrets(OmegaConf.to_yaml(config, resolve=True))
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -173,9 +173,14 @@ def _command(arguments: list[str], say: Callable[..., None]) -> str:
     )
     assert process.stdout is not None  # noqa: S101, RUF100 - for the type checker
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        say(f"     {line.rstrip()}")
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            say(f"     {line.rstrip()}")
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     if process.wait() != 0:
         raise AmiciEvalError(
             value=f"amici-eval {arguments[0]} exited with {process.returncode}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AmiciEvalError",
     "DataError",
@@ -13,6 +15,7 @@ __all__ = [
     "TrackingError",
     "UnsafePickleError",
     "first_line",
+    "mask_secrets",
 ]
 
 
@@ -30,10 +33,9 @@ class AmiciEvalError(Exception):
     """
 
     def __init__(self, value: str, *, rule: str, fix: str) -> None:
-        super().__init__(value, rule, fix)
-        self.value = value
-        self.rule = rule
-        self.fix = fix
+        # a URI in a message may carry a password or a signed query
+        self.value, self.rule, self.fix = (mask_secrets(text) for text in (value, rule, fix))
+        super().__init__(self.value, self.rule, self.fix)
 
     def __str__(self) -> str:
         return f"{self.value}: {self.rule}; {self.fix}"
@@ -43,10 +45,19 @@ class AmiciEvalError(Exception):
         return (_rebuild, (type(self), self.value, self.rule, self.fix))
 
 
+_USER = re.compile(r"(?<=://)[^\s/@'\"<>]+@")
+_QUERY = re.compile(r"\?[\w.%-]+=[^\s'\"<>)]*")
+
+
+def mask_secrets(text: str) -> str:
+    """Return a text in which URIs have neither user names and passwords nor queries."""
+    return _QUERY.sub("?***", _USER.sub("***@", text))
+
+
 def first_line(error: BaseException) -> str:
     """Return the class and the first line of another library's error, for a message of ours."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+    return mask_secrets(f"{type(error).__name__}: {text.splitlines()[0][:300]}") if text else type(error).__name__
 
 
 def _rebuild(cls: type[AmiciEvalError], value: str, rule: str, fix: str) -> AmiciEvalError:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from urllib.parse import urlsplit
 
-__all__ = ["slugify", "without_credentials"]
+__all__ = ["slugify"]
 
 _SAFE = re.compile(r"[A-Za-z0-9_]+")
 _OTHER = re.compile(r"[^A-Za-z0-9]+")
@@ -33,9 +32,3 @@ def slugify(label: str) -> str:
     readable = _OTHER.sub("_", label).strip("_") or "x"
     digest = hashlib.blake2b(label.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return f"{readable[:_LONGEST]}-{digest}"
-
-
-def without_credentials(uri: str) -> str:
-    """Return a URI without the user name and password it may hold, for messages, tags and reports."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri

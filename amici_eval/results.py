@@ -214,7 +214,7 @@ class HeadEvaluation:
         by_head = {(u.head, u.cell_type): u.reason for u in self.undefined if u.gene is None and u.head is not None}
         by_gene = {(u.cell_type, u.gene): u.reason for u in self.undefined if u.gene is not None}
         reasons = [
-            by_type.get(t) or by_gene.get((t, g)) or by_head.get((h, t), "")
+            "; ".join(filter(None, (by_gene.get((t, g)), by_type.get(t), by_head.get((h, t)))))
             for h in range(self.n_heads)
             for t in self.cell_types
             for g in self.genes

@@ -240,7 +240,14 @@ class ReportSpec:
     def __post_init__(self) -> None:
         _require_int("report.n_top_genes", self.n_top_genes, 1)
         for name in self.formats:
-            _require_one_of("report.formats", name, ("png", "svg", "pdf"))
+            _require_one_of("report.formats", name, ("png", "svg"))
+        for name in ("formats", "cell_types"):
+            if getattr(self, name) == ():
+                raise InvalidSpecError(
+                    value=f"report.{name}=[]",
+                    rule="it must not be empty",
+                    fix="set report.figures=false to draw nothing",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +297,7 @@ class TrainingData:
     n_cells
         Cells in the training AnnData (training, validation and test cells together).
     digest
-        Content digest of the AnnData.
+        Content digest of the AnnData; ``None`` if it was not needed.
     nn_distance
         Median distance of a cell to the nearest other cell, in the unit of the coordinates.
     integer_valued
@@ -298,7 +305,7 @@ class TrainingData:
     """
 
     n_cells: int
-    digest: str
+    digest: str | None
     nn_distance: float
     integer_valued: bool
 

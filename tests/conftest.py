@@ -145,6 +145,9 @@ def registry(_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", _registry.uri)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(_registry.uri)
+    # an experiment that an earlier test set would stay MLflow's current one
+    mlflow.set_experiment("Default")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     try:
         yield _registry
     finally:

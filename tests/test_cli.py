@@ -56,6 +56,8 @@ def test_unknown_command(capsys):
         ("data.uri=null", "data.uri=null"),
         ("permutation.seed=3", "permutation.seed=3"),
         ("report.cell_types=[A,B]", "report.cell_types=[A,B]"),
+        ("report.cell_types=[β cell]", "report.cell_types=['β cell']"),
+        ("report.cell_types=[A,Stromal_&_T_Cell_Hybrid]", "report.cell_types=['A','Stromal_&_T_Cell_Hybrid']"),
         ("permutation=reference", "permutation=reference"),
     ],
 )
@@ -71,6 +73,7 @@ def test_overrides_are_quoted_where_hydra_would_misread_them(given, expected):
 
 def test_a_sweep_keeps_its_commas():
     assert hydra_override("model_uri=models:/a/1,models:/a/2", sweep=True) == "model_uri=models:/a/1,models:/a/2"
+    assert hydra_override("data.subset.value=CD8+,A_&_B", sweep=True) == "data.subset.value='CD8+','A_&_B'"
 
 
 def test_what_is_no_override_is_told():
@@ -106,7 +109,7 @@ def test_project_parameters_become_overrides():
     ],
 )
 def test_typos_and_wrong_types_are_refused(arguments, message, capsys):
-    assert call("evaluate", "model_uri=models:/a/1", *arguments) != 0
+    assert call("evaluate", "model_uri=models:/a/1", *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -186,15 +189,25 @@ def test_register_and_sweep(registry, amici_dir, capsys):
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.data.tags["amici_eval.model_uri"] for run in children} == {"models:/swept/1", "models:/swept@champion"}
     assert {run.info.status for run in children} == {"FINISHED"}
+    # Hydra's own record of a sweep, with the whole configuration, does not lie about
+    assert not list(Path.cwd().rglob("multirun.yaml"))
 
 
 @pytest.mark.amici
 def test_a_failed_job_of_a_sweep_fails_the_parent(registry, capsys):
     options = ["permutation.n_permutations=19", "report.figures=false", "tracking.experiment=half"]
-    assert call("evaluate", "-m", "model_uri=models:/tiny/9,models:/tiny/1", *options) != 0
+    assert call("evaluate", "-m", "model_uri=models:/tiny/9,models:/tiny/1", *options) == 2
     runs = mlflow.search_runs([mlflow.get_experiment_by_name("half").experiment_id], output_format="list")
     by_kind = {run.data.tags["amici_eval.kind"]: run.info.status for run in runs}
     assert by_kind == {"sweep": "FAILED", "evaluation": "FINISHED"}
+
+
+@pytest.mark.amici
+def test_hydras_full_errors_close_the_parent_too(registry, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert call("evaluate", "-m", "model_uri=models:/tiny/8,models:/tiny/9", "tracking.experiment=full") == 2
+    (parent,) = mlflow.search_runs([mlflow.get_experiment_by_name("full").experiment_id], output_format="list")
+    assert parent.info.status == "FAILED"
 
 
 @pytest.mark.amici

@@ -11,9 +11,10 @@ import pytest
 from scipy import sparse
 
 from amici_eval import data as module
-from amici_eval.data import check_sections, content_digest, describe_training_data, open_anndata, prepare
+from amici_eval.data import content_digest, describe_training_data, open_anndata
 from amici_eval.errors import DataError
 from amici_eval.specs import DataSpec, SubsetSpec, TrainingData
+from amici_eval.tissue import check_sections, prepare
 from tests.fakes import make_card
 
 LABELS = ("CD8+_T_Cells", "Microglia/PVM", "Stromal_&_T_Cell_Hybrid", "β cell")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from amici_eval.names import slugify, without_credentials
+from amici_eval.names import slugify
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True)
 awkward = st.text(alphabet=st.sampled_from("aA1_-+/&. β\n\0é"), max_size=6) | st.text(max_size=80)
@@ -67,9 +67,3 @@ def test_a_name_has_safe_characters_and_a_bounded_length(label):
 def test_different_labels_have_different_names(labels):
     for left, right in itertools.combinations(sorted(labels), 2):
         assert slugify(left) != slugify(right)
-
-
-def test_credentials_do_not_show():
-    assert without_credentials("https://u:p@host:1/a.h5ad?x=1") == "https://host:1/a.h5ad?x=1"
-    for uri in ("models:/a@champion", "/data/a@b.h5ad", "s3://bucket/a.h5ad", "sqlite:////a/b.db"):
-        assert without_credentials(uri) == uri

@@ -156,7 +156,7 @@ def test_a_known_device_is_taken(device):
 def test_an_unknown_figure_format_is_refused():
     assert refusal(ReportSpec, formats=("png", "jpeg")) == (
         "report.formats='jpeg'",
-        "it must be one of png, svg, pdf",
+        "it must be one of png, svg",
         "set report.formats=png",
     )
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from amici_eval.data import Tissue, check_sections
 from amici_eval.errors import DeviceError
 from amici_eval.model.checkpoint import TrainedAMICI, card_of
 from amici_eval.model.interventions import eval_mode_on, keep_heads
+from amici_eval.tissue import Tissue, check_sections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence

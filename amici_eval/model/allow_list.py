@@ -8,7 +8,7 @@ import pickle
 import re
 import types
 import zipfile
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -134,7 +134,18 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-class _AllowListUnpickler(pickle.Unpickler):
+class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can be watched
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        # BUILD on a class or function would set its attributes for the whole process
+        target = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(target, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+            _refuse(f"a change of {getattr(target, '__name__', target)!r} itself")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         # protocol 2 writes Python 2's names
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module_name, module_name)

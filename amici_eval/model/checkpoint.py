@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 import zipfile
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
-from amici_eval.data import Tissue, describe_training_data, open_anndata, prepare
+from amici_eval.data import describe_training_data, open_anndata
 from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError, first_line
 from amici_eval.model.allow_list import load_allow_listed
+from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
+from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
 from amici_eval.specs import DataSpec, ModelCard, TrainingData
+from amici_eval.tissue import Tissue, prepare
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
     from jaxtyping import Float32
     from torch import Tensor
@@ -32,10 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["BUNDLED_ADATA", "TrainedAMICI", "card_of", "own_data_loader", "read_amici_directory"]
 
 SCHEMA_VERSION = 1
-WEIGHTS = "weights.safetensors"
-SETUP = "model.json"
-CELLS = "cells.json"
-MANIFEST = "manifest.json"
 BUNDLED_ADATA = "adata.h5ad"
 _SPLITS = ("train", "validation", "test")
 _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
@@ -144,7 +143,7 @@ class TrainedAMICI:
     def _assemble(
         cls, attributes: Mapping[str, Any], weights: Mapping[str, Tensor], adata: AnnData | None
     ) -> TrainedAMICI:
-        registry = _plain(attributes["registry_"], "registry_")
+        registry = to_plain(attributes["registry_"], "registry_")
         if registry.get("model_name") != "AMICI":
             raise ModelFormatError(
                 value=f"the model was saved by class {registry.get('model_name')!r}",
@@ -154,10 +153,10 @@ class TrainedAMICI:
         init_params = {
             key: value
             for group in attributes["init_params_"]["kwargs"].values()
-            for key, value in _plain(group, "init_params_").items()
+            for key, value in to_plain(group, "init_params_").items()
         }
         setup, fields = registry["setup_args"], registry["field_registries"]
-        genes = [str(gene) for gene in _values(fields["X"]["state_registry"]["column_names"])]
+        genes = [str(gene) for gene in values_of(fields["X"]["state_registry"]["column_names"])]
         training, cells = None, {}
         if adata is not None:
             _check_is_training_data(adata, registry, genes, weights)
@@ -174,7 +173,7 @@ class TrainedAMICI:
             n_neighbors=int(setup["n_neighbors"]),
             genes=tuple(genes),
             cell_types=tuple(
-                str(label) for label in _values(fields["labels"]["state_registry"]["categorical_mapping"])
+                str(label) for label in values_of(fields["labels"]["state_registry"]["categorical_mapping"])
             ),
             labels_key=setup["labels_key"],
             coord_obsm_key=setup["coord_obsm_key"],
@@ -190,7 +189,7 @@ class TrainedAMICI:
             registry=registry,
             weights={name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()},
             cells=cells,
-            history=_history(attributes.get("history_")),
+            history=history_of(attributes.get("history_")),
         )
 
     def save(self, directory: Path) -> None:
@@ -224,7 +223,7 @@ class TrainedAMICI:
         ModelFormatError
             If a file is missing, altered, truncated or does not fit the others.
         """
-        _check_manifest(directory)
+        check_manifest(directory)
         try:
             setup = json.loads((directory / SETUP).read_text(encoding="utf-8"))
             cells = json.loads((directory / CELLS).read_text(encoding="utf-8"))
@@ -253,7 +252,7 @@ class TrainedAMICI:
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             if isinstance(error, ModelFormatError):
                 raise
-            raise _damaged(directory, f"{type(error).__name__}: {error}") from error
+            raise damaged(directory, f"{type(error).__name__}: {error}") from error
 
     def build_module(self) -> Any:
         """Return a new ``amici.AMICIModule`` with these weights, in eval mode on the CPU.
@@ -298,7 +297,7 @@ class TrainedAMICI:
 
         tissue = prepare(adata, self.card, DataSpec())
         card = self.card
-        categories = _values(self.registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
+        categories = values_of(self.registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
         own = AnnData(X=tissue.expression(np.arange(tissue.n_cells)))
         own.obs_names, own.var_names = list(tissue.cell_names), list(card.genes)
         own.obs[card.labels_key] = [categories[code] for code in tissue.label_codes]
@@ -307,7 +306,7 @@ class TrainedAMICI:
             own.layers[card.layer] = own.X
         if card.cell_radius_key is not None:
             own.obs[card.cell_radius_key] = tissue.radii
-        registry = _with_arrays(self.registry)
+        registry = with_arrays(self.registry)
         with own_data_loader(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_fit_setup():
             # means of types that this tissue lacks are empty; the saved profiles replace them all
             warnings.simplefilter("ignore")
@@ -367,7 +366,9 @@ def card_of(model: Any, *, adata: AnnData) -> ModelCard:
     setup, fields = registry["setup_args"], registry["field_registries"]
     training = None
     if model.adata is not adata:
-        training = describe_training_data(model.adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"])
+        training = describe_training_data(
+            model.adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"], with_digest=False
+        )
     rows = getattr(model, "train_indices_", None)
     names = model.adata.obs_names.astype(str).to_numpy()
     return ModelCard(
@@ -453,7 +454,8 @@ def _check_is_training_data(
         raise DataError(value=f"the data has {adata.n_obs} cells", rule=f"the model was trained on {n_cells}", fix=fix)
     profiles = weights["ct_profiles"].detach().cpu().double().numpy()
     labels = [
-        str(label) for label in _values(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
+        str(label)
+        for label in values_of(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
     ]
     card = ModelCard(
         n_heads=1,
@@ -486,91 +488,8 @@ def _mean_profile(tissue: Tissue, rows: np.ndarray) -> np.ndarray:
     return total / len(rows)
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
-    if isinstance(value, np.ndarray):
-        return {"array": [_plain(item, where) for item in value.tolist()], "dtype": str(value.dtype)}
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    raise ModelFormatError(
-        value=f"{where} holds a {type(value).__name__}",
-        rule="set-up must consist of plain values and arrays, so that it can be stored without pickle",
-        fix="train the model with plain arguments",
-    )
-
-
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if set(value) == {"array", "dtype"}:
-            return np.array(value["array"], dtype=value["dtype"])
-        return {key: _with_arrays(item) for key, item in value.items()}
-    return value
-
-
-def _values(stored: Any) -> list[Any]:
-    return list(stored["array"]) if isinstance(stored, Mapping) else list(stored)
-
-
-def _history(history: Any) -> dict[str, tuple[float, ...]]:
-    if not isinstance(history, Mapping):
-        return {}
-    return {
-        str(name): tuple(float(value) for value in np.asarray(frame, dtype=np.float64).ravel())
-        for name, frame in history.items()
-    }
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def write_manifest(directory: Path) -> None:
-    """Record the SHA-256 of every file of a saved model."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST)
-    sums = {path.name: _sha256(path) for path in files}
-    (directory / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _damaged(directory: Path, what: str) -> ModelFormatError:
-    return ModelFormatError(
-        value=f"the model in {directory} is damaged: {what}",
-        rule="its files must be as they were logged",
-        fix="download it again or register the model again",
-    )
-
-
-def _check_manifest(directory: Path) -> None:
-    try:
-        sums = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        missing = sorted({WEIGHTS, SETUP, CELLS} - set(sums))
-        if missing:
-            raise _damaged(directory, f"the manifest lacks {missing[0]}")
-        for name, expected in sums.items():
-            if Path(name).name != name:
-                raise _damaged(directory, f"the manifest names {name!r}, which is no plain file name")
-            path = directory / name
-            if not path.is_file():
-                raise _damaged(directory, f"{name} is missing")
-            if _sha256(path) != expected:
-                raise _damaged(directory, f"{name} is not the file that was logged (SHA-256 differs)")
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ModelFormatError):
-            raise
-        raise _damaged(directory, f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error

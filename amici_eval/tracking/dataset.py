@@ -2,20 +2,21 @@
 
 # MLflow reads the return annotation of a constructor as an object: no `from __future__ import annotations` here
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote, urlparse
 
 from mlflow.data.dataset import Dataset
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
-from amici_eval.errors import DataError, first_line
+from amici_eval.errors import DataError, first_line, mask_secrets
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,6 +25,7 @@ __all__ = ["AnnDataDataset", "AnnDataEvaluationDataset", "AnnDataSource", "from_
 
 _MLFLOW_SCHEMES = ("runs", "models", "mlflow-artifacts", "dbfs")
 _SUFFIXES = (".h5ad", ".zarr")
+_INDIRECT_SCHEMES = ("reference", "simplecache", "filecache", "blockcache", "zip", "tar", "libarchive", "dir")
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 2**20
 
@@ -62,8 +64,8 @@ class AnnDataSource(DatasetSource):
         return cls(str(raw_source))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``{"uri": ...}``."""
-        return {"uri": self._uri}
+        """Return ``{"uri": ...}`` without credentials: a tracking store keeps this."""
+        return {"uri": mask_secrets(self._uri)}
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> "AnnDataSource":
@@ -93,6 +95,12 @@ class AnnDataSource(DatasetSource):
 
     def _fetch(self, folder: Path) -> Path:
         parsed = urlparse(self._uri)
+        if "::" in self._uri or parsed.scheme in _INDIRECT_SCHEMES:
+            raise DataError(
+                value=f"data.uri={self._uri}",
+                rule="data must be named directly: chained file systems could write outside their folder",
+                fix="give the URI of the .h5ad or .zarr itself",
+            )
         name = Path(unquote(parsed.path)).name
         if not name.lower().endswith(_SUFFIXES):
             raise DataError(
@@ -105,12 +113,13 @@ class AnnDataSource(DatasetSource):
                 import mlflow.artifacts
 
                 return Path(mlflow.artifacts.download_artifacts(artifact_uri=self._uri, dst_path=str(folder)))
-            if parsed.scheme in ("http", "https") and name.lower().endswith(".h5ad"):
-                return _download(self._uri, folder / name)
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(self._uri)
-            filesystem.get(path, str(folder / name), recursive=name.lower().endswith(".zarr"))
+            if parsed.scheme in ("http", "https"):
+                if name.lower().endswith(".h5ad"):
+                    return _download(self._uri, folder / name)
+                return _download_zarr(self._uri, folder / name)
+            _copy_from_store(self._uri, folder / name)
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(
                 value=f"{self._uri} cannot be fetched ({first_line(error)})",
@@ -128,13 +137,75 @@ def _as_local_path(uri: str) -> Path | None:
     return Path(uri).expanduser() if len(parsed.scheme) <= 1 else None
 
 
+def _inside(folder: Path, key: str) -> Path:
+    """Return the place of a store's key in a folder, or refuse a key that leads out of it."""
+    if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise DataError(
+            value=f"the store holds the key {key!r}",
+            rule="keys must lie inside the .zarr",
+            fix="do not use this store; somebody may want to write to your disk",
+        )
+    return folder.joinpath(*key.split("/"))
+
+
+def _copy_from_store(uri: str, target: Path) -> None:
+    """Copy a file, or a folder key by key, from a store that fsspec opens."""
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if not target.name.lower().endswith(".zarr"):
+        filesystem.get_file(path, str(target))
+        return
+    root = path.rstrip("/") + "/"
+    found = filesystem.find(path)
+    if not found:
+        raise FileNotFoundError(uri)
+    for remote in found:
+        local = _inside(target, remote.removeprefix(root))
+        local.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(remote, str(local))
+
+
+def _download_zarr(url: str, target: Path) -> Path:
+    """Fetch a .zarr from a web server, which cannot list it: its consolidated metadata name the arrays and chunks."""
+    import requests
+
+    base, _, query = url.partition("?")
+    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata")
+    entries = json.loads(metadata.read_text(encoding="utf-8"))["metadata"]
+    for key, content in entries.items():
+        place = _inside(target, key)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(content), encoding="utf-8")
+        if not key.endswith(".zarray"):
+            continue
+        grid = [range(-(-size // chunk)) for size, chunk in zip(content["shape"], content["chunks"], strict=True)]
+        separator = content.get("dimension_separator", ".")
+        for chunk in itertools.product(*grid):
+            name = key.removesuffix(".zarray") + (separator.join(map(str, chunk)) or "0")
+            try:
+                _download(_join(base, name, query), _inside(target, name))
+            except requests.HTTPError as error:
+                # a chunk of fill values need not be stored
+                if error.response.status_code != requests.codes.not_found:
+                    raise
+    return target
+
+
+def _join(base: str, key: str, query: str) -> str:
+    return f"{base.rstrip('/')}/{quote(key)}" + (f"?{query}" if query else "")
+
+
 def _download(url: str, target: Path) -> Path:
     import requests
 
-    with requests.get(url, stream=True, timeout=_TIMEOUT_S) as answer, target.open("wb") as file:
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    with requests.get(url, stream=True, timeout=_TIMEOUT_S) as answer:
         answer.raise_for_status()
-        for chunk in answer.iter_content(_CHUNK_BYTES):
-            file.write(chunk)
+        with target.open("wb") as file:
+            for chunk in answer.iter_content(_CHUNK_BYTES):
+                file.write(chunk)
     return target
 
 

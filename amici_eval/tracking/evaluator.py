@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,15 +42,10 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
     """
     nested: dict[str, Any] = {}
     for key, value in (config or {}).items():
-        *groups, name = _SHORTHANDS.get(key, key).split(".")
-        target = nested
-        for group in groups:
-            target = target.setdefault(group, {})
-        if isinstance(value, Mapping):
-            target.setdefault(name, {}).update(value)
-        else:
-            target[name] = value
-    report = dict(nested.pop("report", {}))
+        _merge(nested, _SHORTHANDS.get(key, key), value)
+    report = nested.pop("report", {})
+    if not isinstance(report, dict):
+        raise _no_group(name="report", value=report)
     unknown = sorted(set(report) - set(ReportSpec.__dataclass_fields__))
     if unknown:
         raise InvalidSpecError(
@@ -61,6 +57,29 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
         if report.get(name) is not None:
             report[name] = tuple(report[name])
     return spec_from_mapping(nested), ReportSpec(**report)
+
+
+def _merge(target: dict[str, Any], key: str, value: Any) -> None:
+    """Put a setting of dotted name, or a group of settings, into nested settings that are ours to change."""
+    *groups, name = key.split(".")
+    for group in groups:
+        target = target.setdefault(group, {})
+        if not isinstance(target, dict):
+            raise _no_group(group, target)
+    if isinstance(value, Mapping):
+        inner = target.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise _no_group(name, inner)
+        for part, item in value.items():
+            _merge(inner, str(part), item)
+    else:
+        target[name] = value
+
+
+def _no_group(name: str, value: object) -> InvalidSpecError:
+    return InvalidSpecError(
+        value=f"{name}={value!r}", rule="it must be a group of settings", fix=f"write {{'{name}': {{...}}}}"
+    )
 
 
 class AMICIEvaluator(ModelEvaluator):
@@ -95,12 +114,15 @@ class AMICIEvaluator(ModelEvaluator):
         import mlflow
 
         from amici_eval.evaluation import evaluate
+        from amici_eval.tissue import prepare
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
+        from amici_eval.tracking.jobs import check_report, known_model_id, run_tags
         from amici_eval.tracking.run_log import (
             ARTIFACTS,
             RunRecord,
             evaluation_metrics,
             evaluation_params,
+            remove_local,
             send,
             write_artifacts,
         )
@@ -122,13 +144,27 @@ class AMICIEvaluator(ModelEvaluator):
                 fix="pass data=amici_eval.from_anndata(adata)",
             )
         trained = _native_model(model)
+        client = mlflow.MlflowClient()
+        if client.get_run(run_id).data.tags.get("amici_eval.kind") == "evaluation":
+            raise InvalidSpecError(
+                value=f"run {run_id} holds an evaluation already",
+                rule="settings, tables and figures of two evaluations would mix",
+                fix="start another run for each",
+            )
+        check_report(report, tuple(prepare(dataset.adata, trained.card, spec.data).receivers()))
         metadata = getattr(model, "metadata", None)
-        own_id = model_id or getattr(metadata, "model_id", None)
+        own_id = model_id or known_model_id(getattr(metadata, "model_id", None))
+        model_name, version = _newest_version(client, own_id)
         evaluation = evaluate(
             trained,
             dataset.adata,
             spec,
-            model_info={"model_id": own_id, "run_id": getattr(metadata, "run_id", None)},
+            model_info={
+                "name": model_name,
+                "version": version,
+                "model_id": own_id,
+                "run_id": getattr(metadata, "run_id", None),
+            },
             data_info={"name": dataset.name, "digest": dataset.digest, "n_cells": dataset.adata.n_obs},
         )
         metrics = evaluation_metrics(evaluation)
@@ -138,11 +174,14 @@ class AMICIEvaluator(ModelEvaluator):
             params=evaluation_params(evaluation),
             # with a model_id MLflow logs the returned metrics itself; twice would make two points of each
             metrics={} if model_id is not None else metrics,
-            tags={"amici_eval.kind": "evaluation", **({"amici_eval.model_id": own_id} if own_id else {})},
+            tags=run_tags(model_id=own_id, model_name=model_name, model_version=version),
             model_id=own_id,
+            model_name=model_name,
+            model_version=version,
         )
-        with tempfile.TemporaryDirectory(prefix="amici-eval-") as scratch:
-            folder = Path(scratch)
+        # not removed on failure: the error says that the results are there
+        folder = Path(tempfile.mkdtemp(prefix="amici-eval-"))
+        try:
             settings = {**spec.to_dict(), "report": {**vars(report)}}
             write_artifacts(
                 evaluation,
@@ -150,8 +189,21 @@ class AMICIEvaluator(ModelEvaluator):
                 report=report,
                 config_yaml=yaml.safe_dump(_plain(settings), sort_keys=False),
             )
-            send(folder, record)
-            return EvaluationResult(metrics=metrics, artifacts=_artifacts(folder / ARTIFACTS, run_id))
+        except Exception:
+            remove_local(folder, with_parent=False)
+            raise
+        send(folder, record)
+        artifacts = _artifacts(folder / ARTIFACTS, run_id)
+        remove_local(folder, with_parent=False)
+        return EvaluationResult(metrics=metrics, artifacts=artifacts)
+
+
+def _newest_version(client: Any, model_id: str | None) -> tuple[str | None, str | None]:
+    """Return name and number of the newest registered version of a logged model, if it has any."""
+    if model_id is None:
+        return None, None
+    entries = json.loads(client.get_logged_model(model_id).tags.get("mlflow.modelVersions", "[]"))
+    return (entries[-1]["name"], str(entries[-1]["version"])) if entries else (None, None)
 
 
 def _native_model(model: Any) -> Any:
@@ -175,8 +227,6 @@ def _native_model(model: Any) -> Any:
 
 def _artifacts(folder: Path, run_id: str) -> dict[str, Any]:
     """Return the tables and the settings of the test as MLflow's artifacts, read into memory."""
-    import json
-
     import mlflow
     import pandas as pd
     from mlflow.models.evaluation.artifacts import CsvEvaluationArtifact, JsonEvaluationArtifact

@@ -80,7 +80,8 @@ def save_model(
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI, write_manifest
+    from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
+    from amici_eval.model.manifest import write_manifest
 
     source = training_adata if training_adata is not None else getattr(model, "adata", None)
     trained = model if isinstance(model, TrainedAMICI) else TrainedAMICI.from_amici(model, adata=training_adata)
@@ -111,7 +112,8 @@ def save_model(
         folder = Path(staging) / _FOLDER
         trained.save(folder)
         if adata is not None and not isinstance(adata, str):
-            adata.write_h5ad(folder / BUNDLED_ADATA)
+            # the default converts text columns of the AnnData that was handed in
+            adata.write_h5ad(folder / BUNDLED_ADATA, convert_strings_to_categoricals=False)
             write_manifest(folder)
         mlflow_model.add_flavor(
             FLAVOR_NAME,
@@ -145,7 +147,7 @@ def log_model(
     metadata: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> ModelInfo:
-    """Log a trained AMICI to the active MLflow run (one is started if there is none) and register it if named.
+    """Log a trained AMICI, to the active MLflow run if there is one, and register it if named.
 
     Parameters
     ----------
@@ -240,6 +242,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
     from mlflow.exceptions import MlflowException
 
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
+    from amici_eval.model.manifest import damaged, listed_files
 
     with tempfile.TemporaryDirectory(prefix="amici-eval-model-") as staging:
         if Path(model_uri).is_dir():
@@ -261,9 +264,12 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
                 rule="the data of a model must be a folder inside it",
                 fix="register the model again",
             )
+        trained = TrainedAMICI.load(data)
         bundled = data / BUNDLED_ADATA if settings.get("bundled_adata") else None
+        if bundled is not None and bundled.name not in listed_files(data):
+            raise damaged(data, f"the manifest lacks {bundled.name}")
         yield StoredModel(
-            trained=TrainedAMICI.load(data),
+            trained=trained,
             bundled_adata=bundled,
             adata_uri=settings.get("adata_uri"),
             model_id=settings.get("model_id"),

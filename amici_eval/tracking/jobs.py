@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
-from amici_eval.names import without_credentials
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, resolve_model
 from amici_eval.tracking.run_log import (
     ARTIFACTS,
@@ -109,13 +110,28 @@ def tracked_run(tracking: TrackingSpec, *, name: str | None, tags: dict[str, str
         _end_run(status)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no further signal interrupt a body that must finish."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
 def _end_run(status: str) -> None:
     import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
     try:
-        mlflow.end_run(status)
+        with _undisturbed():
+            mlflow.end_run(status)
     except (MlflowException, RequestException, OSError) as error:
         # the body's own error matters more and says how to go on
         logger.error("the run could not be closed as %s: %s", status, error)
@@ -158,6 +174,7 @@ def evaluate_job(
 
     resolve_device(spec.ablation.device)
     output = Path(tracking.output_dir).absolute()
+    made_output = not output.exists()
     check_writable(output)
     tracking_uri = connect(tracking.uri)
     model = resolve_model(model_uri)
@@ -177,6 +194,7 @@ def evaluate_job(
             tracking=tracking,
             tracking_uri=tracking_uri,
             output=output,
+            made_output=made_output,
             config_yaml=config_yaml,
             progress=progress,
         )
@@ -192,50 +210,59 @@ def _evaluate(
     tracking: TrackingSpec,
     tracking_uri: str,
     output: Path,
+    made_output: bool,
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None,
 ) -> EvaluationRun:
-    from amici_eval.data import prepare
     from amici_eval.evaluation import evaluate_access
     from amici_eval.model.access import open_access
     from amici_eval.report.tables import summary_lines
+    from amici_eval.tissue import prepare
     from amici_eval.tracking.dataset import AnnDataSource
 
-    model_id = model.model_id or stored.model_id
+    model_id = known_model_id(model.model_id or stored.model_id)
     info = {**model.describe(), "model_id": model_id, "versions": dict(stored.trained.card.versions)}
-    check_report(report, stored.trained.card.cell_types)
     tissue = prepare(dataset.adata, stored.trained.card, spec.data)
+    check_report(report, tuple(tissue.receivers()))
     source = dataset.to_dict()
     data_info = {
         "name": dataset.name,
         "digest": dataset.digest,
-        "uri": without_credentials(dataset.source.uri) if isinstance(dataset.source, AnnDataSource) else None,
+        "uri": dataset.source.to_dict()["uri"] if isinstance(dataset.source, AnnDataSource) else None,
         "n_cells": tissue.n_cells,
         "n_evaluated": int(tissue.evaluated.sum()),
     }
+    tags = run_tags(model_uri=model.asked, model_id=model_id, model_name=model.name, model_version=model.version)
     title = f"evaluate {model.name} {model.version}" if model.name else "evaluate"
     # everything that can be refused is refused before the run starts
     with open_access(stored.trained, tissue, spec.ablation) as access:
-        with tracked_run(tracking, name=title, tags=_run_tags(model, model_id)) as run:
+        with tracked_run(tracking, name=title, tags=tags) as run:
             run_id, experiment_id = run.info.run_id, run.info.experiment_id
             folder = output / run_id
             evaluation = evaluate_access(access, spec, progress=progress, model_info=info, data_info=data_info)
-            write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
             record = RunRecord(
                 tracking_uri=tracking_uri,
                 run_id=run_id,
                 params=evaluation_params(evaluation),
                 metrics=evaluation_metrics(evaluation),
                 # MLflow shows this tag as the description of the run; it reads Markdown
-                tags={**_run_tags(model, model_id), "mlflow.note.content": _note(summary_lines(evaluation))},
+                tags={**tags, "mlflow.note.content": _note(summary_lines(evaluation))},
                 dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
                 model_id=model_id,
                 model_name=model.name,
                 model_version=model.version,
             )
+            # before anything is drawn: whatever fails from here on, `upload` can send what there is
+            evaluation.save(folder / ARTIFACTS)
+            record.save(folder)
+            try:
+                write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
+            except Exception:
+                logger.error("not all artifacts could be written; what there is: amici-eval upload %s", folder)
+                raise
             send(folder, record)
     if not tracking.keep_local:
-        remove_local(folder)
+        remove_local(folder, with_parent=made_output)
     return EvaluationRun(
         evaluation=evaluation,
         run_id=run_id,
@@ -246,29 +273,42 @@ def _evaluate(
 
 
 def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
-    """Refuse types that the model does not know before anything is computed."""
+    """Refuse types that are not evaluated and palettes that do not exist, before anything is computed."""
     for cell_type in report.cell_types or ():
         if cell_type not in cell_types:
             raise InvalidSpecError(
                 value=f"report.cell_types names {cell_type!r}",
-                rule=f"the model knows {', '.join(cell_types)}",
+                rule=f"the evaluated cells are of type {', '.join(cell_types)}",
                 fix="choose among these",
             )
+    if report.figures and report.palette is not None:
+        from amici_eval.report.drawing import type_colours
+
+        type_colours(cell_types, report.palette)
+
+
+def known_model_id(model_id: str | None) -> str | None:
+    """Return the id of a logged model if this store holds it: a folder may come from another one."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if model_id is not None:
+        try:
+            MlflowClient().get_logged_model(model_id)
+        except MlflowException:
+            logger.warning("logged model %s is not in this tracking store; the run will not be linked to it", model_id)
+            return None
+    return model_id
 
 
 def _note(lines: list[str]) -> str:
     return "```\n" + "\n".join(lines) + "\n```"
 
 
-def _run_tags(model: ResolvedModel, model_id: str | None) -> dict[str, str]:
-    tags = {
-        "amici_eval.kind": "evaluation",
-        "amici_eval.model_uri": model.asked,
-        "amici_eval.model_id": model_id,
-        "amici_eval.model_name": model.name,
-        "amici_eval.model_version": model.version,
-    }
-    return {key: value for key, value in tags.items() if value is not None}
+def run_tags(**model: str | None) -> dict[str, str]:
+    """Return the tags by which a run of an evaluation names its model."""
+    named = {f"amici_eval.{key}": value for key, value in model.items() if value is not None}
+    return {"amici_eval.kind": "evaluation", **named}
 
 
 def register_job(
@@ -308,7 +348,7 @@ def register_job(
     import mlflow
 
     from amici_eval.model.checkpoint import BUNDLED_ADATA, read_amici_directory
-    from amici_eval.tracking.dataset import from_anndata
+    from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.flavor import log_model
 
     if not name or set(name) & set("/:@"):
@@ -321,6 +361,15 @@ def register_job(
             rule="an alias has letters, digits, '_' and '-'; 'latest' and 'v<number>' are MLflow's own",
             fix="choose another",
         )
+    connect(tracking.uri)
+    if adata is not None and adata != "bundle":
+        if not AnnDataSource._can_resolve(adata):
+            raise InvalidSpecError(
+                value=f"register.adata={adata!r}",
+                rule="it must be bundle, or the path or URI of a .h5ad or .zarr",
+                fix="set register.adata=bundle",
+            )
+        adata = AnnDataSource(adata).uri
     folder = Path(model_dir).expanduser()
     location: str | Path | None = data_uri
     if location is None and (folder / BUNDLED_ADATA).is_file():
@@ -337,7 +386,6 @@ def register_job(
         logger.warning(
             "no data given: the names of the training cells are not recorded, so held-out cells cannot be told later"
         )
-    connect(tracking.uri)
     with tracked_run(tracking, name=f"register {name}", tags={"amici_eval.kind": "registration"}) as run:
         if dataset is not None:
             mlflow.log_input(dataset, context="training")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
-from amici_eval.names import without_credentials
 
 if TYPE_CHECKING:
     from amici_eval.tracking.flavor import StoredModel
@@ -79,7 +78,7 @@ def _check_reachable(uri: str) -> None:
                 raise OSError(message)
     except (OSError, ValueError) as error:
         raise TrackingError(
-            value=f"tracking store {without_credentials(uri)} cannot be reached ({first_line(error)})",
+            value=f"tracking store {uri} cannot be reached ({first_line(error)})",
             rule="the store must answer before any work starts",
             fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
         ) from error
@@ -177,6 +176,12 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
     try:
         registered = client.get_registered_model(name)
     except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise TrackingError(
+                value=f"the registry does not answer for {model_uri} ({first_line(error)})",
+                rule="it must be an MLflow server that you may read",
+                fix="check tracking.uri and your credentials",
+            ) from error
         known = [model.name for model in client.search_registered_models(max_results=20)]
         raise ModelNotFoundError(
             value=f"{model_uri}: there is no registered model {name!r}",

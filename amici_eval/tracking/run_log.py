@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,10 +10,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import OutputError, TrackingError, first_line
+from amici_eval.errors import OutputError, TrackingError, first_line, mask_secrets
 from amici_eval.names import slugify
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ class RunRecord:
     timestamp_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def save(self, folder: Path) -> None:
-        """Write the record beside the artifacts."""
-        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        """Write the record beside the artifacts, without the credentials of the tracking URI."""
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {**asdict(self), "tracking_uri": mask_secrets(self.tracking_uri)}
+        (folder / RECORD_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
@@ -97,11 +100,11 @@ class RunRecord:
 
 def check_writable(folder: Path) -> None:
     """Make a folder and refuse one that cannot be written, before any long work."""
-    probe = folder / ".amici-eval-write-test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        # a name of its own: jobs of a sweep share the folder
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OutputError(
             value=f"{folder} cannot be written ({error.strerror or error})",
@@ -196,14 +199,13 @@ def send(folder: Path, record: RunRecord) -> None:
     TrackingError
         If the store fails half way; the folder stays and the message says how to go on.
     """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
     record.save(folder)
     try:
         _send(folder, record)
-    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+    except KeyboardInterrupt:
+        logger.error("interrupted while sending; all results are safe: amici-eval upload %s", folder)
+        raise
+    except Exception as error:
         raise TrackingError(
             value=f"the run {record.run_id} could not be completed ({first_line(error)})",
             rule=f"all results are safe in {folder}",
@@ -214,6 +216,7 @@ def send(folder: Path, record: RunRecord) -> None:
 def _send(folder: Path, record: RunRecord) -> None:
     from mlflow import MlflowClient
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
+    from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=record.tracking_uri)
     run_id = record.run_id
@@ -244,10 +247,16 @@ def _send(folder: Path, record: RunRecord) -> None:
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
     client.log_artifacts(run_id, str(folder / ARTIFACTS))
     # last: a version or model that points to a run points to a complete one
-    if record.model_id is not None:
-        client.set_logged_model_tags(record.model_id, {"amici_eval.evaluation_run_id": run_id})
-    if record.model_name is not None and record.model_version is not None:
-        client.set_model_version_tag(record.model_name, record.model_version, "amici_eval.evaluation_run_id", run_id)
+    try:
+        if record.model_id is not None:
+            client.set_logged_model_tags(record.model_id, {"amici_eval.evaluation_run_id": run_id})
+        if record.model_name is not None and record.model_version is not None:
+            client.set_model_version_tag(
+                record.model_name, record.model_version, "amici_eval.evaluation_run_id", run_id
+            )
+    except MlflowException as error:
+        # a user may read a model and not write to it; the run itself is complete
+        logger.warning("the model could not be tagged with its evaluation: %s", first_line(error))
 
 
 def upload(folder: Path) -> str:
@@ -265,7 +274,11 @@ def upload(folder: Path) -> str:
     from amici_eval.tracking.registry import connect
 
     record = RunRecord.load(folder)
-    connect(record.tracking_uri)
+    if "***" in record.tracking_uri:
+        # credentials are not kept: MLFLOW_TRACKING_URI must give them
+        record = replace(record, tracking_uri=connect(None))
+    else:
+        connect(record.tracking_uri)
     send(folder, record)
     MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
     return record.run_id
@@ -290,9 +303,9 @@ def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEval
         return HeadEvaluation.load(scratch)
 
 
-def remove_local(folder: Path) -> None:
-    """Remove the local copy of what was sent, and the folder above if nothing else is in it."""
+def remove_local(folder: Path, *, with_parent: bool) -> None:
+    """Remove the local copy of what was sent, and the folder above if that was made for it and is empty."""
     shutil.rmtree(folder, ignore_errors=True)
-    parent = folder.parent
-    if parent.is_dir() and not any(parent.iterdir()):
-        parent.rmdir()
+    if with_parent:
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()

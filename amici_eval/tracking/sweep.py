@@ -22,7 +22,13 @@ def close_parent(status: str) -> None:
     if run_id is not None:
         import mlflow
 
-        mlflow.MlflowClient().set_terminated(run_id, status)
+        client = mlflow.MlflowClient()
+        parent = client.get_run(run_id)
+        # workers that were killed could not close their runs
+        for child in client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
+            if child.info.status == "RUNNING":
+                client.set_terminated(child.info.run_id, status)
+        client.set_terminated(run_id, status)
 
 
 class ParentRun(Callback):

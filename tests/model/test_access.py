@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.data import content_digest, prepare
+from amici_eval.data import content_digest
 from amici_eval.errors import DataError, DeviceError
 from amici_eval.model.access import neighbours, open_access, resolve_device
 from amici_eval.model.checkpoint import card_of
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.tissue import prepare
 
 pytestmark = pytest.mark.amici
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from amici_eval.errors import ModelFormatError, UnsafePickleError
+from amici_eval.model.allow_list import _AllowListUnpickler
 from amici_eval.model.checkpoint import read_amici_directory
 
 pytestmark = pytest.mark.amici
@@ -402,3 +404,25 @@ def test_truncated_archive_is_refused(amici_dir, tmp_path):
     (tmp_path / "model.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ModelFormatError, match=r"model.pt is no torch archive"):
         read(tmp_path)
+
+
+# --- changes of what is allowed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("pandas.core.indexes.base", "Index"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch.storage", "UntypedStorage"),
+        ("numpy", "dtype"),
+        ("collections", "OrderedDict"),
+    ],
+)
+@pytest.mark.parametrize("slots", [False, True])
+def test_classes_and_functions_keep_their_attributes(module, name, slots):
+    """BUILD on a class or function would change it for the whole process."""
+    state = b"}" + short("smuggled") + b"K\x01s"
+    pickled = b"\x80\x04" + named(module, name) + (b"N" + state + b"\x86" if slots else state) + b"b."
+    with pytest.raises(UnsafePickleError, match="the pickle asks for a change of"):
+        _AllowListUnpickler(io.BytesIO(pickled)).load()

@@ -14,7 +14,8 @@ from scipy import sparse
 
 from amici_eval.data import content_digest
 from amici_eval.errors import DataError, ModelFormatError
-from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory, write_manifest
+from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
+from amici_eval.model.manifest import write_manifest
 
 pytestmark = pytest.mark.amici
 
@@ -180,9 +181,9 @@ def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, ada
 
 
 def test_layer_of_the_data_can_be_named(trained, native, adata):
-    from amici_eval.data import prepare
     from amici_eval.model.access import open_access
     from amici_eval.specs import AblationSpec, DataSpec
+    from amici_eval.tissue import prepare
 
     adata.layers["scaled"] = adata.X.copy()
     adata.X = adata.X * 0.5

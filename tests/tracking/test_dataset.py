@@ -90,6 +90,7 @@ def test_every_kind_of_uri_gives_the_same_anndata(adata, file, web, registry):
         f"runs:/{run.info.run_id}/data/{file.name}",
         "models:/tiny/2/data/amici/adata.h5ad",
         f"{web}/my%20tissue.h5ad",
+        f"{web}/my%20tissue.zarr",
         "memory://bucket/tissue.h5ad",
         "memory://bucket/tissue.zarr",
         str(file.with_suffix(".zarr")),
@@ -116,3 +117,47 @@ def test_fetched_copies_are_removed(web):
 def test_what_cannot_be_fetched_says_so(uri, message, web):
     with pytest.raises(DataError, match=message):
         amici_eval.from_anndata(uri.format(web=web))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "reference::http://127.0.0.1:9/refs.zarr",
+        "simplecache::http://127.0.0.1:9/a.zarr",
+        "reference://a.zarr",
+        "zip://a.zarr::memory://b.zip",
+    ],
+)
+def test_indirect_uris_are_refused(uri):
+    with pytest.raises(DataError, match="data must be named directly"):
+        amici_eval.from_anndata(uri)
+
+
+def test_keys_that_lead_out_of_the_folder_are_refused(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.store["/evil/a.zarr/../../escaped"] = memory.store.get("/x") or type(memory.open("/x", "wb"))(
+        memory, "/evil"
+    )
+    with pytest.raises(DataError, match="keys must lie inside"):
+        amici_eval.from_anndata("memory://evil/a.zarr")
+    memory.store.clear()
+
+
+def test_a_zarr_that_stores_a_pickle_is_refused(adata, tmp_path):
+    adata.write_zarr(tmp_path / "a.zarr")
+    array = tmp_path / "a.zarr" / "obs" / "_index" / ".zarray"
+    content = array.read_text()
+    assert "vlen-utf8" in content
+    array.write_text(content.replace("vlen-utf8", "pickle"))
+    with pytest.raises(DataError, match="stores a pickle: data must not run code"):
+        amici_eval.open_anndata(tmp_path / "a.zarr")
+
+
+def test_secrets_in_a_uri_are_neither_logged_nor_shown():
+    source = AnnDataSource("https://user:SECRET@127.0.0.1:9/a.h5ad?sig=SECRET")
+    assert source.to_dict() == {"uri": "https://***@127.0.0.1:9/a.h5ad?***"}
+    with pytest.raises(DataError) as caught, source.local_copy():
+        pass
+    assert "SECRET" not in str(caught.value)

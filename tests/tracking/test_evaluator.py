@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -8,7 +10,7 @@ import pandas as pd
 import pytest
 
 import amici_eval
-from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError
+from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, TrackingError
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.tracking.evaluator import AMICIEvaluator, settings_from_config
 
@@ -55,6 +57,9 @@ def test_evaluate_gives_metrics_and_artifacts_linked_once(registry, adata, uri, 
     logged = client.get_run(run.info.run_id)
     assert logged.data.params["cfg/permutation.n_permutations"] == "19"
     assert logged.data.tags["amici_eval.model_id"] == registry.model_id
+    assert logged.data.tags["amici_eval.model_name"] == "tiny"
+    assert logged.data.tags["amici_eval.model_version"] == "1"
+    assert client.get_model_version("tiny", "1").tags["amici_eval.evaluation_run_id"] == run.info.run_id
     assert logged.inputs.dataset_inputs[0].dataset.source_type == "code"
     assert client.get_logged_model(registry.model_id).tags["amici_eval.evaluation_run_id"] == run.info.run_id
     files = {entry.path for entry in client.list_artifacts(run.info.run_id, "tables")}
@@ -98,6 +103,8 @@ def test_settings_nested_dotted_and_short():
             r"unknown setting permutation\.n_perm: known here are permutation\.n_permutations",
         ),
         ({"report.dpi": 3}, r"unknown setting report\.dpi"),
+        ({"permutation": 3, "permutation.seed": 1}, r"permutation=3: it must be a group of settings"),
+        ({"report": 3}, r"report=3: it must be a group of settings"),
         ({"device": "gpu"}, r"ablation\.device='gpu': it must be auto, cpu, cuda, cuda:N or mps"),
     ],
 )
@@ -122,3 +129,39 @@ def test_a_served_model_has_no_native_model(adata):
     dataset = amici_eval.from_anndata(adata).to_evaluation_dataset()
     with pytest.raises(ModelFormatError, match=r"must be loaded in this process.*env_manager='local'"):
         AMICIEvaluator().evaluate(model_type="amici", dataset=dataset, run_id="0", evaluator_config=None, model=served)
+
+
+def test_the_callers_config_is_left_alone():
+    config = {"data": {"subset": {"key": "region"}}, "data.subset.value": "rest"}
+    settings_from_config(config)
+    assert config == {"data": {"subset": {"key": "region"}}, "data.subset.value": "rest"}
+
+
+def evaluate_tiny(adata):
+    return mlflow.models.evaluate(
+        "models:/tiny/1",
+        data=amici_eval.from_anndata(adata),
+        model_type="amici",
+        evaluators="amici",
+        evaluator_config={**CONFIG, "report.figures": False},
+    )
+
+
+def test_one_run_holds_one_evaluation(registry, adata):
+    with mlflow.start_run() as run:
+        evaluate_tiny(adata)
+        with pytest.raises(InvalidSpecError, match=f"run {run.info.run_id} holds an evaluation already"):
+            evaluate_tiny(adata)
+
+
+def test_what_a_failing_store_did_not_take_is_where_the_error_says(registry, adata, monkeypatch):
+    def gone(*arguments, **options):
+        message = "connection lost"
+        raise ConnectionError(message)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", gone)
+    with mlflow.start_run(), pytest.raises(TrackingError, match="all results are safe in") as caught:
+        evaluate_tiny(adata)
+    folder = Path(caught.value.fix.rpartition(" ")[2])
+    assert (folder / "artifacts" / "tables" / "heads.csv").is_file()
+    shutil.rmtree(folder)

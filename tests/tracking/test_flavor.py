@@ -154,3 +154,27 @@ def test_log_model_from_a_live_amici_with_a_recorded_uri(native, registry):
 def test_bundling_needs_data(trained, tmp_path):
     with pytest.raises(DataError, match="pass it as training_adata"):
         amici_eval.save_model(trained, tmp_path / "m", adata="bundle")
+
+
+def test_bundling_leaves_the_anndata_alone(trained, adata, tmp_path):
+    adata.obs["note"] = ["text"] * adata.n_obs
+    kinds = adata.obs.dtypes.to_dict()
+    amici_eval.save_model(trained, tmp_path / "m", adata=adata)
+    assert adata.obs.dtypes.to_dict() == kinds
+
+
+@pytest.mark.parametrize("how", ["link", "unlisted"])
+def test_a_bundle_must_be_the_file_that_was_logged(trained, adata, tmp_path, how):
+    amici_eval.save_model(trained, tmp_path / "m", adata=adata)
+    folder = tmp_path / "m" / "data" / "amici"
+    if how == "link":
+        (folder / "adata.h5ad").rename(tmp_path / "elsewhere.h5ad")
+        (folder / "adata.h5ad").symlink_to(tmp_path / "elsewhere.h5ad")
+        message = "damaged: adata.h5ad is a link"
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["sha256"]["adata.h5ad"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        message = "damaged: the manifest lacks adata.h5ad"
+    with pytest.raises(ModelFormatError, match=message), open_stored_model(str(tmp_path / "m")):
+        pass

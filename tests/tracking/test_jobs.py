@@ -14,7 +14,7 @@ from amici_eval.data import content_digest
 from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
 from amici_eval.names import slugify
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
-from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
 from amici_eval.tracking.jobs import evaluate_job, register_job
 from amici_eval.tracking.run_log import load_evaluation, upload
 
@@ -131,6 +131,37 @@ def test_a_failing_store_loses_nothing_and_upload_finishes(registry, tmp_path, m
     assert {entry.path for entry in client.list_artifacts(run_id)} >= {"tables", "figures", "report.html"}
 
 
+def test_results_outlive_a_figure_that_cannot_be_drawn(registry, tmp_path, monkeypatch, caplog):
+    def broken(*arguments, **options):
+        message = "no space left"
+        raise OSError(message)
+
+    monkeypatch.setattr("amici_eval.report.figures.save_figures", broken)
+    with pytest.raises(OSError, match="no space left"):
+        run(keep_local=True)
+    (folder,) = (tmp_path / "amici-eval-results").iterdir()
+    assert f"amici-eval upload {folder}" in caplog.text
+    upload(folder)
+    assert mlflow.get_run(folder.name).info.status == "FINISHED"
+    assert load_evaluation(folder.name).n_permutations == 19
+
+
+def test_a_model_from_another_store_is_evaluated_without_links(registry, tmp_path, caplog):
+    folder = mlflow.artifacts.download_artifacts("models:/tiny/2", dst_path=str(tmp_path / "copy"))
+    result = run(folder, uri=f"sqlite:///{tmp_path / 'other.db'}", report=ReportSpec(figures=False))
+    assert "is not in this tracking store" in caplog.text
+    logged = mlflow.MlflowClient(result.tracking_uri).get_run(result.run_id)
+    assert logged.info.status == "FINISHED"
+    assert "amici_eval.model_id" not in logged.data.tags
+    mlflow.set_tracking_uri(registry.uri)
+
+
+def test_a_users_own_empty_folder_stays(registry, tmp_path):
+    (tmp_path / "mine").mkdir()
+    run(output_dir=str(tmp_path / "mine"), report=ReportSpec(figures=False))
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_upload_of_another_folder(tmp_path):
     with pytest.raises(OutputError, match=r"holds no readable upload\.json"):
         upload(tmp_path)
@@ -167,6 +198,17 @@ def test_a_crash_is_failed(registry, monkeypatch):
     assert crashed.info.status == "FAILED"
 
 
+def n_runs() -> int:
+    client = mlflow.MlflowClient()
+    return len(client.search_runs([entry.experiment_id for entry in client.search_experiments()]))
+
+
+def test_runs_are_counted_where_they_start(registry):
+    before = n_runs()
+    run(experiment="elsewhere", report=ReportSpec(figures=False))
+    assert n_runs() == before + 1
+
+
 def bad_data(adata, change) -> str:
     change(adata)
     adata.write_h5ad("bad.h5ad")
@@ -194,33 +236,41 @@ def nan_expression(adata):
     ],
 )
 def test_bad_data_starts_no_run(registry, adata, change, message):
-    client = mlflow.MlflowClient()
-    before = len(client.search_runs(["0"]))
+    before = n_runs()
     with pytest.raises(DataError, match=message):
         run(data_uri=bad_data(adata, change))
-    assert len(client.search_runs(["0"])) == before
+    assert n_runs() == before
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
         ({"report": ReportSpec(cell_types=("Tumour",))}, InvalidSpecError, r"report\.cell_types names 'Tumour'"),
+        (
+            {
+                "report": ReportSpec(cell_types=("Tumor",)),
+                "spec": EvaluationSpec(data=DataSpec(subset=SubsetSpec(key="cell_type", value="Endothelial"))),
+            },
+            InvalidSpecError,
+            r"report\.cell_types names 'Tumor': the evaluated cells are of type",
+        ),
+        ({"report": ReportSpec(palette="nonsense")}, InvalidSpecError, "palette='nonsense'"),
         ({"output_dir": "/proc/none"}, OutputError, r"/proc/none cannot be written .*tracking\.output_dir"),
         ({"data_uri": "absent.h5ad"}, DataError, r"absent\.h5ad does not exist"),
     ],
 )
 def test_other_bad_input_starts_no_run(registry, options, kind, message):
-    client = mlflow.MlflowClient()
-    before = len(client.search_runs(["0"]))
+    before = n_runs()
     with pytest.raises(kind, match=message):
         run(**options)
-    assert len(client.search_runs(["0"])) == before
+    assert n_runs() == before
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"name": "a/b"}, "a registered model's name has no '/'"),
+        ({"adata": "bundel"}, r"register\.adata='bundel': it must be bundle, or the path or URI"),
         ({"alias": "v1"}, r"register\.alias='v1'"),
         ({"adata": "bundle", "data_uri": None}, "there must be an AnnData to bundle"),
     ],
