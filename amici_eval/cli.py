@@ -165,6 +165,16 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
     return overrides
 
 
+def _written_out(argument: str, command: str) -> str:
+    """Write out the short names that ``mlflow run -P`` takes too, and let users add tags of their own."""
+    key, equals, value = argument.partition("=")
+    if command == "evaluate" and key in ("device", "n_permutations", "seed"):
+        key = {**_PROJECT_KEYS, "seed": _SEED_KEY["evaluate"]}[key]
+    if key.startswith("tracking.tags."):
+        key = f"++{key}"
+    return f"{key}{equals}{value}"
+
+
 def config_directory() -> Path:
     """Return the folder of the configs: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -199,7 +209,7 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
             or argument.startswith(("~", "+", "hydra/", "hydra."))
             or ("=" in argument and "/" in argument.split("=")[0])
         )
-        overrides.append(argument if plain else hydra_override(argument, sweep=sweep))
+        overrides.append(argument if plain else hydra_override(_written_out(argument, command), sweep=sweep))
     register_schemas()
     codes, jobs = [0], []
 
@@ -257,7 +267,7 @@ def _evaluate(config: DictConfig) -> None:
             config_yaml=resolved_yaml(config),
             progress=progress,
         )
-    _say(*summary_lines(result.evaluation), "")
+    _say(f"{config.model_uri}:", *summary_lines(result.evaluation), "")
     shown = mask_secrets(result.tracking_uri)
     _say(f"run {result.run_id} in {shown}", *_how_to_look(shown))
     if result.folder is not None:
@@ -289,7 +299,8 @@ def _register(config: DictConfig) -> None:
     )
     _say(
         f"registered {version.uri} (logged model {version.model_id}, run {version.run_id})",
-        f"evaluate it with: amici-eval evaluate model_uri={version.uri}",
+        f"evaluate it with: amici-eval evaluate model_uri={version.uri}"
+        + (f" tracking.uri={mask_secrets(tracking.uri)}" if tracking.uri else ""),
     )
 
 

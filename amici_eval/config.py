@@ -137,7 +137,7 @@ SCHEMAS: dict[str, type[Any]] = {"evaluate": EvaluateConfig, "register": Registe
 _TEXT_KEYS = re.compile(
     r"(model_uri|model_dir|name|output_dir|ablation\.device|report\.palette"
     r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
-    r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir|tags\..+))"
+    r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
 )
 
 

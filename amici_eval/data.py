@@ -26,6 +26,7 @@ __all__ = [
     "content_digest",
     "coordinates_of",
     "describe_training_data",
+    "digest_of_places",
     "expression_matrix",
     "median_nn_distance",
     "open_anndata",
@@ -54,7 +55,9 @@ def open_anndata(path: str | Path) -> AnnData:
     location = Path(path)
     if not location.exists():
         raise DataError(
-            value=f"{location} does not exist", rule="data must be a readable AnnData", fix="correct the path"
+            value=f"{location} does not exist",
+            rule="data must be a readable AnnData",
+            fix="correct the path, or pass data.uri=...",
         )
     suffix = location.suffix.lower()
     if suffix not in (".h5ad", ".zarr"):
@@ -198,9 +201,17 @@ def describe_training_data(
     return TrainingData(
         n_cells=adata.n_obs,
         digest=content_digest(adata) if with_digest else None,
+        places=digest_of_places(coordinates_of(adata, coord_obsm_key)),
         nn_distance=median_nn_distance(coordinates_of(adata, coord_obsm_key)),
         integer_valued=integer_valued,
     )
+
+
+def digest_of_places(coordinates: Float64[np.ndarray, "cells dimensions"]) -> str:
+    """Return a fingerprint of where cells lie (to 1e-3 of the unit), whatever their order and names."""
+    rounded = np.round(coordinates, 3) + 0.0
+    ordered = rounded[np.lexsort(rounded.T[::-1])]
+    return hashlib.blake2b(np.ascontiguousarray(ordered, dtype="<f8").tobytes(), digest_size=16).hexdigest()
 
 
 def content_digest(adata: AnnData) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.errors import AmiciEvalError
+from amici_eval.tracking.registry import keep_artifacts_in
 from amici_eval.tracking.run_log import check_writable
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_NAME", "planted_table", "run_demo"]
 
-MODEL_NAME = "amici-demo"
+MODEL_NAME = EXPERIMENT = "amici-demo"
 HELD_OUT_REGION = "left_strip"
 
 
@@ -62,6 +63,8 @@ def run_demo(
     folder = output_dir.absolute()
     check_writable(folder)
     uri = tracking.uri or f"sqlite:///{folder / 'mlflow.db'}"
+    if tracking.uri is None:
+        keep_artifacts_in(folder / "artifacts", uri=uri, experiment=EXPERIMENT)
     say("1. A tissue with planted sender -> receiver effects")
     tissue = simulate_tissue(replace(DEMO_TISSUE, seed=seed))
     data = folder / "tissue.h5ad"
@@ -86,7 +89,7 @@ def run_demo(
     say("", "3. Register and evaluate both, as on any model of your own")
     evaluations = {}
     for version, model_dir in runs.items():
-        common = [f"tracking.uri={uri}", "tracking.experiment=amici-demo"]
+        common = [f"tracking.uri={uri}", f"tracking.experiment={EXPERIMENT}"]
         out = _command(["register", f"model_dir={model_dir}", f"name={MODEL_NAME}", f"data.uri={data}", *common], say)
         registered = out.split("models:/", 1)[1].split()[0]
         subset = [] if version == 1 else ["data.subset.key=region", f"data.subset.value={HELD_OUT_REGION}"]

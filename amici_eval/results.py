@@ -84,7 +84,7 @@ class Undefined:
     gene: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadEvaluation:
     """How much each attention head, kept alone, explains of each receiver cell type, and how sure that is.
 
@@ -146,6 +146,13 @@ class HeadEvaluation:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    def __repr__(self) -> str:
+        name = " ".join(str(self.model[key]) for key in ("name", "version") if self.model.get(key))
+        return (
+            f"HeadEvaluation({name + ': ' if name else ''}{self.n_heads} heads x {len(self.cell_types)} cell types x "
+            f"{len(self.genes)} genes, {self.n_significant} of {self.n_tests} tests significant)"
+        )
 
     @property
     def n_tests(self) -> int:

@@ -298,6 +298,8 @@ class TrainingData:
         Cells in the training AnnData (training, validation and test cells together).
     digest
         Content digest of the AnnData; ``None`` if it was not needed.
+    places
+        Digest of the coordinates whatever the order and the names of the cells.
     nn_distance
         Median distance of a cell to the nearest other cell, in the unit of the coordinates.
     integer_valued
@@ -306,6 +308,7 @@ class TrainingData:
 
     n_cells: int
     digest: str | None
+    places: str
     nn_distance: float
     integer_valued: bool
 

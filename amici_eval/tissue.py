@@ -10,7 +10,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from amici_eval.data import check_is_filled, coordinates_of, expression_matrix, median_nn_distance, row_blocks
+from amici_eval.data import (
+    check_is_filled,
+    coordinates_of,
+    digest_of_places,
+    expression_matrix,
+    median_nn_distance,
+    row_blocks,
+)
 from amici_eval.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,6 +59,8 @@ class Tissue:
         The AnnData's own expression matrix; not a copy.
     gene_columns
         Columns of ``matrix`` in the model's gene order; ``None`` if they are in order already.
+    renamed
+        Whether these are the cells of training under other names.
     """
 
     cell_names: np.ndarray
@@ -64,6 +73,7 @@ class Tissue:
     notes: tuple[str, ...]
     matrix: Any
     gene_columns: Int64[np.ndarray, " genes"] | None
+    renamed: bool = False
 
     @property
     def n_cells(self) -> int:
@@ -129,11 +139,12 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
         samples = _obs_column(adata, spec.sample_key, "samples").astype(str).to_numpy(dtype=object)
     integer_valued = _check_expression(matrix, columns, card.genes, names)
     _compare_with_training(card, coordinates, integer_valued, notes)
+    renamed = _compare_names(card, names, coordinates, notes)
+    for note in notes:
+        logger.warning("%s", note)
     evaluated = _subset(adata, spec.subset)
     if not evaluated.all():
         notes.append(f"{int(evaluated.sum())} of {adata.n_obs} cells evaluated; all cells serve as neighbours")
-    for note in notes:
-        logger.warning("%s", note)
     return Tissue(
         cell_names=names,
         labels=labels,
@@ -145,7 +156,29 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
         notes=tuple(notes),
         matrix=matrix,
         gene_columns=columns,
+        renamed=renamed,
     )
+
+
+def _compare_names(card: ModelCard, names: np.ndarray, coordinates: np.ndarray, notes: list[str]) -> bool:
+    """Return whether the cells are those of training under other names, so that held-out cells cannot be told."""
+    if card.training_cells is None:
+        return False
+    known = len(card.training_cells.intersection(names.tolist()))
+    if 0 < known < len(card.training_cells):
+        notes.append(
+            f"{known} of the {len(card.training_cells)} cells the model was fitted on are in the data: if it is a "
+            "part of the training tissue, its cells have lost neighbours; give the whole tissue and choose receivers "
+            "with data.subset"
+        )
+    training = card.training_data
+    if known == 0 and training is not None and digest_of_places(coordinates) == training.places:
+        notes.append(
+            "cells lie where the training cells lay but have other names: which of them were held out is not known; "
+            "give the tissue with its original obs_names"
+        )
+        return True
+    return False
 
 
 def _check_type(adata: object) -> None:

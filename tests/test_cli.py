@@ -153,6 +153,8 @@ def test_evaluate_from_the_command_line(registry, capsys):
         "permutation.n_permutations=19",
         "report.formats=[png]",
         "tracking.experiment=cli",
+        "tracking.tags.study=A 1",
+        "seed=5",
         "tracking.keep_local=true",
     )
     out = capsys.readouterr().out
@@ -162,6 +164,8 @@ def test_evaluate_from_the_command_line(registry, capsys):
     assert logged.info.status == "FINISHED"
     assert mlflow.get_experiment(logged.info.experiment_id).name == "cli"
     assert logged.data.params["cfg/permutation.convention"] == "reference"
+    assert logged.data.params["cfg/permutation.seed"] == "5"
+    assert logged.data.tags["study"] == "A 1"
     assert logged.data.params["cfg/data.subset.value"] == "left_strip"
     folder = Path("amici-eval-results") / run_id / "artifacts"
     assert "value: left_strip" in (folder / "config" / "resolved.yaml").read_text()

@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from amici_eval import data as module
-from amici_eval.data import content_digest, describe_training_data, open_anndata
+from amici_eval.data import content_digest, describe_training_data, digest_of_places, open_anndata
 from amici_eval.errors import DataError
 from amici_eval.specs import DataSpec, SubsetSpec, TrainingData
 from amici_eval.tissue import check_sections, prepare
@@ -82,7 +82,7 @@ def test_a_missing_file_is_named(tmp_path):
     assert refusal(open_anndata, path) == (
         f"{path} does not exist",
         "data must be a readable AnnData",
-        "correct the path",
+        "correct the path, or pass data.uri=...",
     )
 
 
@@ -496,6 +496,7 @@ def test_facts_of_the_training_tissue(adata):
     assert facts == TrainingData(
         n_cells=40,
         digest=content_digest(adata),
+        places=digest_of_places(xy),
         nn_distance=pytest.approx(np.median(apart.min(axis=1)), rel=1e-12),
         integer_valued=False,
     )
@@ -773,3 +774,12 @@ def test_a_missing_label_is_not_the_text_of_it(adata):
         adata.obs["cell_type"] = labels.where(np.arange(40) > 0, filler)
         digests.add(content_digest(adata))
     assert len(digests) == 5
+
+
+def test_places_know_neither_order_nor_names(adata):
+    xy = np.asarray(adata.obsm["spatial"], dtype=float)
+    shuffled = np.random.default_rng(0).permutation(len(xy))
+    assert digest_of_places(xy[shuffled]) == digest_of_places(xy) == digest_of_places(xy + 1e-5)
+    moved = xy.copy()
+    moved[3, 1] += 0.01
+    assert digest_of_places(moved) != digest_of_places(xy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -79,7 +80,7 @@ def resolve_device(device: str) -> str:
         if number >= count:
             raise DeviceError(
                 value=f"ablation.device={device}",
-                rule=f"this machine offers PyTorch {torch.__version__} {count} CUDA devices",
+                rule=f"PyTorch {torch.__version__} finds {count} CUDA devices here",
                 fix="set ablation.device=auto or cpu, or install a PyTorch build for your CUDA",
             )
     if device == "mps" and not torch.backends.mps.is_available():
@@ -205,5 +206,8 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
         module, card = model.build_module(), model.card
     else:
         module, card = model.module, card_of(model, adata=model.adata)
+    if tissue.renamed:
+        # membership goes by name
+        card = replace(card, training_cells=None)
     with eval_mode_on(module, device):
         yield HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size)

@@ -77,7 +77,7 @@ def _give_own_data_splitter(model: Any) -> None:
     model._data_splitter_cls = type(base.__name__, (base,), {"data_loader_cls": type(model)._data_loader_cls})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainedAMICI:
     """A trained AMICI, apart from any AnnData.
 
@@ -104,6 +104,13 @@ class TrainedAMICI:
     weights: Mapping[str, Tensor]
     cells: Mapping[str, tuple[str, ...]]
     history: Mapping[str, tuple[float, ...]]
+
+    def __repr__(self) -> str:
+        card = self.card
+        return (
+            f"TrainedAMICI({card.n_heads} heads, {card.n_neighbors} neighbours, {len(card.genes)} genes, "
+            f"{len(card.cell_types)} cell types)"
+        )
 
     @classmethod
     def from_amici(cls, model: Any, *, adata: AnnData | None = None) -> TrainedAMICI:
@@ -411,7 +418,7 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
         raise ModelFormatError(
             value=f"{directory} holds no model.pt",
             rule="model_dir must be a folder that AMICI.save(...) wrote",
-            fix="correct register.model_dir",
+            fix="correct model_dir",
         )
     if not zipfile.is_zipfile(path):
         raise ModelFormatError(

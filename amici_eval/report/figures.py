@@ -82,6 +82,7 @@ def plot_barplot(
     ax = ax if ax is not None else _new_axes(_barplot_size(evaluation.n_heads, len(chosen)))
     heights = _max_over_genes(evaluation)
     alpha = evaluation.spec.permutation.alpha
+    tested = np.isfinite(evaluation.p_value)
     width = _GROUP_WIDTH / max(1, len(chosen))
     heads = np.arange(evaluation.n_heads)
     shown = heights[:, [evaluation.type_index(name) for name in chosen]]
@@ -97,7 +98,17 @@ def plot_barplot(
         index = evaluation.type_index(name)
         x = heads + (position - (len(chosen) - 1) / 2) * width
         defined = np.isfinite(heights[:, index])
-        ax.bar(x[defined], heights[defined, index], width=width * 0.92, color=colours[name], linewidth=0, zorder=2)
+        # a type of a few cells can reach any height: what has no test stays in the background
+        for shown_as, opacity in ((defined & tested[:, index], 1.0), (defined & ~tested[:, index], 0.2)):
+            ax.bar(
+                x[shown_as],
+                heights[shown_as, index],
+                width=width * 0.92,
+                color=colours[name],
+                linewidth=0,
+                zorder=2,
+                alpha=opacity,
+            )
         significant = defined & (evaluation.p_value_adj[:, index] <= alpha)
         marks += [(x[h], max(0.0, heights[h, index]) + 0.025 * span) for h in np.flatnonzero(significant)]
         gaps += [(x[h], 0.015 * span) for h in np.flatnonzero(~defined)]
@@ -120,7 +131,14 @@ def plot_barplot(
     empty = [name for name in chosen if not np.isfinite(heights[:, evaluation.type_index(name)]).any()]
     others = len(gaps) - evaluation.n_heads * len(empty)
     said = [drawn_label(name) for name in empty] + ([f"{others} single heads"] if others else [])
-    add_caption(ax, _significance_note(evaluation), f"× undefined, no bar: {', '.join(said)}" if said else "")
+    untested = bool((np.isfinite(shown) & ~tested[:, [evaluation.type_index(name) for name in chosen]]).any())
+    faint = "pale: too few cells for a test" if untested else ""
+    add_caption(
+        ax,
+        f"{_significance_note(evaluation)}; the test is of the head over all genes",
+        faint,
+        f"× undefined, no bar: {', '.join(said)}" if said else "",
+    )
     return ax
 
 

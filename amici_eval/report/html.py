@@ -162,7 +162,7 @@ def _best(evaluation: HeadEvaluation) -> str:
         )
         for row in best_heads(evaluation).to_dict("records")
     ]
-    caption = "The head with the largest explained variance of any gene, per type."
+    caption = "The head with the largest explained variance over all genes, per type, and its best gene."
     return _section("best", "Best head of each type", _table(header, rows, caption)) if rows else ""
 
 

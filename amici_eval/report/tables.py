@@ -156,11 +156,12 @@ def best_heads(evaluation: HeadEvaluation) -> pd.DataFrame:
 
     Notes
     -----
-    The best head is AMICI's: the one with the largest explained variance of any gene.
+    Best by explained variance over all genes, which is what the test is about. ``HeadEvaluation.best_head`` is AMICI's
+    choice instead: the head with the largest explained variance of any one gene, the winner of many.
     """
     heads = evaluation.heads()
-    defined = heads[heads["expl_var_best_gene"].notna()]
-    chosen = defined.groupby("ct_name", sort=True)["expl_var_best_gene"].idxmax()
+    defined = heads[heads["expl_var_head"].notna()]
+    chosen = defined.groupby("ct_name", sort=True)["expl_var_head"].idxmax()
     return heads.loc[chosen].reset_index(drop=True)
 
 
@@ -175,13 +176,13 @@ def summary_lines(evaluation: HeadEvaluation) -> list[str]:
     Returns
     -------
     list of str
-        What was evaluated, the effects, the tests, in-sample or held out, what is undefined and why, notes, then the
-        best head of each type; no line breaks within a line. Effects come before p-values.
+        What was evaluated, the effects, the tests, in-sample or held out, notes, the best head of each type, then what
+        is undefined and why; no line breaks within a line. Effects come before p-values.
     """
     lines = [*headline_sentences(evaluation), held_out_sentence(evaluation)]
-    lines += [f"Undefined: {line}." for line in undefined_sentences(evaluation)]
     lines += [f"Note: {printable(note)}" for note in evaluation.notes]
-    return lines + _best_head_table(evaluation)
+    lines += _best_head_table(evaluation)
+    return lines + [f"Undefined: {line}." for line in undefined_sentences(evaluation)]
 
 
 def headline_sentences(evaluation: HeadEvaluation) -> list[str]:
@@ -210,6 +211,13 @@ def headline_sentences(evaluation: HeadEvaluation) -> list[str]:
         f"p <= {settings.alpha:g} ({settings.null} null, {evaluation.n_permutations:,} permutations, "
         f"{settings.adjustment.upper()} over all tests).{untested if evaluation.n_undefined else ''}"
     )
+    if settings.convention == "reference":
+        sentences.append("p = b/m as in amici-st: 0 stands for fewer than one in m, and is no valid p-value.")
+    elif evaluation.n_permutations < 1 / settings.alpha - 1:
+        sentences.append(
+            f"With {evaluation.n_permutations:,} permutations no p-value can be below "
+            f"{1 / (evaluation.n_permutations + 1):.2g}: nothing can be significant; draw more."
+        )
     if settings.null in VALIDITY:
         sentences.append(VALIDITY[settings.null])
     return sentences
@@ -263,7 +271,10 @@ def _best_head_table(evaluation: HeadEvaluation) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-    return [f"Best head per type (largest explained variance, EV, of any gene; * adjusted p <= {alpha:g}):", *lines]
+    return [
+        f"Best head per type (largest explained variance, EV, over all genes; * adjusted p <= {alpha:g}):",
+        *lines,
+    ]
 
 
 def _counts(reasons: pd.Series) -> dict[str, int]:

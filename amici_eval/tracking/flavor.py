@@ -254,7 +254,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
                 raise ModelNotFoundError(
                     value=f"{model_uri} cannot be fetched ({first_line(error)})",
                     rule="it must name a model in the tracking store or a local folder",
-                    fix="check the URI and the tracking URI",
+                    fix="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID, and check tracking.uri",
                 ) from error
         settings = _flavor_settings(folder, model_uri)
         data = (folder / str(settings.get("data", ""))).resolve()

@@ -15,7 +15,7 @@ from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, firs
 if TYPE_CHECKING:
     from amici_eval.tracking.flavor import StoredModel
 
-__all__ = ["ResolvedModel", "connect", "find_dataset", "resolve_model"]
+__all__ = ["ResolvedModel", "connect", "find_dataset", "keep_artifacts_in", "resolve_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,15 @@ def _check_reachable(uri: str) -> None:
             rule="the store must answer before any work starts",
             fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
         ) from error
+
+
+def keep_artifacts_in(folder: Path, *, uri: str, experiment: str) -> None:
+    """Make an experiment whose artifacts lie in a folder, unless it is there; MLflow's default is ./mlruns."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    if client.get_experiment_by_name(experiment) is None:
+        client.create_experiment(experiment, artifact_location=folder.as_uri())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +180,7 @@ def resolve_model(model_uri: str) -> ResolvedModel:
 
 
 def _registered_version(client: Any, name: str, version: str | None, alias: str | None, model_uri: str) -> Any:
+    import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
@@ -185,8 +195,8 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
         known = [model.name for model in client.search_registered_models(max_results=20)]
         raise ModelNotFoundError(
             value=f"{model_uri}: there is no registered model {name!r}",
-            rule=f"this registry holds {', '.join(known) or 'no models'}",
-            fix="correct the name, or register it with amici-eval register",
+            rule=f"the registry of {mlflow.get_tracking_uri()} holds {', '.join(known) or 'no models'}",
+            fix="correct the name or tracking.uri, or register it with amici-eval register",
         ) from error
     versions = sorted(int(entry.version) for entry in client.search_model_versions(f"name='{name}'"))
     shown = ", ".join(map(str, versions)) or "none"
@@ -235,7 +245,7 @@ def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> 
     if model.run_id is not None:
         logged = _dataset_of_run(model.run_id)
         if logged is not None:
-            logger.info("no data given: taking %s, which the model's training run logged", logged)
+            logger.info("no data given: taking %s, which the model's own run logged", logged)
             return logged
     raise DataError(
         value=f"no data for {model.asked}",

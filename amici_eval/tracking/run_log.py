@@ -143,7 +143,9 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
 
 def evaluation_params(evaluation: HeadEvaluation) -> dict[str, str]:
     """Return the settings that determined the numbers, as ``cfg/...`` params."""
-    return {f"cfg/{name}": value[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
+    params = {f"cfg/{name}": value[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
+    # the number that was used, also where the setting left it to the default
+    return {**params, "cfg/permutation.n_permutations": str(evaluation.n_permutations)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

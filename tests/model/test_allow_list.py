@@ -406,7 +406,7 @@ def test_truncated_archive_is_refused(amici_dir, tmp_path):
         read(tmp_path)
 
 
-# --- changes of what is allowed -----------------------------------------------------------------------------------------
+# --- changes of what is allowed ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

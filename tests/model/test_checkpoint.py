@@ -442,7 +442,7 @@ def test_set_up_that_json_cannot_hold_is_refused(native):
 
 
 def test_folder_without_model_is_refused(tmp_path, amici_dir):
-    message = r"holds no model.pt: model_dir must be a folder that AMICI.save\(...\) wrote; correct register.model_dir"
+    message = r"holds no model.pt: model_dir must be a folder that AMICI.save\(...\) wrote; correct model_dir"
     with pytest.raises(ModelFormatError, match=message):
         read_amici_directory(tmp_path, adata=None, trust=False)
     with pytest.raises(ModelFormatError, match=message):

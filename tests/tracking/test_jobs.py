@@ -162,6 +162,25 @@ def test_a_users_own_empty_folder_stays(registry, tmp_path):
     assert list((tmp_path / "mine").iterdir()) == []
 
 
+def test_training_cells_under_other_names_are_not_called_held_out(registry, adata):
+    assert run().evaluation.held_out == (False,) * 5
+    adata.obs_names = [f"renamed_{number}" for number in range(adata.n_obs)]
+    adata.write_h5ad("renamed.h5ad")
+    evaluation = run(data_uri="renamed.h5ad", report=ReportSpec(figures=False)).evaluation
+    assert evaluation.held_out == (None,) * 5
+    assert any("have other names: which of them were held out is not known" in note for note in evaluation.notes)
+    adata.obsm["spatial"] = adata.obsm["spatial"] + 7.0
+    adata.write_h5ad("elsewhere.h5ad")
+    evaluation = run(data_uri="elsewhere.h5ad", report=ReportSpec(figures=False)).evaluation
+    assert evaluation.held_out == (True,) * 5
+
+
+def test_a_part_of_the_training_tissue_is_noticed(registry, adata):
+    adata[: adata.n_obs // 2].write_h5ad("half.h5ad")
+    evaluation = run(data_uri="half.h5ad", report=ReportSpec(figures=False)).evaluation
+    assert any("its cells have lost neighbours" in note for note in evaluation.notes)
+
+
 def test_upload_of_another_folder(tmp_path):
     with pytest.raises(OutputError, match=r"holds no readable upload\.json"):
         upload(tmp_path)

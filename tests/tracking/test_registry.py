@@ -34,7 +34,7 @@ def test_latest_and_logged_model_uris(registry):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("models:/tinny/1", r"no registered model 'tinny': this registry holds .*tiny.*; correct the name"),
+        ("models:/tinny/1", r"no registered model 'tinny': the registry of sqlite:.* holds .*tiny.*; correct the name"),
         ("models:/tiny/9", r"no version '9': its versions are 1, 2, 3; name one of these"),
         ("models:/tiny/Production", r"no version 'Production'"),
         ("models:/tiny@best", r"no alias 'best': its aliases are champion -> 1; its versions 1, 2, 3"),
