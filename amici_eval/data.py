@@ -208,10 +208,10 @@ def describe_training_data(
 
 
 def digest_of_places(coordinates: Float64[np.ndarray, "cells dimensions"]) -> str:
-    """Return a fingerprint of where cells lie (to 1e-3 of the unit), whatever their order and names."""
-    rounded = np.round(coordinates, 3) + 0.0
+    """Return a fingerprint of where cells lie (as float32), whatever their order and names."""
+    rounded = coordinates.astype(np.float32) + 0.0
     ordered = rounded[np.lexsort(rounded.T[::-1])]
-    return hashlib.blake2b(np.ascontiguousarray(ordered, dtype="<f8").tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(ordered, dtype="<f4").tobytes(), digest_size=16).hexdigest()
 
 
 def content_digest(adata: AnnData) -> str:

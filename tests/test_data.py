@@ -779,7 +779,8 @@ def test_a_missing_label_is_not_the_text_of_it(adata):
 def test_places_know_neither_order_nor_names(adata):
     xy = np.asarray(adata.obsm["spatial"], dtype=float)
     shuffled = np.random.default_rng(0).permutation(len(xy))
-    assert digest_of_places(xy[shuffled]) == digest_of_places(xy) == digest_of_places(xy + 1e-5)
+    assert digest_of_places(xy[shuffled]) == digest_of_places(xy)
+    assert digest_of_places(xy.astype(np.float32).astype(float)) == digest_of_places(xy)
     moved = xy.copy()
     moved[3, 1] += 0.01
     assert digest_of_places(moved) != digest_of_places(xy)
