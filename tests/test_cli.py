@@ -231,6 +231,8 @@ def start(*arguments: str, cwd: Path, script: str | None = None) -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a job in the background of a shell ignores Ctrl-C, and its children with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -241,6 +243,19 @@ def test_an_interrupted_command_leaves_the_run_killed(registry, tmp_path, sign, 
     # so many permutations that it is still at work when the signal comes
     options = ["permutation.n_permutations=5000000", f"tracking.run_name={name}"]
     process = start("evaluate", "model_uri=models:/tiny/1", *options, cwd=tmp_path)
+    try:
+        runs = wait_for_run(name, process)
+        assert runs[0].info.status == "RUNNING"
+        process.send_signal(sign)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == code, errors
+    assert mlflow.get_run(runs[0].info.run_id).info.status == "KILLED"
+
+
+def wait_for_run(name: str, process: subprocess.Popen[str]) -> list:
     deadline = time.monotonic() + 90
     runs: list = []
     while not runs and time.monotonic() < deadline and process.poll() is None:
@@ -248,12 +263,8 @@ def test_an_interrupted_command_leaves_the_run_killed(registry, tmp_path, sign, 
         runs = mlflow.search_runs(
             filter_string=f"attributes.run_name = '{name}'", search_all_experiments=True, output_format="list"
         )
-    assert runs, process.communicate()
-    assert runs[0].info.status == "RUNNING"
-    process.send_signal(sign)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert mlflow.get_run(runs[0].info.run_id).info.status == "KILLED"
+    assert runs, process.poll()
+    return runs
 
 
 @pytest.mark.amici

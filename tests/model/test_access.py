@@ -95,8 +95,8 @@ def test_cell_order_changes_nothing(trained, adata):
 @pytest.mark.parametrize(
     ("device", "there", "count", "message"),
     [
-        ("cuda", False, 0, "ablation.device=cuda: this machine offers PyTorch .* 0 CUDA devices; set ablation.device"),
-        ("cuda:7", True, 2, "ablation.device=cuda:7: this machine offers PyTorch .* 2 CUDA devices"),
+        ("cuda", False, 0, "ablation.device=cuda: PyTorch .* finds 0 CUDA devices here; set ablation.device"),
+        ("cuda:7", True, 2, "ablation.device=cuda:7: PyTorch .* finds 2 CUDA devices"),
     ],
 )
 def test_absent_cuda_devices_are_refused(monkeypatch, device, there, count, message):
