@@ -132,7 +132,7 @@ def plot_barplot(
     others = len(gaps) - evaluation.n_heads * len(empty)
     said = [drawn_label(name) for name in empty] + ([f"{others} single heads"] if others else [])
     untested = bool((np.isfinite(shown) & ~tested[:, [evaluation.type_index(name) for name in chosen]]).any())
-    faint = "pale: too few cells for a test" if untested else ""
+    faint = "pale: no test (too few cells, or a head that predicts the same for all)" if untested else ""
     add_caption(
         ax,
         f"{_significance_note(evaluation)}; the test is of the head over all genes",
