@@ -489,7 +489,7 @@ def _check_is_training_data(
 
 
 def _mean_profile(tissue: Tissue, rows: np.ndarray) -> np.ndarray:
-    total = np.zeros(profile_size) if (profile_size := tissue.expression(rows[:1]).shape[1]) else np.zeros(0)
+    total = np.zeros(tissue.expression(rows[:1]).shape[1])
     for start in range(0, len(rows), 4096):
         total += tissue.expression(rows[start : start + 4096]).astype(np.float64).sum(axis=0)
     return total / len(rows)

@@ -113,18 +113,18 @@ class AMICIEvaluator(ModelEvaluator):
         """
         import mlflow
 
-        from amici_eval.evaluation import evaluate
+        from amici_eval.evaluation import evaluate_access
+        from amici_eval.model.access import open_access, resolve_device
         from amici_eval.tissue import prepare
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
         from amici_eval.tracking.jobs import check_report, known_model_id, run_tags
         from amici_eval.tracking.run_log import (
             ARTIFACTS,
             RunRecord,
+            deliver,
             evaluation_metrics,
             evaluation_params,
             remove_local,
-            send,
-            write_artifacts,
         )
 
         for name, value in (
@@ -151,29 +151,27 @@ class AMICIEvaluator(ModelEvaluator):
                 rule="settings, tables and figures of two evaluations would mix",
                 fix="start another run for each",
             )
-        check_report(report, tuple(prepare(dataset.adata, trained.card, spec.data).receivers()))
+        resolve_device(spec.ablation.device)
+        tissue = prepare(dataset.adata, trained.card, spec.data)
+        check_report(report, tuple(tissue.receivers()))
         metadata = getattr(model, "metadata", None)
         own_id = model_id or known_model_id(getattr(metadata, "model_id", None))
         model_name, version = _newest_version(client, own_id)
-        evaluation = evaluate(
-            trained,
-            dataset.adata,
-            spec,
-            model_info={
-                "name": model_name,
-                "version": version,
-                "model_id": own_id,
-                "run_id": getattr(metadata, "run_id", None),
-            },
-            data_info={"name": dataset.name, "digest": dataset.digest, "n_cells": dataset.adata.n_obs},
-        )
+        info = {
+            "name": model_name,
+            "version": version,
+            "model_id": own_id,
+            "run_id": getattr(metadata, "run_id", None),
+        }
+        data_info = {"name": dataset.name, "digest": dataset.digest, "n_cells": dataset.adata.n_obs}
+        with open_access(trained, tissue, spec.ablation) as access:
+            evaluation = evaluate_access(access, spec, model_info=info, data_info=data_info)
         metrics = evaluation_metrics(evaluation)
         record = RunRecord(
             tracking_uri=mlflow.get_tracking_uri(),
             run_id=run_id,
             params=evaluation_params(evaluation),
-            # with a model_id MLflow logs the returned metrics itself; twice would make two points of each
-            metrics={} if model_id is not None else metrics,
+            metrics=metrics,
             tags=run_tags(model_id=own_id, model_name=model_name, model_version=version),
             model_id=own_id,
             model_name=model_name,
@@ -181,18 +179,15 @@ class AMICIEvaluator(ModelEvaluator):
         )
         # not removed on failure: the error says that the results are there
         folder = Path(tempfile.mkdtemp(prefix="amici-eval-"))
-        try:
-            settings = {**spec.to_dict(), "report": {**vars(report)}}
-            write_artifacts(
-                evaluation,
-                folder / ARTIFACTS,
-                report=report,
-                config_yaml=yaml.safe_dump(_plain(settings), sort_keys=False),
-            )
-        except Exception:
-            remove_local(folder, with_parent=False)
-            raise
-        send(folder, record)
+        deliver(
+            evaluation,
+            folder,
+            record,
+            report=report,
+            config_yaml=yaml.safe_dump(_plain({**spec.to_dict(), "report": vars(report)}), sort_keys=False),
+            # with a model_id MLflow logs the returned metrics itself; twice would make two points of each
+            log_metrics=model_id is None,
+        )
         artifacts = _artifacts(folder / ARTIFACTS, run_id)
         remove_local(folder, with_parent=False)
         return EvaluationResult(metrics=metrics, artifacts=artifacts)

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, resolve_model
 from amici_eval.tracking.run_log import (
-    ARTIFACTS,
     RunRecord,
     check_writable,
+    deliver,
     evaluation_metrics,
     evaluation_params,
     remove_local,
-    send,
-    write_artifacts,
 )
 
 if TYPE_CHECKING:
@@ -252,15 +250,7 @@ def _evaluate(
                 model_name=model.name,
                 model_version=model.version,
             )
-            # before anything is drawn: whatever fails from here on, `upload` can send what there is
-            evaluation.save(folder / ARTIFACTS)
-            record.save(folder)
-            try:
-                write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
-            except Exception:
-                logger.error("not all artifacts could be written; what there is: amici-eval upload %s", folder)
-                raise
-            send(folder, record)
+            deliver(evaluation, folder, record, report=report, config_yaml=config_yaml)
     if not tracking.keep_local:
         remove_local(folder, with_parent=made_output)
     return EvaluationRun(

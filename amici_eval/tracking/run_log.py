@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RunRecord",
     "check_writable",
+    "deliver",
     "evaluation_metrics",
     "evaluation_params",
     "send",
@@ -193,6 +194,42 @@ def write_artifacts(
     write_html(evaluation, folder, figures=figures)
 
 
+def deliver(
+    evaluation: HeadEvaluation,
+    folder: Path,
+    record: RunRecord,
+    *,
+    report: ReportSpec,
+    config_yaml: str,
+    log_metrics: bool = True,
+) -> None:
+    """Write an evaluation into a folder and send it to its run; whatever fails, ``upload`` can send what there is.
+
+    Parameters
+    ----------
+    evaluation, folder, record
+        What to deliver, by way of which local folder, to which run.
+    report, config_yaml
+        What to draw, and the settings to keep with it.
+    log_metrics
+        ``False`` if the caller logs the metrics of the record; ``upload`` logs them in any case.
+
+    Raises
+    ------
+    TrackingError
+        If the store fails; the message says how to go on.
+    """
+    # the numbers first, before anything is drawn
+    evaluation.save(folder / ARTIFACTS)
+    record.save(folder)
+    try:
+        write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
+    except Exception:
+        logger.error("not all artifacts could be written; what there is: amici-eval upload %s", folder)
+        raise
+    send(folder, record if log_metrics else replace(record, metrics={}))
+
+
 def send(folder: Path, record: RunRecord) -> None:
     """Send a folder of results to its run; what is there already is not logged twice.
 
@@ -201,7 +238,6 @@ def send(folder: Path, record: RunRecord) -> None:
     TrackingError
         If the store fails half way; the folder stays and the message says how to go on.
     """
-    record.save(folder)
     try:
         _send(folder, record)
     except KeyboardInterrupt:

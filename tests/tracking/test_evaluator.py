@@ -13,6 +13,7 @@ import amici_eval
 from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, TrackingError
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.tracking.evaluator import AMICIEvaluator, settings_from_config
+from amici_eval.tracking.run_log import upload
 
 pytestmark = pytest.mark.amici
 
@@ -137,9 +138,9 @@ def test_the_callers_config_is_left_alone():
     assert config == {"data": {"subset": {"key": "region"}}, "data.subset.value": "rest"}
 
 
-def evaluate_tiny(adata):
+def evaluate_tiny(adata, uri="models:/tiny/1"):
     return mlflow.models.evaluate(
-        "models:/tiny/1",
+        uri,
         data=amici_eval.from_anndata(adata),
         model_type="amici",
         evaluators="amici",
@@ -160,8 +161,27 @@ def test_what_a_failing_store_did_not_take_is_where_the_error_says(registry, ada
         raise ConnectionError(message)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", gone)
+    # a URI of the logged model: MLflow knows its id and takes over the metrics
     with mlflow.start_run(), pytest.raises(TrackingError, match="all results are safe in") as caught:
-        evaluate_tiny(adata)
+        evaluate_tiny(adata, f"models:/{registry.model_id}")
     folder = Path(caught.value.fix.rpartition(" ")[2])
     assert (folder / "artifacts" / "tables" / "heads.csv").is_file()
+    monkeypatch.undo()
+    mlflow.set_tracking_uri(registry.uri)
+    # metrics that MLflow would have logged behind the evaluator come with the upload
+    run_id = upload(folder)
+    assert "ev/Tumor/head_0" in mlflow.get_run(run_id).data.metrics
+    shutil.rmtree(folder)
+
+
+def test_results_outlive_a_figure_that_cannot_be_drawn(registry, adata, monkeypatch, caplog):
+    def broken(*arguments, **options):
+        message = "no space left"
+        raise OSError(message)
+
+    monkeypatch.setattr("amici_eval.report.html.write_html", broken)
+    with mlflow.start_run(), pytest.raises(OSError, match="no space left"):
+        evaluate_tiny(adata)
+    folder = Path(caplog.text.rpartition("amici-eval upload ")[2].split()[0])
+    assert (folder / "artifacts" / "evaluation.json").is_file()
     shutil.rmtree(folder)
