@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.stats import compiled
+
 if TYPE_CHECKING:
-    from jaxtyping import Int64
+    from jaxtyping import Int32, Int64, UInt64
 
 __all__ = ["PermutationStream"]
+
+_STORED_WORDS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,11 @@ class PermutationStream:
 
     Notes
     -----
-    Counter-based: a Philox-4x64 generator (Salmon et al. 2011), keyed by a hash of seed and labels, is set to
-    ``2**64 * index`` and its raw 64-bit words are sorted. The words are specified by the algorithm, unlike the
-    output of ``numpy.random.Generator`` methods, which may change between NumPy versions. Equal words have
-    probability below n^2 / 2^65.
+    Fisher-Yates on a counter-based generator: Philox-4x64-10 (Salmon et al. 2011), keyed by a hash of seed and labels
+    and set to ``2**64 * index``, gives 64-bit words w_0, w_1, ...; for i = n - 1 down to 1, entries i and
+    ``w_(n-1-i) * (i + 1) // 2**64`` are swapped. The words are specified by the algorithm, unlike the output of
+    ``numpy.random.Generator`` methods, which may change between NumPy versions. An entry's probability is off by less
+    than n / 2^64, relatively.
     """
 
     seed: int
@@ -47,15 +52,52 @@ class PermutationStream:
         """Return permutations ``start`` to ``stop - 1``, shape (stop - start, n_cells); row entry i names the cell that
         takes the place of cell i.
         """
-        key = self._key()
-        words = np.empty((stop - start, self.n_cells), dtype=np.uint64)
-        for row, index in enumerate(range(start, stop)):
-            words[row] = np.random.Philox(key=key, counter=[0, index, 0, 0]).random_raw(self.n_cells)
-        return np.argsort(words, axis=1, kind="stable")
+        kernels = compiled.kernels()
+        if kernels is None:
+            return self._batch_of_numpy(start, stop)
+        orders = np.empty((stop - start, self.n_cells), dtype=np.uint32)
+        kernels.shuffle_rows(self.key(), start, orders)
+        return orders.astype(np.int64)
 
-    def _key(self) -> Int64[np.ndarray, " 2"]:
+    def key(self) -> UInt64[np.ndarray, " 2"]:
+        """Return the key of the generator: a hash of seed and labels."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (str(self.seed), self.cell_type, self.stratum):
             encoded = part.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
+
+    def _batch_of_numpy(self, start: int, stop: int) -> Int64[np.ndarray, "permutations cells"]:
+        orders = np.empty((stop - start, self.n_cells), dtype=np.int64)
+        step = max(1, _STORED_WORDS // self.n_cells)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            orders[first - start : last - start] = _shuffled(self.key(), first, last, self.n_cells).T
+        return orders
+
+
+def _shuffled(
+    key: UInt64[np.ndarray, " 2"], start: int, stop: int, n_cells: int
+) -> Int32[np.ndarray, "cells permutations"]:
+    """Return permutations as columns: one swap is then two rows."""
+    words = np.empty((n_cells - 1, stop - start), dtype=np.uint64)
+    for column, index in enumerate(range(start, stop)):
+        words[:, column] = np.random.Philox(key=key, counter=[0, index, 0, 0]).random_raw(n_cells - 1)
+    others = _high_product(words, np.arange(n_cells, 1, -1, dtype=np.uint64)[:, None]).astype(np.int64)
+    columns = np.arange(stop - start)
+    orders = np.repeat(np.arange(n_cells, dtype=np.int32)[:, None], stop - start, axis=1)
+    for other, i in zip(others, range(n_cells - 1, 0, -1), strict=True):
+        moved = orders[i].copy()
+        orders[i] = orders[other, columns]
+        orders[other, columns] = moved
+    return orders
+
+
+def _high_product(
+    words: UInt64[np.ndarray, "swaps permutations"], factors: UInt64[np.ndarray, "swaps 1"]
+) -> UInt64[np.ndarray, "swaps permutations"]:
+    """``words * factors // 2**64``, exactly, of factors below 2**32: no part of the sum reaches 2**64."""
+    half = np.uint64(32)
+    low = words & np.uint64(2**32 - 1)
+    product: UInt64[np.ndarray, "swaps permutations"] = (words >> half) * factors + ((low * factors) >> half)
+    return product >> half

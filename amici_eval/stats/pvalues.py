@@ -32,7 +32,11 @@ class PValues:
 
 
 def p_values(
-    exceedances: Int64[np.ndarray, ...], *, n_permutations: int, convention: str = "add_one", confidence: float = 0.95
+    exceedances: Int64[np.ndarray, ...],
+    *,
+    n_permutations: int | Int64[np.ndarray, ...],
+    convention: str = "add_one",
+    confidence: float = 0.95,
 ) -> PValues:
     """Turn the number of permutations at least as extreme as the observation into p-values.
 
@@ -41,7 +45,7 @@ def p_values(
     exceedances
         Counts b, whole numbers in [0, n_permutations], any shape. The observation itself is not counted.
     n_permutations
-        Number m of random permutations drawn.
+        Number m of random permutations drawn: one for all tests, or an array that broadcasts against the counts.
     convention
         ``"add_one"``: (b+1)/(m+1). ``"reference"``: b/m, as amici-st; it can be 0 and is then not a valid p-value.
     confidence
@@ -60,19 +64,20 @@ def p_values(
     if not np.issubdtype(counts.dtype, np.integer):
         msg = f"exceedances have dtype {counts.dtype}; counts are whole numbers"
         raise ValueError(msg)
-    if n_permutations < 1 or np.any(counts < 0) or np.any(counts > n_permutations):
+    drawn = np.asarray(n_permutations)
+    if np.any(drawn < 1) or np.any(counts < 0) or np.any(counts > drawn):
         msg = f"exceedances must lie in [0, n_permutations={n_permutations}]"
         raise ValueError(msg)
     b = counts.astype(np.float64)
     if convention == "add_one":
-        p = (b + 1.0) / (n_permutations + 1.0)
+        p = (b + 1.0) / (drawn + 1.0)
     elif convention == "reference":
-        p = b / n_permutations
+        p = b / drawn
     else:
         msg = f"convention {convention!r} is unknown; use 'add_one' or 'reference'"
         raise ValueError(msg)
     tail = (1.0 - confidence) / 2.0
     with np.errstate(invalid="ignore"):
-        low = np.where(counts == 0, 0.0, beta.ppf(tail, b, n_permutations - b + 1.0))
-        high = np.where(counts == n_permutations, 1.0, beta.ppf(1.0 - tail, b + 1.0, n_permutations - b))
+        low = np.where(counts == 0, 0.0, beta.ppf(tail, b, drawn - b + 1.0))
+        high = np.where(counts == drawn, 1.0, beta.ppf(1.0 - tail, b + 1.0, drawn - b))
     return PValues(p=p, ci_low=low, ci_high=high)

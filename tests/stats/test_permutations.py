@@ -2,20 +2,42 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from amici_eval.stats import compiled, permutations
 from amici_eval.stats.permutations import PermutationStream
+from tests.oracles.permutations import fisher_yates
 
-FROZEN = [[0, 5, 3, 1, 6, 7, 2, 4], [1, 0, 5, 2, 4, 7, 6, 3], [0, 6, 4, 1, 7, 3, 5, 2]]
-FROZEN_OTHER = [[4, 2, 1, 0, 3], [1, 3, 2, 0, 4]]
+FROZEN = [[2, 4, 0, 5, 7, 6, 3, 1], [6, 3, 1, 5, 4, 7, 0, 2], [4, 0, 6, 7, 3, 5, 2, 1]]
+FROZEN_OTHER = [[2, 3, 0, 1, 4], [1, 2, 4, 0, 3]]
 
 
 def stream(**changes):
     return PermutationStream(**{"seed": 0, "cell_type": "B cell", "n_cells": 8, **changes})
+
+
+def words_of(chosen, index, n_words):
+    return np.random.Philox(key=chosen.key(), counter=[0, index, 0, 0]).random_raw(n_words)
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert compiled.kernels() is None
+
+
+@pytest.fixture
+def kernels():
+    found = compiled.kernels()
+    if found is None:
+        pytest.skip("numba is not installed")
+    return found
 
 
 def chi_square(observed, n_possible):
@@ -35,6 +57,84 @@ def test_first_permutations_are_frozen():
     np.testing.assert_array_equal(stream().batch(0, 3), FROZEN)
     other = stream(seed=7, cell_type="β cell", stratum="slide 2", n_cells=5)
     np.testing.assert_array_equal(other.batch(40, 42), FROZEN_OTHER)
+
+
+@pytest.mark.parametrize("index", [0, 1, 5, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("n_cells", [1, 2, 3, 4, 5, 6, 9, 250])
+def test_a_permutation_is_a_fisher_yates_shuffle_by_the_words_of_its_number(n_cells, index):
+    chosen = stream(n_cells=n_cells, seed=3)
+    expected = fisher_yates(words_of(chosen, index, n_cells), n_cells)
+    assert chosen.batch(index, index + 1)[0].tolist() == expected
+    assert chosen._batch_of_numpy(index, index + 1)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("index", [0, 1, 2**32, 2**62 + 12345])
+def test_compiled_words_are_those_of_numpy(kernels, index):
+    for seed in range(5):
+        chosen = stream(seed=seed)
+        words = [kernels._philox(np.uint64(block), np.uint64(index), chosen.key()) for block in range(1, 6)]
+        np.testing.assert_array_equal(np.ravel(words), words_of(chosen, index, 20))
+
+
+@pytest.mark.parametrize("stored", [2**22, 300, 1])
+@pytest.mark.parametrize("n_cells", [1, 2, 3, 97, 1000])
+def test_numpy_alone_gives_the_same_permutations(n_cells, stored, without_numba, monkeypatch):
+    alone = stream(n_cells=n_cells, seed=9).batch(7, 30)
+    monkeypatch.undo()
+    monkeypatch.setattr(permutations, "_STORED_WORDS", stored)
+    np.testing.assert_array_equal(stream(n_cells=n_cells, seed=9)._batch_of_numpy(7, 30), alone)
+    assert compiled.kernels() is not None
+    both = stream(n_cells=n_cells, seed=9).batch(7, 30)
+    np.testing.assert_array_equal(both, alone)
+    assert both.dtype == alone.dtype == np.int64
+
+
+def test_the_high_half_of_a_product_is_exact():
+    rng = np.random.default_rng(0)
+    words = np.concatenate(
+        [rng.integers(0, 2**64, 500, dtype=np.uint64), np.array([0, 1, 2**64 - 1, 2**32 - 1, 2**32], "u8")]
+    )
+    for factor in (1, 2, 3, 60_000, 2**31 + 11, 2**32 - 1):
+        found = permutations._high_product(words[:, None], np.array([[factor]], dtype=np.uint64))
+        assert found[:, 0].tolist() == [int(word) * factor // 2**64 for word in words]
+
+
+def test_columns_of_permutations_are_the_rows(kernels):
+    orders = np.full((41, 37), 99, dtype=np.uint32)
+    kernels.shuffle_columns(stream().key(), 5, 16, 37, 39, orders)
+    np.testing.assert_array_equal(orders[:39, 16:].T, stream(n_cells=39).batch(21, 42))
+    assert np.all(orders[:, :16] == 99)
+    assert np.all(orders[39:] == 99)
+
+
+def test_a_compiler_that_is_switched_off_counts_as_absent(monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert compiled.kernels() is None
+
+
+def test_kernels_compile_where_nothing_can_be_cached(kernels, monkeypatch):
+    numba, plain = pytest.importorskip("numba"), kernels.numba.njit
+    tried = []
+
+    def njit(*, cache=False, **options):
+        tried.append(cache)
+        if cache:
+            msg = "cannot cache function: no locator available"
+            raise RuntimeError(msg)
+        return plain(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert kernels._compiled(lambda x: x + 1)(2) == 3
+    assert tried == [True, False]
+
+
+def test_statistics_load_without_loading_numba():
+    code = (
+        "import sys; import amici_eval.stats.permutations, amici_eval.stats.nulls, amici_eval.stats.factor_nulls;"
+        "sys.exit('numba' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 def test_the_same_labels_give_the_same_permutations_and_any_other_label_others():
@@ -90,6 +190,13 @@ def test_every_cell_is_equally_probable_at_a_position(position):
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 6), (2, 4), (5, 6)])
 def test_every_pair_of_cells_is_equally_probable_at_two_positions(first, second):
     assert chi_square(pair_codes(stream(n_cells=7).batch(0, 8400), first, second), 42) > 0.001
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (3, 49), (24, 25), (48, 49)])
+def test_every_pair_of_fifty_cells_is_equally_probable_at_two_positions(first, second):
+    rows = stream(n_cells=50).batch(0, 30_000)
+    left, right = rows[:, first], rows[:, second]
+    assert chi_square(left * 49 + right - (right > left), 50 * 49) > 0.001
 
 
 def test_the_check_of_pairs_can_fail():

@@ -1,0 +1,257 @@
+"""What an AMICI explains of one cell type when heads are taken away, averaged out or given their shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.stats.coalitions import (
+    CHUNK_CELLS,
+    CoalitionMoments,
+    check_inputs,
+    coalition_moments,
+)
+from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.shapley import (
+    MAX_EXACT_HEADS,
+    ShapleyValues,
+    all_coalitions,
+    antithetic_orders,
+    interaction_index,
+    order_coalitions,
+    sampled_shapley_values,
+    shapley_values,
+)
+from amici_eval.stats.substitutions import substituted_values
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from jaxtyping import Float, Float64, Int32
+
+    from amici_eval.stats.readout import Readout
+
+__all__ = ["ABLATION_MODES", "DEFAULT_RESAMPLES", "DEFAULT_SAMPLED_ORDERS", "TypeAblations", "ablate"]
+
+ABLATION_MODES = (
+    "keep_one",
+    "leave_one_out",
+    "mean_z",
+    "resampled_z",
+    "frozen_norm",
+    "shapley",
+    "frozen_shapley",
+)
+"""Names of the ablations, which are also the fields of :class:`TypeAblations`."""
+
+DEFAULT_RESAMPLES = 8
+"""Permutations that resampled z is averaged over."""
+
+DEFAULT_SAMPLED_ORDERS = 512
+"""Orders of the heads that Shapley values are estimated from if there are too many heads for all coalitions."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TypeAblations:
+    """Explained variance of one cell type under every ablation that was asked for; NaN for the others.
+
+    All numbers are explained variances aggregated over genes, or differences of them, dimensionless.
+
+    Parameters
+    ----------
+    modes
+        What was asked for, in the order of ``ABLATION_MODES``.
+    full, none, frozen_none
+        Of the whole model; without any head; without any head but divided by the whole model's layer norm.
+    keep_one, leave_one_out
+        Shape (heads,): of the model with only this head, without this head. Others are set to 0.
+    mean_z
+        Shape (heads,): with what the head brings replaced by its mean over the cells, other heads as they are.
+    resampled_z, resampled_z_standard_error
+        Shape (heads,): with what the head brings to a cell replaced by what it brings to another, a mean over random
+        permutations of the cells; the standard error of that mean (NaN for a single permutation).
+    frozen_norm
+        Shape (heads,): of the model with only this head, divided by the whole model's layer norm.
+    shapley, shapley_standard_error
+        Shape (heads,): the head's share of ``full - none``; its standard error, 0 where exact.
+    frozen_shapley
+        Shape (heads,): the head's share of ``full - frozen_none`` under the whole model's layer norm.
+    interaction, frozen_interaction
+        Shape (heads, heads), symmetric, diagonal NaN: the Shapley interaction index of two heads, with "shapley" and
+        "frozen_shapley". Below 0: the two say the same.
+    interaction_reason
+        Why ``interaction`` is NaN although "shapley" was asked for; ``None`` if it is not.
+    """
+
+    modes: tuple[str, ...]
+    full: float
+    none: float
+    frozen_none: float
+    keep_one: Float64[np.ndarray, " heads"]
+    leave_one_out: Float64[np.ndarray, " heads"]
+    mean_z: Float64[np.ndarray, " heads"]
+    resampled_z: Float64[np.ndarray, " heads"]
+    resampled_z_standard_error: Float64[np.ndarray, " heads"]
+    frozen_norm: Float64[np.ndarray, " heads"]
+    shapley: Float64[np.ndarray, " heads"]
+    shapley_standard_error: Float64[np.ndarray, " heads"]
+    frozen_shapley: Float64[np.ndarray, " heads"]
+    interaction: Float64[np.ndarray, "heads heads"]
+    frozen_interaction: Float64[np.ndarray, "heads heads"]
+    interaction_reason: str | None = None
+
+
+def ablate(
+    z: Float[np.ndarray, "cells outputs"],
+    projected: Float[np.ndarray, "cells columns"],
+    target_ss: float,
+    readout: Readout,
+    *,
+    modes: Collection[str],
+    seed: int,
+    cell_type: str,
+    n_resamples: int = DEFAULT_RESAMPLES,
+    n_sampled_orders: int = DEFAULT_SAMPLED_ORDERS,
+    max_exact_heads: int = MAX_EXACT_HEADS,
+    chunk_cells: int = CHUNK_CELLS,
+) -> TypeAblations:
+    """Return what an AMICI explains of one cell type under each ablation.
+
+    Parameters
+    ----------
+    z
+        What each head brings to each cell, shape (cells, heads * head_size), at least two cells, in canonical order
+        (by cell name): the permutations of "resampled_z" are of positions.
+    projected
+        Shape (cells, 1 + heads * head_size): expression, centred over the cells, times ``readout.weights``.
+    target_ss
+        Sum over genes of the centred sum of squares of expression, over 0.
+    readout
+        From z to predicted expression.
+    modes
+        Some of ``ABLATION_MODES``.
+    seed, cell_type
+        Of the permutations of cells (``PermutationStream`` with stratum "resampled_z", numbers 0 to n_resamples - 1,
+        shared by all heads) and of the sampled orders of heads.
+    n_resamples
+        Permutations that "resampled_z" averages over, at least 1.
+    n_sampled_orders
+        Even, at least 4; used only if there are more than ``max_exact_heads`` heads.
+    max_exact_heads
+        Up to here all 2**heads coalitions are evaluated.
+    chunk_cells
+        Cells worked on at a time; changes memory and the last bits.
+
+    Raises
+    ------
+    ValueError
+        If a mode is unknown, shapes do not fit, no gene varies, or a number of samples is too small.
+
+    Notes
+    -----
+    Exact: Shapley 1953 from all coalitions, interactions after Grabisch & Roubens 1999. Above ``max_exact_heads``:
+    antithetic sampling of orders (Castro et al. 2009; Mitchell et al. 2022), without interactions. Under a frozen
+    layer norm contributions add and the game is quadratic: whatever the number of heads, a share is
+    ``tr Cov(P_h, 2 Y - P_full - P_0) / V_Y`` and an interaction ``-2 tr Cov(P_h, P_k) / V_Y``.
+    """
+    unknown = sorted(set(modes) - set(ABLATION_MODES))
+    if unknown:
+        msg = f"unknown ablation modes {', '.join(map(repr, unknown))}; choose from {', '.join(ABLATION_MODES)}"
+        raise ValueError(msg)
+    if n_resamples < 1:
+        msg = f"n_resamples is {n_resamples}; at least 1 permutation is needed"
+        raise ValueError(msg)
+    check_inputs(z, projected, target_ss, readout)
+    n_heads = readout.n_heads
+    exact = n_heads <= max_exact_heads
+    orders = np.zeros((0, n_heads), dtype=np.int64)
+    if "shapley" in modes and not exact:
+        orders = antithetic_orders(n_heads, n_orders=n_sampled_orders, seed=seed, cell_type=cell_type)
+    # the whole model first, then none, keep one, leave one out; what Shapley values need comes last
+    single = np.eye(n_heads, dtype=bool)
+    wanted = [np.ones((1, n_heads), dtype=bool), np.zeros((1, n_heads), dtype=bool)]
+    wanted += [single if "keep_one" in modes else single[:0], ~single if "leave_one_out" in modes else single[:0]]
+    if "shapley" in modes:
+        wanted.append(all_coalitions(n_heads) if exact else order_coalitions(orders).reshape(-1, n_heads))
+    distinct, where = np.unique(np.concatenate(wanted), axis=0, return_inverse=True)
+    where = where.reshape(-1)
+    moments = coalition_moments(z, projected, readout, coalitions=distinct, chunk_cells=chunk_cells)
+    values = moments.values(target_ss)[where]
+    full, none, keep_one, leave_one_out, rest = np.split(values, np.cumsum([len(part) for part in wanted[:4]]))
+
+    shapley = ShapleyValues(values=_missing(n_heads), standard_error=_missing(n_heads))
+    interaction, reason = _missing(n_heads, n_heads), None
+    if "shapley" in modes and exact:
+        shapley, interaction = shapley_values(rest), interaction_index(rest)
+    elif "shapley" in modes:
+        shapley = sampled_shapley_values(rest.reshape(len(orders), n_heads + 1), orders)
+        reason = f"{n_heads} heads; all coalitions are evaluated up to {max_exact_heads}"
+
+    mean_z, resampled_z, resampling_error = _missing(n_heads), _missing(n_heads), _missing(n_heads)
+    if "mean_z" in modes or "resampled_z" in modes:
+        permutations = _permutations(seed, cell_type, len(z), n_resamples if "resampled_z" in modes else 0)
+        substituted = substituted_values(
+            z, projected, target_ss, readout, permutations=permutations, chunk_cells=chunk_cells
+        )
+        if "mean_z" in modes:
+            mean_z = substituted.mean
+        if "resampled_z" in modes:
+            resampled_z = substituted.permuted.mean(axis=1)
+        if "resampled_z" in modes and n_resamples > 1:
+            resampling_error = substituted.permuted.std(axis=1, ddof=1) / np.sqrt(n_resamples)
+    frozen = _frozen(moments, int(where[0]), target_ss)
+    return TypeAblations(
+        modes=tuple(mode for mode in ABLATION_MODES if mode in modes),
+        full=float(full[0]),
+        none=float(none[0]),
+        frozen_none=frozen.none,
+        keep_one=keep_one if "keep_one" in modes else _missing(n_heads),
+        leave_one_out=leave_one_out if "leave_one_out" in modes else _missing(n_heads),
+        mean_z=mean_z,
+        resampled_z=resampled_z,
+        resampled_z_standard_error=resampling_error,
+        frozen_norm=frozen.keep_one if "frozen_norm" in modes else _missing(n_heads),
+        shapley=shapley.values,
+        shapley_standard_error=shapley.standard_error,
+        frozen_shapley=frozen.shapley if "frozen_shapley" in modes else _missing(n_heads),
+        interaction=interaction,
+        frozen_interaction=frozen.interaction if "frozen_shapley" in modes else _missing(n_heads, n_heads),
+        interaction_reason=reason,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Frozen:
+    none: float
+    keep_one: Float64[np.ndarray, " heads"]
+    shapley: Float64[np.ndarray, " heads"]
+    interaction: Float64[np.ndarray, "heads heads"]
+
+
+def _frozen(moments: CoalitionMoments, full: int, target_ss: float) -> _Frozen:
+    """Return the ablations under the whole model's layer norm: a quadratic game of the blocks' covariances."""
+    covariance = moments.block_covariances(full) / target_ss
+    common = moments.cross[full] / target_ss
+    floor, with_floor, own = covariance[0, 0], covariance[0, 1:], np.diag(covariance)[1:]
+    interaction = -2 * covariance[1:, 1:]
+    np.fill_diagonal(interaction, np.nan)
+    return _Frozen(
+        none=float(2 * common[0] - floor),
+        keep_one=2 * (common[0] + common[1:]) - (floor + 2 * with_floor + own),
+        shapley=2 * common[1:] - covariance[1:].sum(axis=1) - with_floor,
+        interaction=interaction,
+    )
+
+
+def _missing(*shape: int) -> Float64[np.ndarray, ...]:
+    return np.full(shape, np.nan)
+
+
+def _permutations(seed: int, cell_type: str, n_cells: int, n_resamples: int) -> Int32[np.ndarray, "resamples cells"]:
+    stream = PermutationStream(seed=seed, cell_type=cell_type, n_cells=n_cells, stratum="resampled_z")
+    permutations = np.empty((n_resamples, n_cells), dtype=np.int32)
+    for index in range(n_resamples):
+        permutations[index] = stream.batch(index, index + 1)[0]
+    return permutations

@@ -1,0 +1,253 @@
+"""Moments of the heads' predictions and of expression, from one pass over the cells of a type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from jaxtyping import Bool, Float32, Float64, Int64
+
+    from amici_eval.stats.readout import Readout
+
+__all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]
+
+
+class Block(Protocol):
+    """Expression of some of the cells."""
+
+    @property
+    def positions(self) -> Int64[np.ndarray, " rows"]:
+        """Which of the cells."""
+        ...
+
+    @property
+    def values(self) -> Float32[np.ndarray, "rows genes"]:
+        """Their expression."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TypeMoments:
+    """Moments of one receiver type: per tile, per head and per gene.
+
+    Parameters
+    ----------
+    tiles
+        Numbers of the tiles that hold cells of the type, shape (tiles,).
+    n_cells
+        Cells in each, shape (tiles,).
+    target_mean, target_m2
+        Mean and centred sum of squares of expression in each tile, shape (tiles, genes).
+    residual_mean, residual_m2
+        The same of prediction minus expression, each head kept alone, shape (tiles, heads, genes).
+    constant_genes
+        Genes with one value in all cells of the type, shape (genes,).
+    projected
+        Expression as the readout sees it, ``(Y - mean) @ weights``, shape (cells, 1 + heads * head_size), float32.
+    scale
+        What the layer norm divides by in each cell with one head kept, shape (cells, heads).
+    predicted_ss, predicted_size
+        Per head, summed over genes and cells: squares of the prediction's deviation from its mean, and squares of the
+        prediction, shape (heads,).
+    """
+
+    tiles: Int64[np.ndarray, " tiles"]
+    n_cells: Int64[np.ndarray, " tiles"]
+    target_mean: Float64[np.ndarray, "tiles genes"]
+    target_m2: Float64[np.ndarray, "tiles genes"]
+    residual_mean: Float64[np.ndarray, "tiles heads genes"]
+    residual_m2: Float64[np.ndarray, "tiles heads genes"]
+    constant_genes: Bool[np.ndarray, " genes"]
+    projected: Float32[np.ndarray, "cells columns"]
+    scale: Float64[np.ndarray, "cells heads"]
+    predicted_ss: Float64[np.ndarray, " heads"]
+    predicted_size: Float64[np.ndarray, " heads"]
+
+    @property
+    def target_ss(self) -> float:
+        """Squares of expression's deviation from its mean over the type, summed over cells and genes that vary."""
+        return float(merge_tiles(self.n_cells, self.target_mean, self.target_m2)[~self.constant_genes].sum())
+
+    def explained_variance(self) -> tuple[Float64[np.ndarray, "heads genes"], Float64[np.ndarray, " heads"]]:
+        """Return explained variance per head and gene (NaN for constant genes), and per head over all genes."""
+        target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)
+        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)
+        per_gene = np.full(residual.shape, np.nan)
+        varies = ~self.constant_genes
+        per_gene[:, varies] = 1.0 - residual[:, varies] / target[varies]
+        total = float(target[varies].sum())
+        overall = 1.0 - residual.sum(axis=1) / total if total > 0.0 else np.full(len(residual), np.nan)
+        return per_gene, overall
+
+
+def merge_tiles(
+    n_cells: Int64[np.ndarray, " tiles"], mean: Float64[np.ndarray, "tiles ..."], m2: Float64[np.ndarray, "tiles ..."]
+) -> Float64[np.ndarray, ...]:
+    """Return the centred sum of squares over all tiles together (Chan, Golub & LeVeque 1983).
+
+    Parameters
+    ----------
+    n_cells, mean, m2
+        Cells, mean and centred sum of squares of each tile.
+    """
+    weight = n_cells.astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
+    overall = (weight * mean).sum(axis=0) / weight.sum()
+    merged: Float64[np.ndarray, ...] = (m2 + weight * (mean - overall) ** 2).sum(axis=0)
+    return merged
+
+
+def gather_moments(
+    outputs: Float32[np.ndarray, "cells outputs"],
+    readout: Readout,
+    blocks: Iterable[Block],
+    *,
+    tiles: Int64[np.ndarray, " cells"],
+    device: str = "cpu",
+) -> TypeMoments:
+    """Run once over the cells of a type and return the moments from which everything else follows.
+
+    Parameters
+    ----------
+    outputs
+        What attention brings to each cell.
+    readout
+        How that becomes predicted expression.
+    blocks
+        Expression of all cells, in any order, each cell once.
+    tiles
+        Tile of each cell.
+    device
+        Torch device that has float64.
+
+    Notes
+    -----
+    With one head kept a prediction has rank head_size + 1: its variance and its covariance with expression follow
+    from moments of the factors ``F = [1, z] / scale``. Products of factors are summed in float64; no prediction of
+    cells x genes is formed.
+    """
+    n_heads, size = readout.n_heads, readout.head_size
+    n_cells, n_genes = len(outputs), len(readout.offset)
+    rank = size + 1
+    present, local = np.unique(tiles, return_inverse=True)
+    n_tiles = len(present)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    projection = torch.from_numpy(readout.weights.astype(np.float32)).to(device)
+    grams = _per_head_grams(readout).to(device)
+
+    counts = np.bincount(local, minlength=n_tiles).astype(np.int64)
+    f_sum = zeros(n_tiles, n_heads * rank)
+    ff = zeros(n_tiles, n_heads, rank, rank)
+    fy = zeros(n_tiles, n_heads * rank, n_genes)
+    y_sum = zeros(n_tiles, n_genes)
+    yy = zeros(n_tiles, n_genes)
+    lowest = np.full(n_genes, np.inf, dtype=np.float32)
+    highest = np.full(n_genes, -np.inf, dtype=np.float32)
+    projected = np.empty((n_cells, readout.n_columns), dtype=np.float32)
+    scale = np.empty((n_cells, n_heads))
+
+    for block in blocks:
+        order = np.argsort(local[block.positions], kind="stable")
+        positions, values = block.positions[order], block.values[order]
+        np.minimum(lowest, values.min(axis=0), out=lowest)
+        np.maximum(highest, values.max(axis=0), out=highest)
+        expression = torch.from_numpy(values).to(device)
+        projected[positions] = (expression @ projection).cpu().numpy()
+        factors, deviation = _factors(torch.from_numpy(outputs[positions]).to(device), grams, readout)
+        scale[positions] = deviation.cpu().numpy()
+        wide = expression.double()
+        ends = np.flatnonzero(np.diff(local[positions], append=n_tiles)) + 1
+        start = 0
+        for end in ends.tolist():
+            tile = int(local[positions[start]])
+            f, y = factors[start:end], wide[start:end]
+            flat = f.reshape(end - start, -1)
+            f_sum[tile] += flat.sum(dim=0)
+            by_head = f.transpose(0, 1)
+            ff[tile].baddbmm_(by_head.transpose(1, 2), by_head)
+            fy[tile].addmm_(flat.T, y)
+            y_sum[tile] += y.sum(dim=0)
+            yy[tile] += y.square().sum(dim=0)
+            start = end
+    projected -= projected.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+    n = torch.from_numpy(counts.astype(np.float64)).to(device)
+    offset = torch.from_numpy(readout.offset).to(device)
+    target_mean = y_sum / n[:, None]
+    target_m2 = (yy - n[:, None] * target_mean**2).clamp_(min=0.0)
+    residual_mean = zeros(n_tiles, n_heads, n_genes)
+    residual_m2 = zeros(n_tiles, n_heads, n_genes)
+    predicted_ss, predicted_size = np.empty(n_heads), np.empty(n_heads)
+    weights = torch.from_numpy(readout.weights).to(device)
+    for head in range(n_heads):
+        own = weights[:, torch.from_numpy(readout.columns([head])).to(device)]  # genes x rank
+        rows = slice(head * rank, (head + 1) * rank)
+        p_mean = (f_sum[:, rows] @ own.T) / n[:, None]
+        # each gene's own a ff a', for all tiles in one product
+        pp = ff[:, head].reshape(n_tiles, -1) @ (own[:, :, None] * own[:, None, :]).view(n_genes, -1).T
+        py = fy[:, rows].mul_(own.T).sum(dim=1)
+        residual_mean[:, head] = p_mean + offset - target_mean
+        raw = torch.add(pp, py, alpha=-2.0).add_(yy)
+        residual_m2[:, head] = raw.sub_(n[:, None] * (p_mean - target_mean) ** 2).clamp_(min=0.0)
+        overall = (n[:, None] * p_mean).sum(dim=0) / n.sum()
+        predicted_ss[head] = float((pp.sum(dim=0) - n.sum() * overall**2).clamp_(min=0.0).sum())
+        predicted_size[head] = float((pp.sum(dim=0) + n.sum() * (2.0 * overall * offset + offset**2)).sum())
+    return TypeMoments(
+        tiles=present,
+        n_cells=counts,
+        target_mean=target_mean.cpu().numpy(),
+        target_m2=target_m2.cpu().numpy(),
+        residual_mean=residual_mean.cpu().numpy(),
+        residual_m2=residual_m2.cpu().numpy(),
+        constant_genes=lowest == highest,
+        projected=projected,
+        scale=scale,
+        predicted_ss=predicted_ss,
+        predicted_size=predicted_size,
+    )
+
+
+def factors_of(
+    outputs: Float32[np.ndarray, "cells outputs"], moments: TypeMoments, readout: Readout
+) -> tuple[Float64[np.ndarray, "cells rank heads"], Float32[np.ndarray, "cells rank heads"]]:
+    """Return each head's factors ``F = [1, z] / scale`` and images ``Z``: ``<P_i, Y_j> = <F_i, Z_j>`` plus a constant.
+
+    Parameters
+    ----------
+    outputs
+        What attention brings to each cell.
+    moments, readout
+        Of the type.
+    """
+    n_heads, size = readout.n_heads, readout.head_size
+    factors = np.empty((len(outputs), size + 1, n_heads))
+    images = np.empty((len(outputs), size + 1, n_heads), dtype=np.float32)
+    factors[:, 0] = 1.0 / moments.scale
+    by_head = outputs.reshape(-1, n_heads, size).transpose(0, 2, 1)
+    np.divide(by_head, moments.scale[:, None, :], out=factors[:, 1:])
+    images[:, 0] = moments.projected[:, :1]
+    images[:, 1:] = moments.projected[:, 1:].reshape(-1, n_heads, size).transpose(0, 2, 1)
+    return factors, images
+
+
+def _per_head_grams(readout: Readout) -> torch.Tensor:
+    columns = [readout.columns([head]) for head in range(readout.n_heads)]
+    return torch.from_numpy(np.stack([readout.gram[np.ix_(c, c)] for c in columns]))
+
+
+def _factors(outputs: torch.Tensor, grams: torch.Tensor, readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``[1, z] / scale``, shape (cells, heads, rank), and the scale, shape (cells, heads), in float64."""
+    n_cells = outputs.shape[0]
+    x = torch.ones((n_cells, readout.n_heads, readout.head_size + 1), dtype=torch.float64, device=outputs.device)
+    x[:, :, 1:] = outputs.view(n_cells, readout.n_heads, readout.head_size)
+    turned = torch.bmm(x.transpose(0, 1), grams).transpose(0, 1)
+    scale = ((turned * x).sum(dim=2).clamp_(min=0.0) + readout.epsilon).sqrt_()
+    return x / scale[:, :, None], scale

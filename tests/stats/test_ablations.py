@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from amici_eval.stats.ablations import ABLATION_MODES, ablate
+from amici_eval.stats.coalitions import coalition_values
+from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.shapley import all_coalitions
+from tests.oracles import coalitions as oracle
+from tests.stats.test_coalitions import Case, draw, members
+
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def catalogue(case, modes=ABLATION_MODES, *, seed=0, **options):
+    return ablate(*case.arguments, modes=modes, seed=seed, cell_type="T", **options)
+
+
+def worth(case, *, frozen=False):
+    return lambda heads: oracle.value(case.readout, case.z, case.targets, heads, frozen=frozen)
+
+
+@pytest.mark.parametrize("n_cells", [2, 3, 19])
+@pytest.mark.parametrize(("n_heads", "head_size"), [(1, 2), (3, 2), (4, 3)])
+def test_every_ablation_equals_its_definition(n_cells, n_heads, head_size):
+    case = draw(n_cells + n_heads, n_cells=n_cells, n_heads=n_heads, head_size=head_size)
+    result = catalogue(case, n_resamples=3)
+    value, frozen = worth(case), worth(case, frozen=True)
+    heads = range(n_heads)
+    everything = frozenset(heads)
+    np.testing.assert_allclose(result.full, value(everything), **CLOSE)
+    np.testing.assert_allclose(result.none, value(()), **CLOSE)
+    np.testing.assert_allclose(result.frozen_none, frozen(()), **CLOSE)
+    np.testing.assert_allclose(result.keep_one, [value({h}) for h in heads], **CLOSE)
+    np.testing.assert_allclose(result.leave_one_out, [value(everything - {h}) for h in heads], **CLOSE)
+    np.testing.assert_allclose(result.frozen_norm, [frozen({h}) for h in heads], **CLOSE)
+    mean = [oracle.substituted(case.readout, case.z, case.targets, h, None) for h in heads]
+    np.testing.assert_allclose(result.mean_z, mean, **CLOSE)
+    permutations = PermutationStream(seed=0, cell_type="T", n_cells=n_cells, stratum="resampled_z").batch(0, 3)
+    resampled = np.array(
+        [[oracle.substituted(case.readout, case.z, case.targets, h, p) for p in permutations] for h in heads]
+    )
+    np.testing.assert_allclose(result.resampled_z, resampled.mean(axis=1), **CLOSE)
+    error = resampled.std(axis=1, ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(result.resampled_z_standard_error, error, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(result.shapley, oracle.shapley_by_orders(value, n_heads), **CLOSE)
+    np.testing.assert_allclose(result.frozen_shapley, oracle.shapley_by_orders(frozen, n_heads), **CLOSE)
+    assert (result.shapley_standard_error == 0).all()
+    assert result.interaction_reason is None
+    for found, game in ((result.interaction, value), (result.frozen_interaction, frozen)):
+        assert np.isnan(np.diag(found)).all()
+        for first in heads:
+            for second in set(heads) - {first}:
+                expected = oracle.interaction_by_sets(game, n_heads, first, second)
+                np.testing.assert_allclose(found[first, second], expected, **CLOSE)
+
+
+def test_the_values_of_an_example_differ_from_each_other():
+    # so that a field filled with another's numbers cannot pass the test above
+    result = catalogue(draw(22, n_cells=19))
+    columns = np.concatenate([getattr(result, mode) for mode in ABLATION_MODES])
+    assert len(np.unique(np.round(columns, 6))) == columns.size
+
+
+def test_shares_sum_to_what_all_heads_add():
+    result = catalogue(draw(1, n_cells=200, n_heads=6, head_size=4))
+    np.testing.assert_allclose(result.shapley.sum(), result.full - result.none, rtol=1e-12)
+    np.testing.assert_allclose(result.frozen_shapley.sum(), result.full - result.frozen_none, rtol=1e-12)
+
+
+def test_a_silent_head_gets_nothing_and_equal_heads_get_equal_shares():
+    case = draw(2, n_cells=40, n_heads=4, head_size=2)
+    weights, gram, z = case.readout.weights.copy(), case.readout.gram.copy(), case.z.copy()
+    # head 1 becomes a copy of head 0; head 3 brings nothing
+    z[:, 2:4] = z[:, :2]
+    z[:, 6:] = 0
+    weights[:, 3:5] = weights[:, 1:3]
+    gram[3:5] = gram[1:3]
+    gram[:, 3:5] = gram[:, 1:3]
+    result = catalogue(replace(case, z=z, readout=replace(case.readout, weights=weights, gram=gram)))
+    for shares in (result.shapley, result.frozen_shapley):
+        np.testing.assert_allclose(shares[0], shares[1], rtol=1e-11)
+        np.testing.assert_allclose(shares[3], 0, atol=1e-13)
+        assert abs(shares[0]) > 1e-3
+    for kept in (result.leave_one_out, result.mean_z, result.resampled_z):
+        np.testing.assert_allclose(kept[3], result.full, rtol=1e-12)
+    for index in (result.interaction, result.frozen_interaction):
+        np.testing.assert_allclose(index[3, :3], 0, atol=1e-13)
+    # two copies say the same: less together than apart
+    assert result.frozen_interaction[0, 1] < 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sampled_shares_lie_about_the_exact_ones(seed):
+    case = draw(3, n_cells=60, n_heads=6)
+    exact = catalogue(case, ["shapley"])
+    sampled = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_sampled_orders=128)
+    assert (sampled.shapley_standard_error > 0).all()
+    assert (np.abs(sampled.shapley - exact.shapley) < 4 * sampled.shapley_standard_error).all()
+    assert (sampled.shapley != exact.shapley).all()
+    np.testing.assert_allclose(sampled.shapley.sum(), exact.full - exact.none, rtol=1e-11)
+    assert np.isnan(sampled.interaction).all()
+    assert sampled.interaction_reason == "6 heads; all coalitions are evaluated up to 3"
+    again = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_sampled_orders=128)
+    np.testing.assert_array_equal(again.shapley, sampled.shapley)
+
+
+def test_more_heads_than_all_coalitions_allow():
+    case = draw(4, n_cells=30, n_heads=13, head_size=1)
+    result = catalogue(case, n_sampled_orders=40)
+    assert "13 heads" in result.interaction_reason
+    np.testing.assert_allclose(result.shapley.sum(), result.full - result.none, rtol=1e-11)
+    np.testing.assert_allclose(result.frozen_shapley.sum(), result.full - result.frozen_none, rtol=1e-11)
+    first, second = np.triu_indices(13, 1)
+    assert np.isfinite(result.frozen_interaction[first, second]).all()
+
+
+def numbers(result):
+    return {
+        f.name: np.asarray(getattr(result, f.name))
+        for f in fields(result)
+        if f.name not in ("modes", "interaction_reason")
+    }
+
+
+def assert_same(left, right, *, but=()):
+    expected = numbers(right)
+    for name, found in numbers(left).items():
+        if name not in but:
+            np.testing.assert_allclose(found, expected[name], rtol=0, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk_cells", [1, 7, 23, 4096])
+def test_chunks_change_nothing_but_rounding(chunk_cells):
+    case = draw(5, n_cells=23)
+    assert_same(catalogue(case, chunk_cells=chunk_cells), catalogue(case))
+
+
+def test_the_order_of_cells_matters_to_permutations_alone():
+    case = draw(6, n_cells=40)
+    order = np.random.default_rng(1).permutation(40)
+    shuffled = catalogue(Case(z=case.z[order], targets=case.targets[order], readout=case.readout))
+    resampled = ("resampled_z", "resampled_z_standard_error")
+    assert_same(shuffled, catalogue(case), but=resampled)
+    assert (shuffled.resampled_z != catalogue(case).resampled_z).all()
+
+
+def test_results_follow_the_heads_when_these_change_places():
+    case = draw(7, n_cells=40, n_heads=4, head_size=2)
+    order = np.array([2, 0, 3, 1])
+    columns = (order[:, None] * 2 + np.arange(2)).reshape(-1)
+    x = np.concatenate([[0], 1 + columns])
+    readout = replace(case.readout, weights=case.readout.weights[:, x], gram=case.readout.gram[np.ix_(x, x)])
+    moved = numbers(catalogue(Case(z=case.z[:, columns], targets=case.targets, readout=readout)))
+    for name, expected in numbers(catalogue(case)).items():
+        at = {0: (), 1: order, 2: np.ix_(order, order)}[expected.ndim]
+        np.testing.assert_allclose(moved[name], expected[at], rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_seed_type_and_number_decide_the_permutations():
+    case = draw(8, n_cells=30)
+    z, projected, total, readout = case.arguments
+
+    def resampled(seed=0, cell_type="T", n_resamples=2):
+        options = {"seed": seed, "cell_type": cell_type, "n_resamples": n_resamples}
+        return ablate(z, projected, total, readout, modes=["resampled_z"], **options).resampled_z
+
+    np.testing.assert_array_equal(resampled(), resampled())
+    for other in (resampled(seed=1), resampled(cell_type="U"), resampled(n_resamples=3)):
+        assert (other != resampled()).all()
+    assert np.isnan(catalogue(case, n_resamples=1).resampled_z_standard_error).all()
+
+
+@pytest.mark.parametrize("mode", ABLATION_MODES)
+def test_what_was_not_asked_for_is_nan(mode):
+    case = draw(9)
+    result, everything = catalogue(case, [mode]), catalogue(case)
+    assert result.modes == (mode,)
+    assert everything.modes == ABLATION_MODES
+    belongs = {
+        "shapley": ("shapley_standard_error", "interaction"),
+        "frozen_shapley": ("frozen_interaction",),
+        "resampled_z": ("resampled_z_standard_error",),
+    }
+    asked = (mode, *belongs.get(mode, ()), "full", "none", "frozen_none")
+    for name, found in numbers(result).items():
+        if name in asked:
+            np.testing.assert_allclose(found, numbers(everything)[name], rtol=0, atol=1e-12)
+            assert np.isfinite(found[~np.eye(3, dtype=bool)] if found.ndim == 2 else found).all()
+        else:
+            assert np.isnan(found).all(), name
+
+
+def test_global_randomness_and_inputs_are_left_alone():
+    case = draw(10)
+    z, projected, total, readout = case.arguments
+    before = np.random.get_state()[1].copy(), z.copy(), projected.copy()  # noqa: NPY002
+    ablate(z, projected, total, readout, modes=ABLATION_MODES, seed=0, cell_type="T", max_exact_heads=1)
+    after = np.random.get_state()[1], z, projected  # noqa: NPY002
+    for left, right in zip(before, after, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_full_agrees_with_the_values_of_coalitions():
+    case = draw(11, n_cells=500, n_heads=8, head_size=8)
+    values = coalition_values(*case.arguments, coalitions=all_coalitions(8))
+    result = catalogue(case, ["leave_one_out", "frozen_shapley"])
+    np.testing.assert_allclose([result.none, result.full], values[[0, -1]], rtol=1e-12)
+    assert [members(all_coalitions(8)[255 - (1 << h)]) for h in range(2)] == [
+        [1, 2, 3, 4, 5, 6, 7],
+        [0, 2, 3, 4, 5, 6, 7],
+    ]
+    np.testing.assert_allclose(result.leave_one_out, [values[255 - (1 << h)] for h in range(8)], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modes": ["keep_one", "zap"]}, "unknown ablation modes 'zap'; choose from keep_one, leave_one_out"),
+        ({"n_resamples": 0}, "n_resamples is 0; at least 1 permutation is needed"),
+        ({"max_exact_heads": 2, "n_sampled_orders": 3}, "3 sampled orders of heads; an even number of at least 4"),
+    ],
+)
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        catalogue(draw(0), **{"modes": ABLATION_MODES, **options})
+
+
+def test_expression_that_does_not_vary_has_no_explained_variance():
+    case = draw(0)
+    with pytest.raises(ValueError, match="explained variance is undefined"):
+        catalogue(replace(case, targets=np.ones_like(case.targets)))
