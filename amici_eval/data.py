@@ -1,10 +1,8 @@
-"""Open, describe and fingerprint an AnnData."""
+"""Open (see ``files``), describe and fingerprint an AnnData."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +10,12 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from amici_eval.errors import DataError, first_line
+from amici_eval.errors import DataError
+from amici_eval.files import check_is_filled, is_on_disk, open_anndata
+from amici_eval.matrices import as_dense, open_rows, spans, stored_values
 from amici_eval.specs import TrainingData
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from anndata import AnnData
     from jaxtyping import Float64
 
@@ -28,98 +26,13 @@ __all__ = [
     "describe_training_data",
     "digest_of_places",
     "expression_matrix",
+    "is_integer_valued",
+    "is_on_disk",
     "median_nn_distance",
     "open_anndata",
-    "row_blocks",
 ]
 
-_BLOCK_ROWS = 4096
 _NN_SAMPLE = 5000
-
-
-def open_anndata(path: str | Path) -> AnnData:
-    """Read an AnnData from a local ``.h5ad`` file or ``.zarr`` folder.
-
-    Parameters
-    ----------
-    path
-        Local file or folder.
-
-    Raises
-    ------
-    DataError
-        If it is missing, of another format, damaged or empty.
-    """
-    import anndata
-
-    location = Path(path)
-    if not location.exists():
-        raise DataError(
-            value=f"{location} does not exist",
-            rule="data must be a readable AnnData",
-            fix="correct the path, or pass data.uri=...",
-        )
-    suffix = location.suffix.lower()
-    if suffix not in (".h5ad", ".zarr"):
-        raise DataError(
-            value=f"{location} ends in {suffix or 'no suffix'}",
-            rule="data must be an AnnData written as .h5ad or .zarr",
-            fix="write it with adata.write_h5ad(...)",
-        )
-    if suffix == ".zarr":
-        _refuse_pickled_arrays(location)
-    try:
-        adata = anndata.read_zarr(location) if suffix == ".zarr" else anndata.read_h5ad(location)
-    except Exception as error:
-        raise DataError(
-            value=f"{location} cannot be read ({first_line(error)})",
-            rule="data must be an AnnData written as .h5ad or .zarr",
-            fix="write it again with adata.write_h5ad(...), or copy it again if it was cut off",
-        ) from error
-    check_is_filled(adata)
-    return adata
-
-
-def _refuse_pickled_arrays(location: Path) -> None:
-    """Refuse a .zarr whose arrays are pickles: reading them would run code, unless numcodecs happens to forbid it."""
-
-    def codecs_of(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if key in ("id", "name") and isinstance(item, str):
-                    yield item
-                yield from codecs_of(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from codecs_of(item)
-
-    for path in sorted([*location.rglob(".z*"), *location.rglob("zarr.json")]):
-        if not path.is_file():
-            continue
-        try:
-            names = list(codecs_of(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(
-                value=f"{path} cannot be read ({first_line(error)})",
-                rule="a .zarr must have readable metadata",
-                fix="write it again with adata.write_zarr(...)",
-            ) from error
-        if any("pickle" in name.lower() for name in names):
-            raise DataError(
-                value=f"{path} stores a pickle",
-                rule="data must not run code when it is read",
-                fix="write it again with adata.write_zarr(...)",
-            )
-
-
-def check_is_filled(adata: AnnData) -> None:
-    """Refuse an AnnData without cells or genes."""
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise DataError(
-            value=f"the AnnData is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
-            rule="at least one cell and one gene are needed",
-            fix="check how it was filtered",
-        )
 
 
 def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensions"]:
@@ -175,11 +88,9 @@ def expression_matrix(adata: AnnData, layer: str | None) -> Any:
     return matrix.tocsr() if sparse.issparse(matrix) and matrix.format != "csr" else matrix
 
 
-def row_blocks(matrix: Any) -> Iterator[np.ndarray]:
-    """Yield dense blocks of rows."""
-    for start in range(0, matrix.shape[0], _BLOCK_ROWS):
-        block = matrix[start : start + _BLOCK_ROWS]
-        yield np.asarray(block.toarray() if sparse.issparse(block) else block)
+def is_integer_valued(values: np.ndarray) -> bool:
+    """Return whether all values are whole numbers."""
+    return values.dtype.kind in "biu" or bool(np.all(values == np.rint(values)))
 
 
 def median_nn_distance(coordinates: Float64[np.ndarray, "cells dimensions"]) -> float:
@@ -197,7 +108,10 @@ def describe_training_data(
 ) -> TrainingData:
     """Return the facts by which data of another kind can be noticed later."""
     matrix = expression_matrix(adata, layer)
-    integer_valued = all(bool(np.all(block == np.round(block))) for block in row_blocks(matrix))
+    reader = open_rows(matrix)
+    integer_valued = reader.dtype.kind in "biu" or all(
+        is_integer_valued(stored_values(block)) for _, block in spans(reader)
+    )
     return TrainingData(
         n_cells=adata.n_obs,
         digest=content_digest(adata) if with_digest else None,
@@ -230,6 +144,10 @@ def content_digest(adata: AnnData) -> str:
         column = adata.obs[name]
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             digest.update(f"obs/{name}".encode() + column.to_numpy(dtype="<f8").tobytes())
+        elif isinstance(column.dtype, pd.CategoricalDtype):
+            # each category is made text once; a missing value has the code -1 and takes the last
+            texts = np.array([*map(str, column.cat.categories.astype(object)), "\0NA"], dtype=object)
+            _hash_texts(digest, f"obs/{name}", texts[column.cat.codes.to_numpy()])
         else:
             _hash_texts(digest, f"obs/{name}", column.astype(object).where(column.notna(), "\0NA"))
     for name in sorted(str(key) for key in adata.obsm if not str(key).startswith("_")):
@@ -240,9 +158,10 @@ def content_digest(adata: AnnData) -> str:
     for name, matrix in matrices.items():
         digest.update(name.encode())
         if matrix is not None:
-            for block in row_blocks(matrix.tocsr() if sparse.issparse(matrix) else matrix):
+            for _, block in spans(open_rows(matrix)):
                 # + 0 makes a negative zero, which sparse storage drops, a plain one
-                digest.update((np.ascontiguousarray(block, dtype="<f4") + np.float32(0)).tobytes())
+                values = np.add(as_dense(block), np.float32(0), dtype="<f4", casting="unsafe", order="C")
+                digest.update(values.data)
     return digest.hexdigest()
 
 

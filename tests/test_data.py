@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from amici_eval import data as module
+from amici_eval import matrices as module
 from amici_eval.data import content_digest, describe_training_data, digest_of_places, open_anndata
 from amici_eval.errors import DataError
 from amici_eval.specs import DataSpec, SubsetSpec, TrainingData
@@ -198,6 +198,53 @@ def test_receivers_are_in_the_order_of_their_names(adata):
     other = prepared(shuffled)
     for label, rows in tissue.receivers().items():
         assert tissue.cell_names[rows].tolist() == other.cell_names[other.receivers()[label]].tolist()
+
+
+def test_receivers_belong_to_who_asks_for_them(adata):
+    tissue = prepared(adata)
+    first = tissue.receivers()
+    expected = {label: rows.copy() for label, rows in first.items()}
+    first.pop(LABELS[0])[:] = 0
+    first[LABELS[1]][:] = 0
+    again = tissue.receivers()
+    assert tuple(again) == LABELS
+    for label, rows in expected.items():
+        np.testing.assert_array_equal(again[label], rows)
+
+
+def test_expression_is_walked_in_the_order_of_the_file(adata):
+    tissue = prepared(adata)
+    rows = tissue.receivers()[LABELS[2]][[4, 0, 4, 9, 2]]
+    blocks = list(tissue.expression_blocks(rows, max_rows=2))
+    assert [len(block.positions) for block in blocks] == [2, 2, 1]
+    positions = np.concatenate([block.positions for block in blocks])
+    assert rows[positions].tolist() == sorted(rows)
+    for block in blocks:
+        np.testing.assert_array_equal(block.values, adata.X[rows[block.positions]])
+        block.values[:] = -1.0
+    assert adata.X.min() == 0.0
+    assert list(tissue.expression_blocks(np.array([], dtype=np.int64))) == []
+    with pytest.raises(ValueError, match="max_rows=0: a block needs at least one row"):
+        tissue.expression_blocks(rows, max_rows=0)
+
+
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_values_are_whole_numbers_by_the_model_s_genes_alone(layer):
+    wide = make_adata(genes=("extra", *CARD.genes))
+    wide.layers["counts"][3, 0] = 0.5
+    facts = describe_training_data(make_adata(), coord_obsm_key="spatial", layer=layer)
+    assert facts.integer_valued == (layer == "counts")
+    card = make_card(training_data=facts)
+    for storage in (np.asarray, sparse.csr_matrix):
+        wide.layers["counts"] = storage(wide.layers["counts"])
+        notes = prepared(wide, card=card, layer="counts" if layer else "X").notes
+        assert notes == ("1 of 7 genes of the data are not in the model and ignored",)
+    counts = make_adata()
+    counts.layers["counts"] = counts.layers["counts"].astype(np.int32)
+    assert describe_training_data(counts, coord_obsm_key="spatial", layer="counts").integer_valued
+    assert prepared(counts, card=card, layer="counts").notes == (
+        () if layer else (prepared(make_adata(), card=card, layer="counts").notes)
+    )
 
 
 @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, sparse.csc_array])
@@ -536,6 +583,29 @@ def test_cells_on_one_spot_do_not_break_the_comparison(adata):
     card = trained_on(adata)
     adata.obsm["spatial"] = np.zeros((40, 2))
     assert prepared(adata, card=card).notes == ()
+
+
+@pytest.mark.parametrize("factor", [0.05, 7.0])
+def test_coordinates_that_are_odd_on_their_own_get_a_note(adata, factor):
+    card = trained_on(adata)
+    distance = card.training_data.nn_distance * factor
+    adata.obsm["spatial"] = adata.obsm["spatial"] * factor
+    (note,) = prepared(adata).notes
+    assert note == (
+        f"cells lie {distance:.4g} apart (median distance to the nearest cell), which is unusual in micrometres: "
+        "AMICI's distance kernel works on raw values; the same tissue in pixels instead of micrometres trains 7 to 14 "
+        "times slower and learns nothing, so check the unit in which the model was trained"
+    )
+    # where the tissue of training is known, that comparison says all
+    (note,) = prepared(adata, card=card).notes
+    assert "of the training tissue: the unit of adata.obsm differs" in note
+    assert prepared(adata, card=trained_on(adata)).notes == ()
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 4.0, 0.0])
+def test_coordinates_that_may_be_micrometres_get_no_note(adata, factor):
+    adata.obsm["spatial"] = adata.obsm["spatial"] * factor
+    assert prepared(adata).notes == ()
 
 
 # --- which cells are evaluated

@@ -5,8 +5,9 @@
 import itertools
 import json
 import tempfile
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlparse
@@ -92,6 +93,27 @@ class AnnDataSource(DatasetSource):
             return
         with tempfile.TemporaryDirectory(prefix="amici-eval-data-") as folder:
             yield self._fetch(Path(folder))
+
+    def open(self, *, backed: bool | None = None) -> "AnnData":
+        """Read the AnnData; a fetched copy is removed as soon as nothing is read from it any more.
+
+        Parameters
+        ----------
+        backed
+            Whether the expression stays on disk; see :func:`amici_eval.open_anndata`.
+
+        Raises
+        ------
+        DataError
+            If it cannot be fetched or read.
+        """
+        from amici_eval.data import is_on_disk, open_anndata
+
+        with ExitStack() as stack:
+            adata = open_anndata(stack.enter_context(self.local_copy()), backed=backed)
+            if is_on_disk(adata):
+                weakref.finalize(adata, stack.pop_all().close)
+        return adata
 
     def _fetch(self, folder: Path) -> Path:
         parsed = urlparse(self._uri)
@@ -275,6 +297,8 @@ def from_anndata(
     source: "str | Path | DatasetSource | None" = None,
     name: str | None = None,
     digest: str | None = None,
+    *,
+    backed: bool | None = None,
 ) -> AnnDataDataset:
     """Make an MLflow dataset of an AnnData, for ``mlflow.log_input`` and ``mlflow.models.evaluate``.
 
@@ -288,19 +312,19 @@ def from_anndata(
         Name of the dataset; by default the file's name without suffix, or ``anndata``.
     digest
         Fingerprint of at most 36 characters; by default computed from the content.
+    backed
+        Whether the expression of a path or URI stays on disk; by default if it is large. See
+        :func:`amici_eval.open_anndata`.
 
     Raises
     ------
     DataError
         If a path or URI cannot be read.
     """
-    from amici_eval.data import open_anndata
-
     if isinstance(adata, (str, Path)):
         origin = AnnDataSource(str(adata))
         source = source if source is not None else origin
-        with origin.local_copy() as path:
-            adata = open_anndata(path)
+        adata = origin.open(backed=backed)
     if isinstance(source, (str, Path)):
         source = AnnDataSource(str(source))
     if source is None:

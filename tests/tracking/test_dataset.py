@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import http.server
+import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import amici_eval
-from amici_eval.data import content_digest
+from amici_eval.data import content_digest, is_on_disk
 from amici_eval.errors import DataError
 from amici_eval.tracking.dataset import AnnDataSource
 
@@ -102,6 +104,32 @@ def test_fetched_copies_are_removed(web):
     with AnnDataSource(f"{web}/my%20tissue.h5ad").local_copy() as path:
         assert path.is_file()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_fetched_copy_lasts_as_long_as_it_is_read(adata, file, web, suffix, tmp_path, monkeypatch):
+    if suffix == ".zarr":
+        adata.write_zarr(file.with_suffix(".zarr"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "fetched"))
+    (tmp_path / "fetched").mkdir()
+    digest = content_digest(adata)
+    dataset = amici_eval.from_anndata(f"{web}/my%20tissue{suffix}", backed=True)
+    assert is_on_disk(dataset.adata)
+    assert len(list((tmp_path / "fetched").iterdir())) == 1
+    assert dataset.digest == digest
+    del dataset
+    gc.collect()
+    assert list((tmp_path / "fetched").iterdir()) == []
+    assert not is_on_disk(amici_eval.from_anndata(f"{web}/my%20tissue{suffix}", backed=False).adata)
+    assert list((tmp_path / "fetched").iterdir()) == []
+
+
+def test_a_local_file_is_never_removed(file):
+    dataset = amici_eval.from_anndata(file, backed=True)
+    assert is_on_disk(dataset.adata)
+    del dataset
+    gc.collect()
+    assert file.is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,242 @@
+"""What an AnnData must be for a model to be evaluated on it: each check refuses, or adds a note."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from amici_eval.data import check_is_filled, digest_of_places, is_integer_valued, median_nn_distance
+from amici_eval.errors import DataError
+from amici_eval.matrices import as_dense, spans, stored_values
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from jaxtyping import Bool, Float64, Int64
+
+    from amici_eval.matrices import RowReader
+    from amici_eval.specs import ModelCard, SubsetSpec
+
+__all__ = [
+    "align_genes",
+    "check_expression",
+    "check_neighbours",
+    "check_scale",
+    "check_type",
+    "chosen_cells",
+    "compare_names",
+    "compare_with_training",
+    "labels_of",
+    "obs_column",
+    "radii_of",
+]
+
+_SCALE_RATIO = 3.0
+# micrometres; cells of a section lie about 5 to 20 apart
+_CELL_SPACING = (1.0, 50.0)
+
+
+def compare_names(card: ModelCard, names: np.ndarray, coordinates: np.ndarray, notes: list[str]) -> bool:
+    """Return whether the cells are those of training under other names, so that held-out cells cannot be told."""
+    if card.training_cells is None:
+        return False
+    known = len(card.training_cells.intersection(names.tolist()))
+    if 0 < known < len(card.training_cells):
+        notes.append(
+            f"{known} of the {len(card.training_cells)} cells the model was fitted on are in the data: if it is a "
+            "part of the training tissue, its cells have lost neighbours; give the whole tissue and choose receivers "
+            "with data.subset"
+        )
+    training = card.training_data
+    if known == 0 and training is not None and digest_of_places(coordinates) == training.places:
+        notes.append(
+            "cells lie where the training cells lay but have other names: which of them were held out is not known; "
+            "give the tissue with its original obs_names"
+        )
+        return True
+    return False
+
+
+def check_type(adata: object) -> None:
+    """Refuse what is no AnnData, or an empty one."""
+    from anndata import AnnData
+
+    if not isinstance(adata, AnnData):
+        raise DataError(
+            value=f"data is a {type(adata).__name__}",
+            rule="data must be an AnnData",
+            fix="read the file with anndata.read_h5ad(...) or give its path as data.uri",
+        )
+    check_is_filled(adata)
+
+
+def align_genes(adata: AnnData, card: ModelCard, notes: list[str]) -> Int64[np.ndarray, " genes"] | None:
+    """Return the columns of the model's genes, ``None`` if the data has just these in order; refuse missing ones."""
+    have = pd.Index(adata.var_names.astype(str))
+    if not have.is_unique:
+        twice = have[have.duplicated()][0]
+        raise DataError(
+            value=f"gene {twice!r} occurs more than once",
+            rule="genes are matched by name, so var_names must be unique",
+            fix="call adata.var_names_make_unique() or drop one of them",
+        )
+    columns = have.get_indexer(pd.Index(card.genes))
+    missing = [gene for gene, column in zip(card.genes, columns, strict=True) if column < 0]
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            value=f"the model has {len(card.genes)} genes and the data lacks {len(missing)} of them ({some})",
+            rule="every gene of the model must be among var_names",
+            fix="take the AnnData before gene filtering, or train on the genes you have",
+        )
+    if len(have) == len(card.genes) and np.array_equal(columns, np.arange(len(columns))):
+        return None
+    if len(have) > len(card.genes):
+        notes.append(f"{len(have) - len(card.genes)} of {len(have)} genes of the data are not in the model and ignored")
+    if not np.all(np.diff(columns) > 0):
+        notes.append("genes of the data are in another order than the model's; aligned by name")
+    return columns.astype(np.int64)
+
+
+def obs_column(adata: AnnData, key: str, what: str) -> pd.Series:
+    """Return a column of ``obs``; refuse a missing one and one with missing values."""
+    if key not in adata.obs:
+        raise DataError(
+            value=f"adata.obs has no column {key!r}",
+            rule=f"it must hold the {what}; there are {', '.join(map(str, adata.obs.columns)) or 'no columns'}",
+            fix="name the right column",
+        )
+    column = adata.obs[key]
+    if column.isna().any():
+        raise DataError(
+            value=f"adata.obs[{key!r}] is missing in {int(column.isna().sum())} of {adata.n_obs} cells",
+            rule=f"every cell needs a value for the {what}",
+            fix="fill the values or drop these cells before training",
+        )
+    return column
+
+
+def labels_of(adata: AnnData, card: ModelCard, key: str) -> np.ndarray:
+    """Return the cell types as text, shape (cells,); refuse those the model has not seen."""
+    labels = obs_column(adata, key, "cell types (data.labels_key names another column)").astype(str)
+    unseen = sorted(set(labels.unique()) - set(card.cell_types))
+    if unseen:
+        counts = labels.value_counts()
+        some = ", ".join(f"{label!r} ({counts[label]} cells)" for label in unseen[:3])
+        raise DataError(
+            value=f"adata.obs[{key!r}] has {len(unseen)} labels the model has not seen: {some}",
+            rule=f"the model knows {', '.join(card.cell_types)}",
+            fix="rename the labels to the model's, or drop these cells",
+        )
+    return labels.to_numpy(dtype=object)
+
+
+def radii_of(adata: AnnData, key: str) -> Float64[np.ndarray, " cells"]:
+    """Return the cell radii, shape (cells,); refuse what is no finite number."""
+    column = obs_column(adata, key, "cell radii").astype(object)
+    radii: Float64[np.ndarray, " cells"] = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    bad = ~np.isfinite(radii)
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise DataError(
+            value=f"adata.obs[{key!r}] is {column.iloc[first]!r} in cell {adata.obs_names[first]}",
+            rule="cell radii must be finite numbers",
+            fix="correct the column",
+        )
+    return radii
+
+
+def check_neighbours(labels: np.ndarray, n_neighbors: int) -> None:
+    """Refuse a tissue with fewer cells of other types than the model attends to."""
+    counts = pd.Series(labels).value_counts()
+    others = len(labels) - counts
+    few = others[others < n_neighbors]
+    if len(few):
+        label = few.index[0]
+        raise DataError(
+            value=f"cells of type {label!r} have {few.iloc[0]} cells of other types around them",
+            rule=f"the model attends to {n_neighbors} neighbours, all of other types",
+            fix="evaluate on the whole tissue and choose receivers with data.subset, which keeps all as neighbours",
+        )
+
+
+def check_expression(reader: RowReader, columns: np.ndarray | None, genes: tuple[str, ...], names: np.ndarray) -> bool:
+    """Refuse values that are not finite; return whether all are whole numbers."""
+    if reader.dtype.kind in "biu":
+        return True
+    integer_valued = True
+    for start, block in spans(reader):
+        values = stored_values(block)
+        if not np.isfinite(values).all() or (integer_valued and not is_integer_valued(values)):
+            # it may be genes that the model does not know
+            values = as_dense(block)
+            values = values if columns is None else values[:, columns]
+            finite = np.isfinite(values)
+            if not finite.all():
+                row, column = np.argwhere(~finite)[0]
+                raise DataError(
+                    value=f"expression of {genes[column]} in cell {names[start + row]} is {values[row, column]}",
+                    rule="expression must be finite",
+                    fix="drop or impute such values as it was done for training",
+                )
+            integer_valued = integer_valued and is_integer_valued(values)
+    return integer_valued
+
+
+def compare_with_training(card: ModelCard, integer_valued: bool, notes: list[str]) -> None:  # noqa: FBT001
+    """Note counts where the model was trained on transformed values, and the reverse."""
+    training = card.training_data
+    if training is not None and integer_valued != training.integer_valued:
+        here, there = ("counts", "transformed values") if integer_valued else ("transformed values", "counts")
+        notes.append(
+            f"expression looks like {here}, but the model was trained on {there}: scores will be meaningless unless "
+            "both are on one scale; name the right layer as data.layer"
+        )
+
+
+def check_scale(card: ModelCard, coordinates: np.ndarray, notes: list[str]) -> None:
+    """Note coordinates in another unit than those of training or, where these are not known, than micrometres."""
+    distance = median_nn_distance(coordinates)
+    trained = 0.0 if card.training_data is None else card.training_data.nn_distance
+    apart = f"cells lie {distance:.4g} apart (median distance to the nearest cell)"
+    if distance > 0 and trained > 0:
+        ratio = distance / trained
+        if not 1 / _SCALE_RATIO <= ratio <= _SCALE_RATIO:
+            notes.append(
+                f"{apart}, {ratio:.3g} times the {trained:.4g} of the training tissue: the unit of adata.obsm differs; "
+                "the model's distance kernel needs coordinates in the unit of training"
+            )
+    elif distance > 0 and card.training_data is None and not _CELL_SPACING[0] <= distance <= _CELL_SPACING[1]:
+        notes.append(
+            f"{apart}, which is unusual in micrometres: AMICI's distance kernel works on raw values; the same tissue "
+            "in pixels instead of micrometres trains 7 to 14 times slower and learns nothing, so check the unit in "
+            "which the model was trained"
+        )
+
+
+def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells"]:
+    """Return which cells are evaluated, shape (cells,)."""
+    if subset.indices is not None:
+        if max(subset.indices) >= adata.n_obs:
+            raise DataError(
+                value=f"data.subset.indices names row {max(subset.indices)}",
+                rule=f"the data has rows 0 to {adata.n_obs - 1}",
+                fix="give row numbers of this AnnData",
+            )
+        chosen = np.zeros(adata.n_obs, dtype=bool)
+        chosen[list(subset.indices)] = True
+        return chosen
+    if subset.key is None:
+        return np.ones(adata.n_obs, dtype=bool)
+    column = obs_column(adata, subset.key, "subset (data.subset.key)").astype(str)
+    chosen = (column == subset.value).to_numpy()
+    if not chosen.any():
+        values = sorted(column.unique())
+        some = ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
+        raise DataError(
+            value=f"no cell has {subset.key} = {subset.value!r}",
+            rule=f"its values are {some}",
+            fix="choose one of these",
+        )
+    return chosen

@@ -1,0 +1,281 @@
+"""Rows of an expression matrix, in memory or on disk, dense or CSR, without ever making more than a block dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from amici_eval.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxtyping import Bool, Float32, Int64
+
+__all__ = [
+    "ExpressionBlock",
+    "RowReader",
+    "as_dense",
+    "expression_blocks",
+    "lies_on_disk",
+    "open_rows",
+    "spans",
+    "stored_values",
+    "take_expression",
+]
+
+_BLOCK_ROWS = 4096
+# a read call on disk takes as long as this many values in a row of it
+_GAP_VALUES = 2**15
+_READ_VALUES = 2**22
+_WINDOW_VALUES = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class ExpressionBlock:
+    """Dense expression of some of the rows that were asked for.
+
+    Parameters
+    ----------
+    positions
+        Where these rows stand among the rows asked for, shape (block,).
+    values
+        Shape (block, genes).
+    """
+
+    positions: Int64[np.ndarray, " block"]
+    values: Float32[np.ndarray, "block genes"]
+
+
+class RowReader(Protocol):
+    """Rows of a matrix; safe to call from several threads, as nothing in it changes."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    unit: int
+    """Rows that are stored together: reading one of them costs as much as reading all."""
+
+    def take(self, rows: Int64[np.ndarray, " rows"]) -> Any:
+        """Return rows in any order, repeated or not, as a dense array or CSR matrix of all columns."""
+
+    def span(self, start: int, stop: int) -> Any:
+        """Return consecutive rows, dense or CSR; may be a view."""
+
+
+def open_rows(matrix: Any) -> RowReader:
+    """Return row access to a matrix.
+
+    Parameters
+    ----------
+    matrix
+        Dense array, scipy sparse matrix, HDF5 dataset, zarr array, or sparse dataset of an AnnData on disk; anything
+        else is indexed as it is. Of a CSR matrix on disk, one offset per row is kept in memory.
+
+    Raises
+    ------
+    DataError
+        If it lies on disk by columns, where reading a row would read everything.
+    """
+    if sparse.issparse(matrix):
+        return _InMemory(matrix if matrix.format == "csr" else matrix.tocsr())
+    if _is_sparse_dataset(matrix):
+        if matrix.format == "csc":
+            raise DataError(
+                value="a matrix of the AnnData is stored by genes (CSC)",
+                rule="expression that stays on disk must be stored by cells",
+                fix="write it with adata.X = adata.X.tocsr() (or the layer), or open it with backed=False",
+            )
+        return _CSROnDisk(matrix.group, tuple(matrix.shape), np.dtype(matrix.dtype))
+    return _DenseOnDisk(matrix) if lies_on_disk(matrix) else _InMemory(matrix)
+
+
+def lies_on_disk(matrix: Any) -> bool:
+    """Return whether a matrix is an HDF5 dataset, a zarr array, or a sparse dataset of an AnnData."""
+    import h5py
+    import zarr
+
+    return _is_sparse_dataset(matrix) or isinstance(matrix, (h5py.Dataset, zarr.Array))
+
+
+def _is_sparse_dataset(matrix: Any) -> bool:
+    from anndata.abc import CSCDataset, CSRDataset
+
+    return isinstance(matrix, (CSRDataset, CSCDataset))
+
+
+def as_dense(block: Any) -> np.ndarray:
+    """Return a block of rows as a dense array of its own type."""
+    return np.asarray(block.toarray() if sparse.issparse(block) else block)
+
+
+def stored_values(block: Any) -> np.ndarray:
+    """Return what a block of rows stores: the values of a sparse block, all of a dense one."""
+    return block.data if sparse.issparse(block) else np.asarray(block)
+
+
+def spans(reader: RowReader) -> Iterator[tuple[int, Any]]:
+    """Walk all rows once; yield the first row's number and the rows as they are stored."""
+    unit = reader.unit
+    step = max(unit, _BLOCK_ROWS // unit * unit)
+    for first in range(0, reader.shape[0], step):
+        # a stored unit may hold many rows: it is read once and handed out in parts
+        whole = reader.span(first, min(first + step, reader.shape[0]))
+        for start in range(0, whole.shape[0], _BLOCK_ROWS):
+            yield first + start, whole[start : start + _BLOCK_ROWS]
+
+
+def take_expression(
+    reader: RowReader, rows: Int64[np.ndarray, " rows"], columns: Int64[np.ndarray, " genes"] | None
+) -> Float32[np.ndarray, "rows genes"]:
+    """Return chosen columns (``None``: all) of some rows, dense, in the order asked for; never a view of the matrix."""
+    block = reader.take(_row_numbers(reader, rows))
+    if sparse.issparse(block) and columns is not None:
+        block = _pick_columns(block, columns)
+    else:
+        block = as_dense(block)
+        if columns is not None:
+            block = block[:, columns]
+    return np.ascontiguousarray(block, dtype=np.float32)
+
+
+def expression_blocks(
+    reader: RowReader,
+    rows: Int64[np.ndarray, " rows"],
+    columns: Int64[np.ndarray, " genes"] | None,
+    *,
+    max_rows: int,
+) -> Iterator[ExpressionBlock]:
+    """Walk rows once, in the order in which they are stored; see :meth:`amici_eval.tissue.Tissue.expression_blocks`."""
+    rows = _row_numbers(reader, rows)
+    order = np.argsort(rows, kind="stable").astype(np.int64)
+    ordered, unit, first = rows[order], reader.unit, 0
+    while first < len(ordered):
+        last = min(first + max_rows, len(ordered))
+        if unit > 1 and last < len(ordered):
+            # do not end amid rows that are stored together, or they are read and unpacked twice
+            begin = ordered[last] // unit * unit
+            last = int(np.searchsorted(ordered, begin))
+            if last <= first:
+                last = int(np.searchsorted(ordered, begin + unit))
+        values = take_expression(reader, ordered[first:last], columns)
+        for start in range(first, last, max_rows):
+            stop = min(start + max_rows, last)
+            yield ExpressionBlock(positions=order[start:stop], values=values[start - first : stop - first])
+        first = last
+
+
+def _row_numbers(reader: RowReader, rows: Any) -> Int64[np.ndarray, " rows"]:
+    numbers = np.asarray(rows)
+    if numbers.dtype.kind not in "iu" and numbers.size:
+        msg = f"rows of type {numbers.dtype}: row numbers are needed"
+        raise TypeError(msg)
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < reader.shape[0]:
+        msg = f"rows {numbers.min()} to {numbers.max()} of a matrix of {reader.shape[0]} rows"
+        raise IndexError(msg)
+    return numbers.astype(np.int64, copy=False)
+
+
+def _pick_columns(block: Any, columns: np.ndarray) -> np.ndarray:
+    """Return columns of a CSR matrix, dense, without making the others dense."""
+    # columns that nobody asked for share one at the end
+    place = np.full(block.shape[1], len(columns), dtype=block.indices.dtype)
+    place[columns] = np.arange(len(columns))
+    shape = (block.shape[0], len(columns) + 1)
+    return sparse.csr_matrix((block.data, place[block.indices], block.indptr), shape=shape).toarray()[:, :-1]
+
+
+class _InMemory:
+    unit = 1
+
+    def __init__(self, matrix: Any) -> None:
+        self._matrix = matrix
+        self.shape = tuple(matrix.shape)
+        self.dtype = np.dtype(matrix.dtype)
+
+    def take(self, rows: np.ndarray) -> Any:
+        return self._matrix[rows]
+
+    def span(self, start: int, stop: int) -> Any:
+        return self._matrix[start:stop]
+
+
+class _DenseOnDisk:
+    """An HDF5 dataset or zarr array."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.shape = tuple(array.shape)
+        self.dtype = np.dtype(array.dtype)
+        together = array.chunks[0] if array.chunks else 1
+        # chunks as long as the matrix would make all of it dense
+        self.unit = together if together * self.shape[1] <= _WINDOW_VALUES else 1
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        wanted, where = np.unique(rows, return_inverse=True)
+        block = np.empty((len(wanted), self.shape[1]), dtype=self.dtype)
+        width = max(1, self.shape[1])
+        runs = _runs(wanted * width, (wanted + 1) * width, unit=self.unit * width)
+        for first, last in runs:
+            start = wanted[first]
+            read = self._array[start : wanted[last - 1] + 1]
+            block[first:last] = read[wanted[first:last] - start]
+        return block if _is_ordered(where) else block[where]
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self._array[start:stop])
+
+
+class _CSROnDisk:
+    """A group with ``data``, ``indices`` and ``indptr``; only ``indptr`` is kept in memory."""
+
+    unit = 1
+
+    def __init__(self, group: Any, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self._data, self._indices = group["data"], group["indices"]
+        self._indptr = np.asarray(group["indptr"][:], dtype=np.int64)
+        self._chunk = max((array.chunks or (1,))[0] for array in (self._data, self._indices))
+        self.shape = shape
+        self.dtype = dtype
+
+    def take(self, rows: np.ndarray) -> sparse.csr_matrix:
+        wanted, where = np.unique(rows, return_inverse=True)
+        begin, end = self._indptr[wanted], self._indptr[wanted + 1]
+        indptr = np.concatenate([[0], np.cumsum(end - begin)])
+        data = np.empty(indptr[-1], dtype=self._data.dtype)
+        indices = np.empty(indptr[-1], dtype=self._indices.dtype)
+        for first, last in _runs(begin, end, unit=self._chunk):
+            start, stop = begin[first], end[last - 1]
+            into = slice(indptr[first], indptr[last])
+            if stop - start == into.stop - into.start:
+                data[into], indices[into] = self._data[start:stop], self._indices[start:stop]
+                continue
+            lengths = end[first:last] - begin[first:last]
+            picked = np.repeat(begin[first:last] - start - (indptr[first:last] - into.start), lengths)
+            picked += np.arange(len(picked))
+            data[into], indices[into] = self._data[start:stop][picked], self._indices[start:stop][picked]
+        found = sparse.csr_matrix((data, indices, indptr), shape=(len(wanted), self.shape[1]))
+        return found if _is_ordered(where) else found[where]
+
+    def span(self, start: int, stop: int) -> sparse.csr_matrix:
+        begin, end = self._indptr[start], self._indptr[stop]
+        parts = (self._data[begin:end], self._indices[begin:end], self._indptr[start : stop + 1] - begin)
+        return sparse.csr_matrix(parts, shape=(stop - start, self.shape[1]))
+
+
+def _is_ordered(where: np.ndarray) -> bool:
+    return bool(np.array_equal(where, np.arange(len(where))))
+
+
+def _runs(begin: np.ndarray, end: np.ndarray, *, unit: int) -> Iterator[tuple[int, int]]:
+    """Cut sorted stretches of storage into groups worth one read each: near each other, and of bounded length."""
+    if not len(begin):
+        return
+    length = -(-_READ_VALUES // unit) * unit
+    cut: Bool[np.ndarray, " stretches"] = begin[1:] - end[:-1] > max(_GAP_VALUES, unit)
+    cut |= begin[1:] // length != begin[:-1] // length
+    edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(begin)]
+    yield from pairwise(edges)
