@@ -43,6 +43,7 @@ class DataConfig:
     coord_obsm_key: Optional[str] = None
     layer: Optional[str] = None
     sample_key: Optional[str] = None
+    backed: Optional[bool] = None
     subset: SubsetConfig = field(default_factory=SubsetConfig)
 
 
@@ -50,9 +51,11 @@ class DataConfig:
 class AblationConfig:
     """Group ``ablation``."""
 
-    engine: str = "hooked"
+    engine: str = "factored"
     device: str = "auto"
     batch_size: int = 512
+    memory_budget: Optional[str] = None
+    modes: Optional[List[str]] = None
 
 
 @dataclass
@@ -62,6 +65,7 @@ class PermutationConfig:
     n_permutations: Optional[int] = None
     alpha: float = 0.05
     seed: int = 0
+    sampling: str = "independent"
     convention: str = "add_one"
     null: str = "free"
     method: str = "monte_carlo"
@@ -135,7 +139,7 @@ class DemoConfig:
 
 SCHEMAS: dict[str, type[Any]] = {"evaluate": EvaluateConfig, "register": RegisterConfig, "demo": DemoConfig}
 _TEXT_KEYS = re.compile(
-    r"(model_uri|model_dir|name|output_dir|ablation\.device|report\.palette"
+    r"(model_uri|model_dir|name|output_dir|ablation\.(device|memory_budget)|report\.palette"
     r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
     r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
 )

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval.ablation_results import HeadAblations
+from amici_eval.moments import Moments
 from amici_eval.results import HeadEvaluation, Undefined
 from amici_eval.specs import EvaluationSpec, default_n_permutations
-from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE, explained_variance
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.multiplicity import adjust_p_values
-from amici_eval.stats.nulls import MIN_CELLS_TEST, permutation_exceedances
-from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.spatial import square_tiles
+from amici_eval.type_evaluation import (
+    FactorAccess,
+    TypeEvaluation,
+    evaluate_type_by_factors,
+    evaluate_type_by_hooks,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
 
     from amici_eval.model.access import ModelAccess
 
-__all__ = ["Progress", "evaluate", "evaluate_access"]
+__all__ = ["Parity", "Progress", "check_parity", "evaluate", "evaluate_access"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
-"""Called with (work done, work in all, what is being done); work is counted in receiver cells x heads x stages."""
+"""Called with (work done, work in all, what is being done); work counts cells, times what each has to go through."""
+PARITY_CELLS = 4
+"""Cells of each type on which both engines are compared."""
+PARITY_TOLERANCE = 1e-4
+"""Of the largest prediction (at least 1): float32 rounding through some layers is a hundred times smaller."""
+_FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 50
+_SKETCHED_CELLS = 256
 
 
 def evaluate(
@@ -96,103 +112,237 @@ def evaluate_access(
     model_info: Mapping[str, Any] | None = None,
     data_info: Mapping[str, Any] | None = None,
 ) -> HeadEvaluation:
-    """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`."""
+    """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`.
+
+    An access that offers :class:`~amici_eval.type_evaluation.FactorAccess` is first checked against its own hooked
+    engine on some cells of each type; if they disagree, the hooked engine does the work.
+    """
     receivers = access.receivers()
+    engine, parity, notes = "hooked", Parity(), access.notes
+    if isinstance(access, FactorAccess):
+        parity = check_parity(access, receivers)
+        if parity.holds:
+            engine = "factored"
+        else:
+            notes = (*notes, parity.complaint)
+            logger.warning("%s", parity.complaint)
+            access = access.hooked
+    modes = spec.ablation.modes_of(engine)
+    left_out = [mode for mode in spec.ablation.modes or () if mode not in modes]
+    if left_out:
+        notes = (*notes, f"not computed, for it needs the factored engine: {', '.join(left_out)}")
+        logger.warning("%s", notes[-1])
+
     types, n_heads, genes = tuple(receivers), access.card.n_heads, access.card.genes
     test = spec.permutation
     n_permutations = test.n_permutations or default_n_permutations(n_heads, len(types), test.alpha)
-    expl_var_gene = np.full((n_heads, len(types), len(genes)), np.nan)
-    expl_var = np.full((n_heads, len(types)), np.nan)
-    full, none = np.full(len(types), np.nan), np.full(len(types), np.nan)
-    exceedances = np.full((n_heads, len(types)), -1, dtype=np.int64)
-    undefined: list[Undefined] = []
-    report = _Meter(progress, total=sum(len(rows) for rows in receivers.values()) * (2 * n_heads + 2))
+    evaluated, moments, undefined = _by_type(
+        access, receivers, spec, n_permutations=n_permutations, modes=modes, progress=progress
+    )
 
-    for index, (cell_type, rows) in enumerate(receivers.items()):
-        n_cells = len(rows)
-        if n_cells < MIN_CELLS_EXPLAINED_VARIANCE:
-            reason = f"{n_cells} cell; explained variance needs at least {MIN_CELLS_EXPLAINED_VARIANCE}"
-            undefined.append(Undefined(cell_type=cell_type, reason=reason))
-            report.add(n_cells * (2 * n_heads + 2), cell_type)
-            continue
-        targets = access.expression(rows)
-        predictions = access.predict(
-            rows,
-            keeps=[*((head,) for head in range(n_heads)), None, ()],
-            progress=report.per_cell(cell_type),
-        )
-        for head in range(n_heads):
-            fit = explained_variance(predictions[head], targets)
-            expl_var_gene[head, index], expl_var[head, index] = fit.per_gene, fit.aggregated
-        full[index] = explained_variance(predictions[n_heads], targets).aggregated
-        none[index] = explained_variance(predictions[n_heads + 1], targets).aggregated
-        undefined += [
-            Undefined(
-                cell_type=cell_type, gene=gene, reason=f"the gene has one value in all {n_cells} cells of the type"
-            )
-            for gene, constant in zip(genes, fit.constant_genes, strict=True)
-            if constant
-        ]
-        if n_cells < MIN_CELLS_TEST or fit.constant_genes.all():
-            reason = (
-                f"{n_cells} cells; a test needs at least {MIN_CELLS_TEST}"
-                if n_cells < MIN_CELLS_TEST
-                else f"no gene varies over the {n_cells} cells"
-            )
-            undefined.append(Undefined(cell_type=cell_type, reason=reason))
-            report.add(n_cells * n_heads, cell_type)
-            continue
-        share = report.share(n_cells * n_heads, n_heads * n_permutations, cell_type)
-        counts = permutation_exceedances(
-            predictions[:n_heads],
-            targets,
-            stream=PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells),
-            n_permutations=n_permutations,
-            device=access.statistics_device,
-            progress=share,
-        )
-        exceedances[:, index] = np.where(counts.dead, -1, counts.exceedances)
-        undefined += [
-            Undefined(cell_type=cell_type, head=int(head), reason=_why_dead(predictions[head]))
-            for head in np.flatnonzero(counts.dead)
-        ]
-
+    exceedances = _stack([None if item is None else item.exceedances for item in evaluated], (n_heads,), fill=-1)
+    drawn = np.array([n_permutations if not item or not item.sampling else item.n_permutations for item in evaluated])
     defined = exceedances >= 0
-    raw = p_values(np.where(defined, exceedances, 0), n_permutations=n_permutations, convention=test.convention)
+    raw = p_values(np.where(defined, exceedances, 0), n_permutations=drawn, convention=test.convention)
     p = np.where(defined, raw.p, np.nan)
-    for item in undefined:
-        if item.gene is None:
-            where = "all heads" if item.head is None else f"head {item.head}"
-            logger.warning("undefined for %s, %s: %s", item.cell_type, where, item.reason)
-    held_out = tuple(_held_out(access, rows) for rows in receivers.values())
+    for thing in undefined:
+        if thing.gene is None:
+            where = "all heads" if thing.head is None else f"head {thing.head}"
+            logger.warning("undefined for %s, %s: %s", thing.cell_type, where, thing.reason)
     return HeadEvaluation(
         n_heads=n_heads,
         cell_types=types,
         genes=genes,
         n_cells=np.array([len(rows) for rows in receivers.values()], dtype=np.int64),
-        expl_var_gene=expl_var_gene,
-        expl_var=expl_var,
-        expl_var_full=full,
-        expl_var_none=none,
+        expl_var_gene=_stack([None if i is None else i.expl_var_gene for i in evaluated], (n_heads, len(genes))),
+        expl_var=_stack([None if i is None else i.expl_var for i in evaluated], (n_heads,)),
+        expl_var_full=np.array([np.nan if i is None else i.full for i in evaluated]),
+        expl_var_none=np.array([np.nan if i is None else i.none for i in evaluated]),
         exceedances=exceedances,
         n_permutations=n_permutations,
         p_value=p,
         p_value_adj=adjust_p_values(p, method=test.adjustment),
         p_ci_low=np.where(defined, raw.ci_low, np.nan),
         p_ci_high=np.where(defined, raw.ci_high, np.nan),
-        held_out=held_out,
+        held_out=tuple(_held_out(access, rows) for rows in receivers.values()),
         spec=spec,
         undefined=tuple(undefined),
-        notes=access.notes,
+        notes=notes,
         model=dict(model_info or {}),
         data=dict(data_info or {}),
+        engine=engine,
+        parity=parity.largest_difference,
+        parity_cells=parity.n_cells,
+        n_permutations_by_type=drawn.astype(np.int64),
+        sampling=tuple("" if item is None else item.sampling for item in evaluated),
+        ablations=_ablations(evaluated, modes, n_heads),
+        moments=moments,
     )
 
 
-def _why_dead(prediction: np.ndarray) -> str:
-    if not np.isfinite(prediction).all():
-        return "the head's predictions are not finite"
-    return "the head predicts the same for all cells (dead head)"
+def _by_type(
+    access: ModelAccess,
+    receivers: Mapping[str, np.ndarray],
+    spec: EvaluationSpec,
+    *,
+    n_permutations: int,
+    modes: tuple[str, ...],
+    progress: Progress | None,
+) -> tuple[list[TypeEvaluation | None], Moments | None, list[Undefined]]:
+    """Evaluate type by type; ``None`` stands for a type with too few cells."""
+    n_heads = access.card.n_heads
+    factored = isinstance(access, FactorAccess)
+    cells_work = 1 if factored else n_heads + 2 + (n_heads if "leave_one_out" in modes else 0)
+    # what a permutation costs beside a cell's way through the model, roughly
+    test_work = n_permutations / 1000 if factored else float(n_heads)
+    usable = {cell_type: rows for cell_type, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
+    n_receivers = sum(len(rows) for rows in receivers.values())
+    meter = _Meter(progress, total=n_receivers * (cells_work + test_work))
+    everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    outputs = tiles = None
+    if isinstance(access, FactorAccess) and len(everyone):
+        outputs = access.head_outputs(everyone, progress=meter.cells("attention", len(everyone)))
+        tiles = square_tiles(
+            access.coordinates(everyone),
+            n_tiles=_n_tiles(len(everyone), len(usable)),
+            samples=access.samples(everyone),
+        )
+
+    evaluated: list[TypeEvaluation | None] = []
+    undefined: list[Undefined] = []
+    start = 0
+    for cell_type, rows in receivers.items():
+        n_cells = len(rows)
+        if cell_type not in usable:
+            reason = f"{n_cells} cell; explained variance needs at least {MIN_CELLS_EXPLAINED_VARIANCE}"
+            undefined.append(Undefined(cell_type=cell_type, reason=reason))
+            evaluated.append(None)
+            meter.finish(cell_type, n_cells * (cells_work + test_work))
+            continue
+        on_permutations = meter.permutations(cell_type, work=n_cells * test_work, pieces=n_heads * n_permutations)
+        if isinstance(access, FactorAccess) and outputs is not None and tiles is not None:
+            own = slice(start, start + n_cells)
+            found = evaluate_type_by_factors(
+                access,
+                cell_type,
+                rows,
+                outputs[own],
+                tiles[own],
+                test=spec.permutation,
+                n_permutations=n_permutations,
+                modes=modes,
+                on_permutations=on_permutations,
+            )
+            start += n_cells
+        else:
+            found = evaluate_type_by_hooks(
+                access,
+                cell_type,
+                rows,
+                test=spec.permutation,
+                n_permutations=n_permutations,
+                modes=modes,
+                on_cells=meter.cells(cell_type, n_cells * cells_work),
+                on_permutations=on_permutations,
+            )
+        meter.finish(cell_type, n_cells * test_work)
+        evaluated.append(found)
+        undefined += [
+            Undefined(
+                cell_type=cell_type, gene=gene, reason=f"the gene has one value in all {n_cells} cells of the type"
+            )
+            for gene, constant in zip(access.card.genes, found.constant_genes, strict=True)
+            if constant
+        ]
+        if found.no_test is not None:
+            undefined.append(Undefined(cell_type=cell_type, reason=found.no_test))
+        undefined += [Undefined(cell_type=cell_type, head=head, reason=why) for head, why in found.dead.items()]
+    moments = None
+    if isinstance(access, FactorAccess) and outputs is not None:
+        moments = _moments(access, receivers, usable, evaluated, outputs)
+    return evaluated, moments, undefined
+
+
+def _n_tiles(n_cells: int, n_types: int) -> int:
+    """Return into how many tiles moments are sorted: a tile with a handful of cells of each type would say little."""
+    return int(np.clip(n_cells // (n_types * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))
+
+
+def _stack(parts: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: float = np.nan) -> np.ndarray:
+    """Put what each type gave side by side along the second axis; types without a result are filled."""
+    dtype = np.float64 if np.isnan(fill) else np.int64
+    empty = np.full(shape, fill, dtype=dtype)
+    return np.stack([empty if part is None else part for part in parts], axis=1).astype(dtype)
+
+
+def _ablations(
+    evaluated: Sequence[TypeEvaluation | None], modes: tuple[str, ...], n_heads: int
+) -> HeadAblations | None:
+    if modes == ("keep_one",):
+        return None
+    missing, square = np.full(n_heads, np.nan), np.full((n_heads, n_heads), np.nan)
+
+    def of(item: TypeEvaluation | None, name: str, empty: np.ndarray) -> np.ndarray:
+        found = None if item is None or item.catalogue is None else getattr(item.catalogue, name)
+        return empty if found is None else found
+
+    return HeadAblations(
+        modes=modes,
+        expl_var=np.stack(
+            [
+                np.stack([missing if i is None else i.ablations.get(mode, missing) for i in evaluated], axis=1)
+                for mode in modes
+            ]
+        ),
+        standard_error=np.stack([of(item, "shapley_standard_error", missing) for item in evaluated], axis=1),
+        interaction=np.stack([of(item, "interaction", square) for item in evaluated]),
+        frozen_interaction=np.stack([of(item, "frozen_interaction", square) for item in evaluated]),
+    )
+
+
+def _moments(
+    access: FactorAccess,
+    receivers: Mapping[str, np.ndarray],
+    usable: Mapping[str, np.ndarray],
+    evaluated: Sequence[TypeEvaluation | None],
+    outputs: np.ndarray,
+) -> Moments:
+    types = tuple(receivers)
+    parts = [
+        (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None
+    ]
+    sketch_type, sketch_rows, sketch_places = [], [], []
+    start = 0
+    for cell_type, rows in usable.items():
+        chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SKETCHED_CELLS)).astype(np.int64)
+        sketch_type.append(np.full(len(chosen), types.index(cell_type), dtype=np.int64))
+        sketch_rows.append(rows[chosen])
+        sketch_places.append(start + chosen)
+        start += len(rows)
+    readouts = [access.readout(cell_type) for cell_type in types]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for _, part in parts])
+
+    return Moments(
+        cell_types=types,
+        genes=access.card.genes,
+        n_heads=access.card.n_heads,
+        row_type=np.concatenate([np.full(len(part.tiles), index, dtype=np.int64) for index, part in parts]),
+        row_tile=joined("tiles"),
+        n_cells=joined("n_cells"),
+        target_mean=joined("target_mean").astype(np.float32),
+        target_m2=joined("target_m2").astype(np.float32),
+        residual_mean=joined("residual_mean").astype(np.float32),
+        residual_m2=joined("residual_m2").astype(np.float32),
+        sketch_type=np.concatenate(sketch_type),
+        sketch_names=tuple(access.cell_names(np.concatenate(sketch_rows))),
+        sketch_outputs=outputs[np.concatenate(sketch_places)],
+        readout_weights=np.stack([readout.weights for readout in readouts]).astype(np.float32),
+        readout_gram=np.stack([readout.gram for readout in readouts]),
+        readout_offset=np.stack([readout.offset for readout in readouts]),
+        readout_epsilon=np.array([readouts[0].epsilon]),
+    )
 
 
 def _held_out(access: ModelAccess, rows: np.ndarray) -> bool | None:
@@ -200,29 +350,105 @@ def _held_out(access: ModelAccess, rows: np.ndarray) -> bool | None:
     return None if training is None else training.isdisjoint(access.cell_names(rows))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far the factored engine's predictions are from the hooked one's on some cells.
+
+    Parameters
+    ----------
+    largest_difference
+        Over cells, genes and ablations (each head alone, all, none); ``None`` if nothing was compared.
+    scale
+        Largest absolute prediction among them.
+    n_cells
+        Cells compared.
+    """
+
+    largest_difference: float | None = None
+    scale: float = 0.0
+    n_cells: int = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is float32 rounding."""
+        if self.largest_difference is None:
+            return True
+        return self.largest_difference <= PARITY_TOLERANCE * max(1.0, self.scale)
+
+    @property
+    def complaint(self) -> str:
+        """What to say if it does not hold."""
+        return (
+            f"evaluated by the hooked engine: the factored engine's predictions differ from it by up to "
+            f"{self.largest_difference:.3g} on {self.n_cells} cells (tolerance {PARITY_TOLERANCE:g} of the largest)"
+        )
+
+
+def check_parity(access: FactorAccess, receivers: Mapping[str, np.ndarray]) -> Parity:
+    """Compare both engines on a few cells of every type, under every ablation that the test uses.
+
+    Parameters
+    ----------
+    access
+        The factored engine; ``access.hooked`` is the other.
+    receivers
+        Evaluated rows by type.
+    """
+    rows = np.concatenate(
+        [
+            members[np.linspace(0, len(members) - 1, min(PARITY_CELLS, len(members))).astype(np.int64)]
+            for members in receivers.values()
+        ]
+        or [np.zeros(0, dtype=np.int64)]
+    )
+    if not len(rows):
+        return Parity()
+    keeps = [*((head,) for head in range(access.card.n_heads)), None, ()]
+    here, there = access.predict(rows, keeps=keeps), access.predict_literally(rows, keeps=keeps)
+    with np.errstate(invalid="ignore"):
+        difference = float(np.abs(here - there).max())
+        scale = float(np.abs(there).max())
+    return Parity(largest_difference=difference, scale=scale, n_cells=len(rows))
+
+
 class _Meter:
     """Adds up work and tells how far it is."""
 
-    def __init__(self, progress: Progress | None, *, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+    def __init__(self, progress: Progress | None, *, total: float) -> None:
+        self._progress, self._total, self._done, self._spent = progress, max(1, round(total)), 0.0, 0.0
 
-    def add(self, work: int, what: str) -> None:
-        self._done += work
+    def _tell(self, done: float, what: str) -> None:
+        self._done = done
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
+            self._progress(min(self._total, round(done)), self._total, what)
 
-    def per_cell(self, what: str) -> Callable[[int], None]:
-        """Return a callback that adds finished cells."""
-        return lambda done: self.add(done, what)
-
-    def share(self, work: int, pieces: int, what: str) -> Callable[[int], None]:
-        """Return a callback that spreads ``work`` over ``pieces`` without rounding loss."""
+    def cells(self, what: str, n_cells: int) -> Callable[[int], None]:
+        """Return a callback that counts finished cells."""
         finished = 0
 
         def advance(more: int) -> None:
             nonlocal finished
-            before = work * finished // pieces
             finished += more
-            self.add(work * finished // pieces - before, what)
+            self._tell(self._done + more, f"{what}: {finished:,} of {n_cells:,} cells")
 
         return advance
+
+    def permutations(self, cell_type: str, *, work: float, pieces: int) -> Callable[[int], None]:
+        """Return a callback that counts finished (head, permutation) pairs, which together are ``work``."""
+        finished = 0
+
+        def advance(more: int) -> None:
+            nonlocal finished
+            before = finished
+            finished = min(pieces, finished + more)
+            share = 100 * finished // pieces
+            self._tell(self._done + work * (finished - before) / pieces, f"{cell_type}: {share} % of permutations")
+            self._spent += work * (finished - before) / pieces
+
+        self._spent = 0.0
+        return advance
+
+    def finish(self, cell_type: str, work: float) -> None:
+        """Count what is left of a test's work: it may have ended early, or there was none."""
+        self._tell(self._done + work - self._spent, cell_type)
+        self._spent = 0.0

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval import result_frames
+from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
-from amici_eval.specs import EvaluationSpec, spec_from_mapping
+from amici_eval.moments import MOMENTS_FILE, Moments
+from amici_eval.result_frames import ABLATION_COLUMNS, GENE_COLUMNS, HEAD_COLUMNS, INTERACTION_COLUMNS
+from amici_eval.result_json import fields_of, record_of
+from amici_eval.specs import ENGINES, SAMPLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,47 +23,21 @@ if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float64, Int64
 
-__all__ = ["GENE_COLUMNS", "HEAD_COLUMNS", "SCHEMA_VERSION", "HeadEvaluation", "Undefined"]
+    from amici_eval.specs import EvaluationSpec
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "ABLATION_COLUMNS",
+    "GENE_COLUMNS",
+    "HEAD_COLUMNS",
+    "INTERACTION_COLUMNS",
+    "SCHEMA_VERSION",
+    "HeadAblations",
+    "HeadEvaluation",
+    "Undefined",
+]
+
+SCHEMA_VERSION = 2
 FILE_NAME = "evaluation.json"
-
-GENE_COLUMNS = (
-    "head",
-    "ct_name",
-    "gene",
-    "expl_var_head_gene",
-    "expl_var_head",
-    "p_value_head",
-    "p_value_adj_head",
-    "p_value_gene",
-    "p_value_adj_gene",
-    "undefined_reason",
-)
-HEAD_COLUMNS = (
-    "head",
-    "ct_name",
-    "n_cells",
-    "expl_var_head",
-    "ci_low",
-    "ci_high",
-    "best_gene",
-    "expl_var_best_gene",
-    "p_value_head",
-    "p_value_adj_head",
-    "p_ci_low",
-    "p_ci_high",
-    "p_value_spatial",
-    "p_value_adj_spatial",
-    "ess",
-    "null",
-    "method",
-    "significant_free",
-    "significant",
-    "significant_by",
-    "held_out",
-    "undefined_reason",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +85,7 @@ class HeadEvaluation:
     exceedances
         Permutations at least as extreme as the truth, shape (H, C); -1 where there is no test.
     n_permutations
-        Random permutations per type.
+        Random permutations per type, where they are drawn independently.
     p_value, p_value_adj, p_ci_low, p_ci_high
         Shape (H, C), free null; NaN where undefined.
     held_out
@@ -121,8 +99,29 @@ class HeadEvaluation:
         Warnings and remarks on model and data, to be shown with the numbers.
     model, data
         What was evaluated on what (names, versions, digests), as plain values.
+    engine
+        What produced the numbers: ``factored`` or ``hooked``.
+    parity
+        Largest absolute difference between the predictions of both engines on a sample of cells; ``None`` if they
+        were not compared, NaN if the difference is no finite number.
+    parity_cells
+        Cells of that sample.
+    n_permutations_by_type
+        Permutations of each type, shape (C,); ``None``: ``n_permutations`` everywhere.
+    sampling
+        How each type's permutations were drawn: ``independent``, ``cyclic`` (all cyclic shifts of one random order),
+        or empty if it has no test; ``()``: independent everywhere.
+    ablations
+        The other ways to take heads away; ``None`` if they were not computed.
+    moments
+        Moments per tile and a sketch of the heads, from the factored engine; kept in a file of their own, not in JSON.
     schema_version
         Of this record.
+
+    Raises
+    ------
+    ValueError
+        If the engine or a sampling is unknown, or what is given per type or head has another size.
     """
 
     n_heads: int
@@ -145,7 +144,30 @@ class HeadEvaluation:
     notes: tuple[str, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = "hooked"
+    parity: float | None = None
+    parity_cells: int = 0
+    n_permutations_by_type: Int64[np.ndarray, " types"] | None = None
+    sampling: tuple[str, ...] = ()
+    ablations: HeadAblations | None = None
+    moments: Moments | None = None
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        n_types = len(self.cell_types)
+        if self.engine not in ENGINES:
+            msg = f"engine {self.engine!r} must be one of {ENGINES!r}"
+            raise ValueError(msg)
+        if (self.sampling and len(self.sampling) != n_types) or not set(self.sampling) <= {*SAMPLINGS, ""}:
+            msg = f"sampling {self.sampling!r} must be (), or some of {SAMPLINGS!r} or empty for {n_types} types"
+            raise ValueError(msg)
+        by_type, found = self.n_permutations_by_type, self.ablations
+        if by_type is not None and by_type.shape != (n_types,):
+            msg = f"n_permutations_by_type has shape {by_type.shape} for {n_types} cell types"
+            raise ValueError(msg)
+        if found is not None and found.expl_var.shape[1:] != (self.n_heads, n_types):
+            msg = f"ablations are of (heads, types) {found.expl_var.shape[1:]}, not {(self.n_heads, n_types)}"
+            raise ValueError(msg)
 
     def __repr__(self) -> str:
         name = " ".join(str(self.model[key]) for key in ("name", "version") if self.model.get(key))
@@ -209,114 +231,41 @@ class HeadEvaluation:
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row per head x type x gene: the reference's seven columns, then per-gene p-values and reasons."""
-        import pandas as pd
-
-        n_types, n_genes = len(self.cell_types), len(self.genes)
-        rows = self.n_heads * n_types * n_genes
-
-        def per_head(values: Float64[np.ndarray, "heads types"]) -> np.ndarray:
-            return np.repeat(values.ravel(), n_genes)
-
-        by_type = {u.cell_type: u.reason for u in self.undefined if u.gene is None and u.head is None}
-        by_head = {(u.head, u.cell_type): u.reason for u in self.undefined if u.gene is None and u.head is not None}
-        by_gene = {(u.cell_type, u.gene): u.reason for u in self.undefined if u.gene is not None}
-        reasons = [
-            "; ".join(filter(None, (by_gene.get((t, g)), by_type.get(t), by_head.get((h, t)))))
-            for h in range(self.n_heads)
-            for t in self.cell_types
-            for g in self.genes
-        ]
-        return pd.DataFrame(
-            {
-                "head": np.repeat(np.arange(self.n_heads), n_types * n_genes),
-                "ct_name": np.tile(np.repeat(np.array(self.cell_types, dtype=object), n_genes), self.n_heads),
-                "gene": np.tile(np.array(self.genes, dtype=object), self.n_heads * n_types),
-                "expl_var_head_gene": self.expl_var_gene.ravel(),
-                "expl_var_head": per_head(self.expl_var),
-                "p_value_head": per_head(self.p_value),
-                "p_value_adj_head": per_head(self.p_value_adj),
-                "p_value_gene": np.full(rows, np.nan),
-                "p_value_adj_gene": np.full(rows, np.nan),
-                "undefined_reason": reasons,
-            },
-            columns=list(GENE_COLUMNS),
-        )
+        return result_frames.genes_frame(self)
 
     def heads(self) -> pd.DataFrame:
         """Return a row per head x type: effect, best gene, p-values, decision, reasons."""
-        import pandas as pd
-
-        reasons: dict[tuple[int, str], list[str]] = {}
-        for item in self.undefined:
-            if item.gene is None:
-                for head in range(self.n_heads) if item.head is None else (item.head,):
-                    reasons.setdefault((head, item.cell_type), []).append(item.reason)
-        alpha = self.spec.permutation.alpha
-        rows = []
-        for head in range(self.n_heads):
-            for index, cell_type in enumerate(self.cell_types):
-                genes = self.expl_var_gene[head, index]
-                best = None if np.all(np.isnan(genes)) else int(np.nanargmax(genes))
-                adjusted = float(self.p_value_adj[head, index])
-                significant = None if math.isnan(adjusted) else adjusted <= alpha
-                rows.append(
-                    {
-                        "head": head,
-                        "ct_name": cell_type,
-                        "n_cells": int(self.n_cells[index]),
-                        "expl_var_head": float(self.expl_var[head, index]),
-                        "best_gene": None if best is None else self.genes[best],
-                        "expl_var_best_gene": math.nan if best is None else float(genes[best]),
-                        "p_value_head": float(self.p_value[head, index]),
-                        "p_value_adj_head": adjusted,
-                        "p_ci_low": float(self.p_ci_low[head, index]),
-                        "p_ci_high": float(self.p_ci_high[head, index]),
-                        "null": self.spec.permutation.null,
-                        "method": self.spec.permutation.method,
-                        "significant_free": significant,
-                        "significant": significant,
-                        "significant_by": None if significant is None else self.spec.permutation.null,
-                        "held_out": self.held_out[index],
-                        "undefined_reason": "; ".join(reasons.get((head, cell_type), [])),
-                    }
-                )
-        frame = pd.DataFrame(rows, columns=list(HEAD_COLUMNS))
-        for name in ("significant_free", "significant", "held_out"):
-            frame[name] = frame[name].astype("boolean")
-        return frame
+        return result_frames.heads_frame(self)
 
     def baselines(self) -> pd.DataFrame:
         """Return explained variance of the whole model and of the model without heads, a row per type and baseline."""
-        import pandas as pd
+        return result_frames.baselines_frame(self)
 
-        rows = [
-            {"ct_name": cell_type, "baseline": baseline, "expl_var": float(values[index])}
-            for index, cell_type in enumerate(self.cell_types)
-            for baseline, values in (("full_model", self.expl_var_full), ("no_head", self.expl_var_none))
-        ]
-        return pd.DataFrame(rows, columns=["ct_name", "baseline", "expl_var"])
+    def ablations_frame(self) -> pd.DataFrame:
+        """Return a row per head x type x mode of :class:`HeadAblations`, none if they were not computed.
+
+        Notes
+        -----
+        ``delta_full`` is what the whole model explains more than the ablated one; NaN for Shapley values.
+        """
+        return result_frames.ablations_frame(self)
+
+    def interactions_frame(self) -> pd.DataFrame:
+        """Return a row per pair of heads (``head_a < head_b``) and type, none if ablations were not computed.
+
+        Notes
+        -----
+        Above 0 two heads explain more together than the sum of what each adds, below 0 they explain partly the same.
+        """
+        return result_frames.interactions_frame(self)
 
     def to_json(self) -> str:
         """Return the whole evaluation as JSON text; undefined numbers are ``null``."""
-        record = {
-            "schema_version": self.schema_version,
-            "n_heads": self.n_heads,
-            "cell_types": list(self.cell_types),
-            "genes": list(self.genes),
-            "n_permutations": self.n_permutations,
-            "held_out": list(self.held_out),
-            "spec": self.spec.to_dict(),
-            "undefined": [vars(item) for item in self.undefined],
-            "notes": list(self.notes),
-            "model": dict(self.model),
-            "data": dict(self.data),
-            **{name: _to_lists(getattr(self, name)) for name in _ARRAYS},
-        }
-        return json.dumps(record, allow_nan=False, ensure_ascii=False)
+        return json.dumps(record_of(self), allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> HeadEvaluation:
-        """Read what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote, in this version or an earlier one.
 
         Raises
         ------
@@ -332,35 +281,16 @@ class HeadEvaluation:
                 rule=f"it must be the {FILE_NAME} of a run",
                 fix="download it again",
             ) from error
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise DataError(
                 value=f"evaluation of schema version {version!r}",
-                rule=f"this version of amici_eval reads schema version {SCHEMA_VERSION}",
+                rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
                 fix="install the version of amici_eval that wrote it",
             )
         try:
-            arrays: dict[str, Any] = {
-                name: np.array(record[name], dtype=kind).reshape(_shape(record, dimensions))
-                for name, (kind, dimensions) in _ARRAYS.items()
-            }
-            held_out = tuple(record["held_out"])
-            if len(held_out) != len(record["cell_types"]):
-                msg = f"held_out has {len(held_out)} entries for {len(record['cell_types'])} cell types"
-                raise ValueError(msg)
-            return cls(
-                n_heads=record["n_heads"],
-                cell_types=tuple(record["cell_types"]),
-                genes=tuple(record["genes"]),
-                n_permutations=record["n_permutations"],
-                held_out=held_out,
-                spec=spec_from_mapping(record["spec"]),
-                undefined=tuple(Undefined(**item) for item in record["undefined"]),
-                notes=tuple(record["notes"]),
-                model=record["model"],
-                data=record["data"],
-                schema_version=version,
-                **arrays,
-            )
+            values = fields_of(record)
+            values["undefined"] = tuple(Undefined(**item) for item in values["undefined"])
+            return cls(**values)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 value=f"damaged evaluation ({type(error).__name__}: {error})",
@@ -377,7 +307,7 @@ class HeadEvaluation:
 
     @classmethod
     def load(cls, directory: str | Path) -> HeadEvaluation:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, and the moments if they lie beside it.
 
         Raises
         ------
@@ -392,32 +322,9 @@ class HeadEvaluation:
                 fix="give the folder itself",
             )
         # not read_text: bytes that are no UTF-8 are damage, which from_json tells
-        return cls.from_json(path.read_bytes())
-
-
-_ARRAYS: dict[str, tuple[type, str]] = {
-    "n_cells": (np.int64, "C"),
-    "expl_var_gene": (np.float64, "HCG"),
-    "expl_var": (np.float64, "HC"),
-    "expl_var_full": (np.float64, "C"),
-    "expl_var_none": (np.float64, "C"),
-    "exceedances": (np.int64, "HC"),
-    "p_value": (np.float64, "HC"),
-    "p_value_adj": (np.float64, "HC"),
-    "p_ci_low": (np.float64, "HC"),
-    "p_ci_high": (np.float64, "HC"),
-}
-
-
-def _shape(record: Mapping[str, Any], dimensions: str) -> tuple[int, ...]:
-    sizes = {"H": record["n_heads"], "C": len(record["cell_types"]), "G": len(record["genes"])}
-    return tuple(sizes[name] for name in dimensions)
-
-
-def _to_lists(array: np.ndarray) -> list[Any]:
-    if np.issubdtype(array.dtype, np.floating):
-        return np.where(np.isfinite(array), array, None).tolist()  # type: ignore[call-overload,no-any-return]
-    return array.tolist()  # type: ignore[no-any-return]
+        evaluation = cls.from_json(path.read_bytes())
+        beside = path.parent / MOMENTS_FILE
+        return replace(evaluation, moments=Moments.load(beside)) if beside.is_file() else evaluation
 
 
 def _nan_max(values: Float64[np.ndarray, "heads genes"]) -> Float64[np.ndarray, " heads"]:

@@ -29,11 +29,23 @@ __all__ = [
     "spec_from_mapping",
 ]
 
-ENGINES = ("hooked",)
+ENGINES = ("factored", "hooked")
+MODES = ("keep_one", "leave_one_out", "mean_z", "resampled_z", "frozen_norm", "shapley", "frozen_shapley")
+HOOKED_MODES = ("keep_one", "leave_one_out")
+SAMPLINGS = ("independent", "cyclic")
 NULLS = ("free",)
 METHODS = ("monte_carlo",)
 CONVENTIONS = ("add_one", "reference")
 ADJUSTMENTS = ("bh",)
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
+_UNITS = {
+    f"{prefix}{binary}{unit}".upper(): base**power
+    for power, prefix in enumerate(("", "K", "M", "G", "T"))
+    for binary, base in (("", 1000), ("i", 1024))
+    for unit in ("B", "")
+    if prefix or not binary
+}
+_LEAST_MEMORY = 10**6
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -53,6 +65,18 @@ def _require_int(name: str, value: object, minimum: int) -> None:
             rule=f"it must be a whole number of at least {minimum}",
             fix=f"set {name}={minimum}",
         )
+
+
+def _bytes(text: str | int) -> int:
+    """Read an amount of memory."""
+    match = _MEMORY.fullmatch(str(text).strip())
+    if match is None or isinstance(text, bool) or int(float(match[1]) * _UNITS[match[2].upper()]) < _LEAST_MEMORY:
+        raise InvalidSpecError(
+            value=f"ablation.memory_budget={text!r}",
+            rule="it must be an amount of memory of at least 1MB",
+            fix="write it as 500MB, 4GB or a number of bytes, or leave it out",
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +138,9 @@ class DataSpec:
         Layer with the expression; ``None`` takes the model's, ``"X"`` forces ``adata.X``.
     sample_key
         Column of ``adata.obs`` that names the slide or section of a cell. Given, neighbours must not cross sections.
+    backed
+        Whether expression stays on disk and is read in blocks; ``None`` decides by the size of the file. Changes memory
+        and speed, not results; without meaning for an AnnData that is open already.
     subset
         The cells to evaluate.
     """
@@ -122,6 +149,7 @@ class DataSpec:
     coord_obsm_key: str | None = None
     layer: str | None = None
     sample_key: str | None = None
+    backed: bool | None = None
     subset: SubsetSpec = field(default_factory=SubsetSpec)
 
 
@@ -132,16 +160,28 @@ class AblationSpec:
     Parameters
     ----------
     engine
-        ``"hooked"``: hooks on the attention pattern through the model's own forward pass.
+        ``"factored"``: senders are embedded once and all heads follow from one pass; checked against the other on some
+        cells of each type. ``"hooked"``: hooks on the attention pattern through the model's own forward pass.
     device
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``auto`` takes CUDA where there is one, else the CPU.
     batch_size
-        Receiver cells per forward pass. Changes speed and memory, not results.
+        Receiver cells per forward pass of the hooked engine. Changes speed and memory, not results.
+    memory_budget
+        What tables and chunks of the factored engine may take, as ``"4GB"``, ``"500MB"`` or a number of bytes; ``None``
+        takes a quarter of the device's free memory. Changes speed and memory, not results.
+    modes
+        What is computed of each head besides its explained variance when kept alone (``keep_one``, always there):
+        ``leave_one_out``, ``mean_z`` (its output replaced by the mean of the type), ``resampled_z`` (by that of other
+        cells of the type), ``frozen_norm`` (kept alone, divided by the whole model's scale), ``shapley`` and
+        ``frozen_shapley`` (its share of the whole model's explained variance, and pair interactions). ``None`` takes
+        all with the factored engine and ``keep_one`` with the hooked one, which offers ``leave_one_out`` besides.
     """
 
-    engine: str = "hooked"
+    engine: str = "factored"
     device: str = "auto"
     batch_size: int = 512
+    memory_budget: str | int | None = None
+    modes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_one_of("ablation.engine", self.engine, ENGINES)
@@ -152,6 +192,32 @@ class AblationSpec:
                 fix="set ablation.device=auto",
             )
         _require_int("ablation.batch_size", self.batch_size, 1)
+        if self.memory_budget is not None:
+            _bytes(self.memory_budget)
+        if self.modes is None:
+            return
+        modes = (self.modes,) if isinstance(self.modes, str) else tuple(self.modes)
+        for mode in modes:
+            _require_one_of("ablation.modes", mode, MODES)
+        object.__setattr__(self, "modes", tuple(mode for mode in MODES if mode in {*modes, "keep_one"}))
+        beyond = [mode for mode in self.modes or () if mode not in HOOKED_MODES]
+        if self.engine == "hooked" and beyond:
+            raise InvalidSpecError(
+                value=f"ablation.modes names {beyond[0]} with ablation.engine=hooked",
+                rule=f"the hooked engine offers {', '.join(HOOKED_MODES)}",
+                fix="set ablation.engine=factored, or leave the mode out",
+            )
+
+    def modes_of(self, engine: str) -> tuple[str, ...]:
+        """Return the modes that are computed if an engine does the work."""
+        if engine == "factored":
+            return MODES if self.modes is None else self.modes
+        return ("keep_one",) if self.modes is None else tuple(mode for mode in self.modes if mode in HOOKED_MODES)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory budget in bytes."""
+        return None if self.memory_budget is None else _bytes(self.memory_budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +232,10 @@ class PermutationSpec:
         Significance level, for the default number of permutations and for the marks in tables and figures.
     seed
         With the cell type and the permutation's number it determines each permutation.
+    sampling
+        ``independent``: each permutation is drawn on its own. ``cyclic``: all shifts of the cells along one random
+        order, which form a group, so that the test is exact and costs next to nothing; a type needs more cells than
+        ``n_permutations``, else its permutations are independent.
     convention
         ``add_one``: p = (b+1)/(m+1), valid and never 0 (Phipson & Smyth 2010). ``reference``: p = b/m as amici-st.
     null
@@ -179,6 +249,7 @@ class PermutationSpec:
     n_permutations: int | None = None
     alpha: float = 0.05
     seed: int = 0
+    sampling: str = "independent"
     convention: str = "add_one"
     null: str = "free"
     method: str = "monte_carlo"
@@ -194,6 +265,7 @@ class PermutationSpec:
                 rule="a significance level lies strictly between 0 and 1",
                 fix="set permutation.alpha=0.05",
             )
+        _require_one_of("permutation.sampling", self.sampling, SAMPLINGS)
         _require_one_of("permutation.convention", self.convention, CONVENTIONS)
         _require_one_of("permutation.null", self.null, NULLS)
         _require_one_of("permutation.method", self.method, METHODS)
@@ -381,6 +453,8 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
     for name, value in values.items():
         if name in _NESTED and is_dataclass(_NESTED[name]):
             arguments[name] = _build(_NESTED[name], value, f"{prefix}{name}.")
+        elif name == "modes" and isinstance(value, list):
+            arguments[name] = tuple(value)
         elif name == "alpha" and isinstance(value, int) and not isinstance(value, bool):
             arguments[name] = float(value)
         else:

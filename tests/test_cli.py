@@ -123,7 +123,7 @@ def test_typos_and_wrong_types_are_refused(arguments, message, capsys):
         ),
         (["model_uri=x", "permutation.n_permutations=0"], "it must be a whole number of at least 1"),
         (["model_uri=x", "ablation.device=gpu"], "ablation.device='gpu': it must be auto, cpu, cuda, cuda:N or mps"),
-        (["model_uri=x", "ablation.engine=fast"], "ablation.engine='fast': it must be one of hooked"),
+        (["model_uri=x", "ablation.engine=fast"], "ablation.engine='fast': it must be one of factored, hooked"),
         (["model_uri=x", "data.subset.key=region"], "a subset by column needs both"),
         (["model_uri=x", "report.formats=[gif]"], "report.formats='gif'"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,17 +11,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
-from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS, SCHEMA_VERSION, HeadEvaluation, Undefined
+from amici_eval.results import (
+    ABLATION_COLUMNS,
+    GENE_COLUMNS,
+    HEAD_COLUMNS,
+    INTERACTION_COLUMNS,
+    SCHEMA_VERSION,
+    HeadEvaluation,
+    Undefined,
+)
+from amici_eval.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 seeded = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def assert_equal(left: HeadEvaluation, right: HeadEvaluation) -> None:
-    for field in dataclasses.fields(HeadEvaluation):
+ARCHIVES = Path(__file__).parent / "archives"
+
+
+def assert_equal(left: HeadEvaluation | HeadAblations, right: HeadEvaluation | HeadAblations) -> None:
+    for field in dataclasses.fields(left):
         one, other = getattr(left, field.name), getattr(right, field.name)
-        if isinstance(one, np.ndarray):
+        if isinstance(one, HeadAblations):
+            assert_equal(one, other)
+        elif isinstance(one, np.ndarray):
             assert one.dtype == other.dtype, field.name
             assert one.shape == other.shape, field.name
             np.testing.assert_array_equal(one, other, err_msg=field.name)
@@ -61,11 +77,26 @@ def small():
     seed=st.integers(0, 1000),
     with_undefined=st.booleans(),
     notes=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=3),
+    modes=st.none() | st.sets(st.sampled_from(MODES)).map(lambda chosen: tuple(m for m in MODES if m in chosen)),
+    parity=st.none() | st.floats(0, 1),
+    with_sampling=st.booleans(),
 )
-def test_json_gives_everything_back(n_heads, types, n_genes, seed, with_undefined, notes):
+def test_json_gives_everything_back(n_heads, types, n_genes, seed, with_undefined, notes, modes, parity, with_sampling):
     held_out = [(True, False, None)[(seed + i) % 3] for i in range(len(types))]
+    sampling = [("independent", "cyclic", "")[(seed + i) % 3] for i in range(len(types))] if with_sampling else ()
     evaluation = make_evaluation(
-        n_heads, types, n_genes, seed, with_undefined=with_undefined, held_out=held_out, notes=notes
+        n_heads,
+        types,
+        n_genes,
+        seed,
+        with_undefined=with_undefined,
+        held_out=held_out,
+        notes=notes,
+        modes=modes,
+        engine=("factored", "hooked")[seed % 2],
+        parity=parity,
+        parity_cells=0 if parity is None else 7,
+        sampling=sampling,
     )
     assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
 
@@ -77,7 +108,7 @@ def test_json_is_plain_and_readable():
     assert "Infinity" not in text
     assert "β cell" in text
     record = json.loads(text)
-    assert record["schema_version"] == SCHEMA_VERSION == 1
+    assert record["schema_version"] == SCHEMA_VERSION == 2
     assert record["expl_var"][0][-1] is None
     assert record["exceedances"][0][-1] == -1
     assert evaluation.to_json() == text
@@ -95,14 +126,14 @@ def test_what_is_no_evaluation_is_refused(text):
     assert caught.value.fix == "download it again"
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None])
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None, True, 1.0])
 def test_another_schema_version_is_refused(version):
     record = json.loads(make_evaluation().to_json())
     record["schema_version"] = version
     with pytest.raises(DataError) as caught:
         HeadEvaluation.from_json(json.dumps(record))
     assert caught.value.value == f"evaluation of schema version {version!r}"
-    assert caught.value.rule == "this version of amici_eval reads schema version 1"
+    assert caught.value.rule == "this version of amici_eval reads schema versions 1 to 2"
     assert caught.value.fix == "install the version of amici_eval that wrote it"
 
 
@@ -115,6 +146,9 @@ def test_a_missing_field_is_refused(name):
     assert caught.value.value == f"damaged evaluation (KeyError: {name!r})"
     assert caught.value.rule == "all fields of its schema version must be there, with matching sizes"
     assert caught.value.fix == "download it again or evaluate again"
+
+
+FILLED = json.loads(make_evaluation(modes=MODES, sampling=("cyclic",) * 7).to_json())
 
 
 @pytest.mark.parametrize(
@@ -133,13 +167,45 @@ def test_a_missing_field_is_refused(name):
         ("spec", {"permutation": {"alpha": 3.0}}),
         ("spec", "free"),
         ("p_value", "text"),
+        ("engine", "guessed"),
+        ("sampling", ["cyclic"]),
+        ("sampling", ["random"] * 7),
+        ("n_permutations_by_type", [99]),
+        ("ablations", {}),
+        ("ablations", {**FILLED["ablations"], "modes": ["shapley", "keep_one", *MODES[1:5], "frozen_shapley"]}),
+        ("ablations", {**FILLED["ablations"], "modes": ["keep_one"]}),
+        ("ablations", {**FILLED["ablations"], "interaction": [[0.0]]}),
     ],
 )
 def test_a_field_of_another_size_or_kind_is_refused(name, value):
-    record = json.loads(make_evaluation().to_json())
+    record = dict(FILLED)
     record[name] = value
     with pytest.raises(DataError, match=r"^damaged evaluation"):
         HeadEvaluation.from_json(json.dumps(record))
+
+
+def test_an_evaluation_of_schema_version_1_is_read():
+    evaluation = HeadEvaluation.from_json((ARCHIVES / "evaluation_v1.json").read_bytes())
+    assert (evaluation.engine, evaluation.parity, evaluation.parity_cells) == ("hooked", None, 0)
+    assert (evaluation.n_permutations_by_type, evaluation.sampling, evaluation.ablations) == (None, (), None)
+    assert (evaluation.spec.ablation.engine, evaluation.spec.ablation.modes) == ("hooked", ("keep_one",))
+    assert evaluation.spec.permutation.sampling == "independent"
+    assert evaluation.cell_types == ("A", "B+/T", "β cell")
+    assert evaluation.held_out == (True, False, None)
+    assert evaluation.expl_var_gene[1, 1, 0] == 0.03884404022465704
+    assert math.isnan(evaluation.expl_var_gene[0, 0, 1])
+    assert evaluation.exceedances.tolist() == [[44, 0, -1], [383, -1, -1]]
+    assert set(evaluation.heads()["method"]) == {"monte_carlo"}
+    # what is written now is a record of now
+    assert evaluation.schema_version == json.loads(evaluation.to_json())["schema_version"] == SCHEMA_VERSION
+    assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
+
+
+def test_a_difference_of_engines_that_is_no_number_is_kept_apart_from_none():
+    for value, expected in ((math.nan, math.nan), (math.inf, math.nan), (None, None), (0.0, 0.0)):
+        evaluation = make_evaluation(parity=value, parity_cells=0 if value is None else 5)
+        again = HeadEvaluation.from_json(evaluation.to_json()).parity
+        assert again is None if expected is None else again == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_folder_keeps_an_evaluation(tmp_path):
@@ -186,6 +252,11 @@ def test_columns_are_the_contract():
     assert tuple(evaluation.to_frame().columns) == GENE_COLUMNS
     assert tuple(evaluation.heads().columns) == HEAD_COLUMNS
     assert tuple(evaluation.baselines().columns) == ("ct_name", "baseline", "expl_var")
+    assert ABLATION_COLUMNS == ("head", "ct_name", "mode", "expl_var", "delta_full")
+    assert INTERACTION_COLUMNS == ("head_a", "head_b", "ct_name", "interaction", "interaction_frozen_norm")
+    for some in (evaluation, make_evaluation(modes=MODES)):
+        assert tuple(some.ablations_frame().columns) == ABLATION_COLUMNS
+        assert tuple(some.interactions_frame().columns) == INTERACTION_COLUMNS
 
 
 def test_frame_has_a_row_per_head_type_and_gene(small):
@@ -232,6 +303,78 @@ def test_heads_has_a_row_per_head_and_type(small):
     )
     pd.testing.assert_frame_equal(heads[expected.columns], expected)
     assert heads[["ci_low", "ci_high", "p_value_spatial", "p_value_adj_spatial", "ess"]].isna().all(axis=None)
+
+
+def test_heads_says_how_permutations_were_drawn(small):
+    cyclic = dataclasses.replace(small, sampling=("cyclic", "independent", ""))
+    heads = cyclic.heads()
+    assert heads["method"].tolist() == ["cyclic", "monte_carlo", None] * 2
+    pd.testing.assert_frame_equal(heads.drop(columns="method"), small.heads().drop(columns="method"))
+
+
+def test_ablations_has_a_row_per_head_type_and_mode(small):
+    nan = math.nan
+    ablations = HeadAblations(
+        modes=("leave_one_out", "shapley"),
+        expl_var=np.array([[[0.4, 0.1, nan], [0.2, 0.3, nan]], [[0.15, 0.28, nan], [0.34, 0.0, nan]]]),
+        standard_error=np.zeros((2, 3)),
+        interaction=np.arange(12.0).reshape(3, 2, 2),
+        frozen_interaction=np.full((3, 2, 2), nan),
+    )
+    frame = dataclasses.replace(small, ablations=ablations).ablations_frame()
+    assert frame[["head", "ct_name", "mode"]].to_numpy().tolist() == [
+        [head, name, mode] for head in (0, 1) for name in "ABC" for mode in ("leave_one_out", "shapley")
+    ]
+    np.testing.assert_array_equal(frame["expl_var"], [0.4, 0.15, 0.1, 0.28, nan, nan, 0.2, 0.34, 0.3, 0.0, nan, nan])
+    # the whole model explains 0.5 of A and 0.3 of B; a Shapley value is no ablated model
+    expected = [0.1, nan, 0.2, nan, nan, nan, 0.3, nan, 0.0, nan, nan, nan]
+    np.testing.assert_allclose(frame["delta_full"], expected, atol=1e-15)
+    interactions = dataclasses.replace(small, ablations=ablations).interactions_frame()
+    assert interactions[["head_a", "head_b", "ct_name"]].to_numpy().tolist() == [[0, 1, name] for name in "ABC"]
+    assert interactions["interaction"].tolist() == [1.0, 5.0, 9.0]
+    assert interactions["interaction_frozen_norm"].isna().all()
+
+
+def test_interactions_has_each_pair_once():
+    evaluation = make_evaluation(4, modes=MODES)
+    frame = evaluation.interactions_frame()
+    assert len(frame) == 6 * 7
+    assert (frame["head_a"] < frame["head_b"]).all()
+    for row in frame.itertuples():
+        index = evaluation.type_index(row.ct_name)
+        for name in ("interaction", "frozen_interaction"):
+            value = row.interaction if name == "interaction" else row.interaction_frozen_norm
+            np.testing.assert_equal(value, getattr(evaluation.ablations, name)[index, row.head_a, row.head_b])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modes": ("shapley", "keep_one")},
+        {"modes": ("keep_one", "keep_one")},
+        {"modes": ("keep_one", "guess")},
+        {"modes": ("keep_one",)},
+        {"expl_var": np.zeros((2, 3))},
+        {"standard_error": np.zeros((7, 3))},
+        {"interaction": np.zeros((3, 7, 7))},
+        {"frozen_interaction": np.zeros((7, 3, 2))},
+    ],
+)
+def test_ablations_that_do_not_fit_together_are_refused(changes):
+    ablations = make_evaluation(modes=("keep_one", "shapley")).ablations
+    np.testing.assert_array_equal(ablations.of("shapley"), ablations.expl_var[1])
+    with pytest.raises(ValueError, match=r"must be"):
+        dataclasses.replace(ablations, **changes)
+
+
+def test_a_mode_that_was_not_computed_is_named():
+    with pytest.raises(ValueError, match="mode 'mean_z' was not computed; there are keep_one, shapley"):
+        make_evaluation(modes=("keep_one", "shapley")).ablations.of("mean_z")
+
+
+def test_ablations_of_another_evaluation_are_refused(small):
+    with pytest.raises(ValueError, match=r"ablations are of \(heads, types\) \(3, 7\), not \(2, 3\)"):
+        dataclasses.replace(small, ablations=make_evaluation(modes=MODES).ablations)
 
 
 def test_heads_gives_every_reason(small):
@@ -311,3 +454,18 @@ def test_tables_of_no_type_are_empty():
     assert len(evaluation.to_frame()) == len(evaluation.heads()) == len(evaluation.baselines()) == 0
     assert tuple(evaluation.to_frame().columns) == GENE_COLUMNS
     assert tuple(evaluation.heads().columns) == HEAD_COLUMNS
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [make_evaluation(), make_evaluation(modes=()), make_evaluation(2, (), modes=MODES)],
+    ids=["not computed", "no mode", "no type"],
+)
+def test_tables_without_ablations_are_empty(evaluation):
+    frame = evaluation.ablations_frame()
+    assert frame.empty
+    assert tuple(frame.columns) == ABLATION_COLUMNS
+    assert frame.dtypes.astype(str).tolist() == ["int64", "object", "object", "float64", "float64"]
+    if evaluation.ablations is None:
+        assert evaluation.interactions_frame().empty
+    assert tuple(evaluation.interactions_frame().columns) == INTERACTION_COLUMNS

@@ -87,9 +87,10 @@ def test_a_subset_by_column_and_by_index_is_refused():
 @pytest.mark.parametrize(
     ("spec", "name", "bad", "allowed"),
     [
-        (AblationSpec, "ablation.engine", "fast", ("hooked",)),
+        (AblationSpec, "ablation.engine", "fast", ("factored", "hooked")),
         (PermutationSpec, "permutation.null", "torus", ("free",)),
         (PermutationSpec, "permutation.method", "cyclic", ("monte_carlo",)),
+        (PermutationSpec, "permutation.sampling", "bootstrap", ("independent", "cyclic")),
         (PermutationSpec, "permutation.convention", "plus_one", ("add_one", "reference")),
         (PermutationSpec, "permutation.convention", None, ("add_one", "reference")),
         (PermutationSpec, "permutation.adjustment", "bonferroni", ("bh",)),

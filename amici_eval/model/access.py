@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +12,13 @@ import torch
 
 from amici_eval.errors import DeviceError
 from amici_eval.model.checkpoint import TrainedAMICI, card_of
-from amici_eval.model.interventions import eval_mode_on, keep_heads
+from amici_eval.model.factored import FactoredAccess, why_not_factored
+from amici_eval.model.interventions import (
+    ablations_side_by_side,
+    eval_mode_on,
+    faint_attention_is_zero,
+    keep_heads,
+)
 from amici_eval.tissue import Tissue, check_sections
 
 if TYPE_CHECKING:
@@ -21,7 +28,9 @@ if TYPE_CHECKING:
 
     from amici_eval.specs import AblationSpec, ModelCard
 
-__all__ = ["ModelAccess", "neighbours", "open_access", "resolve_device"]
+__all__ = ["HookedAccess", "ModelAccess", "neighbours", "open_access", "resolve_device"]
+
+logger = logging.getLogger(__name__)
 
 
 class ModelAccess(Protocol):
@@ -116,35 +125,60 @@ def neighbours(
 
 
 class HookedAccess:
-    """The literal engine: each ablation is a forward pass of the model with hooks on its attention pattern."""
+    """The literal engine: each ablation is a forward pass of the model with hooks on its attention pattern.
 
-    def __init__(self, module: Any, card: ModelCard, tissue: Tissue, *, device: str, batch_size: int) -> None:
+    Parameters
+    ----------
+    module, card, tissue
+        The model on the tissue.
+    device
+        Torch device of the module.
+    batch_size
+        Receivers per forward pass.
+    notes
+        Remarks besides those of the tissue.
+    """
+
+    engine = "hooked"
+
+    def __init__(
+        self,
+        module: Any,
+        card: ModelCard,
+        tissue: Tissue,
+        *,
+        device: str,
+        batch_size: int,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.card = card
         self.statistics_device = "cpu" if device == "mps" else device
-        self._module = module
-        self._tissue = tissue
-        self._device = device
+        self.module = module
+        self.tissue = tissue
+        self.device = device
         self._batch_size = batch_size
-        self._neighbours, self._distances = neighbours(tissue, card)
+        self._notes = notes
+        rows, distances = neighbours(tissue, card)
+        self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
         if tissue.samples is not None:
-            check_sections(tissue.samples, self._neighbours, tissue.coordinates)
+            check_sections(tissue.samples, rows, tissue.coordinates)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks on model and data."""
-        return self._tissue.notes
+        return (*self.tissue.notes, *self._notes)
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
         """Return the evaluated rows by cell type, in canonical order."""
-        return self._tissue.receivers()
+        return self.tissue.receivers()
 
     def cell_names(self, rows: Int64[np.ndarray, " cells"]) -> list[str]:
         """Return the names of some cells."""
-        return [str(name) for name in self._tissue.cell_names[rows]]
+        return [str(name) for name in self.tissue.cell_names[rows]]
 
     def expression(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells genes"]:
         """Return the measured expression of some cells."""
-        return self._tissue.expression(rows)
+        return self.tissue.expression(rows)
 
     def predict(
         self,
@@ -159,30 +193,47 @@ class HookedAccess:
             batch = rows[start : start + self._batch_size]
             tensors = self._tensors(batch)
             for row, heads in enumerate(keeps):
-                with keep_heads(self._module, heads):
-                    _, outputs = self._module(tensors, compute_loss=False)
+                with faint_attention_is_zero(self.module), keep_heads(self.module, heads):
+                    _, outputs = self.module(tensors, compute_loss=False)
                 predictions[row, start : start + len(batch)] = outputs["prediction"].cpu().numpy()
                 if progress is not None:
                     progress(len(batch))
         return predictions
 
+    def predict_side_by_side(
+        self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
+    ) -> Float32[np.ndarray, "keeps cells genes"]:
+        """Return what :meth:`predict` does, from one forward pass for all ablations; for checks on a few cells."""
+        predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            tensors = self._tensors(batch)
+            with faint_attention_is_zero(self.module), ablations_side_by_side(self.module, keeps) as outputs:
+                self.module(tensors, compute_loss=False)
+            profile = self.module.ct_profiles[tensors["labels"].squeeze(-1)][:, None]
+            predicted = profile + self.module.linear_head(outputs[0])
+            predictions[:, start : start + len(batch)] = predicted.transpose(0, 1).cpu().numpy()
+        return predictions
+
     def _tensors(self, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
         """Return what AMICI's own loader would hand the module for these receivers."""
         # neighbours of nearby receivers are the same cells: fetch each once
-        cells, position = np.unique(self._neighbours[rows], return_inverse=True)
-        around = self._tissue.expression(cells)[position.reshape(len(rows), -1)]
+        cells, position = np.unique(self.neighbour_rows[rows], return_inverse=True)
+        around = self.tissue.expression(cells)[position.reshape(len(rows), -1)]
         tensors = {
-            "X": torch.from_numpy(self._tissue.expression(rows)),
-            "labels": torch.from_numpy(self._tissue.label_codes[rows][:, None]),
+            "X": torch.from_numpy(self.tissue.expression(rows)),
+            "labels": torch.from_numpy(self.tissue.label_codes[rows][:, None]),
             "nn_x": torch.from_numpy(around),
-            "nn_dist": torch.from_numpy(self._distances[rows].astype(np.float32)),
+            "nn_dist": torch.from_numpy(self.distances[rows]),
         }
-        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
 @contextmanager
-def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[HookedAccess]:
-    """Give access to a model on a tissue; the model leaves as it came.
+def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[HookedAccess | FactoredAccess]:
+    """Give access to a model on a tissue by the engine of the settings; the model leaves as it came.
+
+    A model that the factored engine cannot follow (parts or hooks of its own) is opened by the hooked one, with a note.
 
     Parameters
     ----------
@@ -209,5 +260,14 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
     if tissue.renamed:
         # membership goes by name
         card = replace(card, training_cells=None)
+    reason = why_not_factored(module) if spec.engine == "factored" else None
+    notes: tuple[str, ...] = ()
+    if reason is not None:
+        notes = (f"evaluated by the hooked engine, through the model's own forward pass: {reason}",)
+        logger.warning("%s", notes[0])
     with eval_mode_on(module, device):
-        yield HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size)
+        hooked = HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size, notes=notes)
+        if spec.engine == "hooked" or reason is not None:
+            yield hooked
+        else:
+            yield FactoredAccess(hooked, memory_bytes=spec.memory_bytes)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from amici_eval.model.attention import FAINT
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["added_hook", "eval_mode_on", "keep_heads"]
+__all__ = ["ablations_side_by_side", "added_hook", "eval_mode_on", "faint_attention_is_zero", "keep_heads"]
 
 
 @contextmanager
@@ -71,6 +73,77 @@ def keep_heads(module: Any, heads: Collection[int] | None) -> Iterator[None]:
         return pattern
 
     with added_hook(module.attention_layer.hook_pattern, zero_ablated):
+        yield
+
+
+@contextmanager
+def ablations_side_by_side(module: Any, keeps: Sequence[Collection[int] | None]) -> Iterator[list[Tensor]]:
+    """Compute several ablations in one forward pass while the body runs: each gets a query position of its own.
+
+    Parameters
+    ----------
+    module
+        An ``amici.AMICIModule``.
+    keeps
+        The heads that stay, by ablation; ``None`` keeps all.
+
+    Yields
+    ------
+    list of Tensor
+        Gets, at each forward pass, the normed output of the attention, shape (cells, ablations, embedding). What comes
+        behind the attention sees the first ablation only.
+
+    Notes
+    -----
+    What lies before the attention pattern does not depend on the ablation, so it runs once.
+    """
+    kept = torch.zeros((module.n_heads, len(keeps)))
+    for position, heads in enumerate(keeps):
+        kept[list(range(module.n_heads)) if heads is None else list(heads), position] = 1.0
+    outputs: list[Tensor] = []
+
+    def spread(
+        pattern: Float[Tensor, "cells heads query keys"],
+        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
+    ) -> Float[Tensor, "cells heads ablations keys"]:
+        return pattern * kept.to(pattern.device)[None, :, :, None]
+
+    def collect(
+        output: Float[Tensor, "cells ablations embedding"],
+        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
+    ) -> Float[Tensor, "cells one embedding"]:
+        outputs.append(output)
+        return output[:, :1]
+
+    with added_hook(module.attention_layer.hook_pattern, spread):
+        with added_hook(module.attention_layer.hook_output, collect):
+            yield outputs
+
+
+@contextmanager
+def faint_attention_is_zero(module: Any) -> Iterator[None]:
+    """Give neighbours whose score lies far below the strongest no attention at all while the body runs.
+
+    Parameters
+    ----------
+    module
+        An ``amici.AMICIModule``.
+
+    Notes
+    -----
+    Weights below ``exp(-80)`` would be denormal floats or close to it, with which processors compute 7 to 14 times
+    slower (coordinates in pixels make nearly all weights so small). The processor's own flag that flushes them belongs
+    to the whole process; this changes no flag, and no weight by more than 2e-35.
+    """
+
+    def cut(
+        scores: Float[Tensor, "cells heads query keys"],
+        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
+    ) -> Float[Tensor, "cells heads query keys"]:
+        strongest = scores.amax(dim=-1, keepdim=True)
+        return scores.masked_fill(scores < strongest - FAINT, -torch.inf)
+
+    with added_hook(module.attention_layer.hook_attn_scores, cut):
         yield
 
 

@@ -15,12 +15,26 @@ from amici_eval.report.wording import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from amici_eval.results import HeadEvaluation
+
     Color = str | tuple[float, float, float]
     Palette = str | Sequence[Color] | Mapping[str, Color]
 
-__all__ = ["add_caption", "add_legend", "add_marks", "drawn_label", "literal", "type_colours"]
+__all__ = [
+    "INK",
+    "MUTED",
+    "UNDEFINED",
+    "add_caption",
+    "add_legend",
+    "add_marks",
+    "chosen_types",
+    "drawn_label",
+    "literal",
+    "new_axes",
+    "type_colours",
+]
 
-_MUTED = "#666666"
+INK, MUTED, UNDEFINED = "#222222", "#666666", "#d9d9d9"
 _LONGEST_LABEL = 48
 
 
@@ -111,16 +125,44 @@ def add_caption(ax: Axes, *sentences: str) -> None:
         textcoords="offset points",
         va="top",
         fontsize=8,
-        color=_MUTED,
+        color=MUTED,
         annotation_clip=False,
     )
 
 
-def drawn_label(name: str) -> str:
+def drawn_label(name: str, *, longest: int = _LONGEST_LABEL) -> str:
     """Return a label without control characters, cut if it would push the drawing aside."""
-    return printable(name, longest=_LONGEST_LABEL)
+    return printable(name, longest=longest)
 
 
 def literal(text: str) -> str:
     """Return text that matplotlib draws as it is; else it takes what stands between two dollars for mathematics."""
     return text.replace("$", r"\$")
+
+
+def new_axes(size: tuple[float, float]) -> Axes:
+    """Return the axes of a new pyplot figure of a size in inches."""
+    # only here: a pyplot figure is what notebooks show, and what the caller closes
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def chosen_types(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the types to show, in sorted order.
+
+    Raises
+    ------
+    DataError
+        If a type was not evaluated.
+    InvalidSpecError
+        If no type is left.
+    """
+    if cell_types is None:
+        return evaluation.cell_types
+    wanted = {cell_types} if isinstance(cell_types, str) else set(cell_types)
+    if not wanted:
+        raise InvalidSpecError(
+            value="cell_types=[]", rule="a figure needs at least one type", fix="leave cell_types out"
+        )
+    return tuple(evaluation.cell_types[i] for i in sorted(evaluation.type_index(name) for name in wanted))

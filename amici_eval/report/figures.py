@@ -1,23 +1,32 @@
-"""Bar plot and heatmaps of explained variance, to axes and to files."""
+"""Bar plot and heatmaps of explained variance of heads kept alone."""
 
 from __future__ import annotations
 
 import textwrap
-import warnings
 from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from amici_eval.errors import InvalidSpecError
 from amici_eval.names import slugify
-from amici_eval.report.drawing import add_caption, add_legend, add_marks, drawn_label, literal, type_colours
-from amici_eval.report.wording import VALIDITY_SHORT, made_folder, type_reasons, unwritable
+from amici_eval.report.drawing import (
+    INK,
+    MUTED,
+    UNDEFINED,
+    add_caption,
+    add_legend,
+    add_marks,
+    chosen_types,
+    drawn_label,
+    literal,
+    new_axes,
+    type_colours,
+)
+from amici_eval.report.wording import VALIDITY_SHORT, type_reasons
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from jaxtyping import Float64, Int64
     from matplotlib.axes import Axes
@@ -25,16 +34,21 @@ if TYPE_CHECKING:
     from amici_eval.report.drawing import Palette
     from amici_eval.results import HeadEvaluation
 
-__all__ = ["BARPLOT_STEM", "FORMATS", "heatmap_stem", "plot_barplot", "plot_heatmap", "save_figures"]
+__all__ = [
+    "BARPLOT_STEM",
+    "barplot_size",
+    "check_n_top_genes",
+    "heatmap_size",
+    "heatmap_stem",
+    "plot_barplot",
+    "plot_heatmap",
+    "top_genes",
+]
 
 BARPLOT_STEM = "expl_variance_barplot_per_head"
-FORMATS = ("png", "svg")
 
-_INK, _MUTED, _UNDEFINED = "#222222", "#666666", "#d9d9d9"
 _GROUP_WIDTH = 0.86
 _ASTERISK = (6, 2, 0)
-# text stays text, and the same evaluation gives the same bytes
-_FILE_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "amici_eval"}
 
 
 def heatmap_stem(cell_type: str) -> str:
@@ -77,9 +91,9 @@ def plot_barplot(
     InvalidSpecError
         If the palette is unknown, or lacks a type.
     """
-    chosen = _chosen_types(evaluation, cell_types)
+    chosen = chosen_types(evaluation, cell_types)
     colours = type_colours(evaluation.cell_types, palette)
-    ax = ax if ax is not None else _new_axes(_barplot_size(evaluation.n_heads, len(chosen)))
+    ax = ax if ax is not None else new_axes(barplot_size(evaluation.n_heads, len(chosen)))
     heights = _max_over_genes(evaluation)
     alpha = evaluation.spec.permutation.alpha
     tested = np.isfinite(evaluation.p_value)
@@ -113,17 +127,18 @@ def plot_barplot(
         marks += [(x[h], max(0.0, heights[h, index]) + 0.025 * span) for h in np.flatnonzero(significant)]
         gaps += [(x[h], 0.015 * span) for h in np.flatnonzero(~defined)]
     size = min(6.0, 72 * ax.get_window_extent().width / ax.figure.dpi / max(1, shown.size) * 0.8)
-    add_marks(ax, marks, marker=_ASTERISK, size=max(size, 4.0), color=_INK, gid="significant")
+    add_marks(ax, marks, marker=_ASTERISK, size=max(size, 4.0), color=INK, gid="significant")
     add_marks(ax, gaps, marker="x", size=max(size * 0.7, 3.0), color="#999999", gid="undefined")
 
-    ax.axhline(0, color=_INK, linewidth=0.8, zorder=3)
+    ax.axhline(0, color=INK, linewidth=0.8, zorder=3)
     ax.set_xlim(-0.5, evaluation.n_heads - 0.5)
     ax.set_ylim(low - (0.04 * span if low < 0 else 0), (high or 1.0) + 0.07 * span)
     ax.set_xticks(heads, [str(head) for head in heads])
     ax.tick_params(axis="x", length=0)
     ax.set_xlabel("Head")
     ax.set_ylabel("Explained variance of the best gene")
-    ax.set_title("Best gene of each head kept alone, by receiver cell type", loc="left", fontsize=12)
+    # y, here and below: else matplotlib measures all labels at each drawing to find the title's place
+    ax.set_title("Best gene of each head kept alone, by receiver cell type", loc="left", fontsize=12, y=1.0)
     ax.grid(axis="y", color="#e3e3e3", linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -175,20 +190,20 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
     all the contrast.
     """
     index = evaluation.type_index(cell_type)
-    _check_n_top_genes(n_top_genes)
+    check_n_top_genes(n_top_genes)
     values = evaluation.expl_var_gene[:, index].T
-    top = _top_genes(values, n_top_genes)
-    ax = ax if ax is not None else _new_axes(_heatmap_size(evaluation.n_heads, len(top)))
+    top = top_genes(values, n_top_genes)
+    ax = ax if ax is not None else new_axes(heatmap_size(evaluation.n_heads, len(top)))
     title = f"{drawn_label(cell_type)} ({_cells(evaluation.n_cells[index])})"
-    ax.set_title(literal(title), loc="left", fontsize=12)
+    ax.set_title(literal(title), loc="left", fontsize=12, y=1.0)
     if not len(top):
         ax.set_axis_off()
         reason = textwrap.fill(f"Explained variance is undefined: {type_reasons(evaluation, cell_type)}", 46)
-        ax.text(0.5, 0.5, literal(reason), ha="center", va="center", color=_MUTED, transform=ax.transAxes)
+        ax.text(0.5, 0.5, literal(reason), ha="center", va="center", color=MUTED, transform=ax.transAxes)
         return ax
     shown = values[top]
     limit = min(1.0, float(np.nanmax(np.abs(shown)))) or 1.0
-    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=_UNDEFINED)
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=UNDEFINED)
     mesh = ax.pcolormesh(shown, cmap=colours, vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.6)
     beyond = "min" if np.nanmin(shown) < -limit else "neither"
     bar = ax.figure.colorbar(mesh, ax=ax, extend=beyond, fraction=0.06, pad=0.03, aspect=30)
@@ -208,106 +223,13 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
     return ax
 
 
-def save_figures(
-    evaluation: HeadEvaluation,
-    directory: str | Path,
-    *,
-    cell_types: Sequence[str] | None = None,
-    palette: Palette | None = None,
-    n_top_genes: int = 20,
-    formats: Sequence[str] = FORMATS,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Path, ...]:
-    """Write the bar plot and a heatmap of every type into a folder.
-
-    Parameters
-    ----------
-    evaluation
-        What to show.
-    directory
-        Folder of the figures; made if missing.
-    cell_types
-        The types to show; ``None`` shows all.
-    palette
-        As in :func:`plot_barplot`; ``None`` is its default.
-    n_top_genes
-        As in :func:`plot_heatmap`.
-    formats
-        Some of ``"png"`` and ``"svg"``.
-    progress
-        Called with 1 after each figure.
-
-    Returns
-    -------
-    tuple of Path
-        ``expl_variance_barplot_per_head`` and ``expl_variance_heatmap_<slug of the type>``, each in all formats.
-
-    Raises
-    ------
-    DataError
-        If a type was not evaluated.
-    InvalidSpecError
-        If a format, the palette or ``n_top_genes`` is none.
-    OutputError
-        If the folder or a file cannot be written.
-
-    Notes
-    -----
-    The style is matplotlib's default whatever the caller has set, so the same evaluation gives the same files.
-    No pyplot figure is made, and matplotlib's settings are as before when it returns.
-    """
-    chosen = _chosen_types(evaluation, cell_types)
-    _check_n_top_genes(n_top_genes)
-    unknown = sorted(set(formats) - set(FORMATS))
-    if unknown or not formats or isinstance(formats, str):
-        raise InvalidSpecError(
-            value=f"formats={formats!r}",
-            rule=f"it must list some of {', '.join(FORMATS)}",
-            fix=f"set formats={FORMATS!r}",
-        )
-    folder = made_folder(directory)
-    written: list[Path] = []
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # a label in a script that the font lacks is drawn as boxes in PNG and right in SVG: no reason to warn 40 times
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_FILE_SETTINGS)  # type: ignore[arg-type]
-        for name in (None, *chosen):
-            if name is None:
-                stem, figure = BARPLOT_STEM, Figure(figsize=_barplot_size(evaluation.n_heads, len(chosen)))
-                plot_barplot(evaluation, ax=figure.add_subplot(), palette=palette, cell_types=chosen)
-            else:
-                n_shown = len(_top_genes(evaluation.expl_var_gene[:, evaluation.type_index(name)].T, n_top_genes))
-                stem, figure = heatmap_stem(name), Figure(figsize=_heatmap_size(evaluation.n_heads, n_shown))
-                plot_heatmap(evaluation, name, ax=figure.add_subplot(), n_top_genes=n_top_genes)
-            for kind in formats:
-                _write(figure, folder / f"{stem}.{kind}")
-                written.append(folder / f"{stem}.{kind}")
-            if progress is not None:
-                progress(1)
-    return tuple(written)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    try:
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.12, dpi=150, metadata=metadata)
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def _new_axes(size: tuple[float, float]) -> Axes:
-    # only here: a pyplot figure is what notebooks show, and what the caller closes
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def _barplot_size(n_heads: int, n_types: int) -> tuple[float, float]:
+def barplot_size(n_heads: int, n_types: int) -> tuple[float, float]:
+    """Return width and height in inches of :func:`plot_barplot`."""
     return float(np.clip(0.085 * n_heads * n_types + 2.0, 7.0, 40.0)), 5.0
 
 
-def _heatmap_size(n_heads: int, n_genes: int) -> tuple[float, float]:
+def heatmap_size(n_heads: int, n_genes: int) -> tuple[float, float]:
+    """Return width and height in inches of :func:`plot_heatmap`."""
     return float(np.clip(0.5 * n_heads + 2.6, 5.0, 40.0)), float(np.clip(0.22 * n_genes + 1.4, 3.2, 80.0))
 
 
@@ -317,7 +239,7 @@ def _max_over_genes(evaluation: HeadEvaluation) -> Float64[np.ndarray, "heads ty
     return best
 
 
-def _top_genes(values: Float64[np.ndarray, "genes heads"], n_top: int) -> Int64[np.ndarray, " shown"]:
+def top_genes(values: Float64[np.ndarray, "genes heads"], n_top: int) -> Int64[np.ndarray, " shown"]:
     """Return the positions of the genes with the largest mean over the heads that are defined, largest first."""
     defined = ~np.isnan(values)
     known = np.flatnonzero(defined.any(axis=1))
@@ -325,18 +247,8 @@ def _top_genes(values: Float64[np.ndarray, "genes heads"], n_top: int) -> Int64[
     return known[np.argsort(-means, kind="stable")][:n_top]
 
 
-def _chosen_types(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[str, ...]:
-    if cell_types is None:
-        return evaluation.cell_types
-    wanted = {cell_types} if isinstance(cell_types, str) else set(cell_types)
-    if not wanted:
-        raise InvalidSpecError(
-            value="cell_types=[]", rule="a figure needs at least one type", fix="leave cell_types out"
-        )
-    return tuple(evaluation.cell_types[i] for i in sorted(evaluation.type_index(name) for name in wanted))
-
-
-def _check_n_top_genes(n_top_genes: int) -> None:
+def check_n_top_genes(n_top_genes: int) -> None:
+    """Refuse what is no number of genes to show."""
     if isinstance(n_top_genes, bool) or not isinstance(n_top_genes, int) or n_top_genes < 1:
         raise InvalidSpecError(
             value=f"n_top_genes={n_top_genes!r}",

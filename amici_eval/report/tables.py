@@ -13,9 +13,13 @@ from amici_eval.names import slugify
 from amici_eval.report.wording import (
     VALIDITY,
     effect,
+    engine_sentence,
     made_folder,
     p_text,
+    permutations_text,
+    permutations_used,
     printable,
+    samplings,
     undefined_sentences,
     unwritable,
 )
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SIGNIFICANCE_SCHEMA_VERSION", "best_heads", "summary_lines", "write_significance", "write_tables"]
 
-SIGNIFICANCE_SCHEMA_VERSION = 1
+SIGNIFICANCE_SCHEMA_VERSION = 2
 
 
 def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Path, ...]:
@@ -42,8 +46,10 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
     -------
     tuple of Path
         ``explained_variance.csv`` and ``.parquet`` (:meth:`HeadEvaluation.to_frame`), ``heads.csv``
-        (:meth:`HeadEvaluation.heads`), ``baselines.csv`` and ``labels.csv`` (columns ``kind, slug, label``: the names
-        that stand for cell types in metric keys and file names).
+        (:meth:`HeadEvaluation.heads`), ``baselines.csv``, ``ablations.csv``
+        (:meth:`HeadEvaluation.ablations_frame`), ``head_interactions.csv``
+        (:meth:`HeadEvaluation.interactions_frame`) and ``labels.csv`` (columns ``kind, slug, label``: the names that
+        stand for cell types in metric keys and file names). A table of what was not computed has its header only.
 
     Raises
     ------
@@ -67,6 +73,8 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
         "explained_variance.parquet": genes,
         "heads.csv": evaluation.heads(),
         "baselines.csv": evaluation.baselines(),
+        "ablations.csv": evaluation.ablations_frame(),
+        "head_interactions.csv": evaluation.interactions_frame(),
         "labels.csv": labels,
     }
     for name, frame in tables.items():
@@ -97,11 +105,14 @@ def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Pat
 
     Notes
     -----
-    Schema version 1, all keys always present::
+    Schema version 2, all keys always present::
 
-        schema_version   1
+        schema_version   2
+        engine           what produced the numbers: factored or hooked
         test             null, method, convention, adjustment, alpha, seed: as in PermutationSpec;
-                         n_permutations: random permutations per type that were used
+                         n_permutations: independent random permutations per type;
+                         n_permutations_by_type: permutations that were used, by type (0: no test)
+        sampling         number of types by how their permutations were drawn: independent, cyclic, none (no test)
         families         heads_x_types: the family over which p-values are adjusted
                            n_heads, n_types
                            n_pairs        n_heads * n_types
@@ -111,23 +122,33 @@ def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Pat
                            undefined_reasons  number of pairs without a p-value by reason; adds up to n_undefined
         undefined_genes  number of genes without explained variance by reason, summed over types (and heads, where
                          the reason is a head's)
-        parity           comparison with the reference implementation; null where none was made
+        parity           comparison of the factored with the hooked engine; null where none was made
+                           max_abs_difference  of predictions; null if it is no finite number
+                           n_cells             cells on which they were compared
         validity         a sentence on what the null can and cannot say
     """
     settings = evaluation.spec.permutation
     untested = evaluation.heads().loc[lambda frame: frame["p_value_head"].isna(), "undefined_reason"]
     gene_reasons = pd.Series([u.reason for u in evaluation.undefined if u.gene is not None], dtype=object)
+    drawn, used = samplings(evaluation), permutations_used(evaluation)
+    parity = None
+    if evaluation.parity is not None:
+        difference = evaluation.parity if np.isfinite(evaluation.parity) else None
+        parity = {"max_abs_difference": difference, "n_cells": evaluation.parity_cells}
     record: dict[str, Any] = {
         "schema_version": SIGNIFICANCE_SCHEMA_VERSION,
+        "engine": evaluation.engine,
         "test": {
             "null": settings.null,
             "method": settings.method,
             "convention": settings.convention,
             "n_permutations": evaluation.n_permutations,
+            "n_permutations_by_type": dict(zip(evaluation.cell_types, used, strict=True)),
             "alpha": settings.alpha,
             "seed": settings.seed,
             "adjustment": settings.adjustment,
         },
+        "sampling": {name: drawn.count(name) for name in ("independent", "cyclic", "none")},
         "families": {
             "heads_x_types": {
                 "n_heads": evaluation.n_heads,
@@ -140,7 +161,7 @@ def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Pat
             }
         },
         "undefined_genes": _counts(gene_reasons),
-        "parity": None,
+        "parity": parity,
         "validity": VALIDITY.get(settings.null, ""),
     }
     path = made_folder(directory) / "significance.json"
@@ -176,10 +197,10 @@ def summary_lines(evaluation: HeadEvaluation) -> list[str]:
     Returns
     -------
     list of str
-        What was evaluated, the effects, the tests, in-sample or held out, notes, the best head of each type, then what
-        is undefined and why; no line breaks within a line. Effects come before p-values.
+        What was evaluated, the effects, the tests, in-sample or held out, the engine, notes, the best head of each
+        type, then what is undefined and why; no line breaks within a line. Effects come before p-values.
     """
-    lines = [*headline_sentences(evaluation), held_out_sentence(evaluation)]
+    lines = [*headline_sentences(evaluation), held_out_sentence(evaluation), engine_sentence(evaluation)]
     lines += [f"Note: {printable(note)}" for note in evaluation.notes]
     lines += _best_head_table(evaluation)
     return lines + [f"Undefined: {line}." for line in undefined_sentences(evaluation)]
@@ -208,15 +229,15 @@ def headline_sentences(evaluation: HeadEvaluation) -> list[str]:
     untested = f" {evaluation.n_undefined} of {evaluation.p_value.size} pairs have no test."
     sentences.append(
         f"{evaluation.n_significant} of {evaluation.n_tests} tested head x type pairs are significant at adjusted "
-        f"p <= {settings.alpha:g} ({settings.null} null, {evaluation.n_permutations:,} permutations, "
+        f"p <= {settings.alpha:g} ({settings.null} null, {permutations_text(evaluation)}, "
         f"{settings.adjustment.upper()} over all tests).{untested if evaluation.n_undefined else ''}"
     )
     if settings.convention == "reference":
         sentences.append("p = b/m as in amici-st: 0 stands for fewer than one in m, and is no valid p-value.")
-    elif evaluation.n_permutations < 1 / settings.alpha - 1:
+    elif (most := max(permutations_used(evaluation), default=0) or evaluation.n_permutations) < 1 / settings.alpha - 1:
         sentences.append(
-            f"With {evaluation.n_permutations:,} permutations no p-value can be below "
-            f"{1 / (evaluation.n_permutations + 1):.2g}: nothing can be significant; draw more."
+            f"With {most:,} permutations no p-value can be below {1 / (most + 1):.2g}: nothing can be significant; "
+            "draw more."
         )
     if settings.null in VALIDITY:
         sentences.append(VALIDITY[settings.null])

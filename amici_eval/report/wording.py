@@ -18,9 +18,13 @@ __all__ = [
     "VALIDITY",
     "VALIDITY_SHORT",
     "effect",
+    "engine_sentence",
     "made_folder",
     "p_text",
+    "permutations_text",
+    "permutations_used",
     "printable",
+    "samplings",
     "type_reasons",
     "undefined_sentences",
     "unwritable",
@@ -90,6 +94,50 @@ def unwritable(path: Path, error: OSError) -> OutputError:
         value=f"{path} cannot be written ({error.strerror or error})",
         rule="the folder must take new files",
         fix="free space or give another folder",
+    )
+
+
+def samplings(evaluation: HeadEvaluation) -> list[str]:
+    """Return how the permutations of each type were drawn: ``independent``, ``cyclic``, or ``none`` without a test."""
+    given = evaluation.sampling or ("independent",) * len(evaluation.cell_types)
+    tested = (evaluation.exceedances >= 0).any(axis=0)
+    return [name if name and has_test else "none" for name, has_test in zip(given, tested, strict=True)]
+
+
+def permutations_used(evaluation: HeadEvaluation) -> list[int]:
+    """Return the number of permutations of each type, 0 without a test."""
+    given = evaluation.n_permutations_by_type
+    numbers = [evaluation.n_permutations] * len(evaluation.cell_types) if given is None else given.tolist()
+    return [0 if name == "none" else int(number) for name, number in zip(samplings(evaluation), numbers, strict=True)]
+
+
+def permutations_text(evaluation: HeadEvaluation) -> str:
+    """Return how many permutations were used and how they were drawn."""
+    parts = []
+    for sampling, how in (("independent", ""), ("cyclic", " as cyclic shifts of one random order")):
+        used = [
+            number
+            for number, name in zip(permutations_used(evaluation), samplings(evaluation), strict=True)
+            if name == sampling
+        ]
+        if used:
+            low, high = min(used), max(used)
+            types = f" in {_count(len(used), 'type')}" if "cyclic" in evaluation.sampling else ""
+            parts.append(f"{low:,}{f' to {high:,}' if high > low else ''} permutations{how}{types}")
+    return " and ".join(parts) or f"{evaluation.n_permutations:,} permutations"
+
+
+def engine_sentence(evaluation: HeadEvaluation) -> str:
+    """Return what computed the predictions, and how far the two engines were apart where they were compared."""
+    computed = f"Predictions by the {evaluation.engine} engine"
+    if evaluation.parity is None:
+        return f"{computed}."
+    cells = _count(evaluation.parity_cells, "cell")
+    if not np.isfinite(evaluation.parity):
+        return f"{computed}; on {cells} the factored and the hooked engine differ by no finite number."
+    return (
+        f"{computed}; on {cells} the factored and the hooked engine differ by at most {evaluation.parity:.2g} in any "
+        "predicted value."
     )
 
 

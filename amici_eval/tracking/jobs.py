@@ -186,7 +186,7 @@ def evaluate_job(
         return _evaluate(
             model,
             stored,
-            from_anndata(location, source, name=name),
+            from_anndata(location, source, name=name, backed=spec.data.backed),
             spec=spec,
             report=report,
             tracking=tracking,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import OutputError, TrackingError, first_line, mask_secrets
+from amici_eval.moments import MOMENTS_FILE
 from amici_eval.names import slugify
 
 if TYPE_CHECKING:
@@ -121,9 +122,12 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
     -------
     dict
         ``ev/<type>/head_<h>``, ``p_adj/<type>/head_<h>`` (free null), ``ev_full_model/<type>``,
-        ``ev_no_head/<type>`` and ``summary/...``; types as slugs (see ``tables/labels.csv``).
+        ``ev_no_head/<type>``, ``shapley/<type>/head_<h>`` where it was computed, ``parity/max_abs_difference`` where
+        engines were compared, and ``summary/...``; types as slugs (see ``tables/labels.csv``).
     """
     metrics: dict[str, float] = {}
+    ablations = evaluation.ablations
+    shares = ablations.of("shapley") if ablations is not None and "shapley" in ablations.modes else None
     for index, cell_type in enumerate(evaluation.cell_types):
         slug = slugify(cell_type)
         metrics[f"ev_full_model/{slug}"] = float(evaluation.expl_var_full[index])
@@ -131,6 +135,10 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
         for head in range(evaluation.n_heads):
             metrics[f"ev/{slug}/head_{head}"] = float(evaluation.expl_var[head, index])
             metrics[f"p_adj/{slug}/head_{head}"] = float(evaluation.p_value_adj[head, index])
+            if shares is not None:
+                metrics[f"shapley/{slug}/head_{head}"] = float(shares[head, index])
+    if evaluation.parity is not None:
+        metrics["parity/max_abs_difference"] = float(evaluation.parity)
     finite = [float(value) for value in evaluation.expl_var.ravel() if math.isfinite(value)]
     metrics["summary/n_cells"] = float(evaluation.n_cells.sum())
     metrics["summary/n_tests"] = float(evaluation.n_tests)
@@ -166,19 +174,29 @@ def write_artifacts(
     report: ReportSpec,
     config_yaml: str,
 ) -> None:
-    """Write the tables, figures and report of an evaluation, as a run holds them, into a folder."""
+    """Write the tables, figures and report of an evaluation, as a run holds them, into a folder.
+
+    Parameters
+    ----------
+    evaluation, folder
+        What to write, and where.
+    report, config_yaml
+        What to draw, and the settings to keep with it.
+    """
     from amici_eval.report.html import write_html
     from amici_eval.report.tables import write_significance, write_tables
 
     folder.mkdir(parents=True, exist_ok=True)
     evaluation.save(folder)
+    if evaluation.moments is not None:
+        evaluation.moments.save(folder / MOMENTS_FILE)
     write_tables(evaluation, folder)
     write_significance(evaluation, folder)
     (folder / "config").mkdir(exist_ok=True)
     (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
     figures: dict[str, Path] = {}
     if report.figures:
-        from amici_eval.report.figures import save_figures
+        from amici_eval.report.saving import save_figures
 
         paths = save_figures(
             evaluation,

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from amici_eval.errors import DataError, InvalidSpecError, OutputError
 from amici_eval.names import slugify
-from amici_eval.report.figures import plot_barplot, plot_heatmap, save_figures
+from amici_eval.report.figures import plot_barplot, plot_heatmap
+from amici_eval.report.saving import save_figures
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 

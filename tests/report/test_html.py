@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from amici_eval.errors import DataError, OutputError
-from amici_eval.report.figures import save_figures
 from amici_eval.report.html import write_html
+from amici_eval.report.saving import save_figures
+from amici_eval.report.wording import effect
+from amici_eval.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 EVIL = "<img src=x onerror=alert(2)>\"'&"
@@ -211,3 +215,59 @@ def test_a_page_that_cannot_be_written_is_named(evaluation, tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(OutputError, match=r"report\.html cannot be written"):
         write_html(evaluation, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ablated():
+    return make_evaluation(4, modes=MODES, engine="factored", parity=2e-7, parity_cells=99)
+
+
+def test_engine_and_parity_are_said(page, ablated, tmp_path):
+    assert "Predictions by the hooked engine." in page.text
+    text = Page(write_html(ablated, tmp_path).read_text("utf-8")).text
+    assert "Predictions by the factored engine; on 99 cells" in text
+    assert "differ by at most 2e-07" in text
+
+
+def test_heads_that_matter_most_are_there(page, ablated, tmp_path):
+    assert "Heads taken away" not in page.text
+    shown = Page(write_html(ablated, tmp_path).read_text("utf-8"))
+    start = next(
+        i for i, row in enumerate(shown.rows) if row[:3] == ["Receiver type", "EV, all heads", "Most missed head"]
+    )
+    rows = shown.rows[start + 1 : start + len(AWKWARD_TYPES)]
+    assert [row[0] for row in rows] == sorted(AWKWARD_TYPES)[:-1]
+    pairs = ablated.interactions_frame()
+    for index, row in enumerate(rows):
+        lost = ablated.expl_var_full[index] - ablated.ablations.of("leave_one_out")[:, index]
+        share = ablated.ablations.of("shapley")[:, index]
+        assert row[2:4] == [str(lost.argmax()), f"{lost.max():.3f}"]
+        assert row[4:6] == [str(share.argmax()), f"{share.max():.3f}"]
+        own = pairs[pairs["ct_name"] == row[0]].set_index(["head_a", "head_b"])["interaction"]
+        assert row[6:8] == ["{} + {}".format(*own.idxmin()), effect(own.min())]
+        expected = ["{} + {}".format(*own.idxmax()), effect(own.max())] if own.max() > 0 else ["–", ""]
+        assert row[8:10] == expected
+    assert {"–"} < {row[8] for row in rows}, "else the test says less"
+
+
+@pytest.mark.parametrize("modes", [(), ("keep_one", "frozen_norm"), ("frozen_shapley",)])
+def test_without_what_it_tells_there_is_no_section_of_ablations(tmp_path, modes):
+    assert 'id="ablations"' not in write_html(make_evaluation(modes=modes), tmp_path).read_text("utf-8")
+
+
+def test_no_pair_is_called_alike_that_is_not(tmp_path):
+    evaluation = make_evaluation(2, ["A"], modes=("shapley",), with_undefined=False)
+    pairs = np.full((1, 2, 2), 0.2)
+    found = dataclasses.replace(evaluation.ablations, interaction=pairs)
+    text = write_html(dataclasses.replace(evaluation, ablations=found), tmp_path).read_text("utf-8")
+    (row,) = [row for row in Page(text).rows if row[0] == "A" and len(row) == 8]
+    assert row[4:] == ["–", "", "0 + 1", "0.200"]
+
+
+def test_figures_of_ablations_have_captions(ablated, tmp_path):
+    files = save_figures(ablated, tmp_path, formats=["svg"])[-2:]
+    page = Page(write_html(ablated, tmp_path, figures={f.stem: f for f in files}).read_text("utf-8"))
+    labels = [a["aria-label"] for tag, a in page.elements if tag == "svg"]
+    assert labels[0].startswith("What each head explains alone, what is lost without it")
+    assert labels[1].startswith("Interaction of heads per receiver type")
+    assert set(AWKWARD_TYPES) <= {word.strip() for word in page.words}

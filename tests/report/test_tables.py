@@ -11,6 +11,7 @@ from amici_eval.errors import OutputError
 from amici_eval.names import slugify
 from amici_eval.report.tables import best_heads, summary_lines, write_significance, write_tables
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
+from amici_eval.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 
@@ -20,7 +21,10 @@ def read(path, **options):
 
 def test_files_have_the_names_of_the_contract(tmp_path):
     files = write_tables(make_evaluation(), tmp_path / "run")
-    names = ["explained_variance.csv", "explained_variance.parquet", "heads.csv", "baselines.csv", "labels.csv"]
+    names = [
+        *("explained_variance.csv", "explained_variance.parquet", "heads.csv", "baselines.csv"),
+        *("ablations.csv", "head_interactions.csv", "labels.csv"),
+    ]
     assert files == tuple(tmp_path / "run" / "tables" / name for name in names)
     assert sorted((tmp_path / "run" / "tables").iterdir()) == sorted(files)
 
@@ -29,7 +33,7 @@ def test_columns_are_those_of_the_contract(tmp_path):
     write_tables(make_evaluation(), tmp_path)
     first_lines = {
         name: (tmp_path / "tables" / f"{name}.csv").read_text(encoding="utf-8").splitlines()[0]
-        for name in ("explained_variance", "heads", "baselines", "labels")
+        for name in ("explained_variance", "heads", "baselines", "ablations", "head_interactions", "labels")
     }
     assert first_lines == {
         "explained_variance": "head,ct_name,gene,expl_var_head_gene,expl_var_head,p_value_head,p_value_adj_head,"
@@ -38,6 +42,8 @@ def test_columns_are_those_of_the_contract(tmp_path):
         "p_value_adj_head,p_ci_low,p_ci_high,p_value_spatial,p_value_adj_spatial,ess,null,method,significant_free,"
         "significant,significant_by,held_out,undefined_reason",
         "baselines": "ct_name,baseline,expl_var",
+        "ablations": "head,ct_name,mode,expl_var,delta_full",
+        "head_interactions": "head_a,head_b,ct_name,interaction,interaction_frozen_norm",
         "labels": "kind,slug,label",
     }
     assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 22)
@@ -82,6 +88,71 @@ def test_booleans_and_missing_values_in_csv(tmp_path):
     assert rows.loc[("0", "A"), "significant"] in ("True", "False")
 
 
+def test_ablations_read_back_equal_and_are_empty_where_not_computed(tmp_path):
+    evaluation = make_evaluation(modes=MODES)
+    write_tables(evaluation, tmp_path / "full")
+    for name, frame in (
+        ("ablations", evaluation.ablations_frame()),
+        ("head_interactions", evaluation.interactions_frame()),
+    ):
+        assert len(frame) == {"ablations": 3 * 7 * 7, "head_interactions": 3 * 7}[name]
+        assert_frame_equal(read(tmp_path / "full" / "tables" / f"{name}.csv"), frame, check_exact=True)
+    write_tables(make_evaluation(), tmp_path / "empty")
+    for name in ("ablations", "head_interactions"):
+        assert read(tmp_path / "empty" / "tables" / f"{name}.csv").empty
+
+
+def test_significance_says_engine_parity_and_sampling(tmp_path):
+    sampling = ("cyclic", "cyclic", "independent", "independent", "independent", "cyclic", "")
+    evaluation = make_evaluation(engine="factored", parity=2e-7, parity_cells=128, sampling=sampling)
+    record = json.loads(write_significance(evaluation, tmp_path).read_text(encoding="utf-8"))
+    assert record["engine"] == "factored"
+    assert record["parity"] == {"max_abs_difference": 2e-7, "n_cells": 128}
+    assert record["sampling"] == {"independent": 3, "cyclic": 3, "none": 1}
+    expected = [*(evaluation.n_cells[:2] - 1), 999, 999, 999, evaluation.n_cells[5] - 1, 0]
+    assert record["test"]["n_permutations_by_type"] == dict(zip(evaluation.cell_types, expected, strict=True))
+    bad = make_evaluation(parity=float("nan"), parity_cells=3)
+    record = json.loads(write_significance(bad, tmp_path).read_text(encoding="utf-8"))
+    assert record["parity"] == {"max_abs_difference": None, "n_cells": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, "Predictions by the hooked engine."),
+        (
+            {"engine": "factored", "parity": 2.04e-7, "parity_cells": 1280},
+            "Predictions by the factored engine; on 1,280 cells the factored and the hooked engine differ by at most "
+            "2e-07 in any predicted value.",
+        ),
+        (
+            {"parity": float("inf"), "parity_cells": 1},
+            "Predictions by the hooked engine; on 1 cell the factored and the hooked engine differ by no finite "
+            "number.",
+        ),
+    ],
+)
+def test_summary_says_the_engine(arguments, expected):
+    assert expected in summary_lines(make_evaluation(**arguments))
+
+
+def test_summary_says_how_permutations_were_drawn():
+    evaluation = make_evaluation(2, ["A", "B", "C"], with_undefined=False, sampling=("cyclic", "cyclic", "independent"))
+    low, high = sorted(evaluation.n_cells[:2] - 1)
+    text = "\n".join(summary_lines(evaluation))
+    assert (
+        f"(free null, 999 permutations in 1 type and {low:,} to {high:,} permutations as cyclic shifts of one random "
+        "order in 2 types, BH over all tests)" in text
+    )
+    assert "(free null, 999 permutations, BH over all tests)" in "\n".join(summary_lines(make_evaluation()))
+
+
+def test_summary_counts_cyclic_permutations_before_it_says_too_few():
+    one = make_evaluation(1, ["A"], n_permutations=9, with_undefined=False, sampling=("cyclic",))
+    assert one.n_cells[0] > 20
+    assert "nothing can be significant" not in "\n".join(summary_lines(one))
+
+
 def test_labels_map_every_slug_to_its_label(tmp_path):
     write_tables(make_evaluation(), tmp_path)
     labels = read(tmp_path / "tables" / "labels.csv", keep_default_na=False)
@@ -104,16 +175,19 @@ def test_significance_says_test_families_and_reasons(tmp_path):
     record = json.loads(path.read_text(encoding="utf-8"))
     validity = record.pop("validity")
     assert record == {
-        "schema_version": 1,
+        "schema_version": 2,
+        "engine": "hooked",
         "test": {
             "null": "free",
             "method": "monte_carlo",
             "convention": "add_one",
             "n_permutations": 999,
+            "n_permutations_by_type": {**dict.fromkeys(sorted(AWKWARD_TYPES), 999), "β cell": 0},
             "alpha": 0.1,
             "seed": 0,
             "adjustment": "bh",
         },
+        "sampling": {"independent": 6, "cyclic": 0, "none": 1},
         "families": {
             "heads_x_types": {
                 "n_heads": 3,
@@ -201,7 +275,7 @@ def test_an_evaluation_without_any_value_has_a_summary(tmp_path):
     lines = summary_lines(evaluation)
     assert "0 of 0 tested head x type pairs are significant at adjusted p <= 0.05" in "\n".join(lines)
     assert "Undefined: only, all heads: 1 cell; at least 3 needed." in lines
-    assert len(write_tables(evaluation, tmp_path)) == 5
+    assert len(write_tables(evaluation, tmp_path)) == 7
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

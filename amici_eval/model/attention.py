@@ -1,0 +1,170 @@
+"""Attention of receivers to the senders around them, over tables: fused and compiled, or in plain torch."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float32, Int32, Int64
+
+    from amici_eval.model.encoder import SenderTables
+
+__all__ = ["attend", "compiled_attention"]
+
+FAINT = 80.0
+"""A neighbour whose score lies this far below the strongest has weight 0: exp(-80) is 2e-35. Far ones would have
+denormal weights, with which processors compute many times slower."""
+
+_ROWS_PER_TASK = 4096
+_GATHERED_ENTRIES = 2**24
+
+
+def attend(
+    tables: SenderTables,
+    slots: Int32[np.ndarray, "receivers neighbours"],
+    distances: Float32[np.ndarray, "receivers neighbours"],
+    types: Int64[np.ndarray, " receivers"],
+    *,
+    dummy_score: float,
+    compiled: bool | None = None,
+) -> Float32[np.ndarray, "receivers outputs"]:
+    """Return what attention brings to each receiver, before the output projection.
+
+    Parameters
+    ----------
+    tables
+        Values and pair scores of the senders.
+    slots
+        Rows of the tables that hold each receiver's neighbours.
+    distances
+        To these neighbours, in coordinate units.
+    types
+        Type code of each receiver.
+    dummy_score
+        Score of the dummy neighbour, whose value is 0.
+    compiled
+        ``True``: the compiled kernel; ``False``: plain torch; ``None``: compiled on the CPU where numba is installed.
+
+    Notes
+    -----
+    Softmax over neighbours and dummy of ``score - coefficient * distance``. Weights below ``exp(-80)`` of the strongest
+    are 0.
+    """
+    on_cpu = tables.values.device.type == "cpu"
+    kernel = compiled_attention() if on_cpu and compiled is not False else None
+    if kernel is None:
+        if compiled:
+            msg = "the compiled kernel needs numba and tables on the CPU"
+            raise ValueError(msg)
+        return _attend_torch(tables, slots, distances, types, dummy_score)
+    n_heads = tables.pairs.shape[3]
+    out = np.zeros((len(slots), tables.values.shape[1]), dtype=np.float32)
+    values, pairs = tables.values.numpy(), tables.pairs.numpy()
+
+    def task(start: int) -> None:
+        rows = slice(start, start + _ROWS_PER_TASK)
+        kernel(values, pairs, slots[rows], distances[rows], types[rows], np.float32(dummy_score), n_heads, out[rows])
+
+    starts = range(0, len(slots), _ROWS_PER_TASK)
+    n_threads = min(torch.get_num_threads(), len(starts))
+    if n_threads <= 1:
+        for start in starts:
+            task(start)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(task, starts))
+    return out
+
+
+def _attend_torch(
+    tables: SenderTables,
+    slots: Int32[np.ndarray, "receivers neighbours"],
+    distances: Float32[np.ndarray, "receivers neighbours"],
+    types: Int64[np.ndarray, " receivers"],
+    dummy_score: float,
+) -> Float32[np.ndarray, "receivers outputs"]:
+    device = tables.values.device
+    n_heads = tables.pairs.shape[3]
+    n_neighbours, n_outputs = slots.shape[1], tables.values.shape[1]
+    out = np.empty((len(slots), n_outputs), dtype=np.float32)
+    step = max(1, _GATHERED_ENTRIES // (n_neighbours * n_outputs))
+    for start in range(0, len(slots), step):
+        rows = slice(start, start + step)
+        index = torch.from_numpy(slots[rows].astype(np.int64)).to(device)
+        codes = torch.from_numpy(types[rows]).to(device)
+        distance = torch.from_numpy(np.ascontiguousarray(distances[rows])).to(device)
+        pairs = tables.pairs[index, codes[:, None]]
+        scores = pairs[:, :, 0] - pairs[:, :, 1] * distance[:, :, None]
+        strongest = scores.amax(dim=1).clamp(min=dummy_score)[:, None]
+        weights = torch.where(scores < strongest - FAINT, 0.0, torch.exp(scores - strongest))
+        weights = weights / (weights.sum(dim=1, keepdim=True) + torch.exp(dummy_score - strongest))
+        values = tables.values[index].view(len(index), n_neighbours, n_heads, -1)
+        out[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(index), n_outputs).cpu().numpy()
+    return out
+
+
+@functools.cache
+def compiled_attention() -> Callable[..., Any] | None:
+    """Return the compiled kernel, or ``None`` without numba; it is compiled when first called and kept on disk."""
+    try:
+        import numba
+    except ImportError:
+        return None
+
+    @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+    def kernel(
+        values: np.ndarray,
+        pairs: np.ndarray,
+        slots: np.ndarray,
+        distances: np.ndarray,
+        types: np.ndarray,
+        dummy_score: np.float32,
+        n_heads: int,
+        out: np.ndarray,
+    ) -> None:
+        n_neighbours = slots.shape[1]
+        head_size = values.shape[1] // n_heads
+        faint = np.float32(FAINT)
+        weights = np.empty((n_neighbours, n_heads), dtype=np.float32)
+        strongest = np.empty(n_heads, dtype=np.float32)
+        total = np.empty(n_heads, dtype=np.float32)
+        for i in range(slots.shape[0]):
+            code = types[i]
+            strongest[:] = dummy_score
+            for k in range(n_neighbours):
+                row = slots[i, k]
+                distance = distances[i, k]
+                for h in range(n_heads):
+                    score = pairs[row, code, 0, h] - pairs[row, code, 1, h] * distance
+                    weights[k, h] = score
+                    strongest[h] = max(strongest[h], score)
+            for h in range(n_heads):
+                below = dummy_score - strongest[h]
+                total[h] = np.exp(below) if below > -faint else np.float32(0.0)
+            for k in range(n_neighbours):
+                for h in range(n_heads):
+                    below = weights[k, h] - strongest[h]
+                    weight = np.exp(below) if below > -faint else np.float32(0.0)
+                    weights[k, h] = weight
+                    total[h] += weight
+            for k in range(n_neighbours):
+                row = slots[i, k]
+                for h in range(n_heads):
+                    weight = weights[k, h]
+                    if weight == np.float32(0.0):
+                        continue
+                    for c in range(h * head_size, (h + 1) * head_size):
+                        out[i, c] += weight * values[row, c]
+            for h in range(n_heads):
+                inverse = np.float32(1.0) / total[h]
+                for c in range(h * head_size, (h + 1) * head_size):
+                    out[i, c] *= inverse
+
+    return kernel

@@ -1,0 +1,241 @@
+"""The fast engine: senders are embedded once, receivers attend over tables, all heads follow from one pass."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from amici_eval.model.attention import attend
+from amici_eval.model.budget import memory_budget
+from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from jaxtyping import Float32, Float64, Int64
+
+    from amici_eval.model.access import HookedAccess
+    from amici_eval.specs import ModelCard
+    from amici_eval.stats.readout import Readout
+    from amici_eval.tissue import ExpressionBlock
+
+__all__ = ["FactoredAccess", "why_not_factored"]
+
+logger = logging.getLogger(__name__)
+
+_SENDER_CHUNK = {"cpu": 1024, "cuda": 16384}
+_LEAST_CHUNK = 64
+_READ_ROWS = 8192
+_LARGEST_TILE = 131_072
+_LEAST_TILE = 256
+_CELLS_AROUND = 1.5
+"""Senders per receiver of a tile, for choosing its size: those inside and a rim."""
+
+
+def why_not_factored(module: Any) -> str | None:
+    """Say why a module needs its own forward pass, or ``None`` if its parts are AMICI's own and free of hooks.
+
+    Parameters
+    ----------
+    module
+        A torch module.
+    """
+    from amici import AMICIModule
+    from amici._components import AttentionBlock, ResNetMLP
+    from torch import nn
+    from transformer_lens.hook_points import HookPoint
+
+    if type(module) is not AMICIModule:
+        return f"the module is a {type(module).__qualname__}, which may compute something else than AMICIModule"
+    known = (
+        AMICIModule, AttentionBlock, ResNetMLP, HookPoint, nn.Linear, nn.LayerNorm, nn.ReLU, nn.Sequential, nn.Dropout,
+        nn.Embedding, nn.Identity,
+    )  # fmt: skip
+    for name, part in module.named_modules():
+        if type(part) not in known:
+            return f"its part {name} is a {type(part).__qualname__}, which AMICI itself does not use there"
+        if any(method in vars(part) for method in ("forward", "inference", "generative")):
+            return f"the forward pass of its part {name or 'module'} was replaced"
+        if part._forward_hooks or part._forward_pre_hooks or getattr(part, "fwd_hooks", None):
+            return f"it carries hooks of its own on {name or 'the module'}"
+        if isinstance(part, nn.Sequential) and len(part) not in (2, 5):
+            return f"its part {name} has {len(part)} layers"
+    if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
+        return "its weights are not float32"
+    return None
+
+
+class FactoredAccess:
+    """A model on a tissue as evaluation needs it, with what attention brings to each receiver besides.
+
+    Parameters
+    ----------
+    hooked
+        The literal engine on the same model and tissue.
+    memory_bytes
+        What tables and chunks may take; ``None``: a quarter of the device's free memory.
+    """
+
+    engine = "factored"
+
+    def __init__(self, hooked: HookedAccess, *, memory_bytes: int | None = None) -> None:
+        self.hooked = hooked
+        self.card: ModelCard = hooked.card
+        self.statistics_device = hooked.statistics_device
+        self._tissue = hooked.tissue
+        self._device = hooked.device
+        module = hooked.module
+        self._weights = EncoderWeights.from_state(
+            module.state_dict(),
+            {
+                "n_heads": module.n_heads,
+                "attention_dummy_score": module.attention_layer.dummy_attn_score,
+                "pos_coef_offset": module.pos_coef_offset,
+                "distance_kernel_unit_scale": module.distance_kernel_unit_scale,
+                "epsilons": {
+                    name: part.eps for name, part in module.named_modules() if isinstance(part, torch.nn.LayerNorm)
+                },
+            },
+            device=self._device,
+        )
+        # cells that are close on the curve are close in the tissue: small rims around tiles, tables that stay in cache
+        self._curve = _morton_codes(self._tissue.coordinates[:, :2])
+        self._memory = memory_budget(memory_bytes, self._device)
+        self._chunk = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
+        shared = self._memory // self._weights.bytes_per_sender
+        self._tile = int(np.clip(shared / _CELLS_AROUND, _LEAST_TILE, _LARGEST_TILE))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on model and data."""
+        return self.hooked.notes
+
+    @property
+    def memory_bytes(self) -> int:
+        """What tables and chunks may take."""
+        return self._memory
+
+    def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
+        """Return the evaluated rows by cell type, in canonical order."""
+        return self.hooked.receivers()
+
+    def cell_names(self, rows: Int64[np.ndarray, " cells"]) -> list[str]:
+        """Return the names of some cells."""
+        return self.hooked.cell_names(rows)
+
+    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
+        """Return where some cells lie."""
+        return self._tissue.coordinates[rows]
+
+    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
+        """Return the section of some cells, if a sample column was named."""
+        return None if self._tissue.samples is None else self._tissue.samples[rows]
+
+    def expression(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells genes"]:
+        """Return the measured expression of some cells."""
+        return self._tissue.expression(rows)
+
+    def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
+        """Yield the measured expression of some cells, block by block, in the order of storage."""
+        return self._tissue.expression_blocks(rows, max_rows=_READ_ROWS)
+
+    def readout(self, cell_type: str) -> Readout:
+        """Return how attention outputs become predicted expression in receivers of a type."""
+        return self._weights.readouts[self.card.cell_types.index(cell_type)]
+
+    def predict(
+        self,
+        rows: Int64[np.ndarray, " cells"],
+        *,
+        keeps: Sequence[Collection[int] | None],
+        progress: Callable[[int], None] | None = None,
+    ) -> Float32[np.ndarray, "keeps cells genes"]:
+        """Return predicted expression under each ablation; ``None`` keeps all heads, ``()`` keeps none."""
+        outputs = self.head_outputs(rows)
+        predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
+        codes = self._tissue.label_codes[rows]
+        for position, heads in enumerate(keeps):
+            for code in np.unique(codes):
+                of_type = codes == code
+                predictions[position, of_type] = self._weights.readouts[code].predict(outputs[of_type], heads)
+            if progress is not None:
+                progress(len(rows))
+        return predictions
+
+    def predict_literally(
+        self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
+    ) -> Float32[np.ndarray, "keeps cells genes"]:
+        """Return what :meth:`predict` should, through the model's own forward pass with hooks; for checks."""
+        return self.hooked.predict_side_by_side(rows, keeps=keeps)
+
+    def head_outputs(
+        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    ) -> Float32[np.ndarray, "cells outputs"]:
+        """Return what attention brings to some receivers, shape (cells, heads * head_size).
+
+        Parameters
+        ----------
+        rows
+            Rows of the tissue, in any order.
+        progress
+            Called with the number of receivers finished since the last call.
+        """
+        out = np.empty((len(rows), self._weights.n_outputs), dtype=np.float32)
+        order = np.argsort(self._curve[rows], kind="stable")
+        start = 0
+        while start < len(order):
+            part = order[start : start + self._tile]
+            try:
+                out[part] = self._tile_outputs(rows[part])
+            except torch.OutOfMemoryError:
+                if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
+                    raise
+                self._chunk = max(_LEAST_CHUNK, self._chunk // 2)
+                self._tile = max(_LEAST_TILE, self._tile // 2)
+                logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
+                torch.cuda.empty_cache()
+                continue
+            start += len(part)
+            if progress is not None:
+                progress(len(part))
+        return out
+
+    def _tile_outputs(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells outputs"]:
+        """Embed the senders around some receivers and let these attend to them."""
+        weights, tissue = self._weights, self._tissue
+        around = self.hooked.neighbour_rows[rows]
+        is_sender = np.zeros(tissue.n_cells, dtype=bool)
+        is_sender[around] = True
+        senders = np.flatnonzero(is_sender)
+        senders = senders[np.argsort(self._curve[senders], kind="stable")]
+        slot_of = np.empty(tissue.n_cells, dtype=np.int32)
+        slot_of[senders] = np.arange(len(senders), dtype=np.int32)
+        slots = slot_of[around]
+        codes = tissue.label_codes[rows]
+        needed = np.zeros((len(senders), weights.n_types), dtype=bool)
+        needed[slots, codes[:, None]] = True
+        tables = SenderTables.empty(weights, len(senders), device=self._device)
+        for block in tissue.expression_blocks(senders, max_rows=_READ_ROWS):
+            for first in range(0, len(block.positions), self._chunk):
+                places = block.positions[first : first + self._chunk]
+                embed_senders(
+                    weights,
+                    torch.from_numpy(block.values[first : first + self._chunk]).to(self._device),
+                    torch.from_numpy(needed[places]).to(self._device),
+                    torch.from_numpy(places.astype(np.int64)).to(self._device),
+                    tables,
+                )
+        return attend(tables, slots, self.hooked.distances[rows], codes, dummy_score=weights.dummy_score)
+
+
+def _morton_codes(xy: Float64[np.ndarray, "cells two"]) -> Int64[np.ndarray, " cells"]:
+    """Return the place of each cell on a Z-order curve through the tissue (Morton 1966)."""
+    extent = float(np.ptp(xy, axis=0).max()) or 1.0
+    steps = ((xy - xy.min(axis=0)) / extent * (2**16 - 1)).astype(np.int64)
+    code = np.zeros(len(xy), dtype=np.int64)
+    for bit in range(16):
+        code |= ((steps[:, 0] >> bit) & 1) << (2 * bit) | ((steps[:, 1] >> bit) & 1) << (2 * bit + 1)
+    return code

@@ -1,0 +1,155 @@
+"""What an evaluation keeps of its pass over the cells, so that later questions need no second one."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from amici_eval.errors import DataError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Float64, Int64
+
+__all__ = ["MOMENTS_FILE", "Moments"]
+
+MOMENTS_FILE = "moments.npz"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Moments:
+    """Moments per receiver type and spatial tile, and a sketch of the heads' outputs.
+
+    Each *row* is one type in one tile. Tiles are squares of the tissue, the same for all types.
+
+    Parameters
+    ----------
+    cell_types, genes, n_heads
+        As in the evaluation.
+    row_type, row_tile, n_cells
+        Type (index into ``cell_types``), tile and number of cells of each row, shape (rows,).
+    target_mean, target_m2
+        Mean and centred sum of squares of expression, shape (rows, genes), float32.
+    residual_mean, residual_m2
+        The same of prediction minus expression, each head kept alone, shape (rows, heads, genes), float32.
+    sketch_type, sketch_names, sketch_outputs
+        Some cells of each type (index into ``cell_types``), their names, and what attention brought to them, shape
+        (sketched cells, heads * head_size), float32.
+    readout_weights
+        How attention outputs become expression, shape (types, genes, 1 + heads * head_size), float32; see
+        :class:`amici_eval.stats.readout.Readout`.
+    readout_gram, readout_offset, readout_epsilon
+        Its other parts: shape (types, columns, columns), (types, genes) and (1,), float64.
+    """
+
+    cell_types: tuple[str, ...]
+    genes: tuple[str, ...]
+    n_heads: int
+    row_type: Int64[np.ndarray, " rows"]
+    row_tile: Int64[np.ndarray, " rows"]
+    n_cells: Int64[np.ndarray, " rows"]
+    target_mean: Float32[np.ndarray, "rows genes"]
+    target_m2: Float32[np.ndarray, "rows genes"]
+    residual_mean: Float32[np.ndarray, "rows heads genes"]
+    residual_m2: Float32[np.ndarray, "rows heads genes"]
+    sketch_type: Int64[np.ndarray, " sketched"]
+    sketch_names: tuple[str, ...]
+    sketch_outputs: Float32[np.ndarray, "sketched outputs"]
+    readout_weights: Float32[np.ndarray, "types genes columns"]
+    readout_gram: Float64[np.ndarray, "types columns columns"]
+    readout_offset: Float64[np.ndarray, "types genes"]
+    readout_epsilon: Float64[np.ndarray, " one"]
+
+    def __repr__(self) -> str:
+        return f"Moments({len(self.row_type)} rows of type x tile, {len(self.sketch_names)} sketched cells)"
+
+    def explained_variance(self, *, tiles: Any = None) -> Float64[np.ndarray, "heads types"]:
+        """Return explained variance over all genes, per head and type, over some tiles (all by default).
+
+        Parameters
+        ----------
+        tiles
+            Tile numbers; a number that occurs twice counts twice, as a block bootstrap draws them.
+
+        Notes
+        -----
+        A type without two cells in these tiles, or without variance, gives NaN.
+        """
+        drawn = np.bincount(self.row_tile if tiles is None else np.asarray(tiles, dtype=np.int64))
+        times = np.ones(len(self.row_tile)) if tiles is None else np.zeros(len(self.row_tile))
+        if tiles is not None:
+            known = self.row_tile < len(drawn)
+            times[known] = drawn[self.row_tile[known]]
+        values = np.full((self.n_heads, len(self.cell_types)), np.nan)
+        for index in range(len(self.cell_types)):
+            rows = np.flatnonzero((self.row_type == index) & (times > 0))
+            weight = times[rows] * self.n_cells[rows]
+            if weight.sum() < 2:
+                continue
+            target = _merged(times[rows], weight, self.target_mean[rows], self.target_m2[rows]).sum()
+            residual = _merged(times[rows], weight, self.residual_mean[rows], self.residual_m2[rows]).sum(axis=-1)
+            if target > 0.0:
+                values[:, index] = 1.0 - residual / target
+        return values
+
+    def save(self, path: str | Path) -> Path:
+        """Write a compressed ``.npz`` without pickles and return its path."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, np.ndarray] = {}
+        texts: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, np.ndarray):
+                arrays[entry.name] = value
+            else:
+                texts[entry.name] = value
+        header = np.frombuffer(json.dumps(texts, ensure_ascii=False).encode(), dtype=np.uint8)
+        with target.open("wb") as file:
+            np.savez_compressed(file, header=header, **arrays)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        DataError
+            If the file is missing, damaged or of a newer schema.
+        """
+        try:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                texts = json.loads(stored["header"].tobytes())
+                if texts.pop("schema_version") != SCHEMA_VERSION:
+                    msg = "its schema is newer than this version of amici_eval reads"
+                    raise ValueError(msg)
+                arrays = {name: stored[name] for name in stored.files if name != "header"}
+            for name in ("cell_types", "genes", "sketch_names"):
+                texts[name] = tuple(texts[name])
+            return cls(**texts, **arrays)
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(
+                value=f"{path} cannot be read ({type(error).__name__}: {error})",
+                rule=f"it must be the {MOMENTS_FILE} of a run",
+                fix="download it again or evaluate again",
+            ) from error
+
+
+def _merged(
+    times: Float64[np.ndarray, " rows"],
+    weight: Float64[np.ndarray, " rows"],
+    mean: Float32[np.ndarray, "rows ..."],
+    m2: Float32[np.ndarray, "rows ..."],
+) -> Float64[np.ndarray, ...]:
+    """Return the centred sum of squares over rows that count several times."""
+    shape = (-1, *(1,) * (mean.ndim - 1))
+    times, weight, wide = times.reshape(shape), weight.reshape(shape), mean.astype(np.float64)
+    overall = (weight * wide).sum(axis=0) / weight.sum()
+    merged: Float64[np.ndarray, ...] = (times * m2 + weight * (wide - overall) ** 2).sum(axis=0)
+    return merged

@@ -1,0 +1,179 @@
+"""All figures of an evaluation as files."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from amici_eval.errors import InvalidSpecError
+from amici_eval.report.ablation_figures import (
+    ABLATIONS_STEM,
+    INTERACTIONS_STEM,
+    ablations_size,
+    has_interactions,
+    interactions_size,
+    plot_ablations,
+    plot_interactions,
+)
+from amici_eval.report.drawing import chosen_types
+from amici_eval.report.figures import (
+    BARPLOT_STEM,
+    barplot_size,
+    check_n_top_genes,
+    heatmap_size,
+    heatmap_stem,
+    plot_barplot,
+    plot_heatmap,
+    top_genes,
+)
+from amici_eval.report.wording import made_folder, unwritable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from amici_eval.report.drawing import Palette
+    from amici_eval.results import HeadEvaluation
+
+__all__ = ["FORMATS", "save_figures"]
+
+FORMATS = ("png", "svg")
+
+_DPI, _MARGIN_INCHES = 150, 0.12
+# text stays text, and the same evaluation gives the same bytes
+_FILE_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "amici_eval"}
+
+
+def save_figures(
+    evaluation: HeadEvaluation,
+    directory: str | Path,
+    *,
+    cell_types: Sequence[str] | None = None,
+    palette: Palette | None = None,
+    n_top_genes: int = 20,
+    formats: Sequence[str] = FORMATS,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Path, ...]:
+    """Write the bar plot, a heatmap of every type, and what the ablations found, into a folder.
+
+    Parameters
+    ----------
+    evaluation
+        What to show.
+    directory
+        Folder of the figures; made if missing.
+    cell_types
+        The types to show; ``None`` shows all.
+    palette
+        As in :func:`~amici_eval.report.figures.plot_barplot`; ``None`` is its default.
+    n_top_genes
+        As in :func:`~amici_eval.report.figures.plot_heatmap`.
+    formats
+        Some of ``"png"`` and ``"svg"``.
+    progress
+        Called with 1 after each figure.
+
+    Returns
+    -------
+    tuple of Path
+        ``expl_variance_barplot_per_head``, ``expl_variance_heatmap_<slug of the type>`` and, where they were computed,
+        ``ablations`` and ``head_interactions``, each in all formats.
+
+    Raises
+    ------
+    DataError
+        If a type was not evaluated.
+    InvalidSpecError
+        If a format, the palette or ``n_top_genes`` is none.
+    OutputError
+        If the folder or a file cannot be written.
+
+    Notes
+    -----
+    The style is matplotlib's default whatever the caller has set, so the same evaluation gives the same files.
+    No pyplot figure is made, and matplotlib's settings are as before when it returns.
+    """
+    chosen = chosen_types(evaluation, cell_types)
+    check_n_top_genes(n_top_genes)
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats or isinstance(formats, str):
+        raise InvalidSpecError(
+            value=f"formats={formats!r}",
+            rule=f"it must list some of {', '.join(FORMATS)}",
+            fix=f"set formats={FORMATS!r}",
+        )
+    folder = made_folder(directory)
+    written: list[Path] = []
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # a label in a script that the font lacks is drawn as boxes in PNG and right in SVG: no reason to warn 40 times
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_FILE_SETTINGS)  # type: ignore[arg-type]
+        for stem, size, draw in _drawings(evaluation, chosen, palette=palette, n_top_genes=n_top_genes):
+            figure = Figure(figsize=size, dpi=_DPI)
+            draw(figure.add_subplot())
+            paths = [folder / f"{stem}.{kind}" for kind in formats]
+            _write(figure, paths)
+            written += paths
+            if progress is not None:
+                progress(1)
+    return tuple(written)
+
+
+def _drawings(
+    evaluation: HeadEvaluation, chosen: Sequence[str], *, palette: Palette | None, n_top_genes: int
+) -> Iterator[tuple[str, tuple[float, float], Callable[[Axes], object]]]:
+    """Yield name, size in inches and drawing of each figure."""
+    yield (
+        BARPLOT_STEM,
+        barplot_size(evaluation.n_heads, len(chosen)),
+        lambda ax: plot_barplot(evaluation, ax=ax, palette=palette, cell_types=chosen),
+    )
+    for name in chosen:
+        n_shown = len(top_genes(evaluation.expl_var_gene[:, evaluation.type_index(name)].T, n_top_genes))
+        yield (
+            heatmap_stem(name),
+            heatmap_size(evaluation.n_heads, n_shown),
+            partial(_draw_heatmap, evaluation, name, n_top_genes),
+        )
+    if chosen and evaluation.ablations is not None and evaluation.ablations.modes:
+        yield (
+            ABLATIONS_STEM,
+            ablations_size(evaluation, len(chosen)),
+            lambda ax: plot_ablations(evaluation, ax=ax, cell_types=chosen),
+        )
+    if chosen and has_interactions(evaluation, chosen):
+        yield (
+            INTERACTIONS_STEM,
+            interactions_size(evaluation, chosen),
+            lambda ax: plot_interactions(evaluation, ax=ax, cell_types=chosen),
+        )
+
+
+def _draw_heatmap(evaluation: HeadEvaluation, name: str, n_top_genes: int, ax: Axes) -> Axes:
+    return plot_heatmap(evaluation, name, ax=ax, n_top_genes=n_top_genes)
+
+
+def _write(figure: Figure, paths: Sequence[Path]) -> None:
+    # what surrounds the labels is measured once for all formats: it costs as much as drawing
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox().padded(_MARGIN_INCHES)
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            label = axis.label
+            place = label.get_transform().transform(label.get_position())
+            axis.set_label_coords(*ax.transAxes.inverted().transform(place))
+    for path in paths:
+        options: dict[str, Any] = (
+            {"metadata": {"Date": None}} if path.suffix == ".svg" else {"pil_kwargs": {"compress_level": 3}}
+        )
+        try:
+            figure.savefig(path, bbox_inches=box, dpi=_DPI, **options)
+        except OSError as error:
+            raise unwritable(path, error) from error

@@ -1,0 +1,135 @@
+"""An evaluation as plain values for JSON, and back; HeadEvaluation checks and wraps both."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from amici_eval.ablation_results import HeadAblations, array_shapes
+from amici_eval.specs import spec_from_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from amici_eval.results import HeadEvaluation
+
+__all__ = ["fields_of", "record_of"]
+
+_ARRAYS: dict[str, tuple[type, str]] = {
+    "n_cells": (np.int64, "C"),
+    "expl_var_gene": (np.float64, "HCG"),
+    "expl_var": (np.float64, "HC"),
+    "expl_var_full": (np.float64, "C"),
+    "expl_var_none": (np.float64, "C"),
+    "exceedances": (np.int64, "HC"),
+    "p_value": (np.float64, "HC"),
+    "p_value_adj": (np.float64, "HC"),
+    "p_ci_low": (np.float64, "HC"),
+    "p_ci_high": (np.float64, "HC"),
+}
+# what evaluations of schema version 1 did not say: all of them were hooked, with independent permutations
+_NEW_IN_2: dict[str, Any] = {
+    "engine": "hooked",
+    "parity": None,
+    "parity_cells": 0,
+    "n_permutations_by_type": None,
+    "sampling": [],
+    "ablations": None,
+}
+
+
+def record_of(evaluation: HeadEvaluation) -> dict[str, Any]:
+    """Return all fields of an evaluation as plain values; undefined numbers are ``None``."""
+    by_type, parity, found = evaluation.n_permutations_by_type, evaluation.parity, evaluation.ablations
+    return {
+        "schema_version": evaluation.schema_version,
+        "n_heads": evaluation.n_heads,
+        "cell_types": list(evaluation.cell_types),
+        "genes": list(evaluation.genes),
+        "n_permutations": evaluation.n_permutations,
+        "held_out": list(evaluation.held_out),
+        "spec": evaluation.spec.to_dict(),
+        "undefined": [vars(item) for item in evaluation.undefined],
+        "notes": list(evaluation.notes),
+        "model": dict(evaluation.model),
+        "data": dict(evaluation.data),
+        "engine": evaluation.engine,
+        # a parity that is no finite number is None with cells compared: JSON has no NaN
+        "parity": None if parity is None or not math.isfinite(parity) else float(parity),
+        "parity_cells": evaluation.parity_cells,
+        "n_permutations_by_type": None if by_type is None else _to_lists(by_type),
+        "sampling": list(evaluation.sampling),
+        "ablations": None
+        if found is None
+        else {"modes": list(found.modes), **{name: _to_lists(getattr(found, name)) for name in array_shapes(0, 0, 0)}},
+        **{name: _to_lists(getattr(evaluation, name)) for name in _ARRAYS},
+    }
+
+
+def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an evaluation from the plain values of any schema version; ``undefined`` stays plain.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, OverflowError
+        If a field is missing or of another size or kind.
+    """
+    if record["schema_version"] == 1:
+        spec = record["spec"]
+        # settings of now would claim that all ablations were computed
+        spec = {**spec, "ablation": {"modes": ["keep_one"], **spec["ablation"]}}
+        record = {**_NEW_IN_2, **record, "spec": spec}
+    n_heads, n_types, by_type = record["n_heads"], len(record["cell_types"]), record["n_permutations_by_type"]
+    held_out = tuple(record["held_out"])
+    if len(held_out) != n_types:
+        msg = f"held_out has {len(held_out)} entries for {n_types} cell types"
+        raise ValueError(msg)
+    compared = record["parity"] is None and record["parity_cells"]
+    return {
+        "n_heads": n_heads,
+        "cell_types": tuple(record["cell_types"]),
+        "genes": tuple(record["genes"]),
+        "n_permutations": record["n_permutations"],
+        "held_out": held_out,
+        "spec": spec_from_mapping(record["spec"]),
+        "undefined": record["undefined"],
+        "notes": tuple(record["notes"]),
+        "model": record["model"],
+        "data": record["data"],
+        "engine": record["engine"],
+        "parity": math.nan if compared else record["parity"],
+        "parity_cells": record["parity_cells"],
+        "n_permutations_by_type": None if by_type is None else np.array(by_type, dtype=np.int64),
+        "sampling": tuple(record["sampling"]),
+        "ablations": _ablations(record["ablations"], n_heads, n_types),
+        **{
+            name: np.array(record[name], dtype=kind).reshape(_shape(record, dimensions))
+            for name, (kind, dimensions) in _ARRAYS.items()
+        },
+    }
+
+
+def _ablations(record: Mapping[str, Any] | None, n_heads: int, n_types: int) -> HeadAblations | None:
+    if record is None:
+        return None
+    modes = tuple(record["modes"])
+    arrays = {
+        name: np.array(record[name], dtype=np.float64).reshape(shape)
+        for name, shape in array_shapes(len(modes), n_heads, n_types).items()
+    }
+    return HeadAblations(modes=modes, **arrays)
+
+
+def _shape(record: Mapping[str, Any], dimensions: str) -> tuple[int, ...]:
+    sizes = {"H": record["n_heads"], "C": len(record["cell_types"]), "G": len(record["genes"])}
+    return tuple(sizes[name] for name in dimensions)
+
+
+def _to_lists(array: np.ndarray) -> list[Any]:
+    plain = array
+    if np.issubdtype(array.dtype, np.floating):
+        plain = np.where(np.isfinite(array), array, None)  # type: ignore[call-overload]
+    values: list[Any] = plain.tolist()
+    return values

@@ -1,0 +1,264 @@
+"""One receiver type, evaluated by either engine: the same numbers by two ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from amici_eval.model.access import ModelAccess
+from amici_eval.stats.ablations import TypeAblations, ablate
+from amici_eval.stats.explained_variance import explained_variance
+from amici_eval.stats.factor_nulls import factor_exceedances
+from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
+from amici_eval.stats.nulls import MIN_CELLS_TEST, permutation_exceedances
+from amici_eval.stats.permutations import PermutationStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from jaxtyping import Float32, Float64, Int64
+
+    from amici_eval.specs import PermutationSpec
+    from amici_eval.stats.readout import Readout
+    from amici_eval.tissue import ExpressionBlock
+
+__all__ = ["FactorAccess", "TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
+
+DEAD_TOLERANCE = 1e-6
+"""A head whose predictions vary by less than this share of their size varies by float32 rounding alone."""
+_NOT_FINITE = "the head's predictions are not finite"
+_DEAD = "the head predicts the same for all cells (dead head)"
+
+
+@runtime_checkable
+class FactorAccess(ModelAccess, Protocol):
+    """A model on a tissue that also gives what attention brings to each receiver."""
+
+    hooked: ModelAccess
+
+    def head_outputs(
+        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    ) -> Float32[np.ndarray, "cells outputs"]:
+        """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
+        ...
+
+    def predict_literally(
+        self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
+    ) -> Float32[np.ndarray, "keeps cells genes"]:
+        """Return what ``predict`` should, through the model's own forward pass with hooks; for checks."""
+        ...
+
+    def readout(self, cell_type: str) -> Readout:
+        """Return how attention outputs become predicted expression in receivers of a type."""
+        ...
+
+    def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
+        """Yield the measured expression of some cells, block by block, in the order of storage."""
+        ...
+
+    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
+        """Return where some cells lie."""
+        ...
+
+    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
+        """Return the section of some cells, if a sample column was named."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TypeEvaluation:
+    """What the evaluation of one receiver type gives.
+
+    Parameters
+    ----------
+    expl_var_gene, expl_var
+        Of each head kept alone, shape (heads, genes) and (heads,).
+    full, none
+        Of the whole model and of the model without heads, over all genes.
+    constant_genes
+        Genes that do not vary over the cells.
+    exceedances
+        Shape (heads,); -1 where there is no test.
+    n_permutations, sampling
+        Of the test; 0 and ``""`` without one.
+    dead
+        Reasons by head number.
+    no_test
+        Why no head has a test, if that is so.
+    ablations
+        Explained variance by mode, shape (heads,) each.
+    catalogue
+        The same and more from the factored engine.
+    moments
+        From the factored engine.
+    """
+
+    expl_var_gene: Float64[np.ndarray, "heads genes"]
+    expl_var: Float64[np.ndarray, " heads"]
+    full: float
+    none: float
+    constant_genes: np.ndarray
+    exceedances: Int64[np.ndarray, " heads"]
+    n_permutations: int
+    sampling: str
+    dead: dict[int, str] = field(default_factory=dict)
+    no_test: str | None = None
+    ablations: dict[str, Float64[np.ndarray, " heads"]] = field(default_factory=dict)
+    catalogue: TypeAblations | None = None
+    moments: TypeMoments | None = None
+
+
+def evaluate_type_by_hooks(
+    access: ModelAccess,
+    cell_type: str,
+    rows: Int64[np.ndarray, " cells"],
+    *,
+    test: PermutationSpec,
+    n_permutations: int,
+    modes: Sequence[str],
+    on_cells: Callable[[int], None],
+    on_permutations: Callable[[int], None],
+) -> TypeEvaluation:
+    """Evaluate one type from predictions of every ablation, cells x genes each."""
+    n_heads, n_cells = access.card.n_heads, len(rows)
+    targets = access.expression(rows)
+    everyone = range(n_heads)
+    without = [tuple(h for h in everyone if h != head) for head in everyone] if "leave_one_out" in modes else []
+    keeps = [*((head,) for head in everyone), None, (), *without]
+    predictions = access.predict(rows, keeps=keeps, progress=on_cells)
+    fits = [explained_variance(prediction, targets) for prediction in predictions]
+    constant = fits[0].constant_genes
+    ablations = {"keep_one": np.array([fit.aggregated for fit in fits[:n_heads]])}
+    if without:
+        ablations["leave_one_out"] = np.array([fit.aggregated for fit in fits[n_heads + 2 :]])
+    no_test = _why_no_test(n_cells, constant)
+    sampling = _sampling(test.sampling, n_cells, n_permutations)
+    exceedances, dead, drawn = np.full(n_heads, -1, dtype=np.int64), {}, 0
+    stream = PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells)
+    if no_test is None:
+        if sampling == "cyclic":
+            # predictions are factors too: as many as there are genes
+            unmoving = [_is_dead(prediction) for prediction in predictions[:n_heads]]
+            counts = factor_exceedances(
+                np.nan_to_num(predictions[:n_heads].transpose(1, 2, 0)),
+                np.repeat(targets[:, :, None], n_heads, axis=2),
+                stream=stream,
+                n_permutations=n_permutations,
+                sampling=sampling,
+                dead=np.array(unmoving),
+                device=access.statistics_device,
+                progress=on_permutations,
+            )
+        else:
+            counts = permutation_exceedances(
+                predictions[:n_heads],
+                targets,
+                stream=stream,
+                n_permutations=n_permutations,
+                device=access.statistics_device,
+                progress=on_permutations,
+            )
+        drawn = counts.n_permutations
+        exceedances = np.where(counts.dead, -1, counts.exceedances)
+        dead = {
+            int(head): _DEAD if np.isfinite(predictions[head]).all() else _NOT_FINITE
+            for head in np.flatnonzero(counts.dead)
+        }
+    return TypeEvaluation(
+        expl_var_gene=np.stack([fit.per_gene for fit in fits[:n_heads]]),
+        expl_var=np.array([fit.aggregated for fit in fits[:n_heads]]),
+        full=fits[n_heads].aggregated,
+        none=fits[n_heads + 1].aggregated,
+        constant_genes=constant,
+        exceedances=exceedances,
+        n_permutations=drawn,
+        sampling=sampling if no_test is None else "",
+        dead=dead,
+        no_test=no_test,
+        ablations=ablations,
+    )
+
+
+def evaluate_type_by_factors(
+    access: FactorAccess,
+    cell_type: str,
+    rows: Int64[np.ndarray, " cells"],
+    outputs: Float32[np.ndarray, "cells outputs"],
+    tiles: Int64[np.ndarray, " cells"],
+    *,
+    test: PermutationSpec,
+    n_permutations: int,
+    modes: Sequence[str],
+    on_permutations: Callable[[int], None],
+) -> TypeEvaluation:
+    """Evaluate one type from what attention brought to its cells; no prediction of cells x genes is formed."""
+    n_heads, n_cells = access.card.n_heads, len(rows)
+    readout = access.readout(cell_type)
+    moments = gather_moments(
+        outputs, readout, access.expression_blocks(rows), tiles=tiles, device=access.statistics_device
+    )
+    per_gene, overall = moments.explained_variance()
+    target_ss = moments.target_ss
+    catalogue = None
+    # asked this way round, a prediction that is not finite is dead
+    alive = moments.predicted_ss > DEAD_TOLERANCE**2 * moments.predicted_size
+    if target_ss > 0.0 and np.isfinite(outputs).all():
+        catalogue = ablate(
+            outputs, moments.projected, target_ss, readout, modes=modes, seed=test.seed, cell_type=cell_type
+        )
+    no_test = _why_no_test(n_cells, moments.constant_genes)
+    exceedances, drawn, sampling = np.full(n_heads, -1, dtype=np.int64), 0, ""
+    if no_test is None:
+        sampling = _sampling(test.sampling, n_cells, n_permutations)
+        factors, images = factors_of(outputs, moments, readout)
+        counts = factor_exceedances(
+            factors,
+            images,
+            stream=PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells),
+            n_permutations=n_permutations,
+            sampling=sampling,
+            dead=~alive,
+            device=access.statistics_device,
+            progress=on_permutations,
+        )
+        drawn = counts.n_permutations
+        exceedances = np.where(counts.dead, -1, counts.exceedances)
+    finite = np.isfinite(moments.predicted_ss)
+    return TypeEvaluation(
+        expl_var_gene=per_gene,
+        expl_var=overall,
+        full=float("nan") if catalogue is None else catalogue.full,
+        none=float("nan") if catalogue is None else catalogue.none,
+        constant_genes=moments.constant_genes,
+        exceedances=exceedances,
+        n_permutations=drawn,
+        sampling=sampling,
+        dead={}
+        if no_test is not None
+        else {int(head): _DEAD if finite[head] else _NOT_FINITE for head in np.flatnonzero(exceedances < 0)},
+        no_test=no_test,
+        ablations={"keep_one": overall}
+        if catalogue is None
+        else {mode: getattr(catalogue, mode) for mode in modes} | {"keep_one": overall},
+        catalogue=catalogue,
+        moments=moments,
+    )
+
+
+def _why_no_test(n_cells: int, constant_genes: np.ndarray) -> str | None:
+    if n_cells < MIN_CELLS_TEST:
+        return f"{n_cells} cells; a test needs at least {MIN_CELLS_TEST}"
+    return f"no gene varies over the {n_cells} cells" if constant_genes.all() else None
+
+
+def _sampling(asked: str, n_cells: int, n_permutations: int) -> str:
+    """Return the sampling of a type: a cyclic group has no more shifts than cells, too few to reach a small p."""
+    return "independent" if n_cells < n_permutations + 1 else asked
+
+
+def _is_dead(prediction: Float32[np.ndarray, "cells genes"]) -> bool:
+    wide = prediction.astype(np.float64)
+    spread = float(np.linalg.norm(wide - wide.mean(axis=0)))
+    return not spread > DEAD_TOLERANCE * float(np.linalg.norm(wide))

@@ -1,0 +1,460 @@
+"""The factored engine against the model's own forward pass."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from amici_eval.evaluation import check_parity, evaluate_access
+from amici_eval.model import factored
+from amici_eval.model.access import open_access
+from amici_eval.model.attention import attend, compiled_attention
+from amici_eval.model.checkpoint import card_of, own_data_loader
+from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
+from amici_eval.model.factored import FactoredAccess, why_not_factored
+from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
+from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec
+from amici_eval.tissue import prepare
+
+pytestmark = pytest.mark.amici
+
+FLOAT32 = 1e-5
+KEEPS = [(0,), (1,), (0, 1), None, ()]
+
+
+def opened(model, adata, **settings):
+    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
+    return open_access(model, tissue, AblationSpec(device="cpu", **settings))
+
+
+def settings_of(module) -> dict:
+    norms = {name: part.eps for name, part in module.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    return {
+        "n_heads": module.n_heads,
+        "attention_dummy_score": module.attention_layer.dummy_attn_score,
+        "pos_coef_offset": module.pos_coef_offset,
+        "distance_kernel_unit_scale": module.distance_kernel_unit_scale,
+        "epsilons": norms,
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"n_heads": 1},
+        {"n_heads": 3, "n_head_size": 5},
+        {"n_nn_embed": 11},  # as many as genes: no projection of the gene embedding
+        {"n_nn_embed": 12, "n_heads": 3, "n_kv_dim": 4},  # no projection, hence no norm, of keys and values
+        {"n_label_embed": 6, "n_heads": 3, "n_query_dim": 2},  # no projection of the queries
+        {"distance_kernel_unit_scale": 30.0, "attention_dummy_score": -1.0, "pos_coef_offset": 0.5},
+        {"attention_penalty_coef": 0.1, "value_l1_penalty_coef": 0.1},
+    ],
+)
+def test_tables_and_readout_give_the_forward_pass(sizes):
+    from amici import AMICIModule
+
+    base = {"n_heads": 2, "n_head_size": 4, "n_nn_embed": 8, "n_nn_embed_hidden": 9, "n_kv_dim": 8, "n_query_dim": 8}
+    n_genes, n_types, n_cells, n_neighbors = 11, 3, 40, 7
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(5)
+        module = AMICIModule(
+            n_genes=n_genes, n_labels=n_types, empirical_ct_means=torch.rand(n_types, n_genes), **(base | sizes)
+        ).eval()
+        for parameter in module.parameters():  # norms start with weight 1 and bias 0, which would hide mistakes
+            parameter += 0.3 * torch.randn_like(parameter)
+        x, index = torch.rand(n_cells, n_genes), torch.randint(0, n_cells, (n_cells, n_neighbors))
+        distance, labels = 20 * torch.rand(n_cells, n_neighbors), torch.randint(0, n_types, (n_cells, 1))
+        weights = EncoderWeights.from_state(module.state_dict(), settings_of(module), device="cpu")
+        tables = SenderTables.empty(weights, n_cells, device="cpu")
+        needed = torch.rand(n_cells, n_types) < 0.5
+        needed[index, labels] = True
+        order = torch.randperm(n_cells)
+        for part in order.split(13):
+            embed_senders(weights, x[part], needed[part], part, tables)
+        outputs = attend(
+            tables,
+            index.numpy().astype(np.int32),
+            distance.numpy(),
+            labels[:, 0].numpy(),
+            dummy_score=weights.dummy_score,
+        )
+        for keep in [None, (), *((head,) for head in range(module.n_heads))]:
+            with keep_heads(module, keep):
+                _, found = module({"X": x, "labels": labels, "nn_x": x[index], "nn_dist": distance}, compute_loss=False)
+            for code in range(n_types):
+                of_type = labels[:, 0].numpy() == code
+                ours = weights.readouts[code].predict(outputs[of_type], keep)
+                np.testing.assert_allclose(ours, found["prediction"].numpy()[of_type], atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_predictions_are_those_of_the_hooked_engine(trained, adata):
+    rows = np.random.default_rng(0).permutation(adata.n_obs)[:90]
+    with opened(trained, adata) as access:
+        assert isinstance(access, FactoredAccess)
+        done = []
+        ours = access.predict(rows, keeps=KEEPS, progress=done.append)
+        np.testing.assert_allclose(ours, access.hooked.predict(rows, keeps=KEEPS), atol=FLOAT32, rtol=0)
+        np.testing.assert_allclose(access.predict_literally(rows, keeps=KEEPS), ours, atol=FLOAT32, rtol=0)
+        assert sum(done) == len(rows) * len(KEEPS)
+        assert access.predict(rows[:0], keeps=[None]).shape == (1, 0, adata.n_vars)
+
+
+def test_one_pass_for_all_ablations_is_the_literal_one(trained, adata):
+    rows = np.arange(30)
+    with opened(trained, adata, engine="hooked", batch_size=7) as access:
+        np.testing.assert_allclose(
+            access.predict_side_by_side(rows, keeps=KEEPS), access.predict(rows, keeps=KEEPS), atol=1e-6, rtol=0
+        )
+        layer = access.module.attention_layer
+        assert not layer.hook_pattern.fwd_hooks
+        assert not layer.hook_output.fwd_hooks
+
+
+def outputs_of(model, adata, rows, *, tile=None, chunk=None, memory=None):
+    with opened(model, adata, memory_budget=memory) as access:
+        access._tile = tile or access._tile
+        access._chunk = chunk or access._chunk
+        done = []
+        outputs = access.head_outputs(rows, progress=done.append)
+        assert sum(done) == len(rows)
+        return outputs
+
+
+def test_tiles_chunks_memory_and_the_order_of_rows_change_nothing(trained, adata):
+    rows = np.random.default_rng(2).permutation(adata.n_obs)
+    whole = outputs_of(trained, adata, rows)
+    assert np.abs(whole).max() > 1e-3
+    for settings in ({"tile": 37}, {"chunk": 3}, {"tile": 101, "chunk": 64}, {"memory": "1MB"}):
+        np.testing.assert_allclose(outputs_of(trained, adata, rows, **settings), whole, atol=FLOAT32, rtol=0)
+    backwards = outputs_of(trained, adata, rows[::-1])
+    np.testing.assert_allclose(backwards[::-1], whole, atol=FLOAT32, rtol=0)
+    some = outputs_of(trained, adata, rows[:11], tile=4)
+    np.testing.assert_allclose(some, whole[:11], atol=FLOAT32, rtol=0)
+
+
+def test_the_memory_budget_bounds_the_tables(trained, adata, monkeypatch):
+    sizes = []
+    empty = SenderTables.empty
+
+    def counted(weights, n_senders, *, device):
+        sizes.append(n_senders * weights.bytes_per_sender)
+        return empty(weights, n_senders, device=device)
+
+    monkeypatch.setattr(factored, "_LEAST_TILE", 8)
+    monkeypatch.setattr(SenderTables, "empty", counted)
+    with opened(trained, adata, memory_budget="1MB") as access:
+        assert access.memory_bytes == 10**6
+        access._memory = 20 * access._weights.bytes_per_sender
+        access._tile = 13
+        access.head_outputs(np.arange(adata.n_obs))
+    assert len(sizes) == -(-adata.n_obs // 13)
+
+
+def test_compiled_and_plain_attention_agree():
+    if compiled_attention() is None:
+        pytest.skip("numba is not installed")
+    rng = np.random.default_rng(0)
+    tables = SenderTables(
+        values=torch.from_numpy(rng.normal(size=(50, 15)).astype(np.float32)),
+        pairs=torch.from_numpy(rng.exponential(size=(50, 4, 2, 3)).astype(np.float32)),
+    )
+    slots = rng.integers(0, 50, (9000, 6)).astype(np.int32)
+    distances = rng.exponential(40.0, (9000, 6)).astype(np.float32)
+    types = rng.integers(0, 4, 9000)
+    ours = attend(tables, slots, distances, types, dummy_score=0.5, compiled=True)
+    plain = attend(tables, slots, distances, types, dummy_score=0.5, compiled=False)
+    np.testing.assert_allclose(ours, plain, atol=1e-6, rtol=0)
+    by_hand = []
+    for h in range(3):
+        pairs = tables.pairs[slots[7], types[7], :, h].numpy()
+        weight = np.exp(np.array([*(pairs[:, 0] - pairs[:, 1] * distances[7]), 0.5]))
+        values = tables.values[slots[7], 5 * h : 5 * h + 5].numpy()
+        by_hand.append((weight[:-1, None] * values).sum(axis=0) / weight.sum())
+    np.testing.assert_allclose(ours[7], np.concatenate(by_hand), atol=1e-6)
+
+
+def test_without_numba_attention_is_plain_torch(monkeypatch, trained, adata):
+    rows = np.arange(40)
+    whole = outputs_of(trained, adata, rows)
+    monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
+    np.testing.assert_allclose(outputs_of(trained, adata, rows), whole, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="needs numba"):
+        attend(
+            SenderTables(torch.zeros(1, 1), torch.zeros(1, 1, 2, 1)), None, None, None, dummy_score=0.0, compiled=True
+        )
+
+
+def test_out_of_memory_halves_the_work_and_goes_on(trained, adata, monkeypatch, caplog):
+    rows = np.arange(adata.n_obs)
+    whole = outputs_of(trained, adata, rows)
+    failures = itertools.count()
+    literal = factored.embed_senders
+
+    def scarce(weights, expression, *others):
+        if len(expression) > 100:
+            next(failures)
+            raise torch.OutOfMemoryError
+        return literal(weights, expression, *others)
+
+    monkeypatch.setattr(factored, "embed_senders", scarce)
+    with caplog.at_level(logging.WARNING), opened(trained, adata) as access:
+        outputs = access.head_outputs(rows)
+    np.testing.assert_allclose(outputs, whole, atol=FLOAT32, rtol=0)
+    assert next(failures) >= 2
+    assert "out of memory on cpu" in caplog.text
+    monkeypatch.setattr(factored, "embed_senders", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with opened(trained, adata) as access, pytest.raises(torch.OutOfMemoryError):
+        access.head_outputs(rows)
+
+
+# --- when the model's own forward pass is needed
+
+
+def test_hooks_replaced_methods_and_other_parts_need_the_forward_pass(native):
+    module = native.module
+    assert why_not_factored(module) is None
+    with added_hook(module.attention_layer.hook_z, lambda z, hook: z):
+        assert "hooks of its own on attention_layer.hook_z" in why_not_factored(module)
+    handle = module.linear_head.register_forward_hook(lambda *_: None)
+    assert "linear_head" in why_not_factored(module)
+    handle.remove()
+    module.nn_embed.forward = module.nn_embed.forward
+    assert "forward pass of its part nn_embed was replaced" in why_not_factored(module)
+    del module.nn_embed.forward
+    before = module.linear_head
+    module.linear_head = torch.nn.Sequential(before)
+    assert "linear_head" in why_not_factored(module)
+    module.linear_head = before
+    assert "float32" in why_not_factored(module.double())
+    assert "OtherModule" in why_not_factored(other_module(module))
+
+
+def other_module(module):
+    class OtherModule(type(module)):
+        pass
+
+    other = OtherModule.__new__(OtherModule)
+    other.__dict__ = module.__dict__
+    return other
+
+
+def test_a_model_with_hooks_of_its_own_is_evaluated_through_them(native, adata, caplog):
+    def louder(z, hook):
+        return 3.0 * z
+
+    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=5), ablation=AblationSpec(device="cpu"))
+    with opened(native, adata) as access:
+        plain = evaluate_access(access, quick)
+    with added_hook(native.module.attention_layer.hook_z, louder):
+        with caplog.at_level(logging.WARNING), opened(native, adata) as access:
+            assert access.engine == "hooked"
+            with_hook = evaluate_access(access, quick)
+        assert len(native.module.attention_layer.hook_z.fwd_hooks) == 1
+    assert plain.engine == "factored"
+    assert with_hook.engine == "hooked"
+    assert not np.allclose(plain.expl_var, with_hook.expl_var, atol=1e-4)
+    assert "hooks of its own" in caplog.text
+    assert any("hooked engine" in note for note in with_hook.notes)
+
+
+def test_an_engine_that_disagrees_gives_way(trained, adata, caplog):
+    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
+    with opened(trained, adata, engine="hooked") as access:
+        literal = evaluate_access(access, quick)
+    with caplog.at_level(logging.WARNING), opened(trained, adata) as access:
+        access._weights.values.bias.add_(0.05)
+        fallen_back = evaluate_access(access, quick)
+    assert fallen_back.engine == "hooked"
+    assert fallen_back.parity > 1e-3
+    assert fallen_back.parity_cells > 0
+    assert "predictions differ" in caplog.text
+    assert any("predictions differ" in note for note in fallen_back.notes)
+    np.testing.assert_array_equal(fallen_back.expl_var_gene, literal.expl_var_gene)
+    np.testing.assert_array_equal(fallen_back.exceedances, literal.exceedances)
+
+
+def test_predictions_that_are_not_numbers_are_no_parity(trained, adata):
+    with opened(trained, adata) as access:
+        access._weights.values.bias.fill_(torch.nan)
+        assert not check_parity(access, access.receivers()).holds
+
+
+# --- both engines
+
+
+@pytest.mark.parametrize("sampling", ["independent", "cyclic"])
+def test_both_engines_give_the_same_evaluation(trained, adata, sampling):
+    test = PermutationSpec(n_permutations=59, sampling=sampling)
+    found = {}
+    for engine in ("factored", "hooked"):
+        with opened(trained, adata, engine=engine, modes=("leave_one_out",)) as access:
+            found[engine] = evaluate_access(
+                access, EvaluationSpec(permutation=test, ablation=AblationSpec(engine=engine, modes=("leave_one_out",)))
+            )
+    ours, literal = found["factored"], found["hooked"]
+    assert (ours.engine, literal.engine) == ("factored", "hooked")
+    assert ours.parity < FLOAT32
+    assert literal.parity is None
+    for name in ("expl_var_gene", "expl_var", "expl_var_full", "expl_var_none"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(literal, name), atol=FLOAT32, rtol=0)
+    np.testing.assert_array_equal(ours.exceedances, literal.exceedances)
+    assert 0 < ours.exceedances.max()
+    np.testing.assert_array_equal(ours.n_permutations_by_type, literal.n_permutations_by_type)
+    assert set(ours.sampling) == set(literal.sampling)
+    assert sampling in ours.sampling
+    expected = ours.n_cells - 1 if sampling == "cyclic" else np.full(len(ours.n_cells), 59)
+    np.testing.assert_array_equal(ours.n_permutations_by_type, expected)
+    np.testing.assert_allclose(ours.p_value, (ours.exceedances + 1) / (expected + 1))
+    np.testing.assert_allclose(
+        ours.ablations.of("leave_one_out"), literal.ablations.of("leave_one_out"), atol=FLOAT32, rtol=0
+    )
+
+
+def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata):
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=199), ablation=AblationSpec(device="cpu"))
+    counts = []
+    threads = torch.get_num_threads()
+    for tile, chunk, n_threads in ((None, None, 1), (37, 3, 1), (101, 17, 2)):
+        torch.set_num_threads(n_threads)
+        try:
+            with opened(trained, adata) as access:
+                access._tile, access._chunk = tile or access._tile, chunk or access._chunk
+                counts.append(evaluate_access(access, spec).exceedances)
+        finally:
+            torch.set_num_threads(threads)
+    np.testing.assert_array_equal(counts[1], counts[0])
+    np.testing.assert_array_equal(counts[2], counts[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_same_counts(trained, adata):
+    found = []
+    for device in ("cpu", "cuda"):
+        spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=199), ablation=AblationSpec(device=device))
+        tissue = prepare(adata, trained.card, DataSpec())
+        with open_access(trained, tissue, spec.ablation) as access:
+            found.append(evaluate_access(access, spec))
+    np.testing.assert_array_equal(found[1].exceedances, found[0].exceedances)
+    np.testing.assert_allclose(found[1].expl_var_gene, found[0].expl_var_gene, atol=FLOAT32)
+
+
+# --- the catalogue against hooked runs
+
+
+def test_the_catalogue_is_what_hooks_on_the_model_give(trained, adata):
+    """Mean z, resampled z and frozen norm, done to the model itself by hooks."""
+    from amici_eval.stats.explained_variance import explained_variance
+    from amici_eval.stats.permutations import PermutationStream
+
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
+    with opened(trained, adata) as access:
+        found = evaluate_access(access, spec)
+        module, literal = access.hooked.module, access.hooked
+        literal._batch_size = 10**6
+        cell_type, rows = next(iter(access.receivers().items()))
+        targets = access.expression(rows)
+        index = found.cell_types.index(cell_type)
+
+        def ev(point, hook, keep=None):
+            with added_hook(point, hook):
+                return explained_variance(literal.predict(rows, keeps=[keep])[0], targets).aggregated
+
+        stream = PermutationStream(seed=0, cell_type=cell_type, n_cells=len(rows), stratum="resampled_z")
+        permutations = torch.from_numpy(stream.batch(0, 8).astype(np.int64))
+        for head in range(2):
+
+            def mean_z(z, hook, head=head):
+                z = z.clone()
+                z[:, :, head] = z[:, :, head].mean(dim=0)
+                return z
+
+            assert found.ablations.of("mean_z")[head, index] == pytest.approx(
+                ev(module.attention_layer.hook_z, mean_z), abs=FLOAT32
+            )
+            values = []
+            for permutation in permutations:
+
+                def resampled(z, hook, head=head, permutation=permutation):
+                    z = z.clone()
+                    z[:, :, head] = z[permutation, :, head]
+                    return z
+
+                values.append(ev(module.attention_layer.hook_z, resampled))
+            assert found.ablations.of("resampled_z")[head, index] == pytest.approx(np.mean(values), abs=FLOAT32)
+
+        # the divisor of the whole model's layer norm, by a look at what goes in
+        norm, taken = module.attention_layer.norm_o, []
+        handle = norm.register_forward_pre_hook(lambda part, inputs: taken.append(inputs[0]))
+        literal.predict(rows, keeps=[None])
+        handle.remove()
+        sigma = (taken[0].var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+
+        def frozen(part, inputs, output):
+            centred = inputs[0] - inputs[0].mean(dim=-1, keepdim=True)
+            return centred / sigma * part.weight + part.bias
+
+        for head in range(2):
+            handle = norm.register_forward_hook(frozen)
+            value = explained_variance(literal.predict(rows, keeps=[(head,)])[0], targets).aggregated
+            handle.remove()
+            assert found.ablations.of("frozen_norm")[head, index] == pytest.approx(value, abs=FLOAT32)
+        # two heads: every coalition is one of those that hooks give directly
+        whole = {keep: explained_variance(literal.predict(rows, keeps=[keep])[0], targets).aggregated for keep in KEEPS}
+        first = ((whole[(0,)] - whole[()]) + (whole[None] - whole[(1,)])) / 2
+        assert found.ablations.of("shapley")[0, index] == pytest.approx(first, abs=FLOAT32)
+        together = whole[None] - whole[(0,)] - whole[(1,)] + whole[()]
+        assert found.ablations.interaction[index, 0, 1] == pytest.approx(together, abs=FLOAT32)
+
+
+# --- faint attention
+
+
+def test_far_neighbours_get_no_denormal_attention(native, adata):
+    adata.obsm["spatial"] = adata.obsm["spatial"] * 60.0  # pixels
+    taken = []
+    with opened(native, adata, engine="hooked") as access:
+        rows, literal = np.arange(50), access.module.attention_layer
+        with added_hook(literal.hook_pattern, lambda pattern, hook: taken.append(pattern.clone())):
+            ours = access.predict(rows, keeps=[None])[0]
+            _, plain = access.module(access._tensors(rows), compute_loss=False)
+        assert not literal.hook_attn_scores.fwd_hooks
+    flushed, unflushed = taken
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((unflushed > 0) & (unflushed < tiny)).any()
+    assert not ((flushed > 0) & (flushed < tiny)).any()
+    np.testing.assert_allclose(ours, plain["prediction"].numpy(), atol=1e-6, rtol=0)
+    # the process still computes with denormal floats
+    assert float(torch.tensor(tiny) / 2) > 0.0
+    assert np.float32(tiny) / np.float32(2) > 0.0
+
+
+def test_hooks_on_scores_leave_when_the_body_raises(native):
+    layer = native.module.attention_layer
+    seen = []
+
+    def body():
+        with faint_attention_is_zero(native.module):
+            seen.append(len(layer.hook_attn_scores.fwd_hooks))
+            raise RuntimeError("body")
+
+    with pytest.raises(RuntimeError, match="body"):
+        body()
+    assert seen == [1]
+    assert not layer.hook_attn_scores.fwd_hooks
+
+
+def test_nothing_handed_in_changes(native, adata):
+    before = {name: tensor.clone() for name, tensor in native.module.state_dict().items()}
+    state = torch.get_rng_state()
+    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=5), ablation=AblationSpec(device="cpu"))
+    native.module.train()
+    with own_data_loader(), opened(native, adata) as access:
+        evaluate_access(access, quick)
+    assert native.module.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in native.module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
