@@ -14,7 +14,7 @@ help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
 	@echo "make test   install and run the tests"
 	@echo "make lint   install and run ruff, mypy and import-linter"
-	@echo "make bench  time against amici-st on the same model and data"
+	@echo "make bench  measure speed and memory beside amici-st and write docs/performance.md: about 25 min"
 	@echo "make clean  remove what the above made"
 
 install: $(VENV)/installed
@@ -40,8 +40,8 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/python -m tests.benchmarks.against_reference
+	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) demo-output amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo-output benchmark-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

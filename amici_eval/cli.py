@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if "--help" in rest or "-h" in rest:
         print(HELP)  # noqa: T201, RUF100
         sys.exit(0)
+    _interrupts.clear()
     _set_up_process()
     try:
         code = _run(command, rest)
@@ -84,14 +85,22 @@ class _TerminatedError(KeyboardInterrupt):
     """SIGTERM, handled as Ctrl-C is."""
 
 
-def _on_sigterm(signum: int, frame: object) -> None:  # noqa: ARG001, RUF100 - the signal module's signature
-    raise _TerminatedError
+_interrupts: list[type[KeyboardInterrupt]] = []
+"""Signals that came. Python drops what a handler raises while garbage is collected (JAX runs code there), so that long
+work asks again."""
+
+
+def _on_signal(signum: int, frame: object) -> None:  # noqa: ARG001, RUF100 - the signal module's signature
+    _interrupts.append(KeyboardInterrupt if signum == signal.SIGINT else _TerminatedError)
+    raise _interrupts[-1]
 
 
 def _set_up_process() -> None:
-    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal must not leave a run RUNNING either
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _on_sigterm)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a closed terminal must not leave a run RUNNING either
+        number = getattr(signal, name, None)
+        # a job in the background of a shell ignores Ctrl-C, and so it stays
+        if number is not None and (name != "SIGINT" or signal.getsignal(number) is not signal.SIG_IGN):
+            signal.signal(number, _on_signal)
     # MLflow's default retries keep a user waiting for minutes when a server is gone
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -356,6 +365,8 @@ class _reporter:  # noqa: N801, RUF100 - used as a context manager function
             self._bar.close()
 
     def _report(self, done: int, total: int, what: str) -> None:
+        if _interrupts:
+            raise _interrupts[-1]
         if sys.stderr.isatty():
             self._show_bar(done, total, what)
             return
@@ -374,6 +385,6 @@ class _reporter:  # noqa: N801, RUF100 - used as a context manager function
         if self._bar is None or self._bar.total != total:
             if self._bar is not None:
                 self._bar.close()
-            self._bar = tqdm(total=total, unit_scale=True, unit="cell·head", file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(total=total, unit_scale=True, unit="step", file=sys.stderr, dynamic_ncols=True)
         self._bar.set_description(what, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 import amici_eval
 from amici_eval.data import content_digest
 from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
+from amici_eval.moments import Moments
 from amici_eval.names import slugify
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
@@ -55,11 +56,15 @@ def test_a_run_holds_the_contract(registry, tmp_path):
         "tables/heads.csv",
         "tables/baselines.csv",
         "tables/labels.csv",
+        "tables/ablations.csv",
+        "tables/head_interactions.csv",
+        "moments.npz",
         "significance.json",
         "config/resolved.yaml",
         "report.html",
         "evaluation.json",
         *(f"figures/expl_variance_barplot_per_head.{suffix}" for suffix in ("png", "svg")),
+        *(f"figures/{name}.{suffix}" for name in ("ablations", "head_interactions") for suffix in ("png", "svg")),
         *(f"figures/expl_variance_heatmap_{slugify(name)}.{suffix}" for name in types for suffix in ("png", "svg")),
     }
     assert tuple(pd.read_csv(folder / "tables/explained_variance.csv").columns) == GENE_COLUMNS
@@ -70,7 +75,21 @@ def test_a_run_holds_the_contract(registry, tmp_path):
     assert list(baselines.columns) == ["ct_name", "baseline", "expl_var"]
     assert set(baselines["baseline"]) == {"full_model", "no_head"}
     assert list(pd.read_csv(folder / "tables/labels.csv").columns) == ["kind", "slug", "label"]
-    assert json.loads((folder / "significance.json").read_text())["schema_version"] == 1
+    assert json.loads((folder / "significance.json").read_text())["schema_version"] == 2
+    assert result.evaluation.engine == "factored"
+    assert logged.data.metrics["parity/max_abs_difference"] == result.evaluation.parity < 1e-4
+    assert list(pd.read_csv(folder / "tables/ablations.csv").columns) == [
+        "head",
+        "ct_name",
+        "mode",
+        "expl_var",
+        "delta_full",
+    ]
+    assert len(pd.read_csv(folder / "tables/ablations.csv")) == 2 * len(types) * 7
+    assert len(pd.read_csv(folder / "tables/head_interactions.csv")) == len(types)
+    np.testing.assert_allclose(
+        Moments.load(folder / "moments.npz").explained_variance(), result.evaluation.expl_var, atol=1e-6
+    )
     assert (folder / "config/resolved.yaml").read_text() == "a: 1\n"
     # metrics, params, dataset, and the links both ways
     for index, cell_type in enumerate(types):
