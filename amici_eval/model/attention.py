@@ -22,6 +22,12 @@ FAINT = 80.0
 """A neighbour whose score lies this far below the strongest has weight 0: exp(-80) is 2e-35. Far ones would have
 denormal weights, with which processors compute many times slower."""
 
+# constants of the compiled kernel, in its precision
+FAINTEST, ZERO, HALF, ONE = np.float32(-FAINT), np.float32(0.0), np.float32(0.5), np.float32(1.0)
+LOG2_E, LN_2_HIGH, LN_2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
+EXP_5, EXP_4, EXP_3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+EXP_2, EXP_1 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1)
+
 _ROWS_PER_TASK = 4096
 _GATHERED_ENTRIES = 2**24
 
@@ -131,40 +137,57 @@ def compiled_attention() -> Callable[..., Any] | None:
     ) -> None:
         n_neighbours = slots.shape[1]
         head_size = values.shape[1] // n_heads
-        faint = np.float32(FAINT)
-        weights = np.empty((n_neighbours, n_heads), dtype=np.float32)
+        n_scores = n_neighbours * n_heads
+        scores = np.empty(n_scores, dtype=np.float32)
+        # a power of two is written as the exponent bits of a float
+        exponents = np.empty(n_scores, dtype=np.int32)
+        powers = exponents.view(np.float32)
         strongest = np.empty(n_heads, dtype=np.float32)
         total = np.empty(n_heads, dtype=np.float32)
         for i in range(slots.shape[0]):
-            code = types[i]
             strongest[:] = dummy_score
             for k in range(n_neighbours):
-                row = slots[i, k]
+                pair = pairs[slots[i, k], types[i]]
                 distance = distances[i, k]
                 for h in range(n_heads):
-                    score = pairs[row, code, 0, h] - pairs[row, code, 1, h] * distance
-                    weights[k, h] = score
+                    score = pair[0, h] - pair[1, h] * distance
+                    scores[k * n_heads + h] = score
                     strongest[h] = max(strongest[h], score)
-            for h in range(n_heads):
-                below = dummy_score - strongest[h]
-                total[h] = np.exp(below) if below > -faint else np.float32(0.0)
             for k in range(n_neighbours):
                 for h in range(n_heads):
-                    below = weights[k, h] - strongest[h]
-                    weight = np.exp(below) if below > -faint else np.float32(0.0)
-                    weights[k, h] = weight
-                    total[h] += weight
-            for k in range(n_neighbours):
-                row = slots[i, k]
-                for h in range(n_heads):
-                    weight = weights[k, h]
-                    if weight == np.float32(0.0):
-                        continue
-                    for c in range(h * head_size, (h + 1) * head_size):
-                        out[i, c] += weight * values[row, c]
+                    scores[k * n_heads + h] -= strongest[h]
+            # exp as 2^n * polynomial (the coefficients of Cephes' expf), a loop without calls so that it is vectorised
+            for j in range(n_scores):
+                x = max(scores[j], FAINTEST)
+                whole = np.floor(x * LOG2_E + HALF)
+                x = x - whole * LN_2_HIGH - whole * LN_2_LOW
+                p = EXP_5
+                p = p * x + EXP_4
+                p = p * x + EXP_3
+                p = p * x + EXP_2
+                p = p * x + EXP_1
+                p = p * x + HALF
+                exponents[j] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+                scores[j] = p * x * x + x + ONE if scores[j] > FAINTEST else ZERO
             for h in range(n_heads):
-                inverse = np.float32(1.0) / total[h]
+                total[h] = np.exp(dummy_score - strongest[h]) if dummy_score - strongest[h] > FAINTEST else ZERO
+            for j in range(n_scores):
+                scores[j] *= powers[j]
+            for k in range(n_neighbours):
+                for h in range(n_heads):
+                    total[h] += scores[k * n_heads + h]
+            row_out = out[i]
+            for k in range(n_neighbours):
+                row = values[slots[i, k]]
+                for h in range(n_heads):
+                    weight = scores[k * n_heads + h]
+                    if weight != ZERO:
+                        first = h * head_size
+                        for c in range(head_size):
+                            row_out[first + c] += weight * row[first + c]
+            for h in range(n_heads):
+                inverse = ONE / total[h]
                 for c in range(h * head_size, (h + 1) * head_size):
-                    out[i, c] *= inverse
+                    row_out[c] *= inverse
 
     return kernel

@@ -180,7 +180,8 @@ def _fold(w: dict[str, Tensor], settings: Mapping[str, Any], device: str) -> Enc
     n_types = types.shape[0]
 
     def put(tensor: Tensor) -> Tensor:
-        return tensor.to(device=device, dtype=torch.float32).contiguous()
+        # first to float32: Apple GPUs have no float64
+        return tensor.float().contiguous().to(device)
 
     def affine(name: str) -> _Affine:
         return _Affine(put(w[f"{name}.weight"].T), put(w[f"{name}.bias"]))

@@ -116,6 +116,7 @@ def ablate(
     n_sampled_orders: int = DEFAULT_SAMPLED_ORDERS,
     max_exact_heads: int = MAX_EXACT_HEADS,
     chunk_cells: int = CHUNK_CELLS,
+    device: str = "cpu",
 ) -> TypeAblations:
     """Return what an AMICI explains of one cell type under each ablation.
 
@@ -143,6 +144,8 @@ def ablate(
         Up to here all 2**heads coalitions are evaluated.
     chunk_cells
         Cells worked on at a time; changes memory and the last bits.
+    device
+        Torch device that has float64; changes the last bits.
 
     Raises
     ------
@@ -177,7 +180,16 @@ def ablate(
         wanted.append(all_coalitions(n_heads) if exact else order_coalitions(orders).reshape(-1, n_heads))
     distinct, where = np.unique(np.concatenate(wanted), axis=0, return_inverse=True)
     where = where.reshape(-1)
-    moments = coalition_moments(z, projected, readout, coalitions=distinct, chunk_cells=chunk_cells)
+    substitutes = "mean_z" in modes or "resampled_z" in modes
+    moments = coalition_moments(
+        z,
+        projected,
+        readout,
+        coalitions=distinct,
+        chunk_cells=chunk_cells,
+        device=device,
+        keep_own_forms=substitutes,
+    )
     values = moments.values(target_ss)[where]
     full, none, keep_one, leave_one_out, rest = np.split(values, np.cumsum([len(part) for part in wanted[:4]]))
 
@@ -190,10 +202,17 @@ def ablate(
         reason = f"{n_heads} heads; all coalitions are evaluated up to {max_exact_heads}"
 
     mean_z, resampled_z, resampling_error = _missing(n_heads), _missing(n_heads), _missing(n_heads)
-    if "mean_z" in modes or "resampled_z" in modes:
+    if substitutes:
         permutations = _permutations(seed, cell_type, len(z), n_resamples if "resampled_z" in modes else 0)
         substituted = substituted_values(
-            z, projected, target_ss, readout, permutations=permutations, chunk_cells=chunk_cells
+            z,
+            projected,
+            target_ss,
+            readout,
+            permutations=permutations,
+            moments=moments,
+            chunk_cells=chunk_cells,
+            device=device,
         )
         if "mean_z" in modes:
             mean_z = substituted.mean

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +24,8 @@ __all__ = [
     "coalition_moments",
     "coalition_values",
     "pair_mask",
-    "pair_terms",
+    "to_float64",
+    "to_tensor",
 ]
 
 CHUNK_CELLS = 1024
@@ -40,6 +43,7 @@ def coalition_values(
     *,
     coalitions: Bool[np.ndarray, "coalitions heads"] | Int[np.ndarray, "coalitions heads"],
     chunk_cells: int = CHUNK_CELLS,
+    device: str = "cpu",
 ) -> Float64[np.ndarray, " coalitions"]:
     """Return what an AMICI explains of one cell type if only some of its heads are kept, for many sets of heads.
 
@@ -57,6 +61,8 @@ def coalition_values(
         Shape (coalitions, heads), true (1) where a head is kept; the others are set to 0 before the layer norm.
     chunk_cells
         Cells worked on at a time; changes memory and the last bits.
+    device
+        Torch device that has float64.
 
     Returns
     -------
@@ -76,7 +82,7 @@ def coalition_values(
     ``x_S / sigma_S``.
     """
     check_inputs(z, projected, target_ss, readout)
-    moments = coalition_moments(z, projected, readout, coalitions=coalitions, chunk_cells=chunk_cells)
+    moments = coalition_moments(z, projected, readout, coalitions=coalitions, chunk_cells=chunk_cells, device=device)
     return moments.values(target_ss)
 
 
@@ -102,6 +108,9 @@ class CoalitionMoments:
         ``K``.
     n_cells
         How many cells were summed over.
+    own_forms
+        Shape (cells, 2 * heads), if asked for: ``z_h @ matrix_hh @ z_h`` of each head under ``gram``, then under ``K``,
+        on the device that computed them.
     """
 
     kept: Bool[np.ndarray, "coalitions heads"]
@@ -110,17 +119,21 @@ class CoalitionMoments:
     cross: Float64[np.ndarray, "coalitions blocks"]
     product: Float64[np.ndarray, "columns columns"]
     n_cells: int
+    own_forms: torch.Tensor | None = None
 
     def values(self, target_ss: float) -> Float64[np.ndarray, " coalitions"]:
         """Return the explained variance of each coalition under its own layer norm, shape (coalitions,)."""
         n_heads = self.kept.shape[1]
-        blocks = np.concatenate([np.ones((len(self.kept), 1), dtype=bool), self.kept], axis=1)
+        blocks = _with_query(self.kept)
         head_size = (self.mean.shape[1] - 1) // n_heads
-        mean = self.mean * np.concatenate([blocks[:, :1], np.repeat(self.kept, head_size, axis=1)], axis=1)
+        mean = self.mean.copy()
+        mean[:, 1:] *= np.repeat(self.kept, head_size, axis=1)
+        image = torch.from_numpy(mean) @ torch.from_numpy(self.product)
         spread = np.einsum("cp,cp->c", pair_mask(self.kept), self.pairs)
-        spread -= self.n_cells * np.einsum("ck,ck->c", mean @ self.product, mean)
+        spread -= self.n_cells * np.einsum("ck,ck->c", image.numpy(), mean)
         common = np.einsum("cb,cb->c", blocks, self.cross)
-        return np.asarray((2 * common - spread) / target_ss)
+        # without heads all cells get the same prediction, of which sums would leave what rounding makes of 0
+        return np.where(self.kept.any(axis=1), (2 * common - spread) / target_ss, 0.0)
 
     def block_covariances(self, coalition: int) -> Float64[np.ndarray, "blocks blocks"]:
         """Return ``(cells - 1) tr Cov(P_a, P_b)`` of all blocks under one coalition's layer norm, symmetric."""
@@ -142,38 +155,59 @@ def coalition_moments(
     *,
     coalitions: Bool[np.ndarray, "coalitions heads"] | Int[np.ndarray, "coalitions heads"],
     chunk_cells: int = CHUNK_CELLS,
+    device: str = "cpu",
+    keep_own_forms: bool = False,
 ) -> CoalitionMoments:
-    """Return the sums over cells that :func:`coalition_values` rests on; parameters and errors as there."""
+    """Return the sums over cells that :func:`coalition_values` rests on; parameters and errors as there.
+
+    ``keep_own_forms``: whether to keep each head's own quadratic forms, cell by cell.
+    """
     kept = _as_bool(coalitions, readout.n_heads)
-    mask = pair_mask(kept)
     product = readout.weights.T @ readout.weights
-    n_blocks, n_outputs = readout.n_heads + 1, z.shape[1]
-    linear = np.zeros((len(kept), n_outputs + 1 + n_blocks))
-    pairs = np.zeros((len(kept), mask.shape[1]))
-    width = min(chunk_cells, len(z))
+    forms = _PairForms.of(readout, product, device)
+    n_heads, head_size, n_outputs = readout.n_heads, readout.head_size, z.shape[1]
+    mask = to_float64(pair_mask(kept), device)
+    n_pairs, n_features = mask.shape[1], n_outputs + 2 + n_heads
+    linear, pairs = mask.new_zeros(len(kept), n_features), mask.new_zeros(len(kept), n_pairs)
+    # cells are the last axis, so that sums over a head's numbers run along whole vectors of cells; everything is
     # written in place for every chunk: fresh memory of this size costs as much as the arithmetic
-    sigma = np.empty((min(_COALITION_BLOCK, len(kept)), width))
-    features = np.empty((width, linear.shape[1]))
+    width = min(chunk_cells, len(z))
+    feature_room, target_room = mask.new_empty(n_features * width), mask.new_empty((n_outputs + 1) * width)
+    term_room, image_room = mask.new_empty(2 * n_pairs * width), mask.new_empty(2 * n_outputs * width)
+    sigma_room = mask.new_empty(min(_COALITION_BLOCK, len(kept)) * width)
+    own_forms = mask.new_empty(len(z), 2 * n_heads) if keep_own_forms else None
+    left, right = _pairs(n_heads)
+    with_itself = torch.from_numpy(np.flatnonzero((left == right) & (left > 0))).to(device)
     for rows in cell_chunks(len(z), chunk_cells):
-        chunk = features[: rows.stop - rows.start]
-        chunk[:, :n_outputs] = z[rows]
-        chunk[:, n_outputs] = 1.0
-        heads = chunk[:, :n_outputs]
-        chunk[:, n_outputs + 1 :] = _block_dots(heads, projected[rows], readout.n_heads)
-        spread_terms = pair_terms(heads, readout.gram, readout.n_heads).T
-        product_terms = pair_terms(heads, product, readout.n_heads)
+        size = rows.stop - rows.start
+        features, target = _shaped(feature_room, n_features, size), _shaped(target_room, n_outputs + 1, size)
+        heads = features[:n_outputs]
+        heads.copy_(to_tensor(z[rows], device).T)
+        features[n_outputs] = 1.0
+        target.copy_(to_tensor(projected[rows], device).T)
+        features[n_outputs + 1] = target[0]
+        agreement = target[1:].mul_(heads).view(n_heads, head_size, size)
+        torch.sum(agreement, 1, out=features[n_outputs + 2 :])
+        terms = _shaped(term_room, 2, n_pairs, size)
+        forms.write_terms(heads, images=image_room, terms=terms)
+        if own_forms is not None:
+            own_forms[rows] = terms[:, with_itself].view(2 * n_heads, size).T
         for start in range(0, len(kept), _COALITION_BLOCK):
             block = slice(start, start + _COALITION_BLOCK)
-            inverse = np.matmul(mask[block], spread_terms, out=sigma[: len(kept[block]), : len(chunk)])
-            np.maximum(inverse, 0.0, out=inverse)
-            inverse += readout.epsilon
-            np.reciprocal(inverse, out=inverse)
-            pairs[block] += inverse @ product_terms
-            np.sqrt(inverse, out=inverse)
-            linear[block] += inverse @ chunk
-    mean = np.concatenate([linear[:, n_outputs : n_outputs + 1], linear[:, :n_outputs]], axis=1) / len(z)
+            inverse = _shaped(sigma_room, len(kept[block]), size)
+            torch.mm(mask[block], terms[0], out=inverse)
+            inverse.clamp_(min=readout.epsilon).reciprocal_()
+            pairs[block].addmm_(inverse, terms[1].T)
+            linear[block].addmm_(inverse.sqrt_(), features.T)
+    sums = linear.cpu().numpy()
     return CoalitionMoments(
-        kept=kept, mean=mean, pairs=pairs, cross=linear[:, n_outputs + 1 :], product=product, n_cells=len(z)
+        kept=kept,
+        mean=np.concatenate([sums[:, n_outputs : n_outputs + 1], sums[:, :n_outputs]], axis=1) / len(z),
+        pairs=pairs.cpu().numpy(),
+        cross=sums[:, n_outputs + 1 :],
+        product=product,
+        n_cells=len(z),
+        own_forms=own_forms,
     )
 
 
@@ -183,39 +217,73 @@ def cell_chunks(n_cells: int, chunk_cells: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_cells, n_cells))
 
 
-def pair_terms(
-    heads: Float64[np.ndarray, "cells outputs"], matrix: Float64[np.ndarray, "columns columns"], n_heads: int
-) -> Float64[np.ndarray, "cells pairs"]:
-    """Return ``x_a @ matrix_ab @ x_b`` per cell and pair of blocks a <= b, twice that where a < b.
+def to_tensor(array: Float[np.ndarray, ...] | Int[np.ndarray, ...], device: str) -> torch.Tensor:
+    """Return a tensor of the same numbers, on the CPU over the same memory if that can be written to."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
-    Shape (cells, (heads + 1) * (heads + 2) / 2), in the order of ``numpy.triu_indices(heads + 1)``. The sum over the
-    pairs of kept blocks is the quadratic form ``x_S @ matrix @ x_S``.
+
+def to_float64(array: Float[np.ndarray, ...], device: str) -> torch.Tensor:
+    """Return a tensor of its own, in float64."""
+    return torch.tensor(array, dtype=torch.float64, device=device)
+
+
+def _shaped(room: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Return the first entries of a flat tensor in a shape."""
+    return room[: math.prod(shape)].view(shape)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _PairForms:
+    """The quadratic forms under ``gram`` and ``product``, by pairs of blocks.
+
+    ``constant``: of the query residual with itself, shape (2, 1), the layer norm's epsilon added to that of ``gram``;
+    ``query``: of the query residual with each head, twice, shape (2 * heads, outputs); ``later``: of each head with
+    itself, and with those after it, twice, shape (2 * outputs of these, head_size) each.
     """
-    n_cells, head_size = len(heads), heads.shape[1] // n_heads
-    terms = np.empty((n_cells, (n_heads + 1) * (n_heads + 2) // 2))
-    by_head = heads.reshape(n_cells, n_heads, head_size)
-    terms[:, 0] = matrix[0, 0]
-    np.einsum("chd,hd->ch", by_head, 2 * matrix[0, 1:].reshape(n_heads, head_size), out=terms[:, 1 : n_heads + 1])
-    at = n_heads + 1
-    for head in range(n_heads):
-        own = slice(head * head_size, (head + 1) * head_size)
-        weights = matrix[1:, 1:][own, own.start :].copy()
-        weights[:, head_size:] *= 2
-        images = (heads[:, own] @ weights).reshape(n_cells, n_heads - head, head_size)
-        np.einsum("chd,chd->ch", images, by_head[:, head:], out=terms[:, at : at + n_heads - head])
-        at += n_heads - head
-    return terms
 
+    constant: torch.Tensor
+    query: torch.Tensor
+    later: tuple[torch.Tensor, ...]
 
-def _block_dots(
-    heads: Float64[np.ndarray, "cells outputs"], projected: Float[np.ndarray, "cells columns"], n_heads: int
-) -> Float64[np.ndarray, "cells blocks"]:
-    """Return ``x_a @ projected_a`` per cell and block a."""
-    dots = np.empty((len(heads), n_heads + 1))
-    dots[:, 0] = projected[:, 0]
-    shape = (len(heads), n_heads, heads.shape[1] // n_heads)
-    np.einsum("chd,chd->ch", heads.reshape(shape), projected[:, 1:].astype(np.float64).reshape(shape), out=dots[:, 1:])
-    return dots
+    @classmethod
+    def of(cls, readout: Readout, product: Float64[np.ndarray, "columns columns"], device: str) -> _PairForms:
+        matrices = np.stack([readout.gram, product])
+        n_heads, head_size = readout.n_heads, readout.head_size
+        query = np.zeros((2, n_heads, n_heads, head_size))
+        every = np.arange(n_heads)
+        query[:, every, every] = 2 * matrices[:, 0, 1:].reshape(2, n_heads, head_size)
+        later = []
+        for start in range(1, readout.n_columns, head_size):
+            # of a symmetric matrix: rows are what the head itself is multiplied with
+            block = matrices[:, start:, start : start + head_size].copy()
+            block[:, head_size:] *= 2
+            later.append(to_float64(block.reshape(-1, head_size), device))
+        constant = matrices[:, 0, :1] + [[readout.epsilon], [0.0]]
+        return cls(
+            constant=to_float64(constant, device),
+            query=to_float64(query.reshape(2 * n_heads, -1), device),
+            later=tuple(later),
+        )
+
+    def write_terms(self, heads: torch.Tensor, *, images: torch.Tensor, terms: torch.Tensor) -> None:
+        """Write ``x_a @ matrix_ab @ x_b`` per pair of blocks a <= b and cell into ``terms``, twice that where a < b.
+
+        Shape (2, pairs, cells), pairs in the order of ``numpy.triu_indices(heads + 1)``. The sum over the pairs of kept
+        blocks is the quadratic form ``x_S @ matrix @ x_S``, with epsilon added under ``gram``. ``heads`` has shape
+        (outputs, cells); ``images`` is room for 2 * outputs * cells numbers.
+        """
+        n_cells, n_heads = heads.shape[1], len(self.later)
+        head_size = len(heads) // n_heads
+        terms[:, 0] = self.constant
+        terms[:, 1 : n_heads + 1] = (self.query @ heads).view(2, n_heads, n_cells)
+        at = n_heads + 1
+        for head, matrix in enumerate(self.later):
+            n_later, start = n_heads - head, head * head_size
+            image = _shaped(images, len(matrix), n_cells)
+            torch.mm(matrix, heads[start : start + head_size], out=image)
+            image.view(2, -1, n_cells).mul_(heads[start:])
+            torch.sum(image.view(2, n_later, head_size, n_cells), 2, out=terms[:, at : at + n_later])
+            at += n_later
 
 
 def _pairs(n_heads: int) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]:
@@ -224,10 +292,17 @@ def _pairs(n_heads: int) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray,
 
 
 def pair_mask(kept: Bool[np.ndarray, "coalitions heads"]) -> Float64[np.ndarray, "coalitions pairs"]:
-    """Return 1 for the pairs of blocks (see :func:`pair_terms`) of which a coalition keeps both, 0 for others."""
+    """Return 1 for the pairs of blocks of which a coalition keeps both, 0 for others.
+
+    Pairs come in the order of ``numpy.triu_indices(heads + 1)``.
+    """
     left, right = _pairs(kept.shape[1])
-    blocks = np.concatenate([np.ones((len(kept), 1), dtype=bool), kept], axis=1)
+    blocks = _with_query(kept)
     return np.asarray(blocks[:, left] & blocks[:, right], dtype=np.float64)
+
+
+def _with_query(kept: Bool[np.ndarray, "coalitions heads"]) -> Bool[np.ndarray, "coalitions blocks"]:
+    return np.concatenate([np.ones((len(kept), 1), dtype=bool), kept], axis=1)
 
 
 def _as_bool(

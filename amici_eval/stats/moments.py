@@ -144,11 +144,13 @@ def gather_moments(
     grams = _per_head_grams(readout).to(device)
 
     counts = np.bincount(local, minlength=n_tiles).astype(np.int64)
-    f_sum = zeros(n_tiles, n_heads * rank)
-    ff = zeros(n_tiles, n_heads, rank, rank)
-    fy = zeros(n_tiles, n_heads * rank, n_genes)
-    y_sum = zeros(n_tiles, n_genes)
-    yy = zeros(n_tiles, n_genes)
+    weights = torch.from_numpy(readout.weights).to(device)
+    per_head = torch.from_numpy(np.stack([readout.columns([head]) for head in range(n_heads)])).to(device)
+    own = weights[:, per_head].permute(1, 0, 2).contiguous()  # heads x genes x rank
+    own_by_rank = own.transpose(1, 2).contiguous()
+    f_sum, ff = zeros(n_tiles, n_heads, rank), zeros(n_tiles, n_heads, rank, rank)
+    py, y_sum, yy = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_genes), zeros(n_tiles, n_genes)
+    fy = zeros(n_heads * rank, n_genes)
     lowest = np.full(n_genes, np.inf, dtype=np.float32)
     highest = np.full(n_genes, -np.inf, dtype=np.float32)
     projected = np.empty((n_cells, readout.n_columns), dtype=np.float32)
@@ -169,37 +171,31 @@ def gather_moments(
         for end in ends.tolist():
             tile = int(local[positions[start]])
             f, y = factors[start:end], wide[start:end]
-            flat = f.reshape(end - start, -1)
-            f_sum[tile] += flat.sum(dim=0)
             by_head = f.transpose(0, 1)
+            f_sum[tile] += f.sum(dim=0)
             ff[tile].baddbmm_(by_head.transpose(1, 2), by_head)
-            fy[tile].addmm_(flat.T, y)
+            torch.mm(f.reshape(end - start, -1).T, y, out=fy)
+            py[tile] += fy.view(n_heads, rank, n_genes).mul_(own_by_rank).sum(dim=1)
             y_sum[tile] += y.sum(dim=0)
             yy[tile] += y.square().sum(dim=0)
             start = end
     projected -= projected.mean(axis=0, dtype=np.float64).astype(np.float32)
 
-    n = torch.from_numpy(counts.astype(np.float64)).to(device)
+    n = torch.from_numpy(counts.astype(np.float64)).to(device)[:, None]
     offset = torch.from_numpy(readout.offset).to(device)
-    target_mean = y_sum / n[:, None]
-    target_m2 = (yy - n[:, None] * target_mean**2).clamp_(min=0.0)
-    residual_mean = zeros(n_tiles, n_heads, n_genes)
-    residual_m2 = zeros(n_tiles, n_heads, n_genes)
+    target_mean = y_sum / n
+    target_m2 = (yy - n * target_mean**2).clamp_(min=0.0)
+    residual_mean, residual_m2 = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_heads, n_genes)
     predicted_ss, predicted_size = np.empty(n_heads), np.empty(n_heads)
-    weights = torch.from_numpy(readout.weights).to(device)
     for head in range(n_heads):
-        own = weights[:, torch.from_numpy(readout.columns([head])).to(device)]  # genes x rank
-        rows = slice(head * rank, (head + 1) * rank)
-        p_mean = (f_sum[:, rows] @ own.T) / n[:, None]
-        # each gene's own a ff a', for all tiles in one product
-        pp = ff[:, head].reshape(n_tiles, -1) @ (own[:, :, None] * own[:, None, :]).view(n_genes, -1).T
-        py = fy[:, rows].mul_(own.T).sum(dim=1)
+        p_mean = (f_sum[:, head] @ own_by_rank[head]) / n
+        pp = (own[head] @ ff[:, head]).mul_(own[head]).sum(dim=2)
         residual_mean[:, head] = p_mean + offset - target_mean
-        raw = torch.add(pp, py, alpha=-2.0).add_(yy)
-        residual_m2[:, head] = raw.sub_(n[:, None] * (p_mean - target_mean) ** 2).clamp_(min=0.0)
-        overall = (n[:, None] * p_mean).sum(dim=0) / n.sum()
-        predicted_ss[head] = float((pp.sum(dim=0) - n.sum() * overall**2).clamp_(min=0.0).sum())
-        predicted_size[head] = float((pp.sum(dim=0) + n.sum() * (2.0 * overall * offset + offset**2)).sum())
+        raw = torch.add(pp, py[:, head], alpha=-2.0).add_(yy)
+        residual_m2[:, head] = raw.sub_(n * (p_mean - target_mean) ** 2).clamp_(min=0.0)
+        overall = (n * p_mean).sum(dim=0) / n_cells
+        predicted_ss[head] = float((pp.sum(dim=0) - n_cells * overall**2).clamp_(min=0.0).sum())
+        predicted_size[head] = float((pp.sum(dim=0) + n_cells * (2.0 * overall * offset + offset**2)).sum())
     return TypeMoments(
         tiles=present,
         n_cells=counts,

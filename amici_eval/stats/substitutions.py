@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from amici_eval.stats.coalitions import CHUNK_CELLS, cell_chunks
+from amici_eval.stats.coalitions import CHUNK_CELLS, cell_chunks, to_float64, to_tensor
+from amici_eval.stats.substitution_kernels import compiled_substitution
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from jaxtyping import Float, Float64, Int
 
+    from amici_eval.stats.coalitions import CoalitionMoments
     from amici_eval.stats.readout import Readout
 
 __all__ = ["SubstitutedValues", "substituted_values"]
+
+_CELLS_PER_TASK = 256
+"""Of the compiled kernel, whatever the number of threads: so that this changes no sum."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,85 +49,176 @@ def substituted_values(
     readout: Readout,
     *,
     permutations: Int[np.ndarray, "permutations cells"],
+    moments: CoalitionMoments,
     chunk_cells: int = CHUNK_CELLS,
+    device: str = "cpu",
 ) -> SubstitutedValues:
     """Return what an AMICI explains of one cell type if one head knows nothing of the cell it speaks to.
 
     Parameters
     ----------
-    z, projected, target_ss, readout, chunk_cells
+    z, projected, target_ss, readout, chunk_cells, device
         As for :func:`amici_eval.stats.coalitions.coalition_values`, checked there.
     permutations
         Shape (permutations, cells), of positions; shared by all heads. None at all will do.
+    moments
+        Of any coalitions of these cells, with the heads' own forms.
 
     Notes
     -----
-    Exact up to rounding. The layer norm is the real one, of the substituted whole.
+    Exact up to rounding. The layer norm is the real one, of the substituted whole. On the CPU a compiled kernel does
+    what is not a matrix product, on as many threads as torch uses; on other devices, and without numba, torch does.
     """
-    n_heads, head_size = readout.n_heads, readout.head_size
-    gram, product = readout.gram, readout.weights.T @ readout.weights
-    parts = [slice(1 + head * head_size, 1 + (head + 1) * head_size) for head in range(n_heads)]
-    mean = np.concatenate([[1.0], z.mean(axis=0, dtype=np.float64)])
-    # of each cell's parts with themselves: a permutation only moves them
-    gram_own, product_own = np.empty((n_heads, len(z))), np.empty((n_heads, len(z)))
-    for rows in cell_chunks(len(z), chunk_cells):
-        x = _with_one(z[rows])
-        for head, own in enumerate(parts):
-            gram_own[head, rows] = _dots(x[:, own] @ gram[own, own], x[:, own])
-            product_own[head, rows] = _dots(x[:, own] @ product[own, own], x[:, own])
+    if moments.own_forms is None:
+        msg = "moments lack the heads' own forms; gather them with keep_own_forms=True"
+        raise ValueError(msg)
+    n_heads, head_size, n_columns = readout.n_heads, readout.head_size, readout.n_columns
+    matrices, own = np.stack([readout.gram, moments.product]), np.arange(n_columns - 1).reshape(n_heads, -1) + 1
+    own_blocks = matrices[:, own[:, :, None], own[:, None, :]]
+    mean = z.mean(axis=0, dtype=np.float64)
+    by_head = mean.reshape(n_heads, head_size)
+    parts = _Parts(
+        z=to_tensor(z, device),
+        forms=moments.own_forms,
+        means=to_float64(mean, device),
+        mean_forms=to_float64(np.einsum("hc,mhce,he->mh", by_head, own_blocks, by_head).reshape(-1), device),
+        permutations=to_tensor(permutations, device),
+        epsilon=readout.epsilon,
+    )
+    matrices[:, own[:, :, None], own[:, None, :]] = 0.0
+    others, means = to_float64(np.concatenate(list(matrices), axis=1), device), parts.means
 
-    n_substitutes = 1 + len(permutations)
-    common, spread = np.zeros((n_heads, n_substitutes)), np.zeros((n_heads, n_substitutes))
-    total = np.zeros((n_heads, n_substitutes, readout.n_columns))
-    for rows in cell_chunks(len(z), chunk_cells):
-        x, target, moved = _with_one(z[rows]), projected[rows].astype(np.float64), permutations[:, rows]
-        gram_image, product_image, agreement = x @ gram, x @ product, _dots(x, target)
-        gram_all, product_all = _dots(x, gram_image), _dots(x, product_image)
-        for head, own in enumerate(parts):
-            old, new = x[:, own], np.empty((n_substitutes, len(x), head_size))
-            new[0], new[1:] = mean[own], z[moved, own.start - 1 : own.stop - 1]
-            square = gram_all + _change(old, new, gram_image[:, own], gram[own, own], gram_own[head], rows, moved)
-            inverse = 1 / np.sqrt(np.maximum(square, 0) + readout.epsilon)
-            square = product_all + _change(
-                old, new, product_image[:, own], product[own, own], product_own[head], rows, moved
+    n_substitutes, width = 1 + len(permutations), min(chunk_cells, len(z))
+    x_room, image_room = means.new_ones(width, n_columns), means.new_empty(width, 2 * n_columns)
+    weight_room = means.new_empty(width, n_substitutes, n_heads)
+    total = means.new_zeros(n_substitutes * n_heads, n_columns)
+    sums = _Sums(
+        common=means.new_zeros(n_substitutes, n_heads),
+        spread=means.new_zeros(n_substitutes, n_heads),
+        own=means.new_zeros(n_substitutes, n_heads, head_size),
+    )
+    kernel = compiled_substitution() if torch.device(device).type == "cpu" else None
+    n_threads = 1 if kernel is None else min(torch.get_num_threads(), -(-width // _CELLS_PER_TASK))
+    with ThreadPoolExecutor(n_threads) as pool:  # which starts no thread before it has a task
+        for rows in cell_chunks(len(z), chunk_cells):
+            size = rows.stop - rows.start
+            chunk = _Chunk(
+                rows=rows,
+                x=x_room[:size],
+                images=image_room[:size],
+                target=to_tensor(projected[rows], device),
+                weights=weight_room[:size],
             )
-            spread[head] += _dots(inverse**2, square)
-            common[head] += _dots(inverse, agreement - _dots(old, target[:, own]) + _dots(new, target[:, own]))
-            sums = inverse @ x
-            sums[:, own] = np.einsum("rc,rcd->rd", inverse, new)
-            total[head] += sums
-    spread -= np.einsum("hrk,hrk->hr", total @ product, total) / len(z)
-    values = (2 * common - spread) / target_ss
+            chunk.x[:, 1:] = parts.z[rows]
+            torch.mm(chunk.x, others, out=chunk.images)
+            if kernel is None:
+                _substitute_in_torch(parts, chunk, sums)
+            else:
+                _substitute_compiled(kernel, parts, chunk, sums, run=map if n_threads == 1 else pool.map)
+            total.addmm_(chunk.weights.view(size, -1).T, chunk.x)
+    for head, columns in enumerate(own):
+        total.view(n_substitutes, n_heads, n_columns)[:, head, columns[0] : columns[-1] + 1] = sums.own[:, head]
+    spread = sums.spread.view(-1) - ((total @ to_float64(moments.product, device)) * total).sum(dim=1) / len(z)
+    values = ((2 * sums.common.view(-1) - spread) / target_ss).view(n_substitutes, n_heads).T.cpu().numpy()
     return SubstitutedValues(mean=values[:, 0], permuted=values[:, 1:])
 
 
-def _change(
-    old: Float64[np.ndarray, "cells d"],
-    new: Float64[np.ndarray, "substitutes cells d"],
-    image: Float64[np.ndarray, "cells d"],
-    matrix: Float64[np.ndarray, "d d"],
-    squares: Float64[np.ndarray, " all_cells"],
-    rows: slice,
-    moved: Int[np.ndarray, "permutations cells"],
-) -> Float64[np.ndarray, "substitutes cells"]:
-    """Return by how much the quadratic form of a cell's x changes when one part of it becomes another.
-
-    ``image`` is that part's share of ``x @ matrix`` over all of x, ``matrix`` the part's own block, ``squares`` the
-    quadratic form of the part alone in every cell. The first substitute is the mean, the same for every cell.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _Parts:
+    """What the heads bring to all cells, its mean, and the quadratic forms of each head's part alone, under ``gram`` and
+    then under ``product``: shapes (cells, 2 * heads) and (2 * heads,). A permutation only moves these forms.
     """
-    others = image - old @ matrix
-    change = 2 * (_dots(new, others) - _dots(old, others)) - squares[rows]
-    change[0] += new[0, 0] @ matrix @ new[0, 0]
-    change[1:] += squares[moved]
-    return np.asarray(change)
+
+    z: torch.Tensor
+    forms: torch.Tensor
+    means: torch.Tensor
+    mean_forms: torch.Tensor
+    permutations: torch.Tensor
+    epsilon: float
 
 
-def _with_one(z: Float[np.ndarray, "cells outputs"]) -> Float64[np.ndarray, "cells columns"]:
-    x = np.ones((len(z), z.shape[1] + 1))
-    x[:, 1:] = z
-    return x
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _Chunk:
+    """Some cells. ``images`` are ``x @ matrix`` under both matrices without each head's own block, shape (cells,
+    2 * columns); ``weights``, to be written, are 1 / sigma, shape (cells, substitutes, heads), first under the mean.
+    """
+
+    rows: slice
+    x: torch.Tensor
+    images: torch.Tensor
+    target: torch.Tensor
+    weights: torch.Tensor
 
 
-def _dots(left: Float64[np.ndarray, "... d"], right: Float64[np.ndarray, "... d"]) -> Float64[np.ndarray, ...]:
-    """Return inner products over the last axis."""
-    return np.asarray(np.einsum("...d,...d->...", left, right))
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _Sums:
+    """Over cells: ``x @ target / sigma`` and ``x @ product @ x / sigma**2``, shape (substitutes, heads), and the
+    substituted part over sigma, shape (substitutes, heads, d).
+    """
+
+    common: torch.Tensor
+    spread: torch.Tensor
+    own: torch.Tensor
+
+
+def _substitute_compiled(
+    kernel: Callable[..., None], parts: _Parts, chunk: _Chunk, sums: _Sums, *, run: Callable[..., Iterable[None]]
+) -> None:
+    """Write the weights of some cells and add to the sums; ``run`` maps tasks, on threads or not."""
+    starts = range(0, len(chunk.x), _CELLS_PER_TASK)
+    shares = [np.empty((len(starts), *total.shape)) for total in (sums.common, sums.spread, sums.own)]
+    everywhere = (parts.z, parts.means, parts.forms, parts.mean_forms, parts.permutations)
+    arrays = [tensor.numpy() for tensor in everywhere]
+    images, target, weights = chunk.images.numpy(), chunk.target.numpy(), chunk.weights.numpy()
+
+    def task(index: int) -> None:
+        some = slice(starts[index], starts[index] + _CELLS_PER_TASK)
+        kernel(
+            *arrays,
+            chunk.rows.start + some.start,
+            images[some],
+            target[some],
+            parts.epsilon,
+            weights[some],
+            *(share[index] for share in shares),
+        )
+
+    for _ in run(task, range(len(starts))):
+        pass
+    for total, share in zip((sums.common, sums.spread, sums.own), shares, strict=True):
+        total += torch.from_numpy(share.sum(axis=0))
+
+
+def _substitute_in_torch(parts: _Parts, chunk: _Chunk, sums: _Sums) -> None:
+    """Do what ``substitution_kernels._substitute`` does, on any device."""
+    n_cells, n_substitutes, n_heads = chunk.weights.shape
+    under_gram, under_product = (image[:, 1:] for image in chunk.images.chunk(2, dim=1))
+    along = chunk.target.double()
+
+    def dots(part: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return (part * image).view(n_cells, n_heads, -1).sum(dim=2)
+
+    def rest(constant: torch.Tensor, dot: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Quadratic forms without one head: its products with the others are part of all heads' dots, too."""
+        return (constant + (dot + own).sum(dim=1))[:, None] - 2 * dot - own
+
+    here, forms = chunk.x[:, 1:], parts.forms[chunk.rows]
+    gram_own, product_own = forms.chunk(2, dim=1)
+    gram_rest = rest(chunk.images[:, 0], dots(here, under_gram), gram_own)
+    product_rest = rest(chunk.images[:, 1 + here.shape[1]], dots(here, under_product), product_own)
+    agreement = dots(here, along[:, 1:])
+    target_rest = (along[:, 0] + agreement.sum(dim=1))[:, None] - agreement
+    for substitute in range(n_substitutes):
+        part, alone = parts.means[None], parts.mean_forms[None]
+        if substitute > 0:
+            moved = parts.permutations[substitute - 1, chunk.rows].long()
+            part, alone = parts.z[moved].double(), parts.forms[moved]
+        gram_alone, product_alone = alone.chunk(2, dim=1)
+        square = gram_rest + 2 * dots(part, under_gram) + gram_alone
+        weight = (square.clamp_(min=0.0) + parts.epsilon).rsqrt()
+        square = product_rest + 2 * dots(part, under_product) + product_alone
+        chunk.weights[:, substitute] = weight
+        sums.spread[substitute] += (weight.square() * square).sum(dim=0)
+        sums.common[substitute] += (weight * (target_rest + dots(part, along[:, 1:]))).sum(dim=0)
+        weighted = part.reshape(len(part), n_heads, -1) * weight[:, :, None]
+        sums.own[substitute] += weighted.sum(dim=0)
