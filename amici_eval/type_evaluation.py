@@ -206,7 +206,14 @@ def evaluate_type_by_factors(
     alive = moments.predicted_ss > DEAD_TOLERANCE**2 * moments.predicted_size
     if target_ss > 0.0 and np.isfinite(outputs).all():
         catalogue = ablate(
-            outputs, moments.projected, target_ss, readout, modes=modes, seed=test.seed, cell_type=cell_type
+            outputs,
+            moments.projected,
+            target_ss,
+            readout,
+            modes=modes,
+            seed=test.seed,
+            cell_type=cell_type,
+            device=access.statistics_device,
         )
     no_test = _why_no_test(n_cells, moments.constant_genes)
     exceedances, drawn, sampling = np.full(n_heads, -1, dtype=np.int64), 0, ""

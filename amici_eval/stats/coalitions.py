@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from jaxtyping import Bool, Float, Float64, Int, Int64
 
@@ -19,20 +21,25 @@ if TYPE_CHECKING:
 __all__ = [
     "CHUNK_CELLS",
     "CoalitionMoments",
-    "cell_chunks",
     "check_inputs",
     "coalition_moments",
     "coalition_values",
+    "one_thread",
+    "over_cells",
     "pair_mask",
     "to_float64",
     "to_tensor",
 ]
 
-CHUNK_CELLS = 1024
-"""Cells that are worked on at a time: about 25 MB of working memory at 8 heads of 32 numbers."""
+CHUNK_CELLS = 512
+"""Cells that a thread works on at a time: about 8 MB of working memory at 8 heads of 32 numbers."""
 
+_MIN_CELLS_PER_THREAD = 128
 _COALITION_BLOCK = 512
 """Coalitions that are worked on at a time within a chunk of cells."""
+
+
+Result = TypeVar("Result")
 
 
 def coalition_values(
@@ -128,7 +135,8 @@ class CoalitionMoments:
         head_size = (self.mean.shape[1] - 1) // n_heads
         mean = self.mean.copy()
         mean[:, 1:] *= np.repeat(self.kept, head_size, axis=1)
-        image = torch.from_numpy(mean) @ torch.from_numpy(self.product)
+        with one_thread():
+            image = torch.from_numpy(mean) @ torch.from_numpy(self.product)
         spread = np.einsum("cp,cp->c", pair_mask(self.kept), self.pairs)
         spread -= self.n_cells * np.einsum("ck,ck->c", image.numpy(), mean)
         common = np.einsum("cb,cb->c", blocks, self.cross)
@@ -168,42 +176,47 @@ def coalition_moments(
     n_heads, head_size, n_outputs = readout.n_heads, readout.head_size, z.shape[1]
     mask = to_float64(pair_mask(kept), device)
     n_pairs, n_features = mask.shape[1], n_outputs + 2 + n_heads
-    linear, pairs = mask.new_zeros(len(kept), n_features), mask.new_zeros(len(kept), n_pairs)
-    # cells are the last axis, so that sums over a head's numbers run along whole vectors of cells; everything is
-    # written in place for every chunk: fresh memory of this size costs as much as the arithmetic
-    width = min(chunk_cells, len(z))
-    feature_room, target_room = mask.new_empty(n_features * width), mask.new_empty((n_outputs + 1) * width)
-    term_room, image_room = mask.new_empty(2 * n_pairs * width), mask.new_empty(2 * n_outputs * width)
-    sigma_room = mask.new_empty(min(_COALITION_BLOCK, len(kept)) * width)
     own_forms = mask.new_empty(len(z), 2 * n_heads) if keep_own_forms else None
     left, right = _pairs(n_heads)
     with_itself = torch.from_numpy(np.flatnonzero((left == right) & (left > 0))).to(device)
-    for rows in cell_chunks(len(z), chunk_cells):
-        size = rows.stop - rows.start
-        features, target = _shaped(feature_room, n_features, size), _shaped(target_room, n_outputs + 1, size)
-        heads = features[:n_outputs]
-        heads.copy_(to_tensor(z[rows], device).T)
-        features[n_outputs] = 1.0
-        target.copy_(to_tensor(projected[rows], device).T)
-        features[n_outputs + 1] = target[0]
-        agreement = target[1:].mul_(heads).view(n_heads, head_size, size)
-        torch.sum(agreement, 1, out=features[n_outputs + 2 :])
-        terms = _shaped(term_room, 2, n_pairs, size)
-        forms.write_terms(heads, images=image_room, terms=terms)
-        if own_forms is not None:
-            own_forms[rows] = terms[:, with_itself].view(2 * n_heads, size).T
-        for start in range(0, len(kept), _COALITION_BLOCK):
-            block = slice(start, start + _COALITION_BLOCK)
-            inverse = _shaped(sigma_room, len(kept[block]), size)
-            torch.mm(mask[block], terms[0], out=inverse)
-            inverse.clamp_(min=readout.epsilon).reciprocal_()
-            pairs[block].addmm_(inverse, terms[1].T)
-            linear[block].addmm_(inverse.sqrt_(), features.T)
-    sums = linear.cpu().numpy()
+
+    def gather(chunks: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        linear, pairs = mask.new_zeros(len(kept), n_features), mask.new_zeros(len(kept), n_pairs)
+        # cells are the last axis, so that sums over a head's numbers run along whole vectors of cells; everything is
+        # written in place for every chunk: fresh memory of this size costs as much as the arithmetic
+        width = max(rows.stop - rows.start for rows in chunks)
+        feature_room, target_room = mask.new_empty(n_features * width), mask.new_empty((n_outputs + 1) * width)
+        term_room, image_room = mask.new_empty(2 * n_pairs * width), mask.new_empty(2 * n_outputs * width)
+        sigma_room = mask.new_empty(min(_COALITION_BLOCK, len(kept)) * width)
+        for rows in chunks:
+            size = rows.stop - rows.start
+            features, target = _shaped(feature_room, n_features, size), _shaped(target_room, n_outputs + 1, size)
+            heads = features[:n_outputs]
+            heads.copy_(to_tensor(z[rows], device).T)
+            features[n_outputs] = 1.0
+            target.copy_(to_tensor(projected[rows], device).T)
+            features[n_outputs + 1] = target[0]
+            agreement = target[1:].mul_(heads).view(n_heads, head_size, size)
+            torch.sum(agreement, 1, out=features[n_outputs + 2 :])
+            terms = _shaped(term_room, 2, n_pairs, size)
+            forms.write_terms(heads, images=image_room, terms=terms)
+            if own_forms is not None:
+                own_forms[rows] = terms[:, with_itself].view(2 * n_heads, size).T
+            for start in range(0, len(kept), _COALITION_BLOCK):
+                block = slice(start, start + _COALITION_BLOCK)
+                inverse = _shaped(sigma_room, len(kept[block]), size)
+                torch.mm(mask[block], terms[0], out=inverse)
+                inverse.clamp_(min=readout.epsilon).reciprocal_()
+                pairs[block].addmm_(inverse, terms[1].T)
+                linear[block].addmm_(inverse.sqrt_(), features.T)
+        return linear, pairs
+
+    shares = over_cells(gather, len(z), chunk_cells=chunk_cells, device=device)
+    sums = torch.stack([linear for linear, _ in shares]).sum(dim=0).cpu().numpy()
     return CoalitionMoments(
         kept=kept,
         mean=np.concatenate([sums[:, n_outputs : n_outputs + 1], sums[:, :n_outputs]], axis=1) / len(z),
-        pairs=pairs.cpu().numpy(),
+        pairs=torch.stack([pairs for _, pairs in shares]).sum(dim=0).cpu().numpy(),
         cross=sums[:, n_outputs + 1 :],
         product=product,
         n_cells=len(z),
@@ -211,10 +224,42 @@ def coalition_moments(
     )
 
 
-def cell_chunks(n_cells: int, chunk_cells: int) -> Iterator[slice]:
-    """Yield consecutive slices of at most ``chunk_cells`` cells that cover all cells."""
-    for start in range(0, n_cells, chunk_cells):
-        yield slice(start, min(start + chunk_cells, n_cells))
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread, for products too small to be worth waiting for another."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def over_cells(task: Callable[[list[slice]], Result], n_cells: int, *, chunk_cells: int, device: str) -> list[Result]:
+    """Return what ``task`` makes of consecutive slices of cells, from one call for each thread that torch would use.
+
+    Within a task torch computes on one thread: threads that meet after every small operation wait for each other, long
+    where other processes want the processors, too. Slices are at most ``chunk_cells`` long and cover all cells.
+    """
+    n_torch = torch.get_num_threads()
+    n_threads = max(1, min(n_torch, n_cells // _MIN_CELLS_PER_THREAD)) if torch.device(device).type == "cpu" else 1
+    n_chunks = n_threads * math.ceil(n_cells / (chunk_cells * n_threads))
+    step = math.ceil(n_cells / n_chunks)
+    chunks = [slice(start, min(start + step, n_cells)) for start in range(0, n_cells, step)]
+    if n_threads == 1:
+        return [task(chunks)]
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(share: list[slice]) -> Result:
+        torch.set_num_threads(1)
+        with torch.inference_mode(inference):
+            return task(share)
+
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            return list(pool.map(alone, [chunks[first::n_threads] for first in range(n_threads)]))
+    finally:
+        torch.set_num_threads(n_torch)  # what a thread sets for itself, torch takes as default for later threads
 
 
 def to_tensor(array: Float[np.ndarray, ...] | Int[np.ndarray, ...], device: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def compiled_substitution() -> Callable[..., None] | None:
     It is compiled when first called and kept on disk for later processes where numba finds a folder to write to.
     """
     try:
-        import numba
+        numba = importlib.import_module("numba")
     except ImportError:
         return None
     if numba.config.DISABLE_JIT:
@@ -49,7 +50,7 @@ def _substitute(
     spread: Any,
     own: Any,
 ) -> None:
-    """Write 1 / sigma of some cells under every substitution, and what follows from it.
+    """Write 1 / sigma of some cells under every substitution, and add up what follows from it.
 
     Parameters
     ----------
@@ -72,9 +73,9 @@ def _substitute(
     weights
         Written: 1 / sigma, shape (cells, substitutes, heads). Substitute 0 is the mean.
     common, spread
-        Written: sums of ``x @ target / sigma`` and ``x @ product @ x / sigma**2``, shape (substitutes, heads).
+        Added to: sums of ``x @ target / sigma`` and ``x @ product @ x / sigma**2``, shape (substitutes, heads).
     own
-        Written: sum of the substituted parts over sigma, shape (substitutes, heads, d).
+        Added to: sum of the substituted parts over sigma, shape (substitutes, heads, d).
     """
     n_cells, n_substitutes, n_heads = weights.shape
     n_outputs = z.shape[1]
@@ -85,9 +86,6 @@ def _substitute(
     aim, part = rows[2].reshape(n_heads, head_size), rows[3].reshape(n_heads, head_size)
     rest = np.empty((3, n_heads))
     dots = np.empty((3, n_heads))
-    common[:] = 0.0
-    spread[:] = 0.0
-    own[:] = 0.0
     for i in range(n_cells):
         under, over, wanted = images[i, 1:n_columns], images[i, n_columns + 1 :], target[i, 1:]
         row, here = z[start + i], forms[start + i]

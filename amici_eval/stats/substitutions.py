@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from amici_eval.stats.coalitions import CHUNK_CELLS, cell_chunks, to_float64, to_tensor
+from amici_eval.stats.coalitions import CHUNK_CELLS, one_thread, over_cells, to_float64, to_tensor
 from amici_eval.stats.substitution_kernels import compiled_substitution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from jaxtyping import Float, Float64, Int
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     from amici_eval.stats.readout import Readout
 
 __all__ = ["SubstitutedValues", "substituted_values"]
-
-_CELLS_PER_TASK = 256
-"""Of the compiled kernel, whatever the number of threads: so that this changes no sum."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +63,7 @@ def substituted_values(
     Notes
     -----
     Exact up to rounding. The layer norm is the real one, of the substituted whole. On the CPU a compiled kernel does
-    what is not a matrix product, on as many threads as torch uses; on other devices, and without numba, torch does.
+    what is not a matrix product; on other devices, and without numba, torch does.
     """
     if moments.own_forms is None:
         msg = "moments lack the heads' own forms; gather them with keep_own_forms=True"
@@ -88,45 +84,52 @@ def substituted_values(
     matrices[:, own[:, :, None], own[:, None, :]] = 0.0
     others, means = to_float64(np.concatenate(list(matrices), axis=1), device), parts.means
 
-    n_substitutes, width = 1 + len(permutations), min(chunk_cells, len(z))
-    x_room, image_room = means.new_ones(width, n_columns), means.new_empty(width, 2 * n_columns)
-    weight_room = means.new_empty(width, n_substitutes, n_heads)
-    total = means.new_zeros(n_substitutes * n_heads, n_columns)
-    sums = _Sums(
-        common=means.new_zeros(n_substitutes, n_heads),
-        spread=means.new_zeros(n_substitutes, n_heads),
-        own=means.new_zeros(n_substitutes, n_heads, head_size),
-    )
+    n_substitutes = 1 + len(permutations)
     kernel = compiled_substitution() if torch.device(device).type == "cpu" else None
-    n_threads = 1 if kernel is None else min(torch.get_num_threads(), -(-width // _CELLS_PER_TASK))
-    with ThreadPoolExecutor(n_threads) as pool:  # which starts no thread before it has a task
-        for rows in cell_chunks(len(z), chunk_cells):
+
+    def gather(chunks: list[slice]) -> _Sums:
+        width = max(rows.stop - rows.start for rows in chunks)
+        x_room, image_room = means.new_ones(width, n_columns), means.new_empty(width, 2 * n_columns)
+        weight_room = means.new_empty(width, n_substitutes, n_heads)
+        sums = _Sums(
+            common=means.new_zeros(n_substitutes, n_heads),
+            spread=means.new_zeros(n_substitutes, n_heads),
+            own=means.new_zeros(n_substitutes, n_heads, head_size),
+            x=means.new_zeros(n_substitutes * n_heads, n_columns),
+        )
+        for rows in chunks:
             size = rows.stop - rows.start
-            chunk = _Chunk(
-                rows=rows,
-                x=x_room[:size],
-                images=image_room[:size],
-                target=to_tensor(projected[rows], device),
-                weights=weight_room[:size],
-            )
-            chunk.x[:, 1:] = parts.z[rows]
-            torch.mm(chunk.x, others, out=chunk.images)
+            x, target = x_room[:size], to_tensor(projected[rows], device)
+            chunk = _Chunk(rows=rows, x=x, images=image_room[:size], target=target, weights=weight_room[:size])
+            x[:, 1:] = parts.z[rows]
+            torch.mm(x, others, out=chunk.images)
             if kernel is None:
                 _substitute_in_torch(parts, chunk, sums)
             else:
-                _substitute_compiled(kernel, parts, chunk, sums, run=map if n_threads == 1 else pool.map)
-            total.addmm_(chunk.weights.view(size, -1).T, chunk.x)
+                _substitute_compiled(kernel, parts, chunk, sums)
+            sums.x.addmm_(chunk.weights.view(size, -1).T, x)
+        return sums
+
+    shares = over_cells(gather, len(z), chunk_cells=chunk_cells, device=device)
+    sums, total = shares[0], shares[0].x
+    for share in shares[1:]:
+        sums.common.add_(share.common)
+        sums.spread.add_(share.spread)
+        sums.own.add_(share.own)
+        sums.x.add_(share.x)
     for head, columns in enumerate(own):
         total.view(n_substitutes, n_heads, n_columns)[:, head, columns[0] : columns[-1] + 1] = sums.own[:, head]
-    spread = sums.spread.view(-1) - ((total @ to_float64(moments.product, device)) * total).sum(dim=1) / len(z)
+    with one_thread():
+        image = total @ to_float64(moments.product, device)
+    spread = sums.spread.view(-1) - image.mul_(total).sum(dim=1) / len(z)
     values = ((2 * sums.common.view(-1) - spread) / target_ss).view(n_substitutes, n_heads).T.cpu().numpy()
     return SubstitutedValues(mean=values[:, 0], permuted=values[:, 1:])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _Parts:
-    """What the heads bring to all cells, its mean, and the quadratic forms of each head's part alone, under ``gram`` and
-    then under ``product``: shapes (cells, 2 * heads) and (2 * heads,). A permutation only moves these forms.
+    """What the heads bring to all cells, its mean, and the quadratic forms of each head's part alone, under
+    ``gram``, then under ``product``: shapes (cells, 2 * heads) and (2 * heads,). A permutation only moves these forms.
     """
 
     z: torch.Tensor
@@ -153,40 +156,30 @@ class _Chunk:
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _Sums:
     """Over cells: ``x @ target / sigma`` and ``x @ product @ x / sigma**2``, shape (substitutes, heads), and the
-    substituted part over sigma, shape (substitutes, heads, d).
+    substituted part over sigma, shape (substitutes, heads, d); ``x / sigma`` before the substitution, shape
+    (substitutes * heads, columns).
     """
 
     common: torch.Tensor
     spread: torch.Tensor
     own: torch.Tensor
+    x: torch.Tensor
 
 
-def _substitute_compiled(
-    kernel: Callable[..., None], parts: _Parts, chunk: _Chunk, sums: _Sums, *, run: Callable[..., Iterable[None]]
-) -> None:
-    """Write the weights of some cells and add to the sums; ``run`` maps tasks, on threads or not."""
-    starts = range(0, len(chunk.x), _CELLS_PER_TASK)
-    shares = [np.empty((len(starts), *total.shape)) for total in (sums.common, sums.spread, sums.own)]
+def _substitute_compiled(kernel: Callable[..., None], parts: _Parts, chunk: _Chunk, sums: _Sums) -> None:
+    """Write the weights of some cells and add to the sums."""
     everywhere = (parts.z, parts.means, parts.forms, parts.mean_forms, parts.permutations)
-    arrays = [tensor.numpy() for tensor in everywhere]
-    images, target, weights = chunk.images.numpy(), chunk.target.numpy(), chunk.weights.numpy()
-
-    def task(index: int) -> None:
-        some = slice(starts[index], starts[index] + _CELLS_PER_TASK)
-        kernel(
-            *arrays,
-            chunk.rows.start + some.start,
-            images[some],
-            target[some],
-            parts.epsilon,
-            weights[some],
-            *(share[index] for share in shares),
-        )
-
-    for _ in run(task, range(len(starts))):
-        pass
-    for total, share in zip((sums.common, sums.spread, sums.own), shares, strict=True):
-        total += torch.from_numpy(share.sum(axis=0))
+    kernel(
+        *(tensor.numpy() for tensor in everywhere),
+        chunk.rows.start,
+        chunk.images.numpy(),
+        chunk.target.numpy(),
+        parts.epsilon,
+        chunk.weights.numpy(),
+        sums.common.numpy(),
+        sums.spread.numpy(),
+        sums.own.numpy(),
+    )
 
 
 def _substitute_in_torch(parts: _Parts, chunk: _Chunk, sums: _Sums) -> None:

@@ -4,11 +4,14 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 
 from amici_eval.stats.ablations import ABLATION_MODES, ablate
-from amici_eval.stats.coalitions import coalition_values
+from amici_eval.stats.coalitions import coalition_moments, coalition_values
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.shapley import all_coalitions
+from amici_eval.stats.substitution_kernels import compiled_substitution
+from amici_eval.stats.substitutions import substituted_values
 from tests.oracles import coalitions as oracle
 from tests.stats.test_coalitions import Case, draw, members
 
@@ -137,6 +140,86 @@ def assert_same(left, right, *, but=()):
 def test_chunks_change_nothing_but_rounding(chunk_cells):
     case = draw(5, n_cells=23)
     assert_same(catalogue(case, chunk_cells=chunk_cells), catalogue(case))
+
+
+@pytest.mark.parametrize(("n_cells", "n_heads", "head_size"), [(3, 1, 5), (40, 3, 2), (600, 4, 16)])
+def test_the_compiled_kernel_and_torch_agree(n_cells, n_heads, head_size, monkeypatch):
+    if compiled_substitution() is None:
+        pytest.skip("needs numba")
+    case = draw(12, n_cells=n_cells, n_heads=n_heads, head_size=head_size)
+    compiled = catalogue(case)
+    called = []
+    monkeypatch.setattr("amici_eval.stats.substitutions.compiled_substitution", lambda: called.append(1))
+    assert_same(catalogue(case), compiled)
+    assert called
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_threads_change_nothing_but_rounding(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("amici_eval.stats.substitutions.compiled_substitution", lambda: None)
+    case = draw(13, n_cells=1500, n_heads=4, head_size=8)
+    results, before = [], torch.get_num_threads()
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            results.append(catalogue(case))
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    assert_same(*results)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_device_changes_nothing_but_rounding(device):
+    case = draw(14, n_cells=70)
+    assert_same(catalogue(case, device=device, chunk_cells=32), catalogue(case))
+
+
+def test_the_device_asked_for_does_the_work():
+    # a device without memory: whatever is computed there has no numbers to return
+    for mode in ("keep_one", "resampled_z"):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            catalogue(draw(0), [mode], device="meta")
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    rows = []
+
+    def counted(*arguments, coalitions, **options):
+        rows.append(len(coalitions))
+        return coalition_moments(*arguments, coalitions=coalitions, **options)
+
+    def refused(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr("amici_eval.stats.ablations.coalition_moments", counted)
+    monkeypatch.setattr("amici_eval.stats.ablations.substituted_values", refused)
+    case = draw(15, n_heads=6)
+    for mode in ("frozen_norm", "keep_one", "leave_one_out", "shapley"):
+        catalogue(case, [mode])
+    assert rows == [2, 8, 8, 64]
+    with pytest.raises(AssertionError):
+        catalogue(case, ["mean_z"])
+
+
+def test_substitutions_need_the_heads_own_forms():
+    case = draw(16)
+    moments = coalition_moments(case.z, case.arguments[1], case.readout, coalitions=[[1, 1, 1]])
+    with pytest.raises(ValueError, match="moments lack the heads' own forms; gather them with keep_own_forms=True"):
+        substituted_values(*case.arguments, permutations=np.zeros((0, 17), dtype=np.int32), moments=moments)
+
+
+def test_read_only_and_strided_inputs_will_do():
+    case = draw(17)
+    z, projected, total, readout = case.arguments
+    wide = np.repeat(z, 2, axis=1)[:, ::2]
+    z.flags.writeable = projected.flags.writeable = False
+    options = {"modes": ABLATION_MODES, "seed": 0, "cell_type": "T"}
+    assert_same(ablate(z, projected, total, readout, **options), ablate(wide, projected, total, readout, **options))
 
 
 def test_the_order_of_cells_matters_to_permutations_alone():

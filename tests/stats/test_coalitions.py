@@ -92,6 +92,13 @@ def test_chunks_and_blocks_change_nothing_but_rounding(chunk_cells, block, monke
     np.testing.assert_allclose(chunked, expected, rtol=0, atol=1e-12)
 
 
+def test_without_heads_nothing_is_explained():
+    case = draw(6, n_cells=500)
+    values = coalition_values(*case.arguments, coalitions=[[0, 0, 0], [1, 0, 0]], device="cpu")
+    assert values[0] == 0.0
+    assert values[1] != 0.0
+
+
 def test_the_order_of_cells_does_not_matter():
     case = draw(3, n_cells=50)
     order = np.random.default_rng(0).permutation(50)
