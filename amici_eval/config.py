@@ -145,6 +145,9 @@ _TEXT_KEYS = re.compile(
 )
 
 
+_LIST_KEYS = ("ablation.modes", "report.formats", "report.cell_types", "data.subset.indices")
+
+
 def register_schemas() -> None:
     """Make the schemas known to Hydra, by command."""
     store = ConfigStore.instance()
@@ -178,6 +181,8 @@ def hydra_override(text: str, *, sweep: bool = False) -> str:
         raise InvalidSpecError(
             value=f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
         )
+    if key in _LIST_KEYS and not sweep and value not in ("", "null") and value[0] not in "[$":
+        return hydra_override(f"{key}=[{value}]")
     quoted = f"{key}='{_escape(value)}'"
     is_text = _TEXT_KEYS.fullmatch(key) and value not in ("", "null") and value[0] not in "'\"[{$"
     if is_text and not (sweep and "," in value):

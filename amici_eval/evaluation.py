@@ -39,8 +39,8 @@ Progress = Callable[[int, int, str], None]
 """Called with (work done, work in all, what is being done); work counts cells, times what each has to go through."""
 PARITY_CELLS = 4
 """Cells of each type on which both engines are compared."""
-PARITY_TOLERANCE = 1e-4
-"""Of the largest prediction (at least 1): float32 rounding through some layers is a hundred times smaller."""
+PARITY_ROUNDING, PARITY_SHARE = 1e-5, 1e-3
+"""Of the largest prediction, and of the largest difference that heads make to one."""
 _FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 50
 _SKETCHED_CELLS = 256
 
@@ -128,7 +128,7 @@ def evaluate_access(
             logger.warning("%s", parity.complaint)
             access = access.hooked
     modes = spec.ablation.modes_of(engine)
-    left_out = [mode for mode in spec.ablation.modes or () if mode not in modes]
+    left_out = [mode for mode in spec.ablation.modes_of(spec.ablation.engine) if mode not in modes]
     if left_out:
         notes = (*notes, f"not computed, for it needs the factored engine: {', '.join(left_out)}")
         logger.warning("%s", notes[-1])
@@ -141,10 +141,15 @@ def evaluate_access(
     )
 
     exceedances = _stack([None if item is None else item.exceedances for item in evaluated], (n_heads,), fill=-1)
-    drawn = np.array([n_permutations if not item or not item.sampling else item.n_permutations for item in evaluated])
+    drawn = np.array([0 if item is None else item.n_permutations for item in evaluated], dtype=np.int64)
     defined = exceedances >= 0
-    raw = p_values(np.where(defined, exceedances, 0), n_permutations=drawn, convention=test.convention)
+    raw = p_values(np.where(defined, exceedances, 0), n_permutations=np.maximum(drawn, 1), convention=test.convention)
     p = np.where(defined, raw.p, np.nan)
+    for cell_type, item in zip(types, evaluated, strict=True):
+        if item is not None and item.not_finite:
+            heads = ", ".join(map(str, item.not_finite))
+            notes = (*notes, f"{cell_type}: ablations are undefined, for outputs of heads {heads} are not finite")
+            logger.warning("%s", notes[-1])
     for thing in undefined:
         if thing.gene is None:
             where = "all heads" if thing.head is None else f"head {thing.head}"
@@ -173,7 +178,7 @@ def evaluate_access(
         engine=engine,
         parity=parity.largest_difference,
         parity_cells=parity.n_cells,
-        n_permutations_by_type=drawn.astype(np.int64),
+        n_permutations_by_type=drawn,
         sampling=tuple("" if item is None else item.sampling for item in evaluated),
         ablations=_ablations(evaluated, modes, n_heads),
         moments=moments,
@@ -202,11 +207,10 @@ def _by_type(
     outputs = tiles = None
     if isinstance(access, FactorAccess) and len(everyone):
         outputs = access.head_outputs(everyone, progress=meter.cells("attention", len(everyone)))
-        tiles = square_tiles(
-            access.coordinates(everyone),
-            n_tiles=_n_tiles(len(everyone), len(usable)),
-            samples=access.samples(everyone),
-        )
+        samples = access.samples(everyone)
+        sections = 1 if samples is None else len(set(samples.tolist()))
+        n_tiles = _n_tiles(len(everyone), len(usable), sections)
+        tiles = square_tiles(access.coordinates(everyone), n_tiles=n_tiles, samples=samples)
 
     evaluated: list[TypeEvaluation | None] = []
     undefined: list[Undefined] = []
@@ -263,9 +267,10 @@ def _by_type(
     return evaluated, moments, undefined
 
 
-def _n_tiles(n_cells: int, n_types: int) -> int:
-    """Return into how many tiles moments are sorted: a tile with a handful of cells of each type would say little."""
-    return int(np.clip(n_cells // (n_types * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))
+def _n_tiles(n_cells: int, n_types: int, n_sections: int) -> int:
+    """Return into how many tiles a section is cut for the moments: one with a handful of cells would say little."""
+    in_all = int(np.clip(n_cells // (n_types * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))
+    return max(1, in_all // n_sections)
 
 
 def _stack(parts: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: float = np.nan) -> np.ndarray:
@@ -357,30 +362,37 @@ class Parity:
     Parameters
     ----------
     largest_difference
-        Over cells, genes and ablations (each head alone, all, none); ``None`` if nothing was compared.
+        Over cells, genes and ablations (each head alone, all, none); ``None`` if nothing was compared, infinite if one
+        is finite where the other is not.
     scale
         Largest absolute prediction among them.
+    signal
+        Largest difference that the heads make to a prediction: what explained variance is about.
     n_cells
         Cells compared.
     """
 
     largest_difference: float | None = None
     scale: float = 0.0
+    signal: float = 0.0
     n_cells: int = 0
 
     @property
+    def tolerance(self) -> float:
+        """What float32 rounding explains, and a thousandth of what the heads bring."""
+        return PARITY_ROUNDING * self.scale + PARITY_SHARE * self.signal
+
+    @property
     def holds(self) -> bool:
-        """Whether the difference is float32 rounding."""
-        if self.largest_difference is None:
-            return True
-        return self.largest_difference <= PARITY_TOLERANCE * max(1.0, self.scale)
+        """Whether the engines agree."""
+        return self.largest_difference is None or self.largest_difference <= self.tolerance
 
     @property
     def complaint(self) -> str:
         """What to say if it does not hold."""
         return (
             f"evaluated by the hooked engine: the factored engine's predictions differ from it by up to "
-            f"{self.largest_difference:.3g} on {self.n_cells} cells (tolerance {PARITY_TOLERANCE:g} of the largest)"
+            f"{self.largest_difference:.3g} on {self.n_cells} cells (tolerance {self.tolerance:.3g})"
         )
 
 
@@ -405,10 +417,16 @@ def check_parity(access: FactorAccess, receivers: Mapping[str, np.ndarray]) -> P
         return Parity()
     keeps = [*((head,) for head in range(access.card.n_heads)), None, ()]
     here, there = access.predict(rows, keeps=keeps), access.predict_literally(rows, keeps=keeps)
-    with np.errstate(invalid="ignore"):
-        difference = float(np.abs(here - there).max())
-        scale = float(np.abs(there).max())
-    return Parity(largest_difference=difference, scale=scale, n_cells=len(rows))
+    both = np.isfinite(here) & np.isfinite(there)
+    if not np.array_equal(np.isfinite(here), np.isfinite(there)):
+        return Parity(largest_difference=float("inf"), n_cells=len(rows))
+    of_heads = np.where(both[-2] & both[-1], there[-2] - there[-1], 0.0)
+    return Parity(
+        largest_difference=float(np.abs(np.where(both, here, 0.0) - np.where(both, there, 0.0)).max()),
+        scale=float(np.abs(np.where(both, there, 0.0)).max()),
+        signal=float(np.abs(of_heads).max()),
+        n_cells=len(rows),
+    )
 
 
 class _Meter:

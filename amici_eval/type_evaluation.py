@@ -92,7 +92,9 @@ class TypeEvaluation:
     catalogue
         The same and more from the factored engine.
     moments
-        From the factored engine.
+        From the factored engine, without what is kept per cell.
+    not_finite
+        Heads whose output is not finite in some cell, so that ablations of the whole model are undefined.
     """
 
     expl_var_gene: Float64[np.ndarray, "heads genes"]
@@ -108,6 +110,7 @@ class TypeEvaluation:
     ablations: dict[str, Float64[np.ndarray, " heads"]] = field(default_factory=dict)
     catalogue: TypeAblations | None = None
     moments: TypeMoments | None = None
+    not_finite: tuple[int, ...] = ()
 
 
 def evaluate_type_by_hooks(
@@ -204,7 +207,9 @@ def evaluate_type_by_factors(
     catalogue = None
     # asked this way round, a prediction that is not finite is dead
     alive = moments.predicted_ss > DEAD_TOLERANCE**2 * moments.predicted_size
-    if target_ss > 0.0 and np.isfinite(outputs).all():
+    by_head = np.isfinite(outputs).all(axis=0).reshape(n_heads, -1)
+    not_finite = tuple(np.flatnonzero(~by_head.all(axis=1)).tolist())
+    if target_ss > 0.0 and not not_finite:
         catalogue = ablate(
             outputs,
             moments.projected,
@@ -237,7 +242,8 @@ def evaluate_type_by_factors(
         expl_var_gene=per_gene,
         expl_var=overall,
         full=float("nan") if catalogue is None else catalogue.full,
-        none=float("nan") if catalogue is None else catalogue.none,
+        # without heads a prediction is the same for all cells, so it explains nothing
+        none=catalogue.none if catalogue is not None else 0.0 if target_ss > 0.0 else float("nan"),
         constant_genes=moments.constant_genes,
         exceedances=exceedances,
         n_permutations=drawn,
@@ -250,7 +256,8 @@ def evaluate_type_by_factors(
         if catalogue is None
         else {mode: getattr(catalogue, mode) for mode in modes} | {"keep_one": overall},
         catalogue=catalogue,
-        moments=moments,
+        moments=moments.without_cells(),
+        not_finite=not_finite,
     )
 
 

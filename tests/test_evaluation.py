@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from amici_eval.evaluation import evaluate_access
-from amici_eval.specs import EvaluationSpec, PermutationSpec
+from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from tests.fakes import make_access
@@ -18,7 +18,8 @@ T_CELL, MICROGLIA, BETA = "CD8+_T_Cells", "Microglia/PVM", "β cell"
 
 
 def spec(**permutation):
-    return EvaluationSpec(permutation=PermutationSpec(**{"n_permutations": 199, **permutation}))
+    test = PermutationSpec(**{"n_permutations": 199, **permutation})
+    return EvaluationSpec(permutation=test, ablation=AblationSpec(engine="hooked"))
 
 
 def reasons(evaluation):

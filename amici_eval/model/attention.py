@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from amici_eval.jit import compiled, numba_if_usable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,7 +41,7 @@ def attend(
     types: Int64[np.ndarray, " receivers"],
     *,
     dummy_score: float,
-    compiled: bool | None = None,
+    use_compiled: bool | None = None,
 ) -> Float32[np.ndarray, "receivers outputs"]:
     """Return what attention brings to each receiver, before the output projection.
 
@@ -55,7 +57,7 @@ def attend(
         Type code of each receiver.
     dummy_score
         Score of the dummy neighbour, whose value is 0.
-    compiled
+    use_compiled
         ``True``: the compiled kernel; ``False``: plain torch; ``None``: compiled on the CPU where numba is installed.
 
     Notes
@@ -64,9 +66,9 @@ def attend(
     are 0.
     """
     on_cpu = tables.values.device.type == "cpu"
-    kernel = compiled_attention() if on_cpu and compiled is not False else None
+    kernel = compiled_attention() if on_cpu and use_compiled is not False else None
     if kernel is None:
-        if compiled:
+        if use_compiled:
             msg = "the compiled kernel needs numba and tables on the CPU"
             raise ValueError(msg)
         return _attend_torch(tables, slots, distances, types, dummy_score)
@@ -118,13 +120,10 @@ def _attend_torch(
 
 @functools.cache
 def compiled_attention() -> Callable[..., Any] | None:
-    """Return the compiled kernel, or ``None`` without numba; it is compiled when first called and kept on disk."""
-    try:
-        import numba
-    except ImportError:
+    """Return the compiled kernel, or ``None`` without numba."""
+    if numba_if_usable() is None:
         return None
 
-    @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
     def kernel(
         values: np.ndarray,
         pairs: np.ndarray,
@@ -190,4 +189,4 @@ def compiled_attention() -> Callable[..., Any] | None:
                 for c in range(h * head_size, (h + 1) * head_size):
                     row_out[c] *= inverse
 
-    return kernel
+    return compiled(kernel, fastmath={"contract", "reassoc", "nsz"})

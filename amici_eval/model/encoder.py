@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ from amici_eval.stats.readout import Readout
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from jaxtyping import Float32, Int64
+    from jaxtyping import Float32, Float64, Int64
     from torch import Tensor
 
 __all__ = ["EncoderWeights", "SenderTables", "embed_senders"]
@@ -111,8 +112,10 @@ class EncoderWeights:
         Shape (types, label dimensions).
     coefficient_offset, unit_scale
         Added before the softplus; distances are divided by ``unit_scale``.
-    readouts
-        Per type.
+    query_weights, query_gram, offsets
+        What of a readout depends on the type: shape (types, genes), (types, 1 + outputs) and (types, genes).
+    output_weights, output_gram, norm_epsilon
+        What does not: shape (genes, outputs), (outputs, outputs), and the epsilon of the layer norm.
     """
 
     n_heads: int
@@ -138,7 +141,12 @@ class EncoderWeights:
     type_embedding: Tensor
     coefficient_offset: float
     unit_scale: float
-    readouts: tuple[Readout, ...]
+    query_weights: Float64[np.ndarray, "types genes"]
+    query_gram: Float64[np.ndarray, "types columns"]
+    offsets: Float64[np.ndarray, "types genes"]
+    output_weights: Float64[np.ndarray, "genes outputs"]
+    output_gram: Float64[np.ndarray, "outputs outputs"]
+    norm_epsilon: float
 
     @property
     def n_outputs(self) -> int:
@@ -149,6 +157,32 @@ class EncoderWeights:
     def bytes_per_sender(self) -> int:
         """Memory of one sender in :class:`SenderTables`."""
         return 4 * (self.n_outputs + 2 * self.n_heads * self.n_types)
+
+    @property
+    def bytes_per_embedding(self) -> int:
+        """Memory that one sender takes while it is embedded, about: inputs, hidden layers, a pair's layers."""
+        widths = (
+            3 * self.n_genes,
+            2 * self.gene_block.first.bias.shape[0],
+            6 * self.kv_block.first.weight.shape[0],
+            4 * self.pair_bias.shape[0],
+            self.n_outputs + 2 * self.n_heads * self.n_types,
+        )
+        return 4 * sum(widths)
+
+    def readout(self, code: int) -> Readout:
+        """Return how attention outputs become predicted expression in receivers of a type code."""
+        gram = np.empty((1 + self.n_outputs, 1 + self.n_outputs))
+        gram[0], gram[:, 0] = self.query_gram[code], self.query_gram[code]
+        gram[1:, 1:] = self.output_gram
+        return Readout(
+            weights=np.concatenate([self.query_weights[code][:, None], self.output_weights], axis=1),
+            gram=gram,
+            offset=self.offsets[code],
+            epsilon=self.norm_epsilon,
+            n_heads=self.n_heads,
+            head_size=self.head_size,
+        )
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], settings: Mapping[str, Any], *, device: str) -> EncoderWeights:
@@ -266,7 +300,7 @@ def _fold(w: dict[str, Tensor], settings: Mapping[str, Any], device: str) -> Enc
         type_embedding=put(types),
         coefficient_offset=float(settings["pos_coef_offset"]),
         unit_scale=float(settings["distance_kernel_unit_scale"]),
-        readouts=tuple(_readout(w, query[t], t, n_heads, epsilons) for t in range(n_types)),
+        **_readouts(w, query, epsilons),
     )
 
 
@@ -290,19 +324,22 @@ def _queries(w: dict[str, Tensor], n_heads: int, epsilons: Mapping[str, float]) 
     return query + w["attention_layer.b_Q"]
 
 
-def _readout(w: dict[str, Tensor], query: Tensor, code: int, n_heads: int, epsilons: Mapping[str, float]) -> Readout:
+def _readouts(w: dict[str, Tensor], query: Tensor, epsilons: Mapping[str, float]) -> dict[str, Any]:
     output = w["attention_layer.W_O"]  # embedding x heads x head_size
-    into = torch.cat([query.reshape(-1, 1), output.reshape(output.shape[0], -1)], dim=1)
-    centred = into - into.mean(dim=0)
+    output = output.reshape(output.shape[0], -1)
+    output, query = output - output.mean(dim=0), query.reshape(len(query), -1)
+    query = query - query.mean(dim=1, keepdim=True)
     head = w["linear_head.weight"]
-    return Readout(
-        weights=((head * w["attention_layer.norm_o.weight"]) @ centred).numpy(),
-        gram=(centred.T @ centred / centred.shape[0]).numpy(),
-        offset=(w["ct_profiles"][code] + head @ w["attention_layer.norm_o.bias"]).numpy(),
-        epsilon=float(epsilons["attention_layer.norm_o"]),
-        n_heads=n_heads,
-        head_size=output.shape[2],
-    )
+    scaled = head * w["attention_layer.norm_o.weight"]
+    both = torch.cat([query.square().sum(dim=1, keepdim=True), query @ output], dim=1)
+    return {
+        "query_weights": (query @ scaled.T).numpy(),
+        "query_gram": (both / output.shape[0]).numpy(),
+        "offsets": (w["ct_profiles"] + head @ w["attention_layer.norm_o.bias"]).numpy(),
+        "output_weights": (scaled @ output).numpy(),
+        "output_gram": (output.T @ output / output.shape[0]).numpy(),
+        "norm_epsilon": float(epsilons["attention_layer.norm_o"]),
+    }
 
 
 @dataclass(frozen=True, eq=False)

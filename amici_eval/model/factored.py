@@ -26,9 +26,14 @@ __all__ = ["FactoredAccess", "why_not_factored"]
 
 logger = logging.getLogger(__name__)
 
+# older versions of torch have it under cuda only
+_OutOfMemory: type[BaseException] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 _SENDER_CHUNK = {"cpu": 1024, "cuda": 16384}
 _LEAST_CHUNK = 64
 _READ_ROWS = 8192
+_LEAST_READ_ROWS = 64
+_SHARE_OF_CHUNKS = 8
+"""Chunks take an eighth of the memory budget, tables the rest."""
 _LARGEST_TILE = 131_072
 _LEAST_TILE = 256
 _CELLS_AROUND = 1.5
@@ -104,9 +109,14 @@ class FactoredAccess:
         # cells that are close on the curve are close in the tissue: small rims around tiles, tables that stay in cache
         self._curve = _morton_codes(self._tissue.coordinates[:, :2])
         self._memory = memory_budget(memory_bytes, self._device)
-        self._chunk = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
-        shared = self._memory // self._weights.bytes_per_sender
-        self._tile = int(np.clip(shared / _CELLS_AROUND, _LEAST_TILE, _LARGEST_TILE))
+        n_genes, for_chunks = self._weights.n_genes, self._memory // _SHARE_OF_CHUNKS
+        largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
+        self._chunk = int(np.clip(for_chunks // self._weights.bytes_per_embedding, _LEAST_CHUNK, largest))
+        # float32 as read, float64 for moments, and the factors of all heads
+        per_row = 12 * n_genes + 24 * (self._weights.n_outputs + self._weights.n_heads)
+        self._read_rows = int(np.clip(for_chunks // per_row, _LEAST_READ_ROWS, _READ_ROWS))
+        self._most_senders = max(_LEAST_TILE, (self._memory - for_chunks) // self._weights.bytes_per_sender)
+        self._tile = int(np.clip(self._most_senders / _CELLS_AROUND, _LEAST_TILE, _LARGEST_TILE))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -140,11 +150,11 @@ class FactoredAccess:
 
     def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
         """Yield the measured expression of some cells, block by block, in the order of storage."""
-        return self._tissue.expression_blocks(rows, max_rows=_READ_ROWS)
+        return self._tissue.expression_blocks(rows, max_rows=self._read_rows)
 
     def readout(self, cell_type: str) -> Readout:
         """Return how attention outputs become predicted expression in receivers of a type."""
-        return self._weights.readouts[self.card.cell_types.index(cell_type)]
+        return self._weights.readout(self.card.cell_types.index(cell_type))
 
     def predict(
         self,
@@ -160,7 +170,7 @@ class FactoredAccess:
         for position, heads in enumerate(keeps):
             for code in np.unique(codes):
                 of_type = codes == code
-                predictions[position, of_type] = self._weights.readouts[code].predict(outputs[of_type], heads)
+                predictions[position, of_type] = self._weights.readout(int(code)).predict(outputs[of_type], heads)
             if progress is not None:
                 progress(len(rows))
         return predictions
@@ -188,20 +198,34 @@ class FactoredAccess:
         start = 0
         while start < len(order):
             part = order[start : start + self._tile]
-            try:
-                out[part] = self._tile_outputs(rows[part])
-            except torch.OutOfMemoryError:
-                if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
-                    raise
-                self._chunk = max(_LEAST_CHUNK, self._chunk // 2)
-                self._tile = max(_LEAST_TILE, self._tile // 2)
-                logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
-                torch.cuda.empty_cache()
+            # receivers that lie scattered have more senders around them than a tile of the tissue
+            while len(part) > 1 and len(np.unique(self.hooked.neighbour_rows[rows[part]])) > self._most_senders:
+                part = part[: len(part) // 2]
+            found = self._attempt(rows[part])
+            if found is None:
+                self._halve()
                 continue
+            out[part] = found
             start += len(part)
             if progress is not None:
                 progress(len(part))
         return out
+
+    def _attempt(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells outputs"] | None:
+        """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
+        try:
+            return self._tile_outputs(rows)
+        except _OutOfMemory:
+            if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
+                raise
+            return None
+
+    def _halve(self) -> None:
+        # not inside the except clause: there the exception keeps the tables alive
+        self._chunk, self._tile = max(_LEAST_CHUNK, self._chunk // 2), max(_LEAST_TILE, self._tile // 2)
+        logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
 
     def _tile_outputs(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells outputs"]:
         """Embed the senders around some receivers and let these attend to them."""
@@ -218,7 +242,7 @@ class FactoredAccess:
         needed = np.zeros((len(senders), weights.n_types), dtype=bool)
         needed[slots, codes[:, None]] = True
         tables = SenderTables.empty(weights, len(senders), device=self._device)
-        for block in tissue.expression_blocks(senders, max_rows=_READ_ROWS):
+        for block in tissue.expression_blocks(senders, max_rows=self._read_rows):
             for first in range(0, len(block.positions), self._chunk):
                 places = block.positions[first : first + self._chunk]
                 embed_senders(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -68,6 +68,10 @@ class TypeMoments:
     scale: Float64[np.ndarray, "cells heads"]
     predicted_ss: Float64[np.ndarray, " heads"]
     predicted_size: Float64[np.ndarray, " heads"]
+
+    def without_cells(self) -> TypeMoments:
+        """Return the same without what is kept per cell."""
+        return replace(self, projected=self.projected[:0], scale=self.scale[:0])
 
     @property
     def target_ss(self) -> float:
@@ -140,7 +144,6 @@ def gather_moments(
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    projection = torch.from_numpy(readout.weights.astype(np.float32)).to(device)
     grams = _per_head_grams(readout).to(device)
 
     counts = np.bincount(local, minlength=n_tiles).astype(np.int64)
@@ -162,10 +165,11 @@ def gather_moments(
         np.minimum(lowest, values.min(axis=0), out=lowest)
         np.maximum(highest, values.max(axis=0), out=highest)
         expression = torch.from_numpy(values).to(device)
-        projected[positions] = (expression @ projection).cpu().numpy()
+        wide = expression.double()
+        # in float64, then rounded: cells with the same expression must not differ by where they stand in a block
+        projected[positions] = (wide @ weights).float().cpu().numpy()
         factors, deviation = _factors(torch.from_numpy(outputs[positions]).to(device), grams, readout)
         scale[positions] = deviation.cpu().numpy()
-        wide = expression.double()
         ends = np.flatnonzero(np.diff(local[positions], append=n_tiles)) + 1
         start = 0
         for end in ends.tolist():

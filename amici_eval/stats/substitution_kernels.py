@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from amici_eval.jit import compiled, numba_if_usable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,22 +18,11 @@ __all__ = ["compiled_substitution"]
 
 @functools.cache
 def compiled_substitution() -> Callable[..., None] | None:
-    """Return :func:`_substitute` compiled, or ``None`` without numba or with its compiler switched off.
-
-    It is compiled when first called and kept on disk for later processes where numba finds a folder to write to.
-    """
-    try:
-        numba = importlib.import_module("numba")
-    except ImportError:
+    """Return :func:`_substitute` compiled, or ``None`` without numba or with its compiler switched off."""
+    if numba_if_usable() is None:
         return None
-    if numba.config.DISABLE_JIT:
-        return None
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
-    try:
-        found: Callable[..., None] = numba.njit(cache=True, **options)(_substitute)
-    except RuntimeError:  # neither the package's folder nor the user's can be written to
-        found = numba.njit(**options)(_substitute)
-    return found
+    kernel: Callable[..., None] = compiled(_substitute, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+    return kernel
 
 
 def _substitute(

@@ -181,9 +181,9 @@ def run_small(size: Sizes, device: str, **forms: Any) -> dict[str, np.ndarray]:
         cells.distances,
         cells.types,
         dummy_score=weights.dummy_score,
-        compiled=forms.get("compiled"),
+        use_compiled=forms.get("compiled"),
     )
-    readout = weights.readouts[0]
+    readout = weights.readout(0)
     tiles = np.arange(cells.n_cells) * 4 // cells.n_cells
     moments = gather_moments(outputs, readout, cells.blocks(), tiles=tiles, device=device)
     per_gene, overall = moments.explained_variance()
@@ -296,7 +296,7 @@ def time_stages(size: Sizes, n_cells: int, device: str, limits: dict[str, float]
     yield row("attention, with transfers", seconds, moved=moved)
 
     outputs = np.random.default_rng(0).standard_normal((n_cells, columns)).astype(np.float32)
-    readout = weights.readouts[0]
+    readout = weights.readout(0)
     tiles = np.arange(n_cells) * 64 // n_cells
 
     def gather() -> TypeMoments:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.evaluation import check_parity, evaluate_access
+from amici_eval.evaluation import Parity, check_parity, evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
@@ -17,7 +17,7 @@ from amici_eval.model.checkpoint import card_of, own_data_loader
 from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
 from amici_eval.model.factored import FactoredAccess, why_not_factored
 from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
-from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec
+from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 
 pytestmark = pytest.mark.amici
@@ -88,7 +88,7 @@ def test_tables_and_readout_give_the_forward_pass(sizes):
                 _, found = module({"X": x, "labels": labels, "nn_x": x[index], "nn_dist": distance}, compute_loss=False)
             for code in range(n_types):
                 of_type = labels[:, 0].numpy() == code
-                ours = weights.readouts[code].predict(outputs[of_type], keep)
+                ours = weights.readout(code).predict(outputs[of_type], keep)
                 np.testing.assert_allclose(ours, found["prediction"].numpy()[of_type], atol=FLOAT32, rtol=FLOAT32)
 
 
@@ -137,22 +137,31 @@ def test_tiles_chunks_memory_and_the_order_of_rows_change_nothing(trained, adata
     np.testing.assert_allclose(some, whole[:11], atol=FLOAT32, rtol=0)
 
 
-def test_the_memory_budget_bounds_the_tables(trained, adata, monkeypatch):
-    sizes = []
-    empty = SenderTables.empty
+@pytest.mark.parametrize("scattered", [False, True])
+def test_the_memory_budget_bounds_the_tables(trained, adata, monkeypatch, scattered):
+    sizes, chunks = [], []
+    empty, embed = SenderTables.empty, factored.embed_senders
 
     def counted(weights, n_senders, *, device):
         sizes.append(n_senders * weights.bytes_per_sender)
         return empty(weights, n_senders, device=device)
 
+    def watched(weights, expression, *others):
+        chunks.append(len(expression) * weights.bytes_per_embedding)
+        return embed(weights, expression, *others)
+
+    rows = np.arange(adata.n_obs)[:: 9 if scattered else 1]
+    whole = outputs_of(trained, adata, rows)
+    budget = 20_000
     monkeypatch.setattr(factored, "_LEAST_TILE", 8)
+    monkeypatch.setattr(factored, "_LEAST_CHUNK", 2)
+    monkeypatch.setattr(factored, "memory_budget", lambda asked, device: budget)
     monkeypatch.setattr(SenderTables, "empty", counted)
-    with opened(trained, adata, memory_budget="1MB") as access:
-        assert access.memory_bytes == 10**6
-        access._memory = 20 * access._weights.bytes_per_sender
-        access._tile = 13
-        access.head_outputs(np.arange(adata.n_obs))
-    assert len(sizes) == -(-adata.n_obs // 13)
+    monkeypatch.setattr(factored, "embed_senders", watched)
+    np.testing.assert_allclose(outputs_of(trained, adata, rows), whole, atol=FLOAT32, rtol=0)
+    assert len(sizes) > 1
+    assert max(sizes) <= budget
+    assert max(chunks) <= budget
 
 
 def test_compiled_and_plain_attention_agree():
@@ -166,8 +175,8 @@ def test_compiled_and_plain_attention_agree():
     slots = rng.integers(0, 50, (9000, 6)).astype(np.int32)
     distances = rng.exponential(40.0, (9000, 6)).astype(np.float32)
     types = rng.integers(0, 4, 9000)
-    ours = attend(tables, slots, distances, types, dummy_score=0.5, compiled=True)
-    plain = attend(tables, slots, distances, types, dummy_score=0.5, compiled=False)
+    ours = attend(tables, slots, distances, types, dummy_score=0.5, use_compiled=True)
+    plain = attend(tables, slots, distances, types, dummy_score=0.5, use_compiled=False)
     np.testing.assert_allclose(ours, plain, atol=1e-6, rtol=0)
     by_hand = []
     for h in range(3):
@@ -185,7 +194,12 @@ def test_without_numba_attention_is_plain_torch(monkeypatch, trained, adata):
     np.testing.assert_allclose(outputs_of(trained, adata, rows), whole, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="needs numba"):
         attend(
-            SenderTables(torch.zeros(1, 1), torch.zeros(1, 1, 2, 1)), None, None, None, dummy_score=0.0, compiled=True
+            SenderTables(torch.zeros(1, 1), torch.zeros(1, 1, 2, 1)),
+            None,
+            None,
+            None,
+            dummy_score=0.0,
+            use_compiled=True,
         )
 
 
@@ -278,10 +292,68 @@ def test_an_engine_that_disagrees_gives_way(trained, adata, caplog):
     np.testing.assert_array_equal(fallen_back.exceedances, literal.exceedances)
 
 
-def test_predictions_that_are_not_numbers_are_no_parity(trained, adata):
+def test_predictions_that_are_numbers_in_one_engine_only_are_no_parity(trained, adata):
     with opened(trained, adata) as access:
         access._weights.values.bias.fill_(torch.nan)
-        assert not check_parity(access, access.receivers()).holds
+        parity = check_parity(access, access.receivers())
+        assert parity.largest_difference == np.inf
+        assert not parity.holds
+
+
+def test_outputs_that_are_no_numbers_in_one_head_leave_the_others(trained, adata, monkeypatch):
+    literal = FactoredAccess.head_outputs
+
+    def broken(self, rows, *, progress=None):
+        outputs = literal(self, rows, progress=progress)
+        if progress is not None:  # not in the check of parity, which looks at other cells
+            outputs[:3, 4] = np.inf
+        return outputs
+
+    monkeypatch.setattr(FactoredAccess, "head_outputs", broken)
+    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
+    with opened(trained, adata) as access:
+        found = evaluate_access(access, quick)
+    first = found.cell_types[0]
+    assert found.engine == "factored"
+    assert np.isfinite(found.expl_var[0]).all()
+    assert np.isnan(found.expl_var[1, 0])
+    assert np.isfinite(found.expl_var[1, 1:]).all()
+    assert [(item.head, item.reason) for item in found.undefined] == [(1, "the head's predictions are not finite")]
+    assert found.exceedances[1, 0] == -1
+    assert found.expl_var_none[0] == 0.0
+    assert np.isnan(found.expl_var_full[0])
+    assert f"{first}: ablations are undefined, for outputs of heads 1 are not finite" in found.notes
+
+
+def test_parity_is_asked_relative_to_what_heads_bring():
+    assert Parity(largest_difference=3e-6, scale=4.0, signal=0.5, n_cells=8).holds
+    assert not Parity(largest_difference=9e-5, scale=1e-5, signal=1e-6, n_cells=8).holds
+    assert not Parity(largest_difference=2e-3, scale=4.0, signal=0.5, n_cells=8).holds
+    assert Parity().holds
+
+
+def test_a_fallback_says_which_ablations_are_missing(native, adata):
+    with added_hook(native.module.attention_layer.hook_z, lambda z, hook: z), opened(native, adata) as access:
+        quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=5), ablation=AblationSpec(device="cpu"))
+        found = evaluate_access(access, quick)
+    assert found.ablations is None
+    assert any("needs the factored engine: leave_one_out, mean_z" in note for note in found.notes)
+
+
+def test_cells_with_the_same_expression_count_as_ties_whatever_the_blocks(trained, adata):
+    x = np.asarray(adata.X).copy()
+    few = np.flatnonzero((adata.obs["cell_type"] == "Endothelial").to_numpy())[:12]
+    x[few[1::2]] = x[few[::2]]
+    adata.X = x
+    rows = SubsetSpec(indices=tuple(few.tolist()))
+    spec = EvaluationSpec(data=DataSpec(subset=rows), permutation=PermutationSpec(n_permutations=2000))
+    counts = []
+    for read_rows in (1, 2, 5, 7, 12):
+        with open_access(trained, prepare(adata, trained.card, spec.data), AblationSpec(device="cpu")) as access:
+            access._read_rows = read_rows
+            counts.append(evaluate_access(access, spec).exceedances)
+    for other in counts[1:]:
+        np.testing.assert_array_equal(other, counts[0])
 
 
 # --- both engines
