@@ -6,6 +6,7 @@ says why, so that a wrong setting stops a job before the model is opened.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -51,10 +52,11 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
         raise InvalidSpecError(
             value=f"{name}={value!r}",
             rule=f"it must be one of {', '.join(allowed)}",
-            fix=f"set {name}={allowed[0]}",
+            fix=f"set {name}={(close or allowed)[0]}",
         )
 
 
@@ -151,6 +153,14 @@ class DataSpec:
     sample_key: str | None = None
     backed: bool | None = None
     subset: SubsetSpec = field(default_factory=SubsetSpec)
+
+    def __post_init__(self) -> None:
+        if self.backed is not None and not isinstance(self.backed, bool):
+            raise InvalidSpecError(
+                value=f"data.backed={self.backed!r}",
+                rule="it must be true or false, or left out",
+                fix="leave it out: large files stay on disk by themselves",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

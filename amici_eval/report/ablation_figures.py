@@ -56,15 +56,16 @@ _PANELS = {
 _LOST = ("leave_one_out", "mean_z", "resampled_z")
 _EXPLAINED = {
     "keep_one": "Alone: explained variance with this head only.",
-    "frozen_norm": "Norm frozen: divided by the whole model's scale, so that heads add up.",
+    "frozen_norm": "Norm frozen: divided by the whole model's scale, so that the heads' outputs add up (their explained variances do not).",
     "leave_one_out": "Lost without it: explained variance of all heads minus that of all others.",
     "mean_z": "Lost with its mean / with other cells': the same, with the head's output replaced by its mean over the "
     "type / by that of other cells of the type.",
-    "shapley": "Fair share: Shapley value; the shares of a type add up to all heads minus none.",
+    "shapley": "Fair share: Shapley value; the shares of a type add up to all heads minus none, with the norm frozen about so.",
 }
 _TITLE_INCHES = 1.0
 _CELL_INCHES, _ROW_INCHES, _GAP_INCHES, _NUMBER_INCHES = 0.2, 0.24, 0.2, 0.36
 _MOST_NUMBERS = 120
+_SHARE_IN_SCALE = 0.99
 _LONGEST_TITLE = 36
 
 
@@ -116,7 +117,7 @@ def plot_ablations(
         values = ablations.of(mode)
         blocks[mode] = (evaluation.expl_var_full - values if mode in _LOST else values).T[rows]
     everything = np.concatenate(list(blocks.values()), axis=1)
-    limit = _limit(everything[everything > 0]) or _limit(everything)
+    limit = _limit(everything[everything > 0], share=_SHARE_IN_SCALE) or _limit(everything)
     with_numbers = everything.size <= _MOST_NUMBERS
 
     # positions are in columns of a block
@@ -154,7 +155,8 @@ def plot_ablations(
     ax.spines[:].set_visible(False)
     # y keeps matplotlib from measuring all labels for the title's place
     ax.set_title("What each head explains, by receiver cell type", loc="left", fontsize=12, y=1.0, pad=34)
-    beyond = "min" if np.nanmin(everything, initial=0.0) < -limit else "neither"
+    low, high = np.nanmin(everything, initial=0.0) < -limit, np.nanmax(everything, initial=0.0) > limit
+    beyond = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((bool(low), bool(high)), "neither")
     _add_colorbar(ax, mesh, "Explained variance", beyond=beyond)
     add_caption(
         ax,
@@ -282,8 +284,12 @@ def _pairs(values: Float64[np.ndarray, "types heads heads"]) -> Float64[np.ndarr
     return values[:, other]
 
 
-def _limit(values: Float64[np.ndarray, ...]) -> float:
-    return min(1.0, float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0)))
+def _limit(values: Float64[np.ndarray, ...], *, share: float = 1.0) -> float:
+    """Return the largest size, or one that a share of the values keep to: one large value would take all the contrast."""
+    sizes = np.abs(values[np.isfinite(values)])
+    if not sizes.size:
+        return 0.0
+    return min(1.0, float(np.quantile(sizes, share, method="higher")))
 
 
 def _heatmap(
