@@ -36,8 +36,13 @@ commands
 
 settings (show all with: amici-eval COMMAND --cfg job)
   data.uri, data.subset.key/value, data.sample_key, ...      which tissue, which receivers; all cells stay neighbours
+  data.backed=true|false                                     whether expression stays on disk (if the file is large)
   ablation.device=auto|cpu|cuda|cuda:N|mps                   where it runs
+  ablation.engine=factored|hooked                            all heads from one pass, or hooks on the attention (slow)
+  ablation.modes=[keep_one,shapley,...]                      how heads are taken away (all ways)
+  ablation.memory_budget=4GB                                 for tables and chunks (a quarter of the free memory)
   permutation.n_permutations, .alpha, .seed, .convention     the test
+  permutation.sampling=independent|cyclic                    how permutations are drawn
   report.figures, .formats, .n_top_genes, .cell_types        what is drawn
   tracking.uri, .experiment, .output_dir, .keep_local        where it is logged
 

@@ -12,7 +12,14 @@ from scipy.spatial import cKDTree
 
 from amici_eval.errors import DataError
 from amici_eval.files import check_is_filled, is_on_disk, open_anndata
-from amici_eval.matrices import as_dense, open_rows, spans, stored_values
+from amici_eval.matrices import (
+    as_dense,
+    check_rows_can_be_read,
+    lies_on_disk_by_columns,
+    open_rows,
+    spans,
+    stored_values,
+)
 from amici_eval.specs import TrainingData
 
 if TYPE_CHECKING:
@@ -70,13 +77,19 @@ def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimen
 
 
 def expression_matrix(adata: AnnData, layer: str | None) -> Any:
-    """Return the expression of a layer (``None`` and ``"X"``: ``adata.X``), dense or CSR; no copy where possible."""
+    """Return the expression of a layer (``None`` and ``"X"``: ``adata.X``), dense or CSR; no copy where possible.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it lies on disk by genes (CSC).
+    """
     if layer is None or layer == "X":
         if adata.X is None:
             raise DataError(
                 value="adata.X is empty", rule="it must hold the expression", fix="name the layer as data.layer"
             )
-        matrix = adata.X
+        matrix, name = adata.X, "adata.X"
     elif layer not in adata.layers:
         raise DataError(
             value=f"adata.layers has no {layer!r}",
@@ -84,7 +97,8 @@ def expression_matrix(adata: AnnData, layer: str | None) -> Any:
             fix="name the right layer as data.layer, or data.layer=X for adata.X",
         )
     else:
-        matrix = adata.layers[layer]
+        matrix, name = adata.layers[layer], f"adata.layers[{layer!r}]"
+    check_rows_can_be_read(matrix, name)
     return matrix.tocsr() if sparse.issparse(matrix) and matrix.format != "csr" else matrix
 
 
@@ -136,6 +150,12 @@ def content_digest(adata: AnnData) -> str:
     Covers cell and gene names, ``X`` and layers (as float32, whatever the storage), columns of ``obs`` and numeric
     entries of ``obsm``. Names that begin with ``_`` are left out: model set-up writes such columns. ``uns``, ``varm``,
     ``obsp`` and ``raw`` are left out. It does not depend on sparse or dense storage, file format or block size.
+    A layer that lies on disk by genes (CSC) is read into memory for it, one at a time.
+
+    Raises
+    ------
+    DataError
+        If ``X`` lies on disk by genes.
     """
     digest = hashlib.blake2b(digest_size=16)
     _hash_texts(digest, "obs_names", adata.obs_names)
@@ -158,7 +178,10 @@ def content_digest(adata: AnnData) -> str:
     for name, matrix in matrices.items():
         digest.update(name.encode())
         if matrix is not None:
-            for _, block in spans(open_rows(matrix)):
+            if name != "X" and lies_on_disk_by_columns(matrix):
+                # nobody may have asked for this layer: it must not stand in the way of one that can be read by rows
+                matrix = matrix.to_memory().tocsr()  # noqa: PLW2901, RUF100
+            for _, block in spans(open_rows(matrix, name=f"adata.{name}")):
                 # + 0 makes a negative zero, which sparse storage drops, a plain one
                 values = np.add(as_dense(block), np.float32(0), dtype="<f4", casting="unsafe", order="C")
                 digest.update(values.data)

@@ -262,8 +262,8 @@ def _by_type(
             undefined.append(Undefined(cell_type=cell_type, reason=found.no_test))
         undefined += [Undefined(cell_type=cell_type, head=head, reason=why) for head, why in found.dead.items()]
     moments = None
-    if isinstance(access, FactorAccess) and outputs is not None:
-        moments = _moments(access, receivers, usable, evaluated, outputs)
+    if isinstance(access, FactorAccess) and outputs is not None and tiles is not None:
+        moments = _moments(access, receivers, usable, evaluated, outputs, tiles)
     return evaluated, moments, undefined
 
 
@@ -311,8 +311,11 @@ def _moments(
     usable: Mapping[str, np.ndarray],
     evaluated: Sequence[TypeEvaluation | None],
     outputs: np.ndarray,
+    tiles: np.ndarray,
 ) -> Moments:
     types = tuple(receivers)
+    xy = access.coordinates(np.concatenate(list(usable.values())))[:, :2]
+    centers = np.stack([np.bincount(tiles, weights=column) for column in xy.T], axis=1) / np.bincount(tiles)[:, None]
     parts = [
         (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None
     ]
@@ -343,8 +346,11 @@ def _moments(
         sketch_type=np.concatenate(sketch_type),
         sketch_names=tuple(access.cell_names(np.concatenate(sketch_rows))),
         sketch_outputs=outputs[np.concatenate(sketch_places)],
-        readout_weights=np.stack([readout.weights for readout in readouts]).astype(np.float32),
-        readout_gram=np.stack([readout.gram for readout in readouts]),
+        tile_center=centers,
+        query_weights=np.stack([readout.weights[:, 0] for readout in readouts]).astype(np.float32),
+        head_weights=readouts[0].weights[:, 1:].astype(np.float32),
+        query_gram=np.stack([readout.gram[0] for readout in readouts]),
+        head_gram=readouts[0].gram[1:, 1:],
         readout_offset=np.stack([readout.offset for readout in readouts]),
         readout_epsilon=np.array([readouts[0].epsilon]),
     )

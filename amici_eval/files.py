@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, first_line
@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_MEMORY = 4
 _SMALL_BYTES = 2**28
 _TEXT_BYTES = 64
-# folder, limit, use, and the part of the use that the system gives back when asked; second line: older kernels
+# what is taken to be free where the system does not tell
+_UNKNOWN_BYTES = 2**31
+_OWN_GROUPS = Path("/proc/self/cgroup")
+# name of the controller, folder, limit, use, and the part of the use that the system gives back when asked; second
+# line: older kernels
 _CONTAINERS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("", Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    ("memory", Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -39,7 +43,7 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
         Local file or folder.
     backed
         Whether ``X`` and layers stay on disk. ``None``: if the whole file, unpacked, would take more than a quarter of
-        the memory that is available (and more than 256 MiB).
+        the memory that is available (and more than 256 MiB), and none of them is stored by genes (CSC).
 
     Returns
     -------
@@ -75,7 +79,12 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
         if backed is None:
             size = _unpacked_bytes(location)
             backed = size > max(_SMALL_BYTES, available_memory() // _SHARE_OF_MEMORY)
-            if backed:
+            by_genes = _stored_by_genes(location) if backed else []
+            if by_genes:
+                backed = False
+                names = ", ".join(by_genes)
+                logger.info("%s is read into memory (%.1f GB): %s stored by genes (CSC)", location, size / 1e9, names)
+            elif backed:
                 logger.info("%s would take %.1f GB: its expression stays on disk", location, size / 1e9)
         if backed:
             adata = _read_backed(location)
@@ -107,7 +116,13 @@ def check_is_filled(adata: AnnData) -> None:
 
 
 def available_memory() -> int:
-    """Return how many bytes this process may still take, as far as the system tells; else half of the memory."""
+    """Return how many bytes this process may still take, as far as the system tells.
+
+    Notes
+    -----
+    The least of what the machine has left and of what each control group around the process has left. Half of the
+    machine's memory where the system does not tell what is left, 2 GiB where it tells nothing.
+    """
     found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -115,20 +130,40 @@ def available_memory() -> int:
     except (OSError, ValueError, IndexError):
         pass
     if not found:
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    # a container may be allowed less than its machine has
-    for folder, limit, used, cached in _CONTAINERS:
         try:
-            spent = int((folder / used).read_text())
-            spent -= sum(
-                int(line.split()[1])
-                for line in (folder / "memory.stat").read_text().splitlines()
-                if line.startswith(f"{cached} ")
-            )
-            found.append(max(0, int((folder / limit).read_text()) - spent))
-        except (OSError, ValueError, IndexError):
-            continue
+            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, OSError, ValueError):
+            half = 0
+        found.append(half if half > 0 else _UNKNOWN_BYTES)
+    # a container may be allowed less than its machine has
+    for controller, root, limit, used, cached in _CONTAINERS:
+        for folder in _own_groups(controller, root):
+            try:
+                spent = int((folder / used).read_text())
+                spent -= sum(
+                    int(line.split()[1])
+                    for line in (folder / "memory.stat").read_text().splitlines()
+                    if line.startswith(f"{cached} ")
+                )
+                found.append(max(0, int((folder / limit).read_text()) - spent))
+            except (OSError, ValueError, IndexError):
+                continue
     return min(found)
+
+
+def _own_groups(controller: str, root: Path) -> list[Path]:
+    """Return the folders of the control groups that hold this process, from its own up to the root."""
+    try:
+        entries = [line.split(":", 2) for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return [root]
+    for entry in entries:
+        if len(entry) == 3 and controller in entry[1].split(","):
+            own = PurePosixPath(entry[2].lstrip("/"))
+            # a group outside of what a container sees
+            if ".." not in own.parts:
+                return [root / group for group in (own, *own.parents)] if own.parts else [root]
+    return [root]
 
 
 def _open_store(location: Path) -> Any:
@@ -156,6 +191,19 @@ def _unpacked_bytes(location: Path) -> int:
         with store:
             store.visititems(lambda _, item: add(item))
     return sum(sizes)
+
+
+def _stored_by_genes(location: Path) -> list[str]:
+    """Return the names of the matrices (``X``, ``layers/...``) of which no rows can be read without reading all."""
+    store = _open_store(location)
+    try:
+        matrices = {"X": store["X"]} if "X" in store else {}
+        if "layers" in store:
+            matrices |= {f"layers/{name}": store["layers"][name] for name in store["layers"]}
+        return [name for name, item in matrices.items() if item.attrs.get("encoding-type") == "csc_matrix"]
+    finally:
+        if location.suffix.lower() != ".zarr":
+            store.close()
 
 
 def _read_backed(location: Path) -> AnnData:

@@ -20,8 +20,10 @@ __all__ = [
     "ExpressionBlock",
     "RowReader",
     "as_dense",
+    "check_rows_can_be_read",
     "expression_blocks",
     "lies_on_disk",
+    "lies_on_disk_by_columns",
     "open_rows",
     "spans",
     "stored_values",
@@ -66,7 +68,7 @@ class RowReader(Protocol):
         """Return consecutive rows, dense or CSR; may be a view."""
 
 
-def open_rows(matrix: Any) -> RowReader:
+def open_rows(matrix: Any, *, name: str = "a matrix of the AnnData") -> RowReader:
     """Return row access to a matrix.
 
     Parameters
@@ -74,6 +76,8 @@ def open_rows(matrix: Any) -> RowReader:
     matrix
         Dense array, scipy sparse matrix, HDF5 dataset, zarr array, or sparse dataset of an AnnData on disk; anything
         else is indexed as it is. Of a CSR matrix on disk, one offset per row is kept in memory.
+    name
+        What to call the matrix in a message.
 
     Raises
     ------
@@ -83,12 +87,7 @@ def open_rows(matrix: Any) -> RowReader:
     if sparse.issparse(matrix):
         return _InMemory(matrix if matrix.format == "csr" else matrix.tocsr())
     if _is_sparse_dataset(matrix):
-        if matrix.format == "csc":
-            raise DataError(
-                value="a matrix of the AnnData is stored by genes (CSC)",
-                rule="expression that stays on disk must be stored by cells",
-                fix="write it with adata.X = adata.X.tocsr() (or the layer), or open it with backed=False",
-            )
+        check_rows_can_be_read(matrix, name)
         return _CSROnDisk(matrix.group, tuple(matrix.shape), np.dtype(matrix.dtype))
     return _DenseOnDisk(matrix) if lies_on_disk(matrix) else _InMemory(matrix)
 
@@ -99,6 +98,21 @@ def lies_on_disk(matrix: Any) -> bool:
     import zarr
 
     return _is_sparse_dataset(matrix) or isinstance(matrix, (h5py.Dataset, zarr.Array))
+
+
+def lies_on_disk_by_columns(matrix: Any) -> bool:
+    """Return whether a matrix is a sparse dataset of an AnnData of which no row can be read without reading all."""
+    return _is_sparse_dataset(matrix) and matrix.format == "csc"
+
+
+def check_rows_can_be_read(matrix: Any, name: str) -> None:
+    """Refuse a matrix that lies on disk by columns, by its name."""
+    if lies_on_disk_by_columns(matrix):
+        raise DataError(
+            value=f"{name} is stored by genes (CSC)",
+            rule="expression that stays on disk must be stored by cells",
+            fix="write it with adata.X = adata.X.tocsr() (or the layer), or open it with backed=False",
+        )
 
 
 def _is_sparse_dataset(matrix: Any) -> bool:

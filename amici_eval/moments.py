@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ __all__ = ["MOMENTS_FILE", "Moments"]
 
 MOMENTS_FILE = "moments.npz"
 SCHEMA_VERSION = 1
+_DAMAGE = (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -40,11 +42,15 @@ class Moments:
     sketch_type, sketch_names, sketch_outputs
         Some cells of each type (index into ``cell_types``), their names, and what attention brought to them, shape
         (sketched cells, heads * head_size), float32.
-    readout_weights
-        How attention outputs become expression, shape (types, genes, 1 + heads * head_size), float32; see
-        :class:`amici_eval.stats.readout.Readout`.
-    readout_gram, readout_offset, readout_epsilon
-        Its other parts: shape (types, columns, columns), (types, genes) and (1,), float64.
+    tile_center
+        Mean position of each tile's evaluated cells, in coordinate units, shape (tiles, 2); row t is tile number t.
+    query_weights, head_weights
+        How attention outputs become expression (:class:`amici_eval.stats.readout.Readout`): its first column, which
+        depends on the type, shape (types, genes), and the others, shape (genes, heads * head_size); float32.
+    query_gram, head_gram
+        The same of its gram: first row, shape (types, 1 + heads * head_size), and the block of the heads; float64.
+    readout_offset, readout_epsilon
+        Its other parts: shape (types, genes) and (1,), float64.
     """
 
     cell_types: tuple[str, ...]
@@ -60,10 +66,49 @@ class Moments:
     sketch_type: Int64[np.ndarray, " sketched"]
     sketch_names: tuple[str, ...]
     sketch_outputs: Float32[np.ndarray, "sketched outputs"]
-    readout_weights: Float32[np.ndarray, "types genes columns"]
-    readout_gram: Float64[np.ndarray, "types columns columns"]
+    tile_center: Float64[np.ndarray, "tiles two"]
+    query_weights: Float32[np.ndarray, "types genes"]
+    head_weights: Float32[np.ndarray, "genes outputs"]
+    query_gram: Float64[np.ndarray, "types columns"]
+    head_gram: Float64[np.ndarray, "outputs outputs"]
     readout_offset: Float64[np.ndarray, "types genes"]
     readout_epsilon: Float64[np.ndarray, " one"]
+
+    def __post_init__(self) -> None:
+        n_types, n_genes, n_heads = len(self.cell_types), len(self.genes), self.n_heads
+        n_rows, n_sketched = np.size(self.row_type), len(self.sketch_names)
+        n_outputs = np.size(self.head_gram, 0) if np.ndim(self.head_gram) else 0
+        n_tiles = int(np.max(self.row_tile, initial=-1)) + 1
+        if n_heads < 1 or n_outputs % n_heads:
+            msg = f"{n_outputs} outputs cannot be those of {n_heads} heads"
+            raise ValueError(msg)
+        shapes = {
+            "row_type": (n_rows,),
+            "row_tile": (n_rows,),
+            "n_cells": (n_rows,),
+            "target_mean": (n_rows, n_genes),
+            "target_m2": (n_rows, n_genes),
+            "residual_mean": (n_rows, n_heads, n_genes),
+            "residual_m2": (n_rows, n_heads, n_genes),
+            "sketch_type": (n_sketched,),
+            "sketch_outputs": (n_sketched, n_outputs),
+            "tile_center": (n_tiles, 2),
+            "query_weights": (n_types, n_genes),
+            "head_weights": (n_genes, n_outputs),
+            "query_gram": (n_types, 1 + n_outputs),
+            "head_gram": (n_outputs, n_outputs),
+            "readout_offset": (n_types, n_genes),
+            "readout_epsilon": (1,),
+        }
+        for name, shape in shapes.items():
+            if np.shape(getattr(self, name)) != shape:
+                msg = f"{name} has shape {np.shape(getattr(self, name))}, not {shape}"
+                raise ValueError(msg)
+        for name, stop in (("row_type", n_types), ("sketch_type", n_types), ("row_tile", n_tiles)):
+            values = getattr(self, name)
+            if values.dtype.kind not in "iu" or not np.all((values >= 0) & (values < stop)):
+                msg = f"{name} holds other values than whole numbers from 0 below {stop}"
+                raise ValueError(msg)
 
     def __repr__(self) -> str:
         return f"Moments({len(self.row_type)} rows of type x tile, {len(self.sketch_names)} sketched cells)"
@@ -76,15 +121,24 @@ class Moments:
         tiles
             Tile numbers; a number that occurs twice counts twice, as a block bootstrap draws them.
 
+        Raises
+        ------
+        DataError
+            If there is no such tile.
+
         Notes
         -----
         A type without two cells in these tiles, or without variance, gives NaN.
         """
-        drawn = np.bincount(self.row_tile if tiles is None else np.asarray(tiles, dtype=np.int64))
-        times = np.ones(len(self.row_tile)) if tiles is None else np.zeros(len(self.row_tile))
-        if tiles is not None:
-            known = self.row_tile < len(drawn)
-            times[known] = drawn[self.row_tile[known]]
+        n_tiles = len(self.tile_center)
+        asked = np.arange(n_tiles) if tiles is None else np.asarray(tiles)
+        if asked.dtype.kind not in "iu" or (asked.size and not (0 <= asked.min() and asked.max() < n_tiles)):
+            raise DataError(
+                value=f"tiles={tiles!r}",
+                rule=f"tiles are whole numbers from 0 to {n_tiles - 1}; tile_center says where each lies",
+                fix="choose among these",
+            )
+        times = np.bincount(asked.ravel(), minlength=n_tiles).astype(np.float64)[self.row_tile]
         values = np.full((self.n_heads, len(self.cell_types)), np.nan)
         for index in range(len(self.cell_types)):
             rows = np.flatnonzero((self.row_type == index) & (times > 0))
@@ -121,19 +175,25 @@ class Moments:
         Raises
         ------
         DataError
-            If the file is missing, damaged or of a newer schema.
+            If the file is missing, damaged, of arrays that do not fit each other, or of another schema.
         """
         try:
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 texts = json.loads(stored["header"].tobytes())
-                if texts.pop("schema_version") != SCHEMA_VERSION:
-                    msg = "its schema is newer than this version of amici_eval reads"
-                    raise ValueError(msg)
+                version = texts.pop("schema_version")
+                if type(version) is not int or version != SCHEMA_VERSION:
+                    raise DataError(
+                        value=f"{path} is of schema version {version!r}",
+                        rule=f"this version of amici_eval reads moments of schema version {SCHEMA_VERSION}",
+                        fix="read it with the version of amici_eval that wrote it, or evaluate again",
+                    )
                 arrays = {name: stored[name] for name in stored.files if name != "header"}
             for name in ("cell_types", "genes", "sketch_names"):
                 texts[name] = tuple(texts[name])
             return cls(**texts, **arrays)
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except DataError:
+            raise
+        except _DAMAGE as error:
             raise DataError(
                 value=f"{path} cannot be read ({type(error).__name__}: {error})",
                 rule=f"it must be the {MOMENTS_FILE} of a run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,8 @@ class HeadEvaluation:
     Raises
     ------
     ValueError
-        If the engine or a sampling is unknown, or what is given per type or head has another size.
+        If the engine or a sampling is unknown, what is given per type or head has another size, or the moments are
+        of other heads, types or genes.
     """
 
     n_heads: int
@@ -167,6 +169,9 @@ class HeadEvaluation:
             raise ValueError(msg)
         if found is not None and found.expl_var.shape[1:] != (self.n_heads, n_types):
             msg = f"ablations are of (heads, types) {found.expl_var.shape[1:]}, not {(self.n_heads, n_types)}"
+            raise ValueError(msg)
+        if self.moments is not None and (difference := self._difference(self.moments)):
+            msg = f"moments: {difference}"
             raise ValueError(msg)
 
     def __repr__(self) -> str:
@@ -299,20 +304,29 @@ class HeadEvaluation:
             ) from error
 
     def save(self, directory: str | Path) -> Path:
-        """Write the evaluation into a folder (made if missing) and return the file."""
+        """Write the evaluation into a folder (made if missing) and return the file; moments come beside it.
+
+        Notes
+        -----
+        Moments that lie there are removed first, so that those of another evaluation never stay.
+        """
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.parent / MOMENTS_FILE
+        beside.unlink(missing_ok=True)
         path.write_text(self.to_json(), encoding="utf-8")
+        if self.moments is not None:
+            self.moments.save(beside)
         return path
 
     @classmethod
     def load(cls, directory: str | Path) -> HeadEvaluation:
-        """Read what :meth:`save` wrote, and the moments if they lie beside it.
+        """Read what :meth:`save` wrote, with the moments if they lie beside it.
 
         Raises
         ------
         DataError
-            If the folder holds no evaluation or a damaged one.
+            If the folder holds no evaluation or a damaged one, or moments of another one.
         """
         path = Path(directory) / FILE_NAME
         if not path.is_file():
@@ -324,7 +338,30 @@ class HeadEvaluation:
         # not read_text: bytes that are no UTF-8 are damage, which from_json tells
         evaluation = cls.from_json(path.read_bytes())
         beside = path.parent / MOMENTS_FILE
-        return replace(evaluation, moments=Moments.load(beside)) if beside.is_file() else evaluation
+        if not beside.is_file():
+            return evaluation
+        moments = Moments.load(beside)
+        if difference := evaluation._difference(moments):
+            raise DataError(
+                value=f"{beside} does not fit {FILE_NAME} ({difference})",
+                rule="both must be of one evaluation",
+                fix=f"download both files of the run again, or remove {MOMENTS_FILE}",
+            )
+        return replace(evaluation, moments=moments)
+
+    def _difference(self, moments: Moments) -> str | None:
+        """Say in what moments are not of this evaluation."""
+        if moments.n_heads != self.n_heads:
+            return f"{moments.n_heads} heads, not {self.n_heads}"
+        for what, theirs, ours in (
+            ("cell types", moments.cell_types, self.cell_types),
+            ("genes", moments.genes, self.genes),
+        ):
+            if theirs != ours:
+                pairs = ((one, other) for one, other in zip_longest(theirs, ours) if one != other)
+                one, other = next(pairs)
+                return f"{len(theirs)} {what}, the evaluation has {len(ours)}; first difference: {one!r}, not {other!r}"
+        return None
 
 
 def _nan_max(values: Float64[np.ndarray, "heads genes"]) -> Float64[np.ndarray, " heads"]:

@@ -175,8 +175,11 @@ def make_moments(n_heads: int = 2, n_types: int = 3, n_genes: int = 4, n_tiles: 
         sketch_type=np.repeat(np.arange(n_types), 2),
         sketch_names=tuple(f"cell β{i}" for i in range(2 * n_types)),
         sketch_outputs=positive(2 * n_types, columns - 1),
-        readout_weights=positive(n_types, n_genes, columns),
-        readout_gram=rng.normal(size=(n_types, columns, columns)),
+        tile_center=rng.normal(size=(n_tiles, 2)),
+        query_weights=positive(n_types, n_genes),
+        head_weights=positive(n_genes, columns - 1),
+        query_gram=rng.normal(size=(n_types, columns)),
+        head_gram=rng.normal(size=(columns - 1, columns - 1)),
         readout_offset=rng.normal(size=(n_types, n_genes)),
         readout_epsilon=np.array([1e-5]),
     )

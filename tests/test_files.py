@@ -42,6 +42,18 @@ def both(request, tmp_path):
     return written(tmp_path, kind, suffix)
 
 
+def by_genes(folder, suffix, where):
+    """Write a tissue with ``X`` or a layer by genes (CSC) and return it with its path."""
+    adata = make_adata(200)
+    if where == "X":
+        adata.X = sparse.csc_matrix(adata.X)
+    else:
+        adata.layers[where] = sparse.csc_matrix(adata.layers[where])
+    path = folder / f"by genes.{suffix}"
+    getattr(adata.copy(), "write_h5ad" if suffix == "h5ad" else "write_zarr")(path)
+    return adata, path
+
+
 def test_expression_stays_on_disk(both):
     adata, path = both
     backed = open_anndata(path, backed=True)
@@ -125,11 +137,42 @@ def test_expression_by_genes_must_be_read_into_memory(tmp_path, suffix):
     getattr(adata, "write_h5ad" if suffix == "h5ad" else "write_zarr")(path)
     backed = open_anndata(path, backed=True)
     for call in (lambda: prepare(backed, CARD, DataSpec()), lambda: content_digest(backed)):
-        with pytest.raises(DataError, match=r"stored by genes \(CSC\).*open it with backed=False"):
+        with pytest.raises(DataError, match=r"^adata\.X is stored by genes \(CSC\).*open it with backed=False"):
             call()
     # a matrix that is not asked for does no harm
     assert prepare(backed, CARD, DataSpec(layer="counts")).n_cells == 200
     assert prepare(open_anndata(path, backed=False), CARD, DataSpec()).n_cells == 200
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_layer_by_genes_that_nobody_asks_for_does_no_harm(tmp_path, suffix):
+    adata, path = by_genes(tmp_path, suffix, "counts")
+    backed = open_anndata(path, backed=True)
+    assert content_digest(backed) == content_digest(adata)
+    facts = describe_training_data(backed, coord_obsm_key="spatial", layer=None)
+    assert facts == describe_training_data(adata, coord_obsm_key="spatial", layer=None)
+    assert prepare(backed, CARD, DataSpec()).n_cells == 200
+    with pytest.raises(DataError, match=r"^adata\.layers\['counts'\] is stored by genes \(CSC\)"):
+        prepare(backed, CARD, DataSpec(layer="counts"))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("where", ["X", "counts"])
+def test_a_large_file_by_genes_is_read_into_memory(tmp_path, suffix, where, monkeypatch, caplog):
+    adata, path = by_genes(tmp_path, suffix, where)
+    monkeypatch.setattr(module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(module, "available_memory", lambda: 4)
+    with caplog.at_level(logging.INFO, logger="amici_eval"):
+        opened = open_anndata(path)
+    name = "X" if where == "X" else "layers/counts"
+    assert [record.getMessage().split("): ")[1] for record in caplog.records] == [f"{name} stored by genes (CSC)"]
+    assert not is_on_disk(opened)
+    assert content_digest(opened) == content_digest(adata)
+    for layer in (None, "counts"):
+        assert prepare(opened, CARD, DataSpec(layer=layer)).n_cells == 200
+    # nothing keeps the file open
+    if suffix == "h5ad":
+        h5py.File(path, "r+").close()
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -181,15 +224,85 @@ def test_some_memory_is_available():
     assert 2**20 < available_memory() < 2**50
 
 
-def test_a_container_limits_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "max").write_text("3000000\n")
-    (tmp_path / "current").write_text("2500000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 7\ninactive_file 500000\n")
-    folder = (tmp_path, "max", "current", "inactive_file")
-    monkeypatch.setattr(module, "_CONTAINERS", (folder, (tmp_path / "none", "max", "current", "x")))
-    assert available_memory() == 1_000_000
-    (tmp_path / "max").write_text("max\n")
+def limit_group(folder, limit, used, cached, *, names=("memory.max", "memory.current", "inactive_file")):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nactive_file 7\n{names[2]} {cached}\n")
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Control groups of a made-up machine: the folders of both kinds, and the file that names the process's own."""
+    new, old, own = tmp_path / "new", tmp_path / "old", tmp_path / "own"
+    monkeypatch.setattr(module, "_OWN_GROUPS", own)
+    monkeypatch.setattr(
+        module,
+        "_CONTAINERS",
+        tuple((kind[0], folder, *kind[2:]) for kind, folder in zip(module._CONTAINERS, (new, old), strict=True)),
+    )
+    return new, old, own
+
+
+def test_a_container_limits_the_memory(groups):
+    limit_group(groups[0], 3_000_000, 2_500_000, 500_000)
+    assert available_memory() == 1_000_000, "no file tells the own group"
+    for own in ("0::/\n", "0::/../elsewhere\n", "0::/not/here\n", "nonsense\n", ""):
+        groups[2].write_text(own)
+        assert available_memory() == 1_000_000
+    limit_group(groups[0], 3_000_000, 3_500_000, 0)
+    assert available_memory() == 0
+    (groups[0] / "memory.max").write_text("max\n")
     assert available_memory() > 2**20
+
+
+@pytest.mark.parametrize(
+    ("own_limit", "parent_limit"), [(5_000_000, "max"), ("max", 5_000_000), (5_000_000, 7_000_000)]
+)
+def test_the_own_group_and_those_around_it_limit_the_memory(groups, own_limit, parent_limit):
+    groups[2].write_text("1:cpu:/else\n0::/user.slice/session:1.scope\n")
+    limit_group(groups[0] / "user.slice" / "session:1.scope", own_limit, 1_000_000, 0)
+    limit_group(groups[0] / "user.slice", parent_limit, 1_000_000, 0)
+    limit_group(groups[0] / "another.slice", 10, 0, 0)
+    assert available_memory() == 4_000_000
+
+
+def test_groups_of_older_kernels_limit_the_memory(groups):
+    groups[2].write_text("5:cpuacct,memory:/box\n1:cpu:/else\n0::/\n")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit_group(groups[1] / "box", 5_000_000, 2_000_000, 1_000_000, names=names)
+    limit_group(groups[1] / "else", 10, 0, 0, names=names)
+    assert available_memory() == 4_000_000
+
+
+@pytest.mark.parametrize("missing", ["function", "name", "value"])
+def test_a_system_that_tells_nothing_gets_a_cautious_number(groups, monkeypatch, missing):
+    def unknown(name):
+        if missing == "name":
+            msg = "unrecognized configuration name"
+            raise ValueError(msg)
+        return -1 if name == "SC_PHYS_PAGES" else 4096
+
+    def absent(self, *args, **kwargs):
+        raise FileNotFoundError(self)
+
+    # as on Windows: neither /proc nor os.sysconf
+    monkeypatch.setattr(module.Path, "read_text", absent)
+    if missing == "function":
+        monkeypatch.delattr(module.os, "sysconf", raising=False)
+    else:
+        monkeypatch.setattr(module.os, "sysconf", unknown, raising=False)
+    assert available_memory() == 2**31
+
+
+def test_without_a_count_of_what_is_left_half_of_the_memory_is_taken(groups, monkeypatch):
+    def absent(self, *args, **kwargs):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(module.Path, "read_text", absent)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(module.os, "sysconf", pages.__getitem__, raising=False)
+    assert available_memory() == 2_048_000
 
 
 # --- what a file that stays open must bear

@@ -5,12 +5,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+import amici_eval
 from amici_eval import __version__
 
-HEAVY = ("amici", "scvi", "mlflow", "torch", "anndata", "pandas", "hydra", "matplotlib")
+HEAVY = ("amici", "scvi", "mlflow", "torch", "numba", "anndata", "pandas", "hydra", "matplotlib")
+PACKAGE = Path(amici_eval.__file__).parent
+STATISTICS = {path.stem for path in (PACKAGE / "stats").glob("*.py")} - {"__init__"}
+# compiled code: nothing but ``compiled.kernels()`` imports it
+COMPILED = {"kernels"}
+WITH_TORCH = {
+    "ablations",
+    "coalitions",
+    "factor_nulls",
+    "factor_statistics",
+    "moments",
+    "nulls",
+    "packing",
+    "substitutions",
+}
+LIGHT = sorted(
+    {"errors", "specs", "names", "moments", "ablation_results"}
+    | {path.stem for pattern in ("results.py", "result_*.py") for path in PACKAGE.glob(pattern)}
+)
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,12 +58,14 @@ def test_names_of_the_package_are_fetched_when_used():
 
 
 def test_statistics_know_no_model_no_anndata_and_no_tracker():
-    rooms = ("explained_variance", "multiplicity", "nulls", "permutations", "pvalues")
-    code = "import " + ", ".join(f"amici_eval.stats.{room}" for room in rooms)
-    assert loaded_after(code) <= {"torch"}
+    assert len(STATISTICS) > 15
+    assert STATISTICS >= COMPILED | WITH_TORCH, "a room that is gone"
+    for rooms, allowed in ((STATISTICS - COMPILED - WITH_TORCH, set()), (WITH_TORCH, {"torch"})):
+        code = "import " + ", ".join(f"amici_eval.stats.{room}" for room in sorted(rooms))
+        assert loaded_after(code) <= allowed
 
 
-@pytest.mark.parametrize("room", ["errors", "specs", "names", "results"])
+@pytest.mark.parametrize("room", LIGHT)
 def test_the_lowest_rooms_load_nothing_heavy(room):
     assert loaded_after(f"import amici_eval.{room}") == set()
 
@@ -50,6 +73,9 @@ def test_the_lowest_rooms_load_nothing_heavy(room):
 def test_the_check_of_imports_can_fail():
     assert loaded_after("import pandas") >= {"pandas"}
     assert loaded_after("import amici_eval.data") >= {"pandas"}
+    assert {"results", "result_frames", "result_json"} <= set(LIGHT)
+    if find_spec("numba"):
+        assert loaded_after("import amici_eval.stats.kernels") == {"numba"}
     with pytest.raises(AssertionError, match=r"No module named 'amici_eval\.none'"):
         loaded_after("import amici_eval.none")
 
@@ -65,6 +91,16 @@ def test_help_is_printed():
     assert "usage: amici-eval COMMAND" in done.stdout
     for command in ("evaluate", "register", "upload", "demo"):
         assert f"\n  {command} " in done.stdout
+    for setting in (
+        "data.backed",
+        "ablation.engine",
+        "ablation.modes",
+        "ablation.memory_budget",
+        "permutation.sampling",
+    ):
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"  {setting}=")]
+        assert len(lines) == 1
+        assert lines[0][60] == " " != lines[0][61], "aligned with the others"
     assert done.stderr == ""
 
 
@@ -80,8 +116,6 @@ def test_version_is_printed():
 
 
 def test_every_exported_name_is_listed_and_an_unknown_one_is_refused():
-    import amici_eval
-
     assert set(amici_eval.__all__) <= set(dir(amici_eval))
     with pytest.raises(AttributeError, match=r"^module 'amici_eval' has no attribute 'evaluat'$"):
         _ = amici_eval.evaluat

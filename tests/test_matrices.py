@@ -17,6 +17,7 @@ from amici_eval.matrices import (
     as_dense,
     expression_blocks,
     lies_on_disk,
+    lies_on_disk_by_columns,
     open_rows,
     spans,
     stored_values,
@@ -148,6 +149,17 @@ def test_a_matrix_that_lies_on_disk_by_genes_is_refused(tmp_path):
         "expression that stays on disk must be stored by cells",
         "write it with adata.X = adata.X.tocsr() (or the layer), or open it with backed=False",
     )
+
+
+def test_a_matrix_that_is_refused_is_named(tmp_path):
+    adata = ad.AnnData(X=sparse.csc_matrix(VALUES), layers={"rows": sparse.csr_matrix(VALUES)})
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad") as file:
+        columns, rows = sparse_dataset(file["X"]), sparse_dataset(file["layers/rows"])
+        assert [lies_on_disk_by_columns(m) for m in (columns, rows, adata.X, VALUES)] == [True, False, False, False]
+        with pytest.raises(DataError, match=r"^adata\.X is stored by genes \(CSC\)"):
+            open_rows(columns, name="adata.X")
+        assert open_rows(rows, name="adata.layers['rows']").shape == VALUES.shape
 
 
 class Counting:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_the_file_gives_everything_back(tmp_path):
         assert not isinstance(theirs, np.ndarray) or ours.dtype == theirs.dtype
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "text", "no header", "newer"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "text", "no header", "odd header", "bits"])
 def test_a_damaged_file_is_refused(tmp_path, damage):
     path = make_moments().save(tmp_path / "moments.npz")
     if damage == "missing":
@@ -148,10 +149,79 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         path.write_text("no archive")
     elif damage == "no header":
         np.savez(path, a=np.zeros(2))
+    elif damage == "odd header":
+        np.savez(path, header=np.frombuffer(b'"text"', dtype=np.uint8))
     else:
-        np.savez(path, header=np.frombuffer(b'{"schema_version": 99}', dtype=np.uint8))
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 200] = b"\xff" * 200
+        path.write_bytes(content)
     with pytest.raises(DataError, match=r"moments.npz cannot be read .*it must be the moments.npz of a run"):
         Moments.load(path)
+
+
+def changed(path, folder, *, arrays=None, **texts):
+    """Write a file of moments again with other entries (``None`` drops one)."""
+    with np.load(path) as stored:
+        parts = {name: stored[name] for name in stored.files}
+    header = {**json.loads(parts.pop("header").tobytes()), **texts}
+    parts = {name: values for name, values in {**parts, **(arrays or {})}.items() if values is not None}
+    header = np.frombuffer(json.dumps({k: v for k, v in header.items() if v is not None}).encode(), dtype=np.uint8)
+    np.savez(folder / "changed.npz", header=header, **parts)
+    return folder / "changed.npz"
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, "1", 1.0, True, [1]])
+def test_another_schema_is_told_whether_older_or_newer(tmp_path, version):
+    path = changed(make_moments().save(tmp_path / "moments.npz"), tmp_path, schema_version=version)
+    with pytest.raises(DataError) as caught:
+        Moments.load(path)
+    assert caught.value.value == f"{path} is of schema version {version!r}"
+    assert caught.value.rule == "this version of amici_eval reads moments of schema version 1"
+    assert caught.value.fix == "read it with the version of amici_eval that wrote it, or evaluate again"
+
+
+ARRAYS = tuple(entry.name for entry in fields(Moments) if isinstance(getattr(make_moments(), entry.name), np.ndarray))
+
+
+@pytest.mark.parametrize("how", ["longer", "flat", "nothing"])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, name, how):
+    moments = make_moments()
+    values = getattr(moments, name)
+    other = {
+        "longer": np.concatenate([values, values[:1]]),
+        "flat": values.reshape(-1, 1),
+        "nothing": np.float32(1.0),
+    }[how]
+    with pytest.raises(ValueError, match=r"has shape|outputs cannot be those of"):
+        replace(moments, **{name: other})
+    path = changed(moments.save(tmp_path / "moments.npz"), tmp_path, arrays={name: other})
+    with pytest.raises(DataError, match=r"changed.npz cannot be read"):
+        Moments.load(path)
+
+
+@pytest.mark.parametrize("name", ["cell_types", "genes", "sketch_names", "n_heads"])
+def test_names_and_heads_that_do_not_fit_are_refused(tmp_path, name):
+    moments = make_moments()
+    value = getattr(moments, name)
+    other = value + 1 if name == "n_heads" else value[:-1]
+    with pytest.raises(ValueError, match=r"has shape|cannot be those of 3 heads"):
+        replace(moments, **{name: other})
+    path = changed(moments.save(tmp_path / "moments.npz"), tmp_path, **{name: other})
+    with pytest.raises(DataError, match=r"changed.npz cannot be read \(ValueError"):
+        Moments.load(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("row_type", 3), ("row_type", -1), ("sketch_type", 3), ("row_tile", -1)])
+def test_rows_of_no_type_or_tile_are_refused(name, value):
+    moments = make_moments()
+    values = getattr(moments, name).copy()
+    values[-1] = value
+    with pytest.raises(ValueError, match=rf"^{name} holds other values than whole numbers from 0"):
+        replace(moments, **{name: values})
+    with pytest.raises(ValueError, match=rf"^{name} holds other values than whole numbers from 0"):
+        replace(moments, **{name: getattr(moments, name).astype(np.float64)})
 
 
 def test_tiles_drawn_with_replacement_are_cells_drawn_with_their_tiles():
@@ -163,6 +233,7 @@ def test_tiles_drawn_with_replacement_are_cells_drawn_with_their_tiles():
             **{entry.name: getattr(make_moments(3, 1, 5), entry.name) for entry in fields(Moments)},
             "row_type": np.zeros(4, dtype=np.int64),
             "row_tile": found.tiles,
+            "tile_center": np.zeros((4, 2)),
             "n_cells": found.n_cells,
             "target_mean": found.target_mean.astype(np.float32),
             "target_m2": found.target_m2.astype(np.float32),
@@ -177,7 +248,9 @@ def test_tiles_drawn_with_replacement_are_cells_drawn_with_their_tiles():
         for head in range(3):
             expected = reference.explained_variance(readout.predict(outputs[rows], (head,)), targets[rows])[1]
             assert moments.explained_variance(tiles=drawn)[head, 0] == pytest.approx(expected, abs=1e-5)
-    assert np.isnan(moments.explained_variance(tiles=[77])).all()
+    for wrong in ([77], [0, -1], ["a"], [0.5]):
+        with pytest.raises(DataError, match=r"tiles=.*tiles are whole numbers from 0 to 3; tile_center says where"):
+            moments.explained_variance(tiles=wrong)
 
 
 def test_tiles_are_squares_within_sections():

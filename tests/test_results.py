@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
+from amici_eval.moments import Moments
 from amici_eval.results import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
@@ -23,7 +25,7 @@ from amici_eval.results import (
     Undefined,
 )
 from amici_eval.specs import MODES
-from tests.builders import AWKWARD_TYPES, make_evaluation
+from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 
 seeded = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -214,6 +216,67 @@ def test_a_folder_keeps_an_evaluation(tmp_path):
     assert path == tmp_path / "not" / "there yet" / "evaluation.json"
     assert_equal(HeadEvaluation.load(path.parent), evaluation)
     assert_equal(HeadEvaluation.load(str(path.parent)), evaluation)
+
+
+def with_moments(n_heads=2, n_types=3, n_genes=4):
+    """Return an evaluation with moments that fit it."""
+    moments = make_moments(n_heads, n_types, n_genes)
+    return dataclasses.replace(make_evaluation(n_heads, moments.cell_types, genes=moments.genes), moments=moments)
+
+
+def test_moments_stay_with_their_evaluation(tmp_path):
+    evaluation = with_moments()
+    evaluation.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "moments.npz"]
+    loaded = HeadEvaluation.load(tmp_path)
+    assert loaded.moments is not None
+    assert_equal(loaded.moments, evaluation.moments)
+    assert loaded.to_json() == evaluation.to_json()
+    # moments of an earlier evaluation do not stay
+    make_evaluation().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert HeadEvaluation.load(tmp_path).moments is None
+
+
+def test_moments_of_an_earlier_evaluation_go_before_numbers_are_written(tmp_path, monkeypatch):
+    with_moments().save(tmp_path)
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Moments, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        with_moments(n_genes=3).save(tmp_path)
+    loaded = HeadEvaluation.load(tmp_path)
+    assert (len(loaded.genes), loaded.moments) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (make_moments(3), "3 heads, not 2"),
+        (make_moments(2, 2), "2 cell types, the evaluation has 3; first difference: None, not 'type 2'"),
+        (make_moments(2, 3, 5), "5 genes, the evaluation has 4; first difference: 'g4', not None"),
+        (
+            dataclasses.replace(make_moments(), genes=("g0", "g2", "g1", "g3")),
+            "4 genes, the evaluation has 4; first difference: 'g2', not 'g1'",
+        ),
+    ],
+    ids=["heads", "types", "genes", "order of genes"],
+)
+def test_moments_of_another_evaluation_are_refused(tmp_path, other, difference):
+    evaluation = with_moments()
+    evaluation.save(tmp_path)
+    other.save(tmp_path / "moments.npz")
+    with pytest.raises(DataError) as caught:
+        HeadEvaluation.load(tmp_path)
+    assert (caught.value.value, caught.value.rule, caught.value.fix) == (
+        f"{tmp_path / 'moments.npz'} does not fit evaluation.json ({difference})",
+        "both must be of one evaluation",
+        "download both files of the run again, or remove moments.npz",
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(f'moments: {difference}')}$"):
+        dataclasses.replace(evaluation, moments=other)
 
 
 @pytest.mark.parametrize("give_the_file", [False, True])

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from jaxtyping import Bool, Float, Float64, Int64
+    from jaxtyping import Float, Float64, Int64
 
 __all__ = ["Readout"]
 
@@ -55,12 +55,6 @@ class Readout:
         own = [np.arange(1 + h * self.head_size, 1 + (h + 1) * self.head_size) for h in sorted(set(heads))]
         columns: Int64[np.ndarray, " kept"] = np.concatenate([np.zeros(1, dtype=np.int64), *own])
         return columns
-
-    def mask(self, heads: Collection[int]) -> Bool[np.ndarray, " columns"]:
-        """Return which entries of ``x`` are not zeroed if only some heads are kept."""
-        kept = np.zeros(self.n_columns, dtype=bool)
-        kept[self.columns(heads)] = True
-        return kept
 
     def scale(
         self, z: Float[np.ndarray, "cells outputs"], heads: Collection[int] | None = None

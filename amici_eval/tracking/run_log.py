@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import OutputError, TrackingError, first_line, mask_secrets
+from amici_eval.errors import DataError, OutputError, TrackingError, first_line, mask_secrets
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.names import slugify
 
@@ -188,8 +188,6 @@ def write_artifacts(
 
     folder.mkdir(parents=True, exist_ok=True)
     evaluation.save(folder)
-    if evaluation.moments is not None:
-        evaluation.moments.save(folder / MOMENTS_FILE)
     write_tables(evaluation, folder)
     write_significance(evaluation, folder)
     (folder / "config").mkdir(exist_ok=True)
@@ -237,8 +235,8 @@ def deliver(
     TrackingError
         If the store fails; the message says how to go on.
     """
-    # the numbers first, before anything is drawn
-    evaluation.save(folder / ARTIFACTS)
+    # the numbers first, before anything is drawn; moments are large and follow once, with the other artifacts
+    replace(evaluation, moments=None).save(folder / ARTIFACTS)
     record.save(folder)
     try:
         write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
@@ -341,7 +339,7 @@ def upload(folder: Path) -> str:
 
 
 def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEvaluation:
-    """Return the evaluation that a run holds.
+    """Return the evaluation that a run holds, with its moments if it holds them.
 
     Raises
     ------
@@ -352,10 +350,18 @@ def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEval
 
     from amici_eval.results import FILE_NAME, HeadEvaluation
 
-    with tempfile.TemporaryDirectory(prefix="amici-eval-") as scratch:
-        mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path=FILE_NAME, dst_path=scratch, tracking_uri=tracking_uri
+    there = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run_id, tracking_uri=tracking_uri)}
+    if FILE_NAME not in there:
+        raise DataError(
+            value=f"run {run_id} holds no {FILE_NAME}",
+            rule="it must be a run that amici_eval wrote and completed",
+            fix="give the id of such a run, or complete it with: amici-eval upload DIR",
         )
+    with tempfile.TemporaryDirectory(prefix="amici-eval-") as scratch:
+        for name in sorted({FILE_NAME, MOMENTS_FILE} & there):
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=name, dst_path=scratch, tracking_uri=tracking_uri
+            )
         return HeadEvaluation.load(scratch)
 
 

@@ -387,6 +387,17 @@ def test_both_engines_give_the_same_evaluation(trained, adata, sampling):
     )
 
 
+def test_tiles_of_the_moments_lie_where_their_cells_lie(trained, adata):
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
+    with opened(trained, adata) as access:
+        moments = evaluate_access(access, spec).moments
+    assert len(moments.tile_center) == moments.row_tile.max() + 1 >= 9
+    weights = np.bincount(moments.row_tile, weights=moments.n_cells)
+    middle = (weights[:, None] * moments.tile_center).sum(axis=0) / weights.sum()
+    np.testing.assert_allclose(middle, adata.obsm["spatial"].mean(axis=0))
+    assert np.ptp(moments.tile_center, axis=0).min() > 0.5 * np.ptp(adata.obsm["spatial"], axis=0).min()
+
+
 def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata):
     spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=199), ablation=AblationSpec(device="cpu"))
     counts = []

@@ -1,18 +1,21 @@
-"""What a run holds of an evaluation: metrics and files, written without a tracking store."""
+"""What a run holds of an evaluation: metrics and files, and the way back."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
+from amici_eval.errors import DataError
 from amici_eval.moments import Moments
 from amici_eval.names import slugify
 from amici_eval.results import HeadEvaluation
 from amici_eval.specs import MODES, ReportSpec
-from amici_eval.tracking.run_log import evaluation_metrics, write_artifacts
+from amici_eval.tracking.run_log import RunRecord, deliver, evaluation_metrics, load_evaluation, write_artifacts
 from tests.builders import make_evaluation, make_moments
 
 NO_FIGURES = ReportSpec(figures=False)
@@ -37,9 +40,56 @@ def test_what_was_not_compared_is_no_metric(parity):
     assert not [name for name in metrics if name.startswith(("parity/", "shapley/"))]
 
 
+def with_moments():
+    moments = make_moments()
+    evaluation = make_evaluation(moments.n_heads, moments.cell_types, genes=moments.genes, modes=MODES)
+    return replace(evaluation, moments=moments)
+
+
+def run_in(tmp_path, monkeypatch):
+    """Return a store and a run in it."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("e", artifact_location=(tmp_path / "store").as_uri())
+    return uri, client.create_run(experiment).info.run_id
+
+
+def test_a_run_keeps_moments_with_the_evaluation_and_writes_them_once(tmp_path, monkeypatch):
+    uri, run_id = run_in(tmp_path, monkeypatch)
+    with pytest.raises(DataError) as caught:
+        load_evaluation(run_id, tracking_uri=uri)
+    assert caught.value.value == f"run {run_id} holds no evaluation.json"
+    evaluation, folder, there = with_moments(), tmp_path / "out", []
+    literal = Moments.save
+
+    def save(self, path):
+        there.append(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+        return literal(self, path)
+
+    monkeypatch.setattr(Moments, "save", save)
+    record = RunRecord(tracking_uri=uri, run_id=run_id, metrics=evaluation_metrics(evaluation))
+    deliver(evaluation, folder, record, report=NO_FIGURES, config_yaml="")
+    # once, and after all that upload needs
+    assert there == [[str(Path("artifacts") / "evaluation.json"), "upload.json"]]
+    loaded = load_evaluation(run_id, tracking_uri=uri)
+    assert loaded.to_json() == evaluation.to_json()
+    np.testing.assert_array_equal(loaded.moments.residual_m2, evaluation.moments.residual_m2)
+
+
+def test_a_run_without_moments_gives_the_evaluation(tmp_path, monkeypatch):
+    uri, run_id = run_in(tmp_path, monkeypatch)
+    record = RunRecord(tracking_uri=uri, run_id=run_id)
+    deliver(make_evaluation(), tmp_path / "out", record, report=NO_FIGURES, config_yaml="")
+    loaded = load_evaluation(run_id, tracking_uri=uri)
+    assert loaded.moments is None
+    assert loaded.to_json() == make_evaluation().to_json()
+
+
 def test_moments_are_written_after_the_numbers_and_come_back(tmp_path, monkeypatch):
     there = []
-    moments = make_moments()
+    evaluation = with_moments()
+    moments = evaluation.moments
     literal = Moments.save
 
     def save(self, path):
@@ -47,7 +97,6 @@ def test_moments_are_written_after_the_numbers_and_come_back(tmp_path, monkeypat
         return literal(self, path)
 
     monkeypatch.setattr(Moments, "save", save)
-    evaluation = replace(make_evaluation(modes=MODES), moments=moments)
     write_artifacts(evaluation, tmp_path, report=NO_FIGURES, config_yaml="a: 1\n")
     assert there == ["evaluation.json"]
     loaded = HeadEvaluation.load(tmp_path)

@@ -11,8 +11,10 @@ import mlflow
 import mlflow.data
 import numpy as np
 import pytest
+from scipy import sparse
 
 import amici_eval
+from amici_eval import files
 from amici_eval.data import content_digest, is_on_disk
 from amici_eval.errors import DataError
 from amici_eval.tracking.dataset import AnnDataSource
@@ -122,6 +124,21 @@ def test_a_fetched_copy_lasts_as_long_as_it_is_read(adata, file, web, suffix, tm
     assert list((tmp_path / "fetched").iterdir()) == []
     assert not is_on_disk(amici_eval.from_anndata(f"{web}/my%20tissue{suffix}", backed=False).adata)
     assert list((tmp_path / "fetched").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["X", "layer"])
+def test_a_large_file_by_genes_is_taken(adata, tmp_path, where, monkeypatch):
+    adata.layers["other"] = sparse.csr_matrix(adata.X)
+    if where == "X":
+        adata.X = sparse.csc_matrix(adata.X)
+    else:
+        adata.layers["other"] = adata.layers["other"].tocsc()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    monkeypatch.setattr(files, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(files, "available_memory", lambda: 4)
+    dataset = amici_eval.from_anndata(tmp_path / "a.h5ad")
+    assert not is_on_disk(dataset.adata)
+    assert dataset.digest == content_digest(adata)
 
 
 def test_a_local_file_is_never_removed(file):
