@@ -56,11 +56,13 @@ _PANELS = {
 _LOST = ("leave_one_out", "mean_z", "resampled_z")
 _EXPLAINED = {
     "keep_one": "Alone: explained variance with this head only.",
-    "frozen_norm": "Norm frozen: divided by the whole model's scale, so that the heads' outputs add up (their explained variances do not).",
+    "frozen_norm": "Norm frozen: divided by the whole model's scale, so that the heads' outputs add up (their "
+    "explained variances do not).",
     "leave_one_out": "Lost without it: explained variance of all heads minus that of all others.",
     "mean_z": "Lost with its mean / with other cells': the same, with the head's output replaced by its mean over the "
     "type / by that of other cells of the type.",
-    "shapley": "Fair share: Shapley value; the shares of a type add up to all heads minus none, with the norm frozen about so.",
+    "shapley": "Fair share: Shapley value; the shares of a type add up to all heads minus none, with the norm frozen "
+    "about so.",
 }
 _TITLE_INCHES = 1.0
 _CELL_INCHES, _ROW_INCHES, _GAP_INCHES, _NUMBER_INCHES = 0.2, 0.24, 0.2, 0.36
@@ -285,7 +287,7 @@ def _pairs(values: Float64[np.ndarray, "types heads heads"]) -> Float64[np.ndarr
 
 
 def _limit(values: Float64[np.ndarray, ...], *, share: float = 1.0) -> float:
-    """Return the largest size, or one that a share of the values keep to: one large value would take all the contrast."""
+    """Return the largest size, or one that a share of the values keep to: else one value takes all the contrast."""
     sizes = np.abs(values[np.isfinite(values)])
     if not sizes.size:
         return 0.0

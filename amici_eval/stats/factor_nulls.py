@@ -66,13 +66,14 @@ def factor_exceedances(
         Shape (heads,): heads to leave out. Heads whose numbers are not finite or whose factors do not vary are left
         out in any case.
     device
-        Torch device. Without numba, on another device than ``"cpu"``, and for ``"cyclic"``, torch does the work, in
-        float64; ``"mps"``, which has none, is taken as ``"cpu"``.
+        Torch device. Without numba, and on another device than ``"cpu"``, torch does the work, in float64, as it does
+        the transforms of ``"cyclic"`` everywhere; ``"mps"``, which has no float64, is taken as ``"cpu"``.
     form
         ``"factor"``: gathers rows of F; ``"gram"``: gathers from the cells x cells products; ``"auto"``: the cheaper.
         No effect on the counts, or for ``"cyclic"``.
     n_threads
-        Threads of the compiled kernels; as many as torch uses if ``None``. No effect on the counts.
+        Threads of the compiled kernels of ``"independent"``; as many as torch uses if ``None``, as for all else. No
+        effect on the counts.
     progress
         Called in the calling thread with the number of (head, permutation) pairs finished since the last call; their
         sum is heads x ``n_permutations`` of the result.
@@ -120,7 +121,9 @@ def factor_exceedances(
         raise ValueError(msg)
 
     device = "cpu" if torch.device(device).type == "mps" else device
-    pair = pack(factors, images, dead=np.zeros(n_heads, dtype=bool) if dead is None else dead.astype(bool))
+    order = replace(stream, stratum=stream.stratum + _CYCLIC_LABEL).batch(0, 1)[0] if sampling == "cyclic" else None
+    is_dead = np.zeros(n_heads, dtype=bool) if dead is None else dead.astype(bool)
+    pair = pack(factors, images, dead=is_dead, order=order)
     alive = pair.heads
     exceedances = np.zeros(n_heads, dtype=np.int64)
     finished = 0
@@ -135,8 +138,7 @@ def factor_exceedances(
     if sampling == "cyclic":
         n_permutations = n_cells - 1
         if alive.size:
-            order = replace(stream, stratum=stream.stratum + _CYCLIC_LABEL).batch(0, 1)[0]
-            statistics = cyclic_statistics(pair, order, device=device)
+            statistics = cyclic_statistics(pair, device=device)
             take(statistics[1:], statistics[0] - TIE_TOLERANCE * pair.sizes)
     elif alive.size and n_permutations:
         kernels = compiled.kernels() if torch.device(device).type == "cpu" else None

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from scipy.fft import next_fast_len
 
+from amici_eval.stats import compiled
 from amici_eval.stats.packing import LANES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator
     from types import ModuleType
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Complex128, Float32, Float64, Int32, Int64
     from torch import Tensor
 
     from amici_eval.stats.packing import PackedPair
     from amici_eval.stats.permutations import PermutationStream
 
     Take = Callable[[Float64[np.ndarray, "permutations alive"], Float64[np.ndarray, " alive"]], None]
+
+Result = TypeVar("Result")
 
 __all__ = ["TIE_TOLERANCE", "compiled_statistics", "cyclic_statistics", "torch_statistics"]
 
@@ -36,9 +41,14 @@ _STORED_INDICES = 2**26
 _TASK_PRODUCTS = 2**27
 _INLINE_PRODUCTS = 2**22
 """Below this, handing work to threads costs more than it saves."""
+_INLINE_ENTRIES = 2**18
+_DRAWN_INDICES = 2**24
 _TORCH_ENTRIES = 2**23
 _TORCH_CELLS = 1024
 _FLOAT32_UNIT = 2.0**-24
+_FAST_PRIMES = (2, 3, 5, 7, 11, 13)
+"""Measured: with any other prime factor, a transform of more than twice the length costs less, or as much."""
+_OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 def compiled_statistics(
@@ -69,8 +79,10 @@ def compiled_statistics(
     if products * n_permutations <= _INLINE_PRODUCTS:
         n_threads = 1
     step = max(4, min(_TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
-    numbers = [np.arange(first, min(first + step, n_permutations)) for first in range(0, n_permutations, step)]
-    _in_threads([partial(exactly, own) for own in numbers], n_threads, lambda sums: take(sums, thresholds))
+    starts = range(0, n_permutations, step)
+    # all of them may be more than memory holds
+    tasks = (partial(exactly, np.arange(first, min(first + step, n_permutations))) for first in starts)
+    compiled.in_threads(tasks, n_threads, lambda sums: take(sums, thresholds))
 
 
 def _exact_sums(
@@ -106,20 +118,20 @@ def _gram(
             orders = np.zeros((n_panels * rows, width), dtype=np.uint32)
         products = n_heads * n_cells * (n_cells * pair.n_columns // 4 + width)
         threads = n_threads if products > _INLINE_PRODUCTS else 1
-        cuts = _cuts(width, 4 * threads, multiple=LANES)
-        _in_threads(
+        cuts = compiled.cuts(width, 4 * threads, multiple=LANES)
+        compiled.in_threads(
             [partial(kernels.shuffle_columns, key, start, *cut, n_cells, orders) for cut in cuts],
             threads,
             lambda _: None,
         )
         total = np.zeros((n_heads, width))
-        cuts = _cuts(n_panels, max(threads, products // _TASK_PRODUCTS))
-        _in_threads([partial(_gram_part, kernels, orders, f, z, *cut) for cut in cuts], threads, total.__iadd__)
+        cuts = compiled.cuts(n_panels, max(threads, products // _TASK_PRODUCTS))
+        compiled.in_threads([partial(_gram_part, kernels, orders, f, z, *cut) for cut in cuts], threads, total.__iadd__)
         statistics = np.ascontiguousarray(total.T)
         undecided = np.flatnonzero((np.abs(statistics - thresholds) <= margin).any(axis=1))
-        pieces = [undecided[first:last] for first, last in _cuts(undecided.size, 4 * threads)]
+        pieces = [undecided[first:last] for first, last in compiled.cuts(undecided.size, 4 * threads)]
         sums: list[Float64[np.ndarray, "some alive"]] = []
-        _in_threads([partial(exactly, start + piece) for piece in pieces], threads, sums.append)
+        compiled.in_threads([partial(exactly, start + piece) for piece in pieces], threads, sums.append)
         for piece, own in zip(pieces, sums, strict=True):
             statistics[piece] = own
         take(statistics, thresholds)
@@ -148,62 +160,86 @@ def _panels(
     return panels
 
 
-def _cuts(length: int, n_parts: int, *, multiple: int = 1) -> list[tuple[int, int]]:
-    """Cut 0 to ``length`` into at most ``n_parts`` ranges that begin at multiples of ``multiple``."""
-    step = max(1, -(-length // (n_parts * multiple))) * multiple
-    return [(first, min(first + step, length)) for first in range(0, length, step)]
-
-
-def _in_threads(tasks: Sequence[Callable[[], Any]], n_threads: int, done: Callable[[Any], object]) -> None:
-    """Run tasks that leave the interpreter alone; hand each result on in order, in the calling thread."""
-    if n_threads == 1 or len(tasks) <= 1:
-        for task in tasks:
-            done(task())
-        return
-    with ThreadPoolExecutor(min(n_threads, len(tasks))) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            while futures:
-                done(futures.pop(0).result())
-        finally:
-            # an error or an interrupt waits for what is running, not for what is queued
-            for future in futures:
-                future.cancel()
-
-
 def torch_statistics(
     pair: PackedPair, stream: PermutationStream, n_permutations: int, *, form: str, device: str, take: Take
 ) -> None:
-    """Do what ``compiled_statistics`` does, in float64 on a torch device."""
+    """Do what ``compiled_statistics`` does, in float64 on a torch device.
+
+    The next orders are drawn while the device is at work. Where its memory ends, fewer permutations are taken at once.
+    """
     _, n_cells, width = pair.f.shape
-    chunk = max(1, min(n_permutations, _STORED_INDICES // n_cells))
+    drawn = max(1, min(n_permutations, _STORED_INDICES // n_cells))
+    chunk = max(1, min(drawn, _TORCH_ENTRIES // (min(n_cells, _TORCH_CELLS) * width)))
     if form == "auto":
-        form = "gram" if n_cells <= _TORCH_GRAM_CELLS_PER_PERMUTATION * chunk else "factor"
-    kernel = _torch_gram if form == "gram" else _torch_factor
-    if form == "factor":
-        chunk = max(1, min(chunk, _TORCH_ENTRIES // (min(n_cells, _TORCH_CELLS) * width)))
+        form = "gram" if n_cells <= _TORCH_GRAM_CELLS_PER_PERMUTATION * drawn else "factor"
     f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
-    identity = torch.arange(n_cells, device=device)[None]
-    thresholds = kernel(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
-    for start in range(0, n_permutations, chunk):
-        orders = torch.from_numpy(stream.batch(start, min(start + chunk, n_permutations))).to(device)
-        take(kernel(pair, f, z, orders), thresholds)
+    identity = np.arange(n_cells, dtype=np.int32)[None]
+    thresholds = _torch_factor(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
+    if form == "factor":
+        drawn = max(chunk, min(drawn, _DRAWN_INDICES // n_cells))
+    with closing(_drawn_ahead(stream, n_permutations, drawn)) as chunks:
+        for orders in chunks:
+            first = 0
+            while first < len(orders):
+                own = orders[first:] if form == "gram" else orders[first : first + chunk]
+                kernel = partial(_torch_gram if form == "gram" else _torch_factor, pair, f, z, own)
+                sums = kernel() if form == "factor" and chunk == 1 else _unless_memory_ends(kernel)
+                if sums is not None:
+                    take(sums, thresholds)
+                    first += len(own)
+                elif form == "gram":
+                    # fewer permutations would not make the products of all cells smaller
+                    form = "factor"
+                else:
+                    chunk = (chunk + 1) // 2
 
 
-def _torch_factor(pair: PackedPair, f: Tensor, z: Tensor, orders: Tensor) -> Float64[np.ndarray, "permutations alive"]:
+def _drawn_ahead(
+    stream: PermutationStream, n_permutations: int, chunk: int
+) -> Generator[Int32[np.ndarray, "some cells"], None, None]:
+    """Yield all permutations in chunks; a thread draws the next one meanwhile."""
+    n_threads = torch.get_num_threads()
+
+    def draw(start: int) -> Int32[np.ndarray, "some cells"]:
+        return stream.narrow_batch(start, min(start + chunk, n_permutations), n_threads=n_threads)
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(draw, 0)
+        for start in range(chunk, n_permutations, chunk):
+            orders = following.result()
+            following = pool.submit(draw, start)
+            yield orders
+        yield following.result()
+
+
+def _unless_memory_ends(compute: Callable[[], Result]) -> Result | None:
+    """Return ``None`` where the device has too little memory; the failed tensors are freed by then."""
+    try:
+        return compute()
+    except _OutOfMemory:
+        return None
+
+
+def _torch_factor(
+    pair: PackedPair, f: Tensor, z: Tensor, orders: Int32[np.ndarray, "permutations cells"]
+) -> Float64[np.ndarray, "permutations alive"]:
     n_groups, n_cells, width = f.shape
+    taken = torch.from_numpy(orders).to(f.device)
     sums = torch.zeros(len(orders), n_groups, width, dtype=torch.float64, device=f.device)
     step = min(n_cells, _TORCH_CELLS)
     for group in range(n_groups):
         for first in range(0, n_cells, step):
-            own = orders[:, first : first + step]
+            own = taken[:, first : first + step]
             rows = f[group].index_select(0, own.flatten()).reshape(*own.shape, width).double()
             sums[:, group] += (rows * z[group, first : first + step].double()).sum(dim=1)
     return pair.per_head(sums.reshape(len(orders), n_groups, -1, LANES).sum(dim=2).cpu().numpy())
 
 
-def _torch_gram(pair: PackedPair, f: Tensor, z: Tensor, orders: Tensor) -> Float64[np.ndarray, "permutations alive"]:
+def _torch_gram(
+    pair: PackedPair, f: Tensor, z: Tensor, orders: Int32[np.ndarray, "permutations cells"]
+) -> Float64[np.ndarray, "permutations alive"]:
     n_permutations, n_cells = orders.shape
+    taken = torch.from_numpy(orders).to(f.device)
     sums = torch.zeros(n_permutations, pair.heads.size, dtype=torch.float64, device=f.device)
     step = max(1, _TORCH_ENTRIES // _TORCH_CELLS)
     for head in range(pair.heads.size):
@@ -213,32 +249,87 @@ def _torch_gram(pair: PackedPair, f: Tensor, z: Tensor, orders: Tensor) -> Float
         for first in range(0, n_cells, _TORCH_CELLS):
             products = left @ right[first : first + _TORCH_CELLS].T
             for row in range(0, n_permutations, step):
-                own = orders[row : row + step, first : first + _TORCH_CELLS]
+                own = taken[row : row + step, first : first + _TORCH_CELLS].long()
                 sums[row : row + step, head] += products.gather(0, own).sum(dim=1)
     return sums.cpu().numpy()
 
 
-def cyclic_statistics(
-    pair: PackedPair, order: Int64[np.ndarray, " cells"], *, device: str
-) -> Float64[np.ndarray, "shifts alive"]:
-    """Return T of all circular shifts along ``order``: row s gives the place of cell ``order[k]`` to ``order[k + s]``.
+def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:
+    """Return T of all circular shifts of the cells as packed: row s gives the place of cell k to cell k + s.
 
-    All of them are one circular cross-correlation, hence two Fourier transforms per column.
+    All of them are one circular convolution of F with Z backwards, hence two Fourier transforms per column, in float64:
+    float32 would leave hundreds of shifts undecided. A number of cells with a large prime factor has no fast transform;
+    columns are then padded with zeros, and what the longer convolution has beyond the last cell is added to its begin.
     """
-    n_cells, (n_groups, _, width) = order.size, pair.f.shape
-    taken = torch.from_numpy(order).to(device)
-    f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
-    spectrum = torch.zeros(n_groups * pair.lanes, n_cells // 2 + 1, dtype=torch.complex128, device=device)
-    step = max(1, _TORCH_ENTRIES // (n_cells * pair.lanes)) * pair.lanes
-    for group in range(n_groups):
-        own = spectrum[group * pair.lanes : (group + 1) * pair.lanes]
-        for first in range(0, width, step):
-            left, right = (
-                torch.fft.rfft(values[group, :, first : first + step].index_select(0, taken).T.double().contiguous())
-                for values in (f, z)
-            )
-            own += (left * right.conj()).reshape(-1, *own.shape).sum(dim=0)
-    statistics: Float64[np.ndarray, "shifts alive"] = (
-        torch.fft.irfft(spectrum[: pair.heads.size], n=n_cells).T.cpu().numpy()
-    )
+    n_cells = pair.f.shape[1]
+    length = n_cells if _has_fast_transform(n_cells) else next_fast_len(2 * n_cells - 1, real=True)
+    kernels = compiled.kernels() if torch.device(device).type == "cpu" else None
+    if kernels is None:
+        spectrum = _torch_spectrum(pair, length, device)
+    else:
+        spectrum = _compiled_spectrum(kernels, pair, length)
+    sums = torch.fft.irfft(spectrum.flatten(0, 1)[: pair.heads.size], n=length)
+    if length > n_cells:
+        sums[:, : n_cells - 1] += sums[:, n_cells : 2 * n_cells - 1]
+    statistics: Float64[np.ndarray, "shifts alive"] = sums[:, :n_cells].T.cpu().numpy()
     return statistics
+
+
+def _has_fast_transform(n_cells: int) -> bool:
+    for prime in _FAST_PRIMES:
+        while n_cells % prime == 0:
+            n_cells //= prime
+    return n_cells == 1
+
+
+def _compiled_spectrum(
+    kernels: ModuleType, pair: PackedPair, length: int
+) -> Complex128[Tensor, "groups lanes frequencies"]:
+    """Return the transform of the statistics: a cache line of columns is turned and transformed at a time."""
+    (n_groups, n_cells, width), lanes = pair.f.shape, pair.lanes
+    n_threads = torch.get_num_threads() if n_cells * LANES > _INLINE_ENTRIES else 1
+    cuts = compiled.cuts(n_cells, n_threads)
+    columns = np.zeros((LANES, length))
+
+    def transformed(values: Float32[np.ndarray, "cells width"], first: int, *, backwards: bool) -> Tensor:
+        tasks = [partial(kernels.turned, values, first, backwards, *cut, columns) for cut in cuts]
+        compiled.in_threads(tasks, n_threads, lambda _: None)
+        found: Tensor = torch.fft.rfft(torch.from_numpy(columns))
+        return found
+
+    spectrum = torch.zeros(n_groups, lanes, length // 2 + 1, dtype=torch.complex128)
+    for group in range(n_groups):
+        for first in range(0, width, LANES):
+            left = transformed(pair.f[group], first, backwards=False)
+            right = transformed(pair.z[group], first, backwards=True)
+            for lane in range(0, LANES, lanes):
+                spectrum[group].addcmul_(left[lane : lane + lanes], right[lane : lane + lanes])
+    return spectrum
+
+
+def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Tensor, "groups lanes frequencies"]:
+    """Do what ``_compiled_spectrum`` does, as many columns at a time as the device's memory holds."""
+    n_groups, _, width = pair.f.shape
+    f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+    spectrum = torch.zeros(n_groups, pair.lanes, length // 2 + 1, dtype=torch.complex128, device=device)
+
+    def part(group: int, first: int, last: int) -> Complex128[Tensor, "lanes frequencies"]:
+        columns = f[group, :, first:last].T.double().contiguous()
+        left = torch.fft.rfft(columns, n=length)
+        columns = z[group, :, first:last].T.double().flip(1).roll(1, dims=1)
+        right = torch.fft.rfft(columns, n=length)
+        product: Tensor = left.mul_(right).reshape(-1, pair.lanes, length // 2 + 1).sum(dim=0)
+        return product
+
+    step = max(1, _TORCH_ENTRIES // (length * pair.lanes)) * pair.lanes
+    for group in range(n_groups):
+        first = 0
+        while first < width:
+            own = partial(part, group, first, min(first + step, width))
+            found = own() if step == pair.lanes else _unless_memory_ends(own)
+            if found is None:
+                step = step // pair.lanes // 2 * pair.lanes
+            else:
+                spectrum[group] += found
+                first += step
+    return spectrum

@@ -1,24 +1,37 @@
 """Compiled kernels of the permutation test. Importing this needs numba: reach it through ``compiled.kernels()``.
 
-The two inner loops are written as LLVM vectors of 16 numbers. The compiler cuts them to what the processor has, so one
+The inner loops of the sums are LLVM vectors of 16 numbers. The compiler cuts them to what the processor has, so one
 compiled kernel serves all shapes, and nothing hinges on whether a loop is recognised as a vector loop.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+from amici_eval.jit import compiled
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["IDENTITY", "LANES", "ROWS", "factor_sums", "gram_sums", "shuffle_columns", "shuffle_rows"]
+__all__ = [
+    "IDENTITY",
+    "LANES",
+    "ROWS",
+    "block_moments",
+    "block_rows",
+    "factor_sums",
+    "gram_sums",
+    "shuffle_columns",
+    "shuffle_rows",
+    "turned",
+]
 
 IDENTITY = -1
 """Number that stands for leaving all cells where they are."""
@@ -28,6 +41,8 @@ ROWS = 8
 """Cells whose products with all cells are held at a time."""
 _TOGETHER = 4
 """Permutations that share what is loaded of Z."""
+_TILE = 64
+"""Cells that are turned from rows to columns at a time."""
 _AHEAD = 16
 """Cells between asking the memory for a row of F and using it."""
 
@@ -37,12 +52,7 @@ _FUSED = ("contract",)
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written to
-        return numba.njit(**options)(function)
+_compiled = functools.partial(compiled, error_model="numpy")
 
 
 @_intrinsic
@@ -132,6 +142,25 @@ def _add_product(builder: Any, total: Any, left: Any, right: Any) -> None:
     builder.store(builder.fadd(builder.load(total), product, flags=_FUSED), total)
 
 
+def _ask(builder: Any, pointer: Any, index: Any) -> None:
+    """Ask the memory for a cache line that is read soon."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    for_reading_soon = [ir.Constant(_I32, value) for value in (0, 2, 1)]
+    builder.call(prefetch, [_vector_at(builder, pointer, index, _I8), *for_reading_soon])
+
+
+@_intrinsic
+def _ask_for(typing_context: Any, values: Any, index: Any) -> Any:
+    """Ask the memory for the cache line of entry ``index`` of a flat array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _ask(builder, _data(context, builder, signature, arguments, 0), arguments[1])
+        return context.get_dummy_value()
+
+    return types.none(values, types.int64), generate
+
+
 @_intrinsic
 def _gather(typing_context: Any, f: Any, z: Any, orders: Any, n_cells: Any, n_vectors: Any, sums: Any) -> Any:
     """Write sum_i sum_v F[order(i), v] * Z[i, v] of vectors v, in float64, for each of _TOGETHER orders."""
@@ -145,12 +174,6 @@ def _gather(typing_context: Any, f: Any, z: Any, orders: Any, n_cells: Any, n_ve
         totals = [cgutils.alloca_once(builder, _DOUBLES) for _ in range(_TOGETHER)]
         for total in totals:
             builder.store(zero, total)
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]),
-            "llvm.prefetch.p0i8",
-        )
-        for_reading_soon = [ir.Constant(_I32, value) for value in (0, 2, 1)]
 
         def row_of(order: int, cell: Any) -> Any:
             place = builder.add(builder.mul(n_cells, ir.Constant(_I64, order)), cell)
@@ -167,8 +190,7 @@ def _gather(typing_context: Any, f: Any, z: Any, orders: Any, n_cells: Any, n_ve
                 right = _load(builder, _vector_at(builder, z, builder.add(own, column), _SINGLES))
                 right = builder.fpext(right, _DOUBLES)
                 for order, total in enumerate(totals):
-                    line = _vector_at(builder, f, builder.add(soon[order], column), _I8)
-                    builder.call(prefetch, [line, *for_reading_soon])
+                    _ask(builder, f, builder.add(soon[order], column))
                     left = _load(builder, _vector_at(builder, f, builder.add(now[order], column), _SINGLES))
                     _add_product(builder, total, builder.fpext(left, _DOUBLES), right)
         for order, total in enumerate(totals):
@@ -252,3 +274,91 @@ def gram_sums(orders: Any, f: Any, z: Any, first: Any, last: Any, out: Any) -> N
                 left = (tile[0, own[0, p]] + tile[1, own[1, p]]) + (tile[2, own[2, p]] + tile[3, own[3, p]])
                 right = (tile[4, own[4, p]] + tile[5, own[5, p]]) + (tile[6, own[6, p]] + tile[7, own[7, p]])
                 out[head, p] += np.float64(left + right)
+
+
+@_compiled
+def block_moments(values: Any, step: Any, first: Any, last: Any, sums: Any, squares: Any) -> None:
+    """Write the sum and the sum of squares of every column over blocks ``first`` to ``last - 1``, ``step`` cells each.
+
+    ``values``: (cells, numbers); ``sums``, ``squares``: float64 (blocks, numbers).
+    """
+    n_cells, width = values.shape
+    for block in range(first, last):
+        total, square = sums[block], squares[block]
+        total[:] = 0.0
+        square[:] = 0.0
+        for cell in range(block * step, min((block + 1) * step, n_cells)):
+            row = values[cell]
+            for number in range(width):
+                value = np.float64(row[number])
+                total[number] += value
+                square[number] += value * value
+
+
+@_compiled
+def block_rows(
+    values: Any,
+    order: Any,
+    mean: Any,
+    scale: Any,
+    source: Any,
+    place: Any,
+    step: Any,
+    first: Any,
+    last: Any,
+    out: Any,
+    sums: Any,
+) -> None:
+    """Centre, scale, round the cells of blocks ``first`` to ``last - 1``; write number ``source[k]`` to ``place[k]``.
+
+    ``values``: (cells, numbers); ``order``: the cells as they are written, or none if they stay as they are; ``mean``,
+    ``scale``: float64 (numbers,); ``place``: (kept, 2), group and column of ``out``, float32 (groups, cells, width),
+    where the rest becomes zero; ``sums``: float64 (blocks, numbers), sums of squares of what was rounded.
+    """
+    n_cells, width = values.shape
+    rounded = np.empty(width, dtype=np.float32)
+    straight = source.size == width and out.shape[0] == 1
+    for k in range(source.size):
+        straight = straight and source[k] == k and place[k, 1] == k
+    for block in range(first, last):
+        square = sums[block]
+        square[:] = 0.0
+        for cell in range(block * step, min((block + 1) * step, n_cells)):
+            row = values[order[cell] if order.size else cell]
+            for number in range(width):
+                value = np.float32((np.float64(row[number]) - mean[number]) * scale[number])
+                rounded[number] = value
+                square[number] += np.float64(value) * np.float64(value)
+            if straight:
+                own = out[0, cell]
+                for number in range(width):
+                    own[number] = rounded[number]
+                own[width:] = 0.0
+            else:
+                out[:, cell] = 0.0
+                for k in range(source.size):
+                    out[place[k, 0], cell, place[k, 1]] = rounded[source[k]]
+
+
+@_compiled
+def turned(values: Any, column: Any, backwards: Any, first: Any, last: Any, out: Any) -> None:
+    """Write ``values[k, column + l]`` to ``out[l, k]`` for k from ``first`` to ``last - 1``.
+
+    If ``backwards``, it is ``values[-k % cells, column + l]``. ``values``: float32 (cells, width), C order; ``out``:
+    float64 (LANES, cells or more).
+    """
+    n_cells, width = values.shape
+    tile = np.empty((LANES, _TILE), dtype=np.float64)
+    for start in range(first, last, _TILE):
+        n_own = min(_TILE, last - start)
+        for k in range(n_own):
+            cell, ahead = start + k, min(start + k + _AHEAD, n_cells - 1)
+            if backwards:
+                cell, ahead = (n_cells - cell) % n_cells, n_cells - ahead
+            _ask_for(values, ahead * width + column)
+            row = values[cell]
+            for lane in range(LANES):
+                tile[lane, k] = row[column + lane]
+        for lane in range(LANES):
+            for k in range(n_own):
+                out[lane, start + k] = tile[lane, k]

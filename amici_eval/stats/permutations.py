@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,12 +53,23 @@ class PermutationStream:
         """Return permutations ``start`` to ``stop - 1``, shape (stop - start, n_cells); row entry i names the cell that
         takes the place of cell i.
         """
+        return self.narrow_batch(start, stop).astype(np.int64)
+
+    def narrow_batch(self, start: int, stop: int, *, n_threads: int = 1) -> Int32[np.ndarray, "permutations cells"]:
+        """Return what ``batch`` does in half the memory, drawn by several threads where numba is there."""
         kernels = compiled.kernels()
         if kernels is None:
             return self._batch_of_numpy(start, stop)
-        orders = np.empty((stop - start, self.n_cells), dtype=np.uint32)
-        kernels.shuffle_rows(self.key(), start, orders)
-        return orders.astype(np.int64)
+        orders, key = np.empty((stop - start, self.n_cells), dtype=np.uint32), self.key()
+        compiled.in_threads(
+            [
+                partial(kernels.shuffle_rows, key, start + first, orders[first:last])
+                for first, last in compiled.cuts(stop - start, 4 * n_threads if n_threads > 1 else 1)
+            ],
+            n_threads,
+            lambda _: None,
+        )
+        return orders.view(np.int32)
 
     def key(self) -> UInt64[np.ndarray, " 2"]:
         """Return the key of the generator: a hash of seed and labels."""
@@ -67,8 +79,8 @@ class PermutationStream:
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
 
-    def _batch_of_numpy(self, start: int, stop: int) -> Int64[np.ndarray, "permutations cells"]:
-        orders = np.empty((stop - start, self.n_cells), dtype=np.int64)
+    def _batch_of_numpy(self, start: int, stop: int) -> Int32[np.ndarray, "permutations cells"]:
+        orders = np.empty((stop - start, self.n_cells), dtype=np.int32)
         step = max(1, _STORED_WORDS // self.n_cells)
         for first in range(start, stop, step):
             last = min(first + step, stop)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -192,6 +193,35 @@ def test_packing_keeps_the_centred_numbers(n_columns, n_heads):
         assert np.sum(np.abs(packed), dtype=np.float64) == pytest.approx(own)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n_heads", [5, 8, 19])
+@pytest.mark.parametrize("block", [1, 300, 2**16])
+def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block, monkeypatch):
+    if compiled.kernels() is None:
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(packing, "_BLOCK_ENTRIES", block)
+    factors, images = (values.astype(dtype) for values in draw(9, n_cells=61, n_columns=3, n_heads=n_heads))
+    factors[:, :, 1] = 0.3
+    images[:, :, 2] = 0.3
+    factors[7, 1, 3] = np.nan
+    order = np.random.default_rng(0).permutation(61)
+    dead = np.arange(n_heads) == 4
+    pairs = []
+    for inline in (2**18, 0):
+        monkeypatch.setattr(packing, "_INLINE_ENTRIES", inline)
+        pairs.append(packing.pack(factors, images, dead=dead, order=order))
+    monkeypatch.setitem(sys.modules, "numba", None)
+    expected = packing.pack(factors, images, dead=dead, order=order)
+    np.testing.assert_array_equal(expected.heads, [h for h in range(n_heads) if h not in (1, 3, 4)])
+    plain = packing.pack(factors, images, dead=dead)
+    for name in ("f", "z"):
+        np.testing.assert_array_equal(getattr(expected, name), getattr(plain, name)[:, order])
+    for pair in pairs:
+        for name in ("f", "z", "heads"):
+            np.testing.assert_array_equal(getattr(pair, name), getattr(expected, name))
+        np.testing.assert_allclose(pair.sizes, expected.sizes, rtol=1e-12)
+
+
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
 @pytest.mark.parametrize("block", [1, 100, 2**16])
 def test_offset_scale_layout_and_blocks_change_no_count(sampling, block, monkeypatch):
@@ -261,15 +291,39 @@ def test_heads_know_nothing_of_each_other(path):
 @pytest.mark.parametrize(
     ("n_cells", "n_columns", "n_heads"), [(3, 1, 1), (4, 2, 3), (25, 3, 5), (36, 2, 18), (37, 1, 2)]
 )
-@pytest.mark.parametrize("entries", [2**23, 1])
-def test_cyclic_counts_are_those_of_all_shifts(n_cells, n_columns, n_heads, entries, monkeypatch):
+@pytest.mark.parametrize(("entries", "inline"), [(2**23, 2**18), (1, 0)])
+@pytest.mark.parametrize("numba", [True, False])
+def test_cyclic_counts_are_those_of_all_shifts(n_cells, n_columns, n_heads, entries, inline, numba, monkeypatch):
     monkeypatch.setattr(factor_statistics, "_TORCH_ENTRIES", entries)
+    monkeypatch.setattr(factor_statistics, "_INLINE_ENTRIES", inline)
+    if not numba:
+        monkeypatch.setitem(sys.modules, "numba", None)
     factors, images = draw(n_cells, n_cells=n_cells, n_columns=n_columns, n_heads=n_heads)
     every = oracle.shifts(order_of_shifts(n_cells))
     assert every[0] == list(range(n_cells))
     result = factor_exceedances(factors, images, stream=stream(n_cells), n_permutations=99, sampling="cyclic")
     assert result.n_permutations == n_cells - 1
     np.testing.assert_array_equal(result.exceedances, oracle.exceedances(factors, images, every[1:]))
+
+
+@pytest.mark.parametrize("n_cells", [130, 144, 149, 151])
+@pytest.mark.parametrize("numba", [True, False])
+def test_cyclic_statistics_are_the_direct_sums(n_cells, numba, monkeypatch):
+    if not numba:
+        monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(factor_statistics, "_INLINE_ENTRIES", 0)
+    factors, images = draw(1, n_cells=n_cells, n_columns=5, n_heads=11)
+    pair = packing.pack(factors, images, dead=np.zeros(11, dtype=bool))
+    found = factor_statistics.cyclic_statistics(pair, device="cpu")
+    assert found.shape == (n_cells, 11)
+    for head in range(11):
+        f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
+        direct = [np.sum(np.roll(f, -shift, axis=0) * z) for shift in range(n_cells)]
+        np.testing.assert_allclose(found[:, head], direct, rtol=0, atol=1e-13 * pair.sizes[head])
+
+
+def test_only_lengths_with_a_fast_transform_are_not_padded():
+    assert [n for n in range(3, 40) if not factor_statistics._has_fast_transform(n)] == [17, 19, 23, 29, 31, 34, 37, 38]
 
 
 def test_cyclic_ranks_are_exactly_uniform_over_the_group():
@@ -328,6 +382,99 @@ def test_an_interrupt_drops_what_is_queued(monkeypatch):
         count(factors, images, n_permutations=40_000, form="factor", n_threads=2, progress=interrupt)
     assert len(done) < 5_000
     assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("n_tasks", [0, 1, 2, 500])
+def test_results_come_in_order_and_tasks_are_made_as_they_are_needed(n_tasks, n_threads):
+    made, found, ahead = [], [], []
+
+    def tasks():
+        for number in range(n_tasks):
+            made.append(number)
+            yield lambda number=number: number
+
+    def done(number):
+        found.append(number)
+        ahead.append(len(made) - len(found))
+
+    compiled.in_threads(tasks(), n_threads, done)
+    assert found == list(range(n_tasks))
+    assert max(ahead, default=0) <= 8 * n_threads
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_after_an_error_what_has_not_begun_does_not_begin(error):
+    begun, go_on = [], threading.Event()
+
+    def task(number):
+        begun.append(number)
+        if number:
+            go_on.wait(20)
+
+    def fail(_):
+        threading.Timer(0.2, go_on.set).start()
+        raise error
+
+    with pytest.raises(error):
+        compiled.in_threads((partial(task, number) for number in range(1000)), 2, fail)
+    assert len(begun) <= 4
+
+
+@pytest.mark.parametrize("form", ["factor", "gram"])
+@pytest.mark.parametrize("room", [1, 7])
+def test_a_device_without_memory_takes_fewer_permutations_at_once(form, room, monkeypatch):
+    factors, images = draw(7, n_cells=203, n_columns=7, n_heads=5, signal=0.01)
+    expected = count(factors, images, n_permutations=101)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(factor_statistics, "_STORED_INDICES", 203 * 37)
+    few, seen = factor_statistics._torch_factor, []
+
+    def limited(pair, f, z, orders):
+        seen.append(len(orders))
+        if len(orders) > room:
+            raise factor_statistics._OutOfMemory
+        return few(pair, f, z, orders)
+
+    monkeypatch.setattr(factor_statistics, "_torch_factor", limited)
+
+    def none_at_all(*_):
+        raise factor_statistics._OutOfMemory
+
+    monkeypatch.setattr(factor_statistics, "_torch_gram", none_at_all)
+    steps = []
+    found = count(factors, images, n_permutations=101, form=form, progress=steps.append)
+    np.testing.assert_array_equal(found, expected)
+    assert sum(steps) == 101 * 5
+    assert max(seen) > room
+    monkeypatch.setattr(factor_statistics, "_torch_factor", lambda *a: few(*a) if a[3][0, 0] == 0 else none_at_all())
+    with pytest.raises(factor_statistics._OutOfMemory):
+        count(factors, images, n_permutations=101, form=form)
+
+
+def test_a_device_without_memory_takes_fewer_columns_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    factors, images = draw(7, n_cells=203, n_columns=7, n_heads=3, signal=0.01)
+    expected = count(factors, images, sampling="cyclic")
+    transform, room = torch.fft.rfft, 4
+
+    def limited(columns, **arguments):
+        if len(columns) > room:
+            raise factor_statistics._OutOfMemory
+        return transform(columns, **arguments)
+
+    monkeypatch.setattr(torch.fft, "rfft", limited)
+    np.testing.assert_array_equal(count(factors, images, sampling="cyclic"), expected)
+    room = 3
+    with pytest.raises(factor_statistics._OutOfMemory):
+        count(factors, images, sampling="cyclic")
+
+
+def test_orders_are_drawn_ahead_in_any_chunks():
+    for chunk in (1, 4, 10, 99):
+        chunks = list(factor_statistics._drawn_ahead(stream(9), 10, chunk))
+        assert [len(orders) for orders in chunks[:-1]] == [chunk] * (len(chunks) - 1)
+        np.testing.assert_array_equal(np.concatenate(chunks), stream(9).batch(0, 10))
 
 
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])

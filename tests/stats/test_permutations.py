@@ -89,6 +89,18 @@ def test_numpy_alone_gives_the_same_permutations(n_cells, stored, without_numba,
     assert both.dtype == alone.dtype == np.int64
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("numba", [True, False])
+def test_narrow_batches_hold_the_same_permutations(n_threads, numba, monkeypatch):
+    expected = stream(n_cells=97).batch(5, 42)
+    if not numba:
+        monkeypatch.setitem(sys.modules, "numba", None)
+    found = stream(n_cells=97).narrow_batch(5, 42, n_threads=n_threads)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, expected)
+    assert stream().narrow_batch(3, 3, n_threads=n_threads).shape == (0, 8)
+
+
 def test_the_high_half_of_a_product_is_exact():
     rng = np.random.default_rng(0)
     words = np.concatenate(
@@ -114,7 +126,8 @@ def test_a_compiler_that_is_switched_off_counts_as_absent(monkeypatch):
 
 
 def test_kernels_compile_where_nothing_can_be_cached(kernels, monkeypatch):
-    numba, plain = pytest.importorskip("numba"), kernels.numba.njit
+    numba = pytest.importorskip("numba")
+    plain = numba.njit
     tried = []
 
     def njit(*, cache=False, **options):
