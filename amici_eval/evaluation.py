@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.moments import Moments
+from amici_eval.parity import Parity, check_parity
+from amici_eval.progress import Meter, PermutationMeter, Progress
 from amici_eval.results import HeadEvaluation, Undefined
+from amici_eval.side_by_side import run_side_by_side
 from amici_eval.specs import EvaluationSpec, default_n_permutations
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.multiplicity import adjust_p_values
@@ -25,24 +27,20 @@ from amici_eval.type_evaluation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from anndata import AnnData
 
     from amici_eval.model.access import ModelAccess
 
-__all__ = ["Parity", "Progress", "check_parity", "evaluate", "evaluate_access"]
+__all__ = ["Progress", "evaluate", "evaluate_access"]
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
-"""Called with (work done, work in all, what is being done); work counts cells, times what each has to go through."""
-PARITY_CELLS = 4
-"""Cells of each type on which both engines are compared."""
-PARITY_ROUNDING, PARITY_SHARE = 1e-5, 1e-3
-"""Of the largest prediction, and of the largest difference that heads make to one."""
-_FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 50
+_FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
 _SKETCHED_CELLS = 256
+_SIDE_BY_SIDE_CELLS = 4096
+"""Types of at most so many cells are evaluated several at a time, on one thread each: their arrays are small."""
 
 
 def evaluate(
@@ -202,7 +200,7 @@ def _by_type(
     test_work = n_permutations / 1000 if factored else float(n_heads)
     usable = {cell_type: rows for cell_type, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
     n_receivers = sum(len(rows) for rows in receivers.values())
-    meter = _Meter(progress, total=n_receivers * (cells_work + test_work))
+    meter = Meter(progress, total=n_receivers * (cells_work + test_work))
     everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
     outputs = tiles = None
     if isinstance(access, FactorAccess) and len(everyone):
@@ -212,21 +210,10 @@ def _by_type(
         n_tiles = _n_tiles(len(everyone), len(usable), sections)
         tiles = square_tiles(access.coordinates(everyone), n_tiles=n_tiles, samples=samples)
 
-    evaluated: list[TypeEvaluation | None] = []
-    undefined: list[Undefined] = []
-    start = 0
-    for cell_type, rows in receivers.items():
-        n_cells = len(rows)
-        if cell_type not in usable:
-            reason = f"{n_cells} cell; explained variance needs at least {MIN_CELLS_EXPLAINED_VARIANCE}"
-            undefined.append(Undefined(cell_type=cell_type, reason=reason))
-            evaluated.append(None)
-            meter.finish(cell_type, n_cells * (cells_work + test_work))
-            continue
-        on_permutations = meter.permutations(cell_type, work=n_cells * test_work, pieces=n_heads * n_permutations)
+    def evaluate_type(cell_type: str, own: slice, on_permutations: Callable[[int], None]) -> TypeEvaluation:
+        rows = receivers[cell_type]
         if isinstance(access, FactorAccess) and outputs is not None and tiles is not None:
-            own = slice(start, start + n_cells)
-            found = evaluate_type_by_factors(
+            return evaluate_type_by_factors(
                 access,
                 cell_type,
                 rows,
@@ -237,30 +224,60 @@ def _by_type(
                 modes=modes,
                 on_permutations=on_permutations,
             )
-            start += n_cells
+        return evaluate_type_by_hooks(
+            access,
+            cell_type,
+            rows,
+            test=spec.permutation,
+            n_permutations=n_permutations,
+            modes=modes,
+            on_cells=meter.cells(cell_type, len(rows) * cells_work),
+            on_permutations=on_permutations,
+        )
+
+    counters: dict[str, PermutationMeter] = {}
+    alone: dict[str, Callable[[], TypeEvaluation]] = {}
+    together: dict[str, Callable[[Callable[[int], None]], TypeEvaluation]] = {}
+    start = 0
+    for cell_type, rows in usable.items():
+        own = slice(start, start + len(rows))
+        start = own.stop
+        count = meter.permutations(cell_type, work=len(rows) * test_work, pieces=n_heads * n_permutations)
+        counters[cell_type] = count
+        if factored and len(rows) <= _SIDE_BY_SIDE_CELLS and access.statistics_device == "cpu":
+            together[cell_type] = partial(evaluate_type, cell_type, own)
         else:
-            found = evaluate_type_by_hooks(
-                access,
-                cell_type,
-                rows,
-                test=spec.permutation,
-                n_permutations=n_permutations,
-                modes=modes,
-                on_cells=meter.cells(cell_type, n_cells * cells_work),
-                on_permutations=on_permutations,
-            )
-        meter.finish(cell_type, n_cells * test_work)
-        evaluated.append(found)
+            alone[cell_type] = partial(evaluate_type, cell_type, own, count)
+    found: dict[str, TypeEvaluation] = {}
+    for cell_type, evaluate_alone in alone.items():
+        found[cell_type] = evaluate_alone()
+        counters[cell_type].finish()
+    for cell_type, result in run_side_by_side(together, counters):
+        found[cell_type] = result
+        counters[cell_type].finish()
+
+    undefined: list[Undefined] = []
+    for cell_type, rows in receivers.items():
+        n_cells = len(rows)
+        if cell_type not in found:
+            reason = f"{n_cells} cell; explained variance needs at least {MIN_CELLS_EXPLAINED_VARIANCE}"
+            undefined.append(Undefined(cell_type=cell_type, reason=reason))
+            meter.add(n_cells * (cells_work + test_work), cell_type)
+            continue
         undefined += [
             Undefined(
                 cell_type=cell_type, gene=gene, reason=f"the gene has one value in all {n_cells} cells of the type"
             )
-            for gene, constant in zip(access.card.genes, found.constant_genes, strict=True)
+            for gene, constant in zip(access.card.genes, found[cell_type].constant_genes, strict=True)
             if constant
         ]
-        if found.no_test is not None:
-            undefined.append(Undefined(cell_type=cell_type, reason=found.no_test))
-        undefined += [Undefined(cell_type=cell_type, head=head, reason=why) for head, why in found.dead.items()]
+        no_test = found[cell_type].no_test
+        if no_test is not None:
+            undefined.append(Undefined(cell_type=cell_type, reason=no_test))
+        undefined += [
+            Undefined(cell_type=cell_type, head=head, reason=why) for head, why in found[cell_type].dead.items()
+        ]
+    evaluated = [found.get(cell_type) for cell_type in receivers]
     moments = None
     if isinstance(access, FactorAccess) and outputs is not None and tiles is not None:
         moments = _moments(access, receivers, usable, evaluated, outputs, tiles)
@@ -359,120 +376,3 @@ def _moments(
 def _held_out(access: ModelAccess, rows: np.ndarray) -> bool | None:
     training = access.card.training_cells
     return None if training is None else training.isdisjoint(access.cell_names(rows))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """How far the factored engine's predictions are from the hooked one's on some cells.
-
-    Parameters
-    ----------
-    largest_difference
-        Over cells, genes and ablations (each head alone, all, none); ``None`` if nothing was compared, infinite if one
-        is finite where the other is not.
-    scale
-        Largest absolute prediction among them.
-    signal
-        Largest difference that the heads make to a prediction: what explained variance is about.
-    n_cells
-        Cells compared.
-    """
-
-    largest_difference: float | None = None
-    scale: float = 0.0
-    signal: float = 0.0
-    n_cells: int = 0
-
-    @property
-    def tolerance(self) -> float:
-        """What float32 rounding explains, and a thousandth of what the heads bring."""
-        return PARITY_ROUNDING * self.scale + PARITY_SHARE * self.signal
-
-    @property
-    def holds(self) -> bool:
-        """Whether the engines agree."""
-        return self.largest_difference is None or self.largest_difference <= self.tolerance
-
-    @property
-    def complaint(self) -> str:
-        """What to say if it does not hold."""
-        return (
-            f"evaluated by the hooked engine: the factored engine's predictions differ from it by up to "
-            f"{self.largest_difference:.3g} on {self.n_cells} cells (tolerance {self.tolerance:.3g})"
-        )
-
-
-def check_parity(access: FactorAccess, receivers: Mapping[str, np.ndarray]) -> Parity:
-    """Compare both engines on a few cells of every type, under every ablation that the test uses.
-
-    Parameters
-    ----------
-    access
-        The factored engine; ``access.hooked`` is the other.
-    receivers
-        Evaluated rows by type.
-    """
-    rows = np.concatenate(
-        [
-            members[np.linspace(0, len(members) - 1, min(PARITY_CELLS, len(members))).astype(np.int64)]
-            for members in receivers.values()
-        ]
-        or [np.zeros(0, dtype=np.int64)]
-    )
-    if not len(rows):
-        return Parity()
-    keeps = [*((head,) for head in range(access.card.n_heads)), None, ()]
-    here, there = access.predict(rows, keeps=keeps), access.predict_literally(rows, keeps=keeps)
-    both = np.isfinite(here) & np.isfinite(there)
-    if not np.array_equal(np.isfinite(here), np.isfinite(there)):
-        return Parity(largest_difference=float("inf"), n_cells=len(rows))
-    of_heads = np.where(both[-2] & both[-1], there[-2] - there[-1], 0.0)
-    return Parity(
-        largest_difference=float(np.abs(np.where(both, here, 0.0) - np.where(both, there, 0.0)).max()),
-        scale=float(np.abs(np.where(both, there, 0.0)).max()),
-        signal=float(np.abs(of_heads).max()),
-        n_cells=len(rows),
-    )
-
-
-class _Meter:
-    """Adds up work and tells how far it is."""
-
-    def __init__(self, progress: Progress | None, *, total: float) -> None:
-        self._progress, self._total, self._done, self._spent = progress, max(1, round(total)), 0.0, 0.0
-
-    def _tell(self, done: float, what: str) -> None:
-        self._done = done
-        if self._progress is not None:
-            self._progress(min(self._total, round(done)), self._total, what)
-
-    def cells(self, what: str, n_cells: int) -> Callable[[int], None]:
-        """Return a callback that counts finished cells."""
-        finished = 0
-
-        def advance(more: int) -> None:
-            nonlocal finished
-            finished += more
-            self._tell(self._done + more, f"{what}: {finished:,} of {n_cells:,} cells")
-
-        return advance
-
-    def permutations(self, cell_type: str, *, work: float, pieces: int) -> Callable[[int], None]:
-        """Return a callback that counts finished (head, permutation) pairs, which together are ``work``."""
-        finished = 0
-
-        def advance(more: int) -> None:
-            nonlocal finished
-            before = finished
-            finished = min(pieces, finished + more)
-            share = 100 * finished // pieces
-            self._tell(self._done + work * (finished - before) / pieces, f"{cell_type}: {share} % of permutations")
-            self._spent += work * (finished - before) / pieces
-
-        self._spent = 0.0
-        return advance
-
-    def finish(self, cell_type: str, work: float) -> None:
-        """Count what is left of a test's work: it may have ended early, or there was none."""
-        self._tell(self._done + work - self._spent, cell_type)
-        self._spent = 0.0

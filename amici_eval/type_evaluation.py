@@ -215,7 +215,8 @@ def evaluate_type_by_factors(
             moments.projected,
             target_ss,
             readout,
-            modes=modes,
+            # keep-one is there already, gene by gene
+            modes=[mode for mode in modes if mode != "keep_one"],
             seed=test.seed,
             cell_type=cell_type,
             device=access.statistics_device,

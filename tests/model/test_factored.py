@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.evaluation import Parity, check_parity, evaluate_access
+from amici_eval.evaluation import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
@@ -17,6 +17,7 @@ from amici_eval.model.checkpoint import card_of, own_data_loader
 from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
 from amici_eval.model.factored import FactoredAccess, why_not_factored
 from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
+from amici_eval.parity import Parity, check_parity
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 

@@ -1,0 +1,80 @@
+"""Small tasks, several at a time, each on one thread."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+Result = TypeVar("Result")
+
+__all__ = ["run_side_by_side"]
+
+_LOOK_S = 0.2
+
+
+class _StoppedError(Exception):
+    """Raised inside a task whose result nobody waits for."""
+
+
+def run_side_by_side(
+    tasks: Mapping[str, Callable[[Callable[[int], None]], Result]], counters: Mapping[str, Callable[[int], None]]
+) -> Iterator[tuple[str, Result]]:
+    """Run tasks, as many at a time as torch has threads, and yield each result as it comes.
+
+    Parameters
+    ----------
+    tasks
+        By name; each is called with a function that counts its progress.
+    counters
+        Told of the progress, by name, in the calling thread; what one of them raises ends everything.
+
+    Notes
+    -----
+    Within a task torch computes on one thread: threads that meet after every small operation wait for each other most
+    of the time.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads <= 1 or len(tasks) <= 1:
+        for name, task in tasks.items():
+            yield name, task(counters[name])
+        return
+    told: SimpleQueue[tuple[str, int]] = SimpleQueue()
+    stopped = threading.Event()
+
+    def run(name: str) -> Result:
+        def count(more: int) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+            told.put((name, more))
+
+        torch.set_num_threads(1)
+        return tasks[name](count)
+
+    def tell() -> None:
+        try:
+            while True:
+                name, more = told.get_nowait()
+                counters[name](more)
+        except Empty:
+            return
+
+    pool = ThreadPoolExecutor(min(n_threads, len(tasks)))
+    try:
+        running = {pool.submit(run, name): name for name in tasks}
+        while running:
+            finished, _ = wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+            tell()
+            for future in finished:
+                yield running.pop(future), future.result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        # what a thread sets for itself, torch takes as default for later threads
+        torch.set_num_threads(n_threads)
