@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from amici_eval.stats.compiled import in_threads
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 Result = TypeVar("Result")
 
-__all__ = ["run_side_by_side"]
+__all__ = ["run_on_single_threads", "run_side_by_side"]
 
 _LOOK_S = 0.2
 
@@ -78,3 +81,22 @@ def run_side_by_side(
         pool.shutdown(wait=True, cancel_futures=True)
         # what a thread sets for itself, torch takes as default for later threads
         torch.set_num_threads(n_threads)
+
+
+def run_on_single_threads(tasks: Iterable[Callable[[], None]], *, n_threads: int) -> None:
+    """Run tasks, several at a time, each with torch on one thread; they are taken as they are needed."""
+    if n_threads <= 1:
+        for task in tasks:
+            task()
+        return
+    before = torch.get_num_threads()
+
+    def alone(task: Callable[[], None]) -> None:
+        torch.set_num_threads(1)
+        task()
+
+    try:
+        in_threads((partial(alone, task) for task in tasks), n_threads, lambda _: None)
+    finally:
+        # what a thread sets for itself, torch takes as default for later threads
+        torch.set_num_threads(before)

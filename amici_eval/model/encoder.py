@@ -6,6 +6,7 @@ computed once per pair. Knows torch and nothing of AMICI, so that it runs wherev
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from amici_eval.model.encoder_kernels import encoder_kernels
 from amici_eval.stats.readout import Readout
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int64
     from torch import Tensor
+
+    from amici_eval.model.encoder_kernels import EncoderKernels
 
 __all__ = ["EncoderWeights", "SenderTables", "embed_senders"]
 
@@ -33,8 +37,18 @@ class _Norm:
     bias: Tensor
     epsilon: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+    def __call__(self, x: Tensor, *, added: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Return ``x`` normed, plus something, cut at 0 if asked; ``x`` is used up."""
+        kernels = encoder_kernels() if x.device.type == "cpu" else None
+        if kernels is None:
+            x = functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+            x = x if added is None else x.add_(added)
+            return x.relu_() if relu else x
+        values = x.numpy()
+        source = values if added is None else added.numpy()
+        n_added = 0 if added is None else added.shape[1]
+        kernels.norm(values, self.weight.numpy(), self.bias.numpy(), np.float32(self.epsilon), source, n_added, relu)
+        return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +75,11 @@ class _Block:
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return the block's value before the projection."""
-        inner = self.first_norm(self.first(x)).relu_()
+        inner = self.first_norm(self.first(x), relu=True)
         return self.residual(x, self.second(inner))
 
     def residual(self, x: Tensor, inner: Tensor) -> Tensor:
-        normed = inner if self.second_norm is None else self.second_norm(inner)
-        return normed.add_(x).relu_()
+        return inner.add_(x).relu_() if self.second_norm is None else self.second_norm(inner, added=x, relu=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.hidden(x)
@@ -152,6 +165,11 @@ class EncoderWeights:
     def n_outputs(self) -> int:
         """Numbers that attention brings to a receiver: heads x head_size."""
         return self.n_heads * self.head_size
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the distance network has a second norm and a projection, as it has unless sizes coincide."""
+        return self.pair_block.second_norm is not None and self.pair_block.project is not None
 
     @property
     def bytes_per_sender(self) -> int:
@@ -409,25 +427,68 @@ def embed_senders(
     variance = variance.add_(first.square().sum(dim=1, keepdim=True)).div_(width).add_(weights.pair_epsilon)
     deviation = variance.clamp_(min=weights.pair_epsilon).sqrt_()
     first.mul_(weights.pair_gain)
-    n_embed = embedded.shape[1]
+    kernels = encoder_kernels() if expression.device.type == "cpu" and weights.is_usual else None
     for code in range(weights.n_types):
         rows = needed[:, code].nonzero().squeeze(1)
         if len(rows) == 0:
             continue
-        whole = len(rows) == len(expression)
-        sender, std = (first, deviation[:, code]) if whole else (first[rows], deviation[rows, code])
-        # relu(norm) = relu(sender + type + bias * std) / std, the division after the next product, which is narrower
-        columns = torch.stack([std, torch.ones_like(std)], dim=1)
-        terms = torch.stack([weights.pair_bias, weights.pair_type[code] * weights.pair_gain])
-        inner = torch.addmm(sender, columns, terms).relu_()
-        block = weights.pair_block
-        inner = (inner @ block.second.weight).div_(std[:, None]).add_(block.second.bias)
-        residual = inner if block.second_norm is None else block.second_norm(inner)
-        residual[:, :n_embed] += embedded if whole else embedded[rows]
-        residual[:, n_embed:] += weights.type_embedding[code]
-        residual.relu_()
-        coefficients = residual if block.project is None else block.project(residual)
-        coefficients = functional.softplus(coefficients + weights.coefficient_offset) / weights.unit_scale
-        places = slots if whole else slots[rows]
-        tables.pairs[places, code, 0] = scores[:, code] if whole else scores[rows, code]
+        compute = _coefficients if kernels is None else functools.partial(_coefficients_compiled, kernels)
+        coefficients = compute(weights, code, rows, first, deviation, embedded)
+        places = slots[rows]
+        tables.pairs[places, code, 0] = scores[rows, code]
         tables.pairs[places, code, 1] = coefficients
+
+
+def _coefficients(
+    weights: EncoderWeights, code: int, rows: Tensor, first: Tensor, deviation: Tensor, embedded: Tensor
+) -> Tensor:
+    """Return the distance coefficients of some senders for one receiver type, shape (rows, heads)."""
+    block, n_embed, std = weights.pair_block, embedded.shape[1], deviation[rows, code]
+    # relu(norm) = relu(sender + type + bias * std) / std, the division after the next product, which is narrower
+    columns = torch.stack([std, torch.ones_like(std)], dim=1)
+    terms = torch.stack([weights.pair_bias, weights.pair_type[code] * weights.pair_gain])
+    inner = torch.addmm(first[rows], columns, terms).relu_()
+    inner = (inner @ block.second.weight).div_(std[:, None]).add_(block.second.bias)
+    residual = inner if block.second_norm is None else block.second_norm(inner)
+    residual[:, :n_embed] += embedded[rows]
+    residual[:, n_embed:] += weights.type_embedding[code]
+    residual.relu_()
+    coefficients = residual if block.project is None else block.project(residual)
+    return functional.softplus(coefficients + weights.coefficient_offset) / weights.unit_scale
+
+
+def _coefficients_compiled(
+    kernels: EncoderKernels,
+    weights: EncoderWeights,
+    code: int,
+    rows: Tensor,
+    first: Tensor,
+    deviation: Tensor,
+    embedded: Tensor,
+) -> Tensor:
+    """Return the same as :func:`_coefficients`, with what stands between the products fused."""
+    block, width = weights.pair_block, first.shape[1]
+    assert block.second_norm is not None  # noqa: S101, RUF100 - is_usual
+    assert block.project is not None  # noqa: S101, RUF100 - is_usual
+    std, taken = deviation[rows, code].numpy(), rows.numpy()
+    inner = torch.empty((len(rows), width), dtype=torch.float32)
+    type_term = (weights.pair_type[code] * weights.pair_gain).numpy()
+    kernels.first_layer(first.numpy(), taken, type_term, weights.pair_bias.numpy(), std, inner.numpy())
+    coefficients = torch.empty((len(rows), weights.n_heads), dtype=torch.float32)
+    kernels.last_layers(
+        (inner @ block.second.weight).numpy(),
+        taken,
+        std,
+        block.second.bias.numpy(),
+        block.second_norm.weight.numpy(),
+        block.second_norm.bias.numpy(),
+        np.float32(block.second_norm.epsilon),
+        embedded.numpy(),
+        weights.type_embedding[code].numpy(),
+        block.project.weight.T.contiguous().numpy(),
+        block.project.bias.numpy(),
+        np.float32(weights.coefficient_offset),
+        np.float32(weights.unit_scale),
+        coefficients.numpy(),
+    )
+    return coefficients

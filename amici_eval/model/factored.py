@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from amici_eval.model.attention import attend
 from amici_eval.model.budget import memory_budget
 from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
+from amici_eval.side_by_side import run_on_single_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int64
 
     from amici_eval.model.access import HookedAccess
     from amici_eval.specs import ModelCard
@@ -116,6 +118,7 @@ class FactoredAccess:
         per_row = 12 * n_genes + 24 * (self._weights.n_outputs + self._weights.n_heads)
         self._read_rows = int(np.clip(for_chunks // per_row, _LEAST_READ_ROWS, _READ_ROWS))
         self._most_senders = max(_LEAST_TILE, (self._memory - for_chunks) // self._weights.bytes_per_sender)
+        self._n_threads = torch.get_num_threads() if torch.device(self._device).type == "cpu" else 1
         self._tile = int(np.clip(self._most_senders / _CELLS_AROUND, _LEAST_TILE, _LARGEST_TILE))
 
     @property
@@ -199,7 +202,7 @@ class FactoredAccess:
         while start < len(order):
             part = order[start : start + self._tile]
             # receivers that lie scattered have more senders around them than a tile of the tissue
-            while len(part) > 1 and len(np.unique(self.hooked.neighbour_rows[rows[part]])) > self._most_senders:
+            while len(part) > 1 and np.count_nonzero(self._are_senders(rows[part])) > self._most_senders:
                 part = part[: len(part) // 2]
             found = self._attempt(rows[part])
             if found is None:
@@ -210,6 +213,12 @@ class FactoredAccess:
             if progress is not None:
                 progress(len(part))
         return out
+
+    def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
+        """Return which cells of the tissue some receivers attend to."""
+        found = np.zeros(self._tissue.n_cells, dtype=bool)
+        found[self.hooked.neighbour_rows[rows]] = True
+        return found
 
     def _attempt(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells outputs"] | None:
         """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
@@ -231,9 +240,7 @@ class FactoredAccess:
         """Embed the senders around some receivers and let these attend to them."""
         weights, tissue = self._weights, self._tissue
         around = self.hooked.neighbour_rows[rows]
-        is_sender = np.zeros(tissue.n_cells, dtype=bool)
-        is_sender[around] = True
-        senders = np.flatnonzero(is_sender)
+        senders = np.flatnonzero(self._are_senders(rows))
         senders = senders[np.argsort(self._curve[senders], kind="stable")]
         slot_of = np.empty(tissue.n_cells, dtype=np.int32)
         slot_of[senders] = np.arange(len(senders), dtype=np.int32)
@@ -242,16 +249,23 @@ class FactoredAccess:
         needed = np.zeros((len(senders), weights.n_types), dtype=bool)
         needed[slots, codes[:, None]] = True
         tables = SenderTables.empty(weights, len(senders), device=self._device)
-        for block in tissue.expression_blocks(senders, max_rows=self._read_rows):
-            for first in range(0, len(block.positions), self._chunk):
-                places = block.positions[first : first + self._chunk]
-                embed_senders(
-                    weights,
-                    torch.from_numpy(block.values[first : first + self._chunk]).to(self._device),
-                    torch.from_numpy(needed[places]).to(self._device),
-                    torch.from_numpy(places.astype(np.int64)).to(self._device),
-                    tables,
-                )
+
+        def embed(places: Int64[np.ndarray, " senders"], values: Float32[np.ndarray, "senders genes"]) -> None:
+            embed_senders(
+                weights,
+                torch.from_numpy(values).to(self._device),
+                torch.from_numpy(needed[places]).to(self._device),
+                torch.from_numpy(places.astype(np.int64)).to(self._device),
+                tables,
+            )
+
+        def chunks() -> Iterator[Callable[[], None]]:
+            for block in tissue.expression_blocks(senders, max_rows=self._read_rows):
+                for first in range(0, len(block.positions), self._chunk):
+                    part = slice(first, first + self._chunk)
+                    yield partial(embed, block.positions[part], block.values[part])
+
+        run_on_single_threads(chunks(), n_threads=self._n_threads)
         return attend(tables, slots, self.hooked.distances[rows], codes, dummy_score=weights.dummy_score)
 
 
