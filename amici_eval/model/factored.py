@@ -261,8 +261,11 @@ class FactoredAccess:
 
         def chunks() -> Iterator[Callable[[], None]]:
             for block in tissue.expression_blocks(senders, max_rows=self._read_rows):
-                for first in range(0, len(block.positions), self._chunk):
-                    part = slice(first, first + self._chunk)
+                # as many parts as threads can share evenly
+                n_parts = -(-len(block.positions) // (self._chunk * self._n_threads)) * self._n_threads
+                step = max(1, -(-len(block.positions) // n_parts))
+                for first in range(0, len(block.positions), step):
+                    part = slice(first, first + step)
                     yield partial(embed, block.positions[part], block.values[part])
 
         run_on_single_threads(chunks(), n_threads=self._n_threads)
