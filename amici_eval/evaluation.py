@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.moments import Moments
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 _FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
 _SKETCHED_CELLS = 256
 _SIDE_BY_SIDE_CELLS = 4096
-"""Types of at most so many cells are evaluated several at a time, on one thread each: their arrays are small."""
+"""Types of at most so many cells are tested several at a time, on one thread each: their arrays are small."""
 
 
 def evaluate(
@@ -223,6 +225,10 @@ def _by_type(
                 n_permutations=n_permutations,
                 modes=modes,
                 on_permutations=on_permutations,
+                # the rows of a large type fill the cache, so that two such tests would be in each other's way; the
+                # transforms of the cyclic one are done in a moment
+                in_turn=None if len(rows) <= _SIDE_BY_SIDE_CELLS or cyclic else turn,
+                n_threads=None if len(rows) <= _SIDE_BY_SIDE_CELLS else n_threads,
             )
         return evaluate_type_by_hooks(
             access,
@@ -235,6 +241,10 @@ def _by_type(
             on_permutations=on_permutations,
         )
 
+    n_threads, turn = torch.get_num_threads(), Lock()
+    cyclic = spec.permutation.sampling == "cyclic"
+    # a type with most of the cells would keep one thread busy while the others wait
+    small = max(_SIDE_BY_SIDE_CELLS, n_receivers // (2 * n_threads))
     counters: dict[str, PermutationMeter] = {}
     alone: dict[str, Callable[[], TypeEvaluation]] = {}
     together: dict[str, Callable[[Callable[[int], None]], TypeEvaluation]] = {}
@@ -244,7 +254,7 @@ def _by_type(
         start = own.stop
         count = meter.permutations(cell_type, work=len(rows) * test_work, pieces=n_heads * n_permutations)
         counters[cell_type] = count
-        if factored and len(rows) <= _SIDE_BY_SIDE_CELLS and access.statistics_device == "cpu":
+        if factored and len(rows) <= small and access.statistics_device == "cpu":
             together[cell_type] = partial(evaluate_type, cell_type, own)
         else:
             alone[cell_type] = partial(evaluate_type, cell_type, own, count)

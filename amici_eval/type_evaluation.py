@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from amici_eval.stats.permutations import PermutationStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from jaxtyping import Float32, Float64, Int64
 
@@ -195,8 +197,13 @@ def evaluate_type_by_factors(
     n_permutations: int,
     modes: Sequence[str],
     on_permutations: Callable[[int], None],
+    in_turn: AbstractContextManager[object] | None = None,
+    n_threads: int | None = None,
 ) -> TypeEvaluation:
-    """Evaluate one type from what attention brought to its cells; no prediction of cells x genes is formed."""
+    """Evaluate one type from what attention brought to its cells; no prediction of cells x genes is formed.
+
+    Where several types are evaluated at a time, ``in_turn`` lets one test at a time run, on ``n_threads``.
+    """
     n_heads, n_cells = access.card.n_heads, len(rows)
     readout = access.readout(cell_type)
     moments = gather_moments(
@@ -226,16 +233,18 @@ def evaluate_type_by_factors(
     if no_test is None:
         sampling = _sampling(test.sampling, n_cells, n_permutations)
         factors, images = factors_of(outputs, moments, readout)
-        counts = factor_exceedances(
-            factors,
-            images,
-            stream=PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells),
-            n_permutations=n_permutations,
-            sampling=sampling,
-            dead=~alive,
-            device=access.statistics_device,
-            progress=on_permutations,
-        )
+        with in_turn or nullcontext():
+            counts = factor_exceedances(
+                factors,
+                images,
+                stream=PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells),
+                n_permutations=n_permutations,
+                sampling=sampling,
+                dead=~alive,
+                device=access.statistics_device,
+                n_threads=n_threads,
+                progress=on_permutations,
+            )
         drawn = counts.n_permutations
         exceedances = np.where(counts.dead, -1, counts.exceedances)
     finite = np.isfinite(moments.predicted_ss)

@@ -399,20 +399,33 @@ def test_tiles_of_the_moments_lie_where_their_cells_lie(trained, adata):
     assert np.ptp(moments.tile_center, axis=0).min() > 0.5 * np.ptp(adata.obsm["spatial"], axis=0).min()
 
 
-def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata):
-    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=199), ablation=AblationSpec(device="cpu"))
-    counts = []
+@pytest.mark.parametrize("sampling", ["independent", "cyclic"])
+def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata, monkeypatch, sampling):
+    test = PermutationSpec(n_permutations=59, sampling=sampling)
+    spec = EvaluationSpec(permutation=test, ablation=AblationSpec(device="cpu"))
+    found = []
     threads = torch.get_num_threads()
-    for tile, chunk, n_threads in ((None, None, 1), (37, 3, 1), (101, 17, 2)):
+    # types one after another, side by side on one thread each, and side by side with their tests in turn
+    for tile, chunk, n_threads, small in (
+        (None, None, 1, 4096),
+        (37, 3, 1, 4096),
+        (101, 17, 2, 4096),
+        (None, 64, 2, 10),
+    ):
+        monkeypatch.setattr("amici_eval.evaluation._SIDE_BY_SIDE_CELLS", small)
         torch.set_num_threads(n_threads)
         try:
             with opened(trained, adata) as access:
                 access._tile, access._chunk = tile or access._tile, chunk or access._chunk
-                counts.append(evaluate_access(access, spec).exceedances)
+                found.append(evaluate_access(access, spec))
+            assert torch.get_num_threads() == n_threads
         finally:
             torch.set_num_threads(threads)
-    np.testing.assert_array_equal(counts[1], counts[0])
-    np.testing.assert_array_equal(counts[2], counts[0])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.exceedances, found[0].exceedances)
+        np.testing.assert_allclose(other.expl_var_gene, found[0].expl_var_gene, atol=FLOAT32)
+        np.testing.assert_allclose(other.ablations.expl_var, found[0].ablations.expl_var, atol=FLOAT32)
+        assert other.undefined == found[0].undefined
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
