@@ -123,7 +123,10 @@ def _is_sparse_dataset(matrix: Any) -> bool:
 
 def as_dense(block: Any) -> np.ndarray:
     """Return a block of rows as a dense array of its own type."""
-    return np.asarray(block.toarray() if sparse.issparse(block) else block)
+    if not sparse.issparse(block):
+        return np.asarray(block)
+    # NumPy asks for large pages for what is not zeroed at once: far fewer to be mapped
+    return np.asarray(block.toarray(out=np.empty(block.shape, dtype=block.dtype)))
 
 
 def stored_values(block: Any) -> np.ndarray:
@@ -199,7 +202,7 @@ def _pick_columns(block: Any, columns: np.ndarray) -> np.ndarray:
     place = np.full(block.shape[1], len(columns), dtype=block.indices.dtype)
     place[columns] = np.arange(len(columns))
     shape = (block.shape[0], len(columns) + 1)
-    return sparse.csr_matrix((block.data, place[block.indices], block.indptr), shape=shape).toarray()[:, :-1]
+    return as_dense(sparse.csr_matrix((block.data, place[block.indices], block.indptr), shape=shape))[:, :-1]
 
 
 class _InMemory:

@@ -10,6 +10,7 @@ import numpy as np
 
 from amici_eval.model.access import ModelAccess
 from amici_eval.stats.ablations import TypeAblations, ablate
+from amici_eval.stats.coalitions import whole_value
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.factor_nulls import factor_exceedances
 from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
@@ -216,14 +217,17 @@ def evaluate_type_by_factors(
     alive = moments.predicted_ss > DEAD_TOLERANCE**2 * moments.predicted_size
     by_head = np.isfinite(outputs).all(axis=0).reshape(n_heads, -1)
     not_finite = tuple(np.flatnonzero(~by_head.all(axis=1)).tolist())
-    if target_ss > 0.0 and not not_finite:
+    # keep-one is there already, gene by gene
+    others, full = [mode for mode in modes if mode != "keep_one"], float("nan")
+    if target_ss > 0.0 and not not_finite and not others:
+        full = whole_value(outputs, moments.projected, target_ss, readout, device=access.statistics_device)
+    elif target_ss > 0.0 and not not_finite:
         catalogue = ablate(
             outputs,
             moments.projected,
             target_ss,
             readout,
-            # keep-one is there already, gene by gene
-            modes=[mode for mode in modes if mode != "keep_one"],
+            modes=others,
             seed=test.seed,
             cell_type=cell_type,
             device=access.statistics_device,
@@ -251,7 +255,7 @@ def evaluate_type_by_factors(
     return TypeEvaluation(
         expl_var_gene=per_gene,
         expl_var=overall,
-        full=float("nan") if catalogue is None else catalogue.full,
+        full=full if catalogue is None else catalogue.full,
         # without heads a prediction is the same for all cells, so it explains nothing
         none=catalogue.none if catalogue is not None else 0.0 if target_ss > 0.0 else float("nan"),
         constant_genes=moments.constant_genes,

@@ -73,7 +73,7 @@ def attend(
             raise ValueError(msg)
         return _attend_torch(tables, slots, distances, types, dummy_score)
     n_heads = tables.pairs.shape[3]
-    out = np.zeros((len(slots), tables.values.shape[1]), dtype=np.float32)
+    out = np.empty((len(slots), tables.values.shape[1]), dtype=np.float32)
     values, pairs = tables.values.numpy(), tables.pairs.numpy()
 
     def task(start: int) -> None:
@@ -176,6 +176,7 @@ def compiled_attention() -> Callable[..., Any] | None:
                 for h in range(n_heads):
                     total[h] += scores[k * n_heads + h]
             row_out = out[i]
+            row_out[:] = ZERO
             for k in range(n_neighbours):
                 row = values[slots[i, k]]
                 for h in range(n_heads):

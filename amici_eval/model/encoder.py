@@ -370,7 +370,7 @@ class SenderTables:
         Shape (senders, heads * head_size).
     pairs
         Shape (senders, types, 2, heads): attention score without distance, and the coefficient of the distance (in
-        coordinate units); 0 where the pair was not needed.
+        coordinate units); anything where the pair was not needed.
     """
 
     values: Float32[Tensor, "senders outputs"]
@@ -379,11 +379,17 @@ class SenderTables:
     @classmethod
     def empty(cls, weights: EncoderWeights, n_senders: int, *, device: str) -> SenderTables:
         """Return tables of a number of senders, to be filled by :func:`embed_senders`."""
-        shape = (n_senders, weights.n_types, 2, weights.n_heads)
         return cls(
-            values=torch.empty((n_senders, weights.n_outputs), dtype=torch.float32, device=device),
-            pairs=torch.zeros(shape, dtype=torch.float32, device=device),
+            values=_empty((n_senders, weights.n_outputs), device=device),
+            pairs=_empty((n_senders, weights.n_types, 2, weights.n_heads), device=device),
         )
+
+
+def _empty(shape: tuple[int, ...], *, device: str) -> Tensor:
+    """Return room for float32 numbers; on the CPU from NumPy, which asks for large pages: far fewer to be mapped."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(shape, dtype=np.float32))
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def embed_senders(

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # older versions of torch have it under cuda only
 _OutOfMemory: type[BaseException] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-_SENDER_CHUNK = {"cpu": 1024, "cuda": 16384}
+_SENDER_CHUNK = {"cpu": 2048, "cuda": 16384}
 _LEAST_CHUNK = 64
 _READ_ROWS = 8192
 _LEAST_READ_ROWS = 64

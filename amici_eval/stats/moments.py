@@ -158,6 +158,7 @@ def gather_moments(
     highest = np.full(n_genes, -np.inf, dtype=np.float32)
     projected = np.empty((n_cells, readout.n_columns), dtype=np.float32)
     scale = np.empty((n_cells, n_heads))
+    room: torch.Tensor | None = None
 
     for block in blocks:
         order = np.argsort(local[block.positions], kind="stable")
@@ -165,7 +166,10 @@ def gather_moments(
         np.minimum(lowest, values.min(axis=0), out=lowest)
         np.maximum(highest, values.max(axis=0), out=highest)
         expression = torch.from_numpy(values).to(device)
-        wide = expression.double()
+        # written in place for every block: fresh memory of this size costs as much as the arithmetic
+        if room is None or len(room) < len(values):
+            room = _room(len(values), n_genes, device=device)
+        wide = room[: len(values)].copy_(expression)
         # in float64, then rounded: cells with the same expression must not differ by where they stand in a block
         projected[positions] = (wide @ weights).float().cpu().numpy()
         factors, deviation = _factors(torch.from_numpy(outputs[positions]).to(device), grams, readout)
@@ -246,8 +250,16 @@ def _per_head_grams(readout: Readout) -> torch.Tensor:
 def _factors(outputs: torch.Tensor, grams: torch.Tensor, readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``[1, z] / scale``, shape (cells, heads, rank), and the scale, shape (cells, heads), in float64."""
     n_cells = outputs.shape[0]
-    x = torch.ones((n_cells, readout.n_heads, readout.head_size + 1), dtype=torch.float64, device=outputs.device)
+    x = outputs.new_empty((n_cells, readout.n_heads, readout.head_size + 1), dtype=torch.float64)
+    x[:, :, 0] = 1.0
     x[:, :, 1:] = outputs.view(n_cells, readout.n_heads, readout.head_size)
     turned = torch.bmm(x.transpose(0, 1), grams).transpose(0, 1)
-    scale = ((turned * x).sum(dim=2).clamp_(min=0.0) + readout.epsilon).sqrt_()
-    return x / scale[:, :, None], scale
+    scale = turned.mul_(x).sum(dim=2).clamp_(min=0.0).add_(readout.epsilon).sqrt_()
+    return x.div_(scale[:, :, None]), scale
+
+
+def _room(*shape: int, device: str) -> torch.Tensor:
+    """Return room for float64 numbers; on the CPU from NumPy, which asks for large pages: far fewer to be mapped."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(shape))
+    return torch.empty(shape, dtype=torch.float64, device=device)
