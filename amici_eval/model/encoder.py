@@ -370,7 +370,7 @@ class SenderTables:
         Shape (senders, heads * head_size).
     pairs
         Shape (senders, types, 2, heads): attention score without distance, and the coefficient of the distance (in
-        coordinate units); anything where the pair was not needed.
+        coordinate units); 0 where the pair was not needed.
     """
 
     values: Float32[Tensor, "senders outputs"]
@@ -381,7 +381,7 @@ class SenderTables:
         """Return tables of a number of senders, to be filled by :func:`embed_senders`."""
         return cls(
             values=_empty((n_senders, weights.n_outputs), device=device),
-            pairs=_empty((n_senders, weights.n_types, 2, weights.n_heads), device=device),
+            pairs=_empty((n_senders, weights.n_types, 2, weights.n_heads), device=device).zero_(),
         )
 
 
