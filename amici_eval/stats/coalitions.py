@@ -29,7 +29,6 @@ __all__ = [
     "pair_mask",
     "to_float64",
     "to_tensor",
-    "whole_value",
 ]
 
 CHUNK_CELLS = 512
@@ -92,43 +91,6 @@ def coalition_values(
     check_inputs(z, projected, target_ss, readout)
     moments = coalition_moments(z, projected, readout, coalitions=coalitions, chunk_cells=chunk_cells, device=device)
     return moments.values(target_ss)
-
-
-def whole_value(
-    z: Float[np.ndarray, "cells outputs"],
-    projected: Float[np.ndarray, "cells columns"],
-    target_ss: float,
-    readout: Readout,
-    *,
-    chunk_cells: int = CHUNK_CELLS,
-    device: str = "cpu",
-) -> float:
-    """Return what the whole model explains of one cell type: :func:`coalition_values` of all heads, at less cost.
-
-    Parameters and errors are those of :func:`coalition_values`.
-    """
-    check_inputs(z, projected, target_ss, readout)
-    gram = to_float64(readout.gram, device)
-    product = to_float64(readout.weights.T @ readout.weights, device)
-
-    def gather(chunks: list[slice]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        total, spread, common = gram.new_zeros(len(gram)), gram.new_zeros(()), gram.new_zeros(())
-        width = max(rows.stop - rows.start for rows in chunks)
-        x_room, image_room = gram.new_empty(width, len(gram)), gram.new_empty(width, len(gram))
-        for rows in chunks:
-            x, image = x_room[: rows.stop - rows.start], image_room[: rows.stop - rows.start]
-            x[:, 0] = 1.0
-            x[:, 1:] = to_tensor(z[rows], device)
-            variance = torch.mm(x, gram, out=image).mul_(x).sum(dim=1).clamp_(min=0.0)
-            x.mul_(variance.add_(readout.epsilon).rsqrt_()[:, None])
-            total += x.sum(dim=0)
-            spread += torch.mm(x, product, out=image).mul_(x).sum()
-            common += image.copy_(to_tensor(projected[rows], device)).mul_(x).sum()
-        return total, spread, common
-
-    shares = over_cells(gather, len(z), chunk_cells=chunk_cells, device=device)
-    total, spread, common = (torch.stack(parts).sum(dim=0) for parts in zip(*shares, strict=True))
-    return float((2.0 * common - spread + total @ product @ total / len(z)) / target_ss)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

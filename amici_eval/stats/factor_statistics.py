@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-__all__ = ["TIE_TOLERANCE", "compiled_statistics", "cyclic_statistics", "torch_statistics"]
+__all__ = [
+    "TIE_TOLERANCE",
+    "compiled_statistics",
+    "cyclic_statistics",
+    "exact_statistics",
+    "identity_statistics",
+    "torch_statistics",
+]
 
 TIE_TOLERANCE = 1e-10
 """Relative to ||F_h|| ||Z_h||: sums of one permutation differ by less than this between devices and orders."""
@@ -161,9 +168,16 @@ def _panels(
 
 
 def torch_statistics(
-    pair: PackedPair, stream: PermutationStream, n_permutations: int, *, form: str, device: str, take: Take
+    pair: PackedPair,
+    stream: PermutationStream,
+    n_permutations: int,
+    *,
+    form: str,
+    device: str,
+    take: Take,
+    start: int = 0,
 ) -> None:
-    """Do what ``compiled_statistics`` does, in float64 on a torch device.
+    """Do what ``compiled_statistics`` does, in float64 on a torch device, for permutations from ``start`` on.
 
     The next orders are drawn while the device is at work. Where its memory ends, fewer permutations are taken at once.
     """
@@ -177,7 +191,7 @@ def torch_statistics(
     thresholds = _torch_factor(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
     if form == "factor":
         drawn = max(chunk, min(drawn, _DRAWN_INDICES // n_cells))
-    with closing(_drawn_ahead(stream, n_permutations, drawn)) as chunks:
+    with closing(_drawn_ahead(stream, start + n_permutations, drawn, start=start)) as chunks:
         for orders in chunks:
             first = 0
             while first < len(orders):
@@ -195,19 +209,19 @@ def torch_statistics(
 
 
 def _drawn_ahead(
-    stream: PermutationStream, n_permutations: int, chunk: int
+    stream: PermutationStream, stop: int, chunk: int, *, start: int = 0
 ) -> Generator[Int32[np.ndarray, "some cells"], None, None]:
-    """Yield all permutations in chunks; a thread draws the next one meanwhile."""
+    """Yield permutations ``start`` to ``stop - 1`` in chunks; a thread draws the next one meanwhile."""
     n_threads = torch.get_num_threads()
 
-    def draw(start: int) -> Int32[np.ndarray, "some cells"]:
-        return stream.narrow_batch(start, min(start + chunk, n_permutations), n_threads=n_threads)
+    def draw(first: int) -> Int32[np.ndarray, "some cells"]:
+        return stream.narrow_batch(first, min(first + chunk, stop), n_threads=n_threads)
 
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(draw, 0)
-        for start in range(chunk, n_permutations, chunk):
+        following = pool.submit(draw, start)
+        for first in range(start + chunk, stop, chunk):
             orders = following.result()
-            following = pool.submit(draw, start)
+            following = pool.submit(draw, first)
             yield orders
         yield following.result()
 
@@ -252,6 +266,44 @@ def _torch_gram(
                 own = taken[row : row + step, first : first + _TORCH_CELLS].long()
                 sums[row : row + step, head] += products.gather(0, own).sum(dim=1)
     return sums.cpu().numpy()
+
+
+def exact_statistics(
+    pair: PackedPair, stream: PermutationStream, start: int, stop: int, *, device: str
+) -> Float64[np.ndarray, "permutations alive"]:
+    """Return T of permutations ``start`` to ``stop - 1`` in float64, in the calling thread; with numba, T of one
+    permutation is the same to the last bit whatever range it is computed with.
+    """
+    if (kernels := _cpu_kernels(device)) is not None:
+        return _exact_sums(kernels, pair, stream.key(), np.arange(start, stop))
+    found = [np.empty((0, pair.heads.size))]
+    if stop > start:
+        torch_statistics(
+            pair,
+            stream,
+            stop - start,
+            start=start,
+            form="factor",
+            device=device,
+            take=lambda sums, _: found.append(sums),
+        )
+    return np.concatenate(found)
+
+
+def identity_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, " alive"]:
+    """Return T with all cells where they are, from the kernel of ``exact_statistics``."""
+    if (kernels := _cpu_kernels(device)) is not None:
+        identity = np.array([kernels.IDENTITY])
+        sums = _exact_sums(kernels, pair, np.zeros(2, dtype=np.uint64), identity)
+    else:
+        f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+        sums = _torch_factor(pair, f, z, np.arange(pair.f.shape[1], dtype=np.int32)[None])
+    own: Float64[np.ndarray, " alive"] = sums[0]
+    return own
+
+
+def _cpu_kernels(device: str) -> ModuleType | None:
+    return compiled.kernels() if torch.device(device).type == "cpu" else None
 
 
 def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:

@@ -46,6 +46,14 @@ class TypeMoments:
         Mean and centred sum of squares of expression in each tile, shape (tiles, genes).
     residual_mean, residual_m2
         The same of prediction minus expression, each head kept alone, shape (tiles, heads, genes).
+    full_mean, full_m2
+        The same of the whole model, shape (tiles, genes).
+    target_m3
+        Centred sum of cubes of expression over all cells, shape (genes,).
+    predicted_ss_gene
+        Per head and gene, over all cells: squares of the prediction's deviation from its mean, shape (heads, genes).
+    pixel_sums
+        Expression summed over the cells of each pixel, shape (pixels, genes); no pixels if none were asked for.
     constant_genes
         Genes with one value in all cells of the type, shape (genes,).
     projected
@@ -63,6 +71,11 @@ class TypeMoments:
     target_m2: Float64[np.ndarray, "tiles genes"]
     residual_mean: Float64[np.ndarray, "tiles heads genes"]
     residual_m2: Float64[np.ndarray, "tiles heads genes"]
+    full_mean: Float64[np.ndarray, "tiles genes"]
+    full_m2: Float64[np.ndarray, "tiles genes"]
+    target_m3: Float64[np.ndarray, " genes"]
+    predicted_ss_gene: Float64[np.ndarray, "heads genes"]
+    pixel_sums: Float64[np.ndarray, "pixels genes"]
     constant_genes: Bool[np.ndarray, " genes"]
     projected: Float32[np.ndarray, "cells columns"]
     scale: Float64[np.ndarray, "cells heads"]
@@ -71,12 +84,24 @@ class TypeMoments:
 
     def without_cells(self) -> TypeMoments:
         """Return the same without what is kept per cell."""
-        return replace(self, projected=self.projected[:0], scale=self.scale[:0])
+        return replace(self, projected=self.projected[:0], scale=self.scale[:0], pixel_sums=self.pixel_sums[:0])
 
     @property
     def target_ss(self) -> float:
         """Squares of expression's deviation from its mean over the type, summed over cells and genes that vary."""
-        return float(merge_tiles(self.n_cells, self.target_mean, self.target_m2)[~self.constant_genes].sum())
+        return float(self.target_ss_gene[~self.constant_genes].sum())
+
+    @property
+    def target_ss_gene(self) -> Float64[np.ndarray, " genes"]:
+        """Squares of expression's deviation from its mean over the type, summed over cells."""
+        return merge_tiles(self.n_cells, self.target_mean, self.target_m2)
+
+    @property
+    def common(self) -> Float64[np.ndarray, "heads genes"]:
+        """Sums over cells of prediction times expression, both as deviations from their means."""
+        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)
+        common: Float64[np.ndarray, "heads genes"] = (self.predicted_ss_gene + self.target_ss_gene - residual) / 2.0
+        return common
 
     def explained_variance(self) -> tuple[Float64[np.ndarray, "heads genes"], Float64[np.ndarray, " heads"]]:
         """Return explained variance per head and gene (NaN for constant genes), and per head over all genes."""
@@ -88,6 +113,13 @@ class TypeMoments:
         total = float(target[varies].sum())
         overall = 1.0 - residual.sum(axis=1) / total if total > 0.0 else np.full(len(residual), np.nan)
         return per_gene, overall
+
+    @property
+    def explained_by_all(self) -> float:
+        """Explained variance of the whole model over all genes; NaN if no gene varies."""
+        total = self.target_ss
+        residual = float(merge_tiles(self.n_cells, self.full_mean, self.full_m2).sum())
+        return 1.0 - residual / total if total > 0.0 else float("nan")
 
 
 def merge_tiles(
@@ -112,6 +144,8 @@ def gather_moments(
     blocks: Iterable[Block],
     *,
     tiles: Int64[np.ndarray, " cells"],
+    pixels: Int64[np.ndarray, " cells"] | None = None,
+    n_pixels: int = 0,
     device: str = "cpu",
 ) -> TypeMoments:
     """Run once over the cells of a type and return the moments from which everything else follows.
@@ -126,6 +160,8 @@ def gather_moments(
         Expression of all cells, in any order, each cell once.
     tiles
         Tile of each cell.
+    pixels, n_pixels
+        Pixel of each cell, and how many there are, if sums over pixels are wanted.
     device
         Torch device that has float64.
 
@@ -153,7 +189,14 @@ def gather_moments(
     own_by_rank = own.transpose(1, 2).contiguous()
     f_sum, ff = zeros(n_tiles, n_heads, rank), zeros(n_tiles, n_heads, rank, rank)
     py, y_sum, yy = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_genes), zeros(n_tiles, n_genes)
+    cubes = zeros(n_genes)
+    pixel_sums = zeros(n_pixels, n_genes)
     fy = zeros(n_heads * rank, n_genes)
+    n_columns = readout.n_columns
+    gram_of_all = torch.from_numpy(readout.gram).to(device)
+    x_sum, xx, xy = zeros(n_tiles, n_columns), zeros(n_tiles, n_columns, n_columns), zeros(n_tiles, n_genes)
+    x_by_y = zeros(n_columns, n_genes)
+    weights_by_column = weights.T.contiguous()
     lowest = np.full(n_genes, np.inf, dtype=np.float32)
     highest = np.full(n_genes, -np.inf, dtype=np.float32)
     projected = np.empty((n_cells, readout.n_columns), dtype=np.float32)
@@ -172,7 +215,11 @@ def gather_moments(
         wide = room[: len(values)].copy_(expression)
         # in float64, then rounded: cells with the same expression must not differ by where they stand in a block
         projected[positions] = (wide @ weights).float().cpu().numpy()
-        factors, deviation = _factors(torch.from_numpy(outputs[positions]).to(device), grams, readout)
+        z = torch.from_numpy(outputs[positions]).to(device)
+        factors, deviation = _factors(z, grams, readout)
+        everything = _whole(z, gram_of_all, readout)
+        if pixels is not None:
+            pixel_sums.index_add_(0, torch.from_numpy(pixels[positions]).to(device), wide)
         scale[positions] = deviation.cpu().numpy()
         ends = np.flatnonzero(np.diff(local[positions], append=n_tiles)) + 1
         start = 0
@@ -184,8 +231,15 @@ def gather_moments(
             ff[tile].baddbmm_(by_head.transpose(1, 2), by_head)
             torch.mm(f.reshape(end - start, -1).T, y, out=fy)
             py[tile] += fy.view(n_heads, rank, n_genes).mul_(own_by_rank).sum(dim=1)
+            x = everything[start:end]
+            x_sum[tile] += x.sum(dim=0)
+            xx[tile].addmm_(x.T, x)
+            torch.mm(x.T, y, out=x_by_y)
+            xy[tile] += x_by_y.mul_(weights_by_column).sum(dim=0)
             y_sum[tile] += y.sum(dim=0)
-            yy[tile] += y.square().sum(dim=0)
+            squares = y.square()
+            yy[tile] += squares.sum(dim=0)
+            cubes += squares.mul_(y).sum(dim=0)
             start = end
     projected -= projected.mean(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -194,7 +248,7 @@ def gather_moments(
     target_mean = y_sum / n
     target_m2 = (yy - n * target_mean**2).clamp_(min=0.0)
     residual_mean, residual_m2 = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_heads, n_genes)
-    predicted_ss, predicted_size = np.empty(n_heads), np.empty(n_heads)
+    predicted_ss, predicted_size = zeros(n_heads, n_genes), np.empty(n_heads)
     for head in range(n_heads):
         p_mean = (f_sum[:, head] @ own_by_rank[head]) / n
         pp = (own[head] @ ff[:, head]).mul_(own[head]).sum(dim=2)
@@ -202,8 +256,13 @@ def gather_moments(
         raw = torch.add(pp, py[:, head], alpha=-2.0).add_(yy)
         residual_m2[:, head] = raw.sub_(n * (p_mean - target_mean) ** 2).clamp_(min=0.0)
         overall = (n * p_mean).sum(dim=0) / n_cells
-        predicted_ss[head] = float((pp.sum(dim=0) - n_cells * overall**2).clamp_(min=0.0).sum())
+        predicted_ss[head] = (pp.sum(dim=0) - n_cells * overall**2).clamp_(min=0.0)
         predicted_size[head] = float((pp.sum(dim=0) + n_cells * (2.0 * overall * offset + offset**2)).sum())
+    x_mean = (x_sum @ weights_by_column) / n
+    all_all = torch.stack([((weights @ own) * weights).sum(dim=1) for own in xx])
+    full_m2 = (all_all - 2.0 * xy + yy - n * (x_mean - target_mean) ** 2).clamp_(min=0.0)
+    mean = y_sum.sum(dim=0) / n_cells
+    cubes += -3.0 * mean * yy.sum(dim=0) + 2.0 * n_cells * mean**3
     return TypeMoments(
         tiles=present,
         n_cells=counts,
@@ -211,10 +270,15 @@ def gather_moments(
         target_m2=target_m2.cpu().numpy(),
         residual_mean=residual_mean.cpu().numpy(),
         residual_m2=residual_m2.cpu().numpy(),
+        full_mean=(x_mean + offset - target_mean).cpu().numpy(),
+        full_m2=full_m2.cpu().numpy(),
+        target_m3=cubes.cpu().numpy(),
+        predicted_ss_gene=predicted_ss.cpu().numpy(),
+        pixel_sums=pixel_sums.cpu().numpy(),
         constant_genes=lowest == highest,
         projected=projected,
         scale=scale,
-        predicted_ss=predicted_ss,
+        predicted_ss=predicted_ss.sum(dim=1).cpu().numpy(),
         predicted_size=predicted_size,
     )
 
@@ -256,6 +320,15 @@ def _factors(outputs: torch.Tensor, grams: torch.Tensor, readout: Readout) -> tu
     turned = torch.bmm(x.transpose(0, 1), grams).transpose(0, 1)
     scale = turned.mul_(x).sum(dim=2).clamp_(min=0.0).add_(readout.epsilon).sqrt_()
     return x.div_(scale[:, :, None]), scale
+
+
+def _whole(outputs: torch.Tensor, gram: torch.Tensor, readout: Readout) -> torch.Tensor:
+    """Return ``[1, z_0, ..., z_{H-1}] / scale`` of the whole model, shape (cells, columns), in float64."""
+    x = outputs.new_empty((len(outputs), readout.n_columns), dtype=torch.float64)
+    x[:, 0] = 1.0
+    x[:, 1:] = outputs
+    scale = (x @ gram).mul_(x).sum(dim=1).clamp_(min=0.0).add_(readout.epsilon).sqrt_()
+    return x.div_(scale[:, None])
 
 
 def _room(*shape: int, device: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from scipy.stats import beta
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
-__all__ = ["PValues", "p_values"]
+__all__ = ["PValues", "p_values", "sequential_p_values"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,74 @@ def p_values(
         low = np.where(counts == 0, 0.0, beta.ppf(tail, b, drawn - b + 1.0))
         high = np.where(counts == drawn, 1.0, beta.ppf(1.0 - tail, b + 1.0, drawn - b))
     return PValues(p=p, ci_low=low, ci_high=high)
+
+
+def sequential_p_values(
+    exceedances: Int64[np.ndarray, ...],
+    *,
+    n_permutations: Int64[np.ndarray, ...],
+    max_permutations: int,
+    stop_at: int,
+    confidence: float = 0.95,
+) -> PValues:
+    """Turn the counts of tests that stopped at a number of exceedances into p-values.
+
+    Parameters
+    ----------
+    exceedances
+        Counts b, whole numbers in [0, stop_at], any shape.
+    n_permutations
+        Number l of the permutation, counted from 1, that brought the last of ``stop_at`` exceedances; for a test that
+        never had as many, ``max_permutations``. Broadcasts against the counts.
+    max_permutations
+        Number m of permutations after which every test ends.
+    stop_at
+        Number h of exceedances at which a test ends.
+    confidence
+        Level of the interval.
+
+    Returns
+    -------
+    PValues
+        h/l for a test that stopped, (b+1)/(m+1) for one that did not.
+
+    Raises
+    ------
+    ValueError
+        If counts are no whole numbers or contradict the rule by which a test ends.
+
+    Notes
+    -----
+    Without stopping the interval is Clopper-Pearson's. With it, l follows the negative binomial distribution: the
+    interval holds the probabilities under which neither a stop at l or before, P(Bin(l) >= h), nor a stop at l or
+    later, P(Bin(l - 1) < h), has less than half of ``1 - confidence``. Outcomes are ordered by p, so that both together
+    are one exact interval of the truncated scheme, whether a test stops or not.
+
+    References
+    ----------
+    Besag & Clifford (1991), Sequential Monte Carlo p-values, Biometrika 78:301-304.
+    """
+    counts, used = np.broadcast_arrays(np.asarray(exceedances), np.asarray(n_permutations))
+    for name, values in (("exceedances", counts), ("n_permutations", used)):
+        if not np.issubdtype(values.dtype, np.integer):
+            msg = f"{name} have dtype {values.dtype}; counts are whole numbers"
+            raise ValueError(msg)
+    if not 1 <= stop_at <= max_permutations:
+        msg = f"stop_at is {stop_at}; it must lie in [1, max_permutations={max_permutations}]"
+        raise ValueError(msg)
+    if np.any(counts < 0) or np.any(counts > stop_at):
+        msg = f"exceedances must lie in [0, stop_at={stop_at}]"
+        raise ValueError(msg)
+    stopped = counts == stop_at
+    if np.any(used < counts) or np.any(used > max_permutations) or np.any(~stopped & (used != max_permutations)):
+        msg = f"a test ends with exceedance {stop_at} or permutation {max_permutations}, but some ended in between"
+        raise ValueError(msg)
+    whole = p_values(counts, n_permutations=used, confidence=confidence)
+    upper = 1.0 - (1.0 - confidence) / 2.0
+    after = np.where(stopped & (used > stop_at), used - float(stop_at), 1.0)
+    high = np.where(used > stop_at, beta.ppf(upper, float(stop_at), after), 1.0)
+    return PValues(
+        p=np.where(stopped, stop_at / np.maximum(used, 1), whole.p),
+        ci_low=whole.ci_low,
+        ci_high=np.where(stopped, high, whole.ci_high),
+    )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64, Int64
+    from jaxtyping import Float, Float64, Int64
 
-__all__ = ["square_tiles"]
+__all__ = ["default_widths", "square_tiles", "tile_side", "tiles_of_width"]
 
 
 def square_tiles(
@@ -33,8 +33,96 @@ def square_tiles(
     for group in np.unique(groups):
         rows = np.flatnonzero(groups == group)
         xy = coordinates[rows, :2] - coordinates[rows, :2].min(axis=0)
-        extent = xy.max(axis=0)
-        side = max(float(np.sqrt(extent[0] * extent[1] / n_tiles)), float(extent.max()) / n_tiles)
+        side = _side(xy, n_tiles)
         steps = np.zeros(xy.shape, dtype=np.int64) if side == 0.0 else (xy / side).astype(np.int64)
         tile[rows] = tile.max(initial=0) + 1 + steps[:, 0] * (steps[:, 1].max() + 1) + steps[:, 1]
     return np.unique(tile, return_inverse=True)[1].astype(np.int64)
+
+
+def tile_side(
+    coordinates: Float64[np.ndarray, "cells dimensions"], *, n_tiles: int, samples: np.ndarray | None = None
+) -> float:
+    """Return the side of the tiles of :func:`square_tiles`, in coordinate units; the median over sections."""
+    groups = np.zeros(len(coordinates)) if samples is None else samples.astype(str)
+    parts = [coordinates[groups == group, :2] for group in np.unique(groups)]
+    return float(np.median([_side(xy - xy.min(axis=0), n_tiles) for xy in parts]))
+
+
+def _side(xy: Float64[np.ndarray, "cells two"], n_tiles: int) -> float:
+    extent = xy.max(axis=0)
+    return max(float(np.sqrt(extent[0] * extent[1] / n_tiles)), float(extent.max()) / n_tiles)
+
+
+def tiles_of_width(
+    coordinates: Float[np.ndarray, "cells dimensions"], *, width: float, samples: np.ndarray | None = None
+) -> Int64[np.ndarray, " cells"]:
+    """Return in which square of a given side each cell lies: cells that a null may exchange, or resample together.
+
+    Parameters
+    ----------
+    coordinates
+        Positions; the first two columns count.
+    width
+        Side of a square, in coordinate units.
+    samples
+        Section of each cell; a square never holds cells of two. The squares of a section start at its lower corner.
+
+    Returns
+    -------
+    Int64[np.ndarray, " cells"]
+        Numbers from 0 without gaps, shape (cells,): by section label, then column, then row, so that the order of the
+        cells does not matter.
+
+    Raises
+    ------
+    ValueError
+        If the width is not a positive number, or a position is not finite.
+    """
+    if not (np.isfinite(width) and width > 0.0):
+        msg = f"width is {width}; the side of a tile is a positive number of coordinate units"
+        raise ValueError(msg)
+    xy = np.asarray(coordinates[:, :2], dtype=np.float64)
+    if not np.isfinite(xy).all():
+        msg = f"{np.count_nonzero(~np.isfinite(xy).all(axis=1))} cells have no finite position; tiles need one of each"
+        raise ValueError(msg)
+    groups = np.zeros(len(xy), dtype=np.int64) if samples is None else np.unique(samples, return_inverse=True)[1]
+    # columns as floats: a tiny width asks for more of them than a whole number holds
+    places = np.column_stack([groups.astype(np.float64), np.zeros_like(xy)])
+    for group in np.unique(groups):
+        rows = groups == group
+        own = xy[rows] - xy[rows].min(axis=0)
+        # cells on the far edge are in the last square, not in one of their own
+        last = np.maximum(np.ceil(own.max(axis=0) / width) - 1.0, 0.0)
+        places[rows, 1:] = np.minimum(np.floor(own / width), last)
+    numbers: Int64[np.ndarray, " cells"] = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+    return numbers.astype(np.int64)
+
+
+def default_widths(correlation_length: float, extent: float) -> Float64[np.ndarray, " widths"]:
+    """Return tile widths that span the scale at which cells resemble each other: from half of it to four times it.
+
+    Parameters
+    ----------
+    correlation_length
+        Distance over which expression is correlated, in coordinate units.
+    extent
+        Longer side of the window that is cut into tiles, in the same unit.
+
+    Returns
+    -------
+    Float64[np.ndarray, " widths"]
+        1/2, 1, 2 and 4 correlation lengths, strictly increasing; those above ``extent / 2``, of which fewer than two
+        fit into the window, become one width of ``extent / 2``.
+
+    Raises
+    ------
+    ValueError
+        If a length is not a positive number.
+    """
+    for name, length in (("correlation_length", correlation_length), ("extent", extent)):
+        if not (np.isfinite(length) and length > 0.0):
+            msg = f"{name} is {length}; it must be a positive number of coordinate units"
+            raise ValueError(msg)
+    asked = correlation_length * np.array([0.5, 1.0, 2.0, 4.0])
+    widths: Float64[np.ndarray, " widths"] = np.unique(np.minimum(asked, extent / 2.0))
+    return widths

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from amici_eval.stats.coalitions import coalition_moments, coalition_values, whole_value
+from amici_eval.stats.coalitions import coalition_moments, coalition_values
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.shapley import (
     all_coalitions,
@@ -79,13 +79,6 @@ def test_values_equal_those_of_predictions_at_a_real_size():
         1 - (case.readout.predict(case.z, members(row)) - case.targets).var(axis=0).sum() / total for row in kept
     ]
     np.testing.assert_allclose(coalition_values(*case.arguments, coalitions=kept), expected, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("chunk_cells", [1, 17, 1000])
-def test_the_whole_model_explains_what_the_coalition_of_all_heads_does(chunk_cells):
-    case = draw(3, n_cells=300, n_heads=4, head_size=5, n_genes=20)
-    expected = coalition_values(*case.arguments, coalitions=np.ones((1, 4), dtype=bool))[0]
-    assert whole_value(*case.arguments, chunk_cells=chunk_cells) == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize("block", [1, 3, 512])

@@ -115,5 +115,5 @@ def test_values_that_are_no_probabilities_are_refused(p):
 
 
 def test_an_unknown_adjustment_is_named():
-    with pytest.raises(ValueError, match=r"^method 'bonferroni' is unknown; use 'bh'$"):
+    with pytest.raises(ValueError, match=r"^method 'bonferroni' is unknown; use 'bh', 'by' or 'holm'$"):
         adjust_p_values(np.array([0.1]), method="bonferroni")

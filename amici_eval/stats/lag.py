@@ -1,0 +1,251 @@
+"""How far spatial fields stay correlated: covariances by distance, from sums over the pixels of nested grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxtyping import Float64, Int64
+
+__all__ = ["LagGrid"]
+
+_LEAST_SIDE, _LARGEST_SIDE = 16, 64
+"""Pixels along the longer side of a window."""
+_PIXELS_PER_CELL = 4
+_MOST_PIXELS = 2**14
+"""Of all sections together: each holds a sum of every gene."""
+_RING = 4.2
+"""Offsets of one level reach so far, in its pixels; coarser levels take over beyond."""
+_EDGES = (_RING / 2, 2.55, 3.05, 3.4, 3.85, _RING)
+"""About one ring for each length that offsets have: a product of covariances averaged over a wide ring is too small."""
+_FIRST_EDGES = (0.5, 1.2, 1.7, *_EDGES)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LagGrid:
+    """Cells of one type on a grid of pixels, for covariances between cells at a distance.
+
+    Pairs of cells are binned by distance: same pixel, then rings of about half a pixel up to 4.2 pixels; beyond, pixels
+    of twice the side in rings up to 4.2 of those, and so on up to the window's extent. A pixel is then never more than
+    about half of the distance, and the cost of a ring does not grow with the number of cells or the distance.
+
+    Parameters
+    ----------
+    pixel
+        Pixel of each cell, shape (cells,): a number in [0, n_pixels).
+    section
+        Section of each cell, shape (cells,), counted from 0. Pairs never cross sections.
+    shape
+        Sections, rows and columns of the finest grid.
+    side
+        Of the finest pixels, in coordinate units.
+    """
+
+    pixel: Int64[np.ndarray, " cells"]
+    section: Int64[np.ndarray, " cells"]
+    shape: tuple[int, int, int]
+    side: float
+
+    @classmethod
+    def of(cls, coordinates: Float64[np.ndarray, "cells dimensions"], *, samples: np.ndarray | None = None) -> LagGrid:
+        """Lay a grid over cells.
+
+        Parameters
+        ----------
+        coordinates
+            Positions; the first two columns count.
+        samples
+            Section of each cell; each gets a grid of its own.
+        """
+        n_cells = len(coordinates)
+        names, section = np.unique(np.zeros(n_cells) if samples is None else samples.astype(str), return_inverse=True)
+        xy = np.asarray(coordinates[:, :2], dtype=np.float64).copy()
+        for index in range(len(names)):
+            xy[section == index] -= xy[section == index].min(axis=0)
+        extent = float(xy.max())
+        wanted = 2 ** int(np.ceil(np.log2(max(1.0, np.sqrt(_PIXELS_PER_CELL * n_cells / len(names))))))
+        affordable = 2 ** int(np.log2(np.sqrt(_MOST_PIXELS / len(names))))
+        n_along = int(np.clip(min(wanted, affordable), _LEAST_SIDE, _LARGEST_SIDE))
+        side = extent / n_along or 1.0
+        steps = np.minimum((xy / side).astype(np.int64), n_along - 1)
+        # coarser levels halve both sides
+        rows, columns = (int(2 ** np.ceil(np.log2(size))) for size in steps.max(axis=0) + 1)
+        pixel = (section * rows + steps[:, 0]) * columns + steps[:, 1]
+        return cls(
+            pixel=pixel.astype(np.int64),
+            section=section.astype(np.int64),
+            shape=(len(names), rows, columns),
+            side=side,
+        )
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels of all sections."""
+        return int(np.prod(self.shape))
+
+    @property
+    def n_sections(self) -> int:
+        """Sections."""
+        return self.shape[0]
+
+    @cached_property
+    def counts(self) -> Int64[np.ndarray, " pixels"]:
+        """Cells in each pixel."""
+        return np.bincount(self.pixel, minlength=self.n_pixels)
+
+    @cached_property
+    def section_counts(self) -> Int64[np.ndarray, " sections"]:
+        """Cells in each section."""
+        return np.bincount(self.section, minlength=self.n_sections)
+
+    @cached_property
+    def n_levels(self) -> int:
+        """Grids of growing pixels; the coarsest rings reach across the window."""
+        return max(1, int(np.ceil(np.log2(max(self.shape[1:]) / _RING))) + 1)
+
+    @cached_property
+    def edges(self) -> Float64[np.ndarray, " edges"]:
+        """Distances between which bins 1, 2, ... lie, in coordinate units; bin 0 is the pairs within a pixel."""
+        coarser = [edge * 2**level for level in range(1, self.n_levels) for edge in _EDGES[1:]]
+        return np.array([*_FIRST_EDGES, *coarser]) * self.side
+
+    @cached_property
+    def pairs(self) -> Float64[np.ndarray, " bins"]:
+        """Ordered pairs of different cells whose distance, from pixel to pixel, falls into each bin."""
+        _, rows, columns = self.shape
+        image = self.counts.reshape(self.shape).astype(np.float64)
+        spectrum = np.fft.rfft2(image, s=(2 * rows, 2 * columns))
+        found = np.fft.irfft2(np.abs(spectrum) ** 2, s=(2 * rows, 2 * columns)).sum(axis=0)
+        along = [np.minimum(np.arange(2 * size), 2 * size - np.arange(2 * size)) for size in (rows, columns)]
+        distance = np.hypot(along[0][:, None], along[1][None, :]) * self.side
+        number = np.searchsorted(self.edges, distance.ravel(), side="left")
+        pairs = np.bincount(number, weights=np.round(found.ravel()), minlength=len(self.edges) + 1)[: len(self.edges)]
+        pairs[0] -= len(self.pixel)
+        return pairs
+
+    @cached_property
+    def distances(self) -> Float64[np.ndarray, " bins"]:
+        """Typical distance of the pairs of each bin, in coordinate units."""
+        # two points in a square of side 1 are .52 apart on average
+        return np.concatenate([[0.52 * self.side], (self.edges[:-1] + self.edges[1:]) / 2])
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Return sums over the cells of each pixel; ``values`` (cells, ...) becomes (pixels, ...), float64."""
+        wide = values.double()
+        image = wide.new_zeros((self.n_pixels, *wide.shape[1:]))
+        return image.index_add_(0, torch.from_numpy(self.pixel).to(wide.device), wide)
+
+    def centred(self, image: torch.Tensor) -> torch.Tensor:
+        """Return pixel sums of what is left of a field after the mean of each section is taken away."""
+        counts = torch.from_numpy(self.counts.astype(np.float64)).to(image.device)
+        by_section = image.view(self.n_sections, -1, *image.shape[1:])
+        totals = torch.from_numpy(np.maximum(self.section_counts, 1).astype(np.float64)).to(image.device)
+        ones = (1,) * (image.dim() - 1)
+        means = by_section.sum(dim=1) / totals.view(-1, *ones)
+        own = counts.view(self.n_sections, -1, *ones) * means[:, None]
+        return (by_section - own).reshape(image.shape)
+
+    def products(self, image: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return mean outer products of cells in each bin of distance.
+
+        Parameters
+        ----------
+        image
+            Centred sums of several fields over pixels, shape (fields, pixels, columns).
+        own
+            Sum over cells of each cell's product with itself, shape (fields, columns, columns).
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (bins, fields, columns, columns), symmetric; 0 in bins without pairs.
+        """
+        n_fields, _, n_columns = image.shape
+        sums = image.new_zeros((len(self.pairs), n_fields, n_columns, n_columns))
+        sums[0] = image.transpose(1, 2) @ image - own
+        for level in self._levels():
+            flat = level.padded(image)
+            for number, shifts in level.shifts.items():
+                for shift in shifts:
+                    sums[number].baddbmm_(flat[:, :-shift].transpose(1, 2), flat[:, shift:])
+        sums[1:] += sums[1:].transpose(2, 3).clone()
+        return sums / self._counted(image)[:, None, None, None]
+
+    def squares(self, image: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return the same of fields of one column each: (fields, pixels) and (fields,) become (bins, fields)."""
+        sums = image.new_zeros((len(self.pairs), len(image)))
+        sums[0] = image.square().sum(dim=1) - own
+        for level in self._levels():
+            flat = level.padded(image[:, :, None])[:, :, 0].contiguous()
+            room = torch.empty_like(flat)
+            for number, shifts in level.shifts.items():
+                for shift in shifts:
+                    product = torch.mul(flat[:, :-shift], flat[:, shift:], out=room[:, :-shift])
+                    sums[number].add_(product.sum(dim=1), alpha=2.0)
+        return sums / self._counted(image)[:, None]
+
+    def _counted(self, like: torch.Tensor) -> torch.Tensor:
+        """Return how many pairs the products of each bin are sums over, at least 1."""
+        return torch.from_numpy(np.maximum(self._pairs_summed, 1.0)).to(like.device)
+
+    @cached_property
+    def _pairs_summed(self) -> Float64[np.ndarray, " bins"]:
+        image = torch.from_numpy(self.counts.astype(np.float64))[None, :, None]
+        pairs = np.zeros(len(self.pairs))
+        pairs[0] = self.pairs[0]
+        for level in self._levels():
+            flat = level.padded(image)[0, :, 0]
+            for number, shifts in level.shifts.items():
+                pairs[number] = 2.0 * sum(float(flat[:-shift] @ flat[shift:]) for shift in shifts)
+        return pairs
+
+    def _levels(self) -> Iterator[_Level]:
+        for level in range(self.n_levels):
+            yield _Level.of(self.shape, level)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A grid of pixels of ``2**level`` times the finest side: which offsets, along the padded image, are which bin."""
+
+    shape: tuple[int, int, int]
+    times: tuple[int, int]
+    shifts: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], level: int) -> _Level:
+        n_sections, rows, columns = shape
+        times = 2**level
+        own = (n_sections, max(1, rows // times), max(1, columns // times))
+        edges = _FIRST_EDGES if level == 0 else _EDGES
+        first = 1 if level == 0 else len(_FIRST_EDGES) + (len(_EDGES) - 1) * (level - 1)
+        reach = int(_RING)
+        shifts: dict[int, list[int]] = {}
+        width = own[2] + reach
+        for down in range(reach + 1):
+            for right in range(-reach, reach + 1):
+                # half of the offsets: the others are their mirror images
+                if (down, right) <= (0, 0) or down >= own[1] or abs(right) >= own[2]:
+                    continue
+                number = int(np.searchsorted(edges, np.hypot(down, right), side="left")) - 1
+                if 0 <= number < len(edges) - 1:
+                    shifts.setdefault(first + number, []).append(down * width + right)
+        return cls(shape=own, times=(rows // own[1], columns // own[2]), shifts=shifts)
+
+    def padded(self, image: torch.Tensor) -> torch.Tensor:
+        """Return sums over the level's pixels, with zeros between rows and sections so that an offset is a shift."""
+        n_fields, _, n_columns = image.shape
+        n_sections, rows, columns = self.shape
+        down, right = self.times
+        summed = image.view(n_fields, n_sections, rows, down, columns, right, n_columns).sum(dim=(3, 5))
+        reach = int(_RING)
+        out = image.new_zeros((n_fields, n_sections, rows + reach, columns + reach, n_columns))
+        out[:, :, :rows, :columns] = summed
+        return out.view(n_fields, -1, n_columns)

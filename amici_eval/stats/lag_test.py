@@ -1,0 +1,243 @@
+"""A test of each head, and of each head and gene, that holds where neighbouring cells resemble each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
+    from torch import Tensor
+
+    from amici_eval.stats.lag import LagGrid
+
+__all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
+
+MIN_EFFECTIVE_CELLS = 5.0
+"""With fewer, the estimated variance says too little for any reference distribution."""
+POWER = 0.8
+_LEAST_PAIRS = 200
+_UNSTRUCTURED = 0.01
+"""Correlation of expression between near cells below which no correlation length is given."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class GeneSums:
+    """Sums over the cells of a type that per-gene tests rest on.
+
+    Parameters
+    ----------
+    pixel_sums
+        Expression summed over the pixels of the grid, shape (pixels, genes).
+    target_ss, predicted_ss, common
+        Centred sums of squares of expression, shape (genes,), and of predictions, and their centred sum of products,
+        shape (heads, genes).
+    """
+
+    pixel_sums: Float64[np.ndarray, "pixels genes"]
+    target_ss: Float64[np.ndarray, " genes"]
+    predicted_ss: Float64[np.ndarray, "heads genes"]
+    common: Float64[np.ndarray, "heads genes"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LagTest:
+    """What the lag null says of one cell type.
+
+    Parameters
+    ----------
+    statistic, ess, p
+        Standardised fit, effective sample size and p of each head, shape (heads,); p is NaN where ``ess`` is below
+        :data:`MIN_EFFECTIVE_CELLS` or a head does not vary.
+    detectable
+        Smallest explained variance that a head with this reach would have shown with 80 % power, shape (heads,).
+    p_gene, ess_gene
+        The same of each gene, shape (heads, genes).
+    correlation_length
+        Distance at which the spatially structured part of expression has fallen to 1/e of what it is between the
+        nearest cells, in coordinate units; 0 where there is no such part.
+    reach
+        Largest distance of pairs that were taken into account.
+    """
+
+    statistic: Float64[np.ndarray, " heads"]
+    ess: Float64[np.ndarray, " heads"]
+    p: Float64[np.ndarray, " heads"]
+    detectable: Float64[np.ndarray, " heads"]
+    p_gene: Float64[np.ndarray, "heads genes"]
+    ess_gene: Float64[np.ndarray, "heads genes"]
+    correlation_length: float
+    reach: float
+
+
+def lag_test(
+    factors: Float[np.ndarray, "cells rank heads"],
+    images: Float[np.ndarray, "cells rank heads"],
+    *,
+    grid: LagGrid,
+    weights: Float64[np.ndarray, "heads genes rank"],
+    genes: GeneSums,
+    alpha: float = 0.05,
+    reach: float | None = None,
+    device: str = "cpu",
+) -> LagTest:
+    """Test whether heads fit expression better than a field of the same smoothness that knows nothing of it would.
+
+    Null: prediction and expression are independent of each other over the cells of the type; each may be correlated in
+    space as it is. Nothing is shuffled: the variance that their sum of products has under the null follows from the
+    covariances of both at each distance (Clifford, Richardson & Hemon 1989; Dutilleul 1993; here for fields of many
+    numbers). Both are taken to have the same mean all over a section and covariances that depend on distance alone.
+
+    Parameters
+    ----------
+    factors, images
+        F and Z, shape (cells, rank, heads), not centred: head h predicts ``constant + F[:, :, h] @ A_h.T``, and Z is
+        expression times A.
+    grid
+        Of the same cells.
+    weights
+        A, shape (heads, genes, rank).
+    genes
+        Sums for the per-gene tests.
+    alpha
+        Level of ``detectable``.
+    reach
+        Largest distance of pairs; ``None``: no limit, which keeps the level also where fields vary over as much as
+        half of the window.
+    device
+        Torch device with float64.
+
+    Notes
+    -----
+    With T the sum of products over cells, each centred within its section, and C_F(k), C_Z(k) their mean outer products
+    over pairs at distance k, ``Var(T) = tr(S_F S_Z) / n + sum_k N_k tr(C_F(k) C_Z(k))``, never taken to be less than
+    its first term, which cells that are independent would give. The effective sample size is
+    ``1 + tr(S_F S_Z) / Var(T)``, and T is compared with Student's t with that minus 2 degrees of freedom (Dutilleul).
+    """
+    n_cells, _, n_heads = factors.shape
+    f, z = (_by_head(values, device) for values in (factors, images))
+    f_means, z_means = (_section_means(values, grid) for values in (f, z))
+    section = torch.from_numpy(grid.section).to(device)
+    f, z = f - f_means[:, section], z - z_means[:, section]
+    f_own, z_own = f.transpose(1, 2) @ f, z.transpose(1, 2) @ z
+    f_lags, z_lags = (_lag_products(values, own, grid) for values, own in ((f, f_own), (z, z_own)))
+    used = grid.distances <= (np.inf if reach is None else reach)
+    pairs = np.where(used, grid.pairs, 0.0)
+    free = (f_own * z_own).sum(dim=(1, 2)).cpu().numpy() / n_cells
+    at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy()
+
+    a = torch.from_numpy(weights).to(device)
+    within = _within_sections(genes, grid, f_means, a)
+    predicted_lags = torch.stack([_quadratic(a[head], f_lags[:, head]) for head in range(n_heads)], dim=1)
+    y = grid.centred(torch.from_numpy(genes.pixel_sums).to(device)).T.contiguous()
+    target_lags = grid.squares(y, torch.from_numpy(within.target_ss).to(device)).cpu().numpy()
+    free_gene = within.predicted_ss * within.target_ss / n_cells
+    at_lags_gene = np.einsum("k,khg,kg->hg", pairs, predicted_lags.cpu().numpy(), target_lags)
+
+    # as large as the sum of products can be, so that their ratio is a correlation
+    scale = np.sqrt(within.predicted_ss.sum(axis=1) * within.target_ss.sum())
+    fit = (f * z).sum(dim=(1, 2)).cpu().numpy()
+    heads = _student(fit, free, at_lags, scale, n_cells=n_cells)
+    scale_gene = np.sqrt(within.predicted_ss * within.target_ss)
+    by_gene = _student(within.common, free_gene, at_lags_gene, scale_gene, n_cells=n_cells)
+    degrees = np.maximum(heads.ess - 2.0, 1.0)
+    needed = student_t.isf(alpha, degrees) + student_t.isf(1.0 - POWER, degrees)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        detectable = np.minimum((needed * heads.deviation / scale) ** 2, 1.0)
+    return LagTest(
+        statistic=heads.statistic,
+        ess=heads.ess,
+        p=heads.p,
+        detectable=np.where(np.isfinite(heads.p), detectable, np.nan),
+        p_gene=by_gene.p,
+        ess_gene=by_gene.ess,
+        correlation_length=_correlation_length(grid, target_lags.sum(axis=1) * n_cells / within.target_ss.sum()),
+        reach=float(grid.distances[used & (grid.pairs > 0)].max(initial=0.0)),
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    statistic: Float64[np.ndarray, ...]
+    deviation: Float64[np.ndarray, ...]
+    ess: Float64[np.ndarray, ...]
+    p: Float64[np.ndarray, ...]
+
+
+def _student(
+    fit: Float64[np.ndarray, ...],
+    free: Float64[np.ndarray, ...],
+    at_lags: Float64[np.ndarray, ...],
+    scale: Float64[np.ndarray, ...],
+    *,
+    n_cells: int,
+) -> _Outcome:
+    """Compare sums of products with Student's t, as Dutilleul does a correlation."""
+    variance = np.maximum(free, free + at_lags)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ess = np.minimum(1.0 + n_cells * free / variance, float(n_cells))
+        statistic = fit / np.sqrt(variance)
+        unexplained = np.maximum(1.0 - (fit / scale) ** 2, np.finfo(float).eps)
+        t = statistic * np.sqrt((ess - 2.0) / ((ess - 1.0) * unexplained))
+        p = np.maximum(student_t.sf(t, ess - 2.0), np.finfo(float).tiny)
+    usable = (free > 0.0) & (ess >= MIN_EFFECTIVE_CELLS)
+    return _Outcome(
+        statistic=np.where(free > 0.0, statistic, np.nan),
+        deviation=np.sqrt(variance),
+        ess=np.where(free > 0.0, ess, np.nan),
+        p=np.where(usable, p, np.nan),
+    )
+
+
+def _by_head(values: Float[np.ndarray, "cells rank heads"], device: str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float64)).to(device)
+
+
+def _section_means(values: Tensor, grid: LagGrid) -> Tensor:
+    """Return means over the cells of each section, shape (heads, sections, rank)."""
+    section = torch.from_numpy(grid.section).to(values.device)
+    sums = values.new_zeros(len(values), grid.n_sections, values.shape[2]).index_add_(1, section, values)
+    return sums / torch.from_numpy(grid.section_counts).to(values.device)[:, None]
+
+
+def _lag_products(values: Tensor, own: Tensor, grid: LagGrid) -> Tensor:
+    image = grid.sums(values.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+    return grid.products(image, own)
+
+
+def _quadratic(weights: Tensor, products: Tensor) -> Tensor:
+    """Return the diagonal of ``weights @ products @ weights.T``: (..., rank, rank) becomes (..., genes)."""
+    return ((weights @ products) * weights).sum(dim=-1)
+
+
+def _within_sections(genes: GeneSums, grid: LagGrid, f_means: Tensor, weights: Tensor) -> GeneSums:
+    """Return the sums of squares and products around the means of each section instead of those of all cells."""
+    if grid.n_sections == 1:
+        return genes
+    counts = grid.section_counts.astype(np.float64)
+    share = counts / counts.sum()
+    y = genes.pixel_sums.reshape(grid.n_sections, -1, genes.pixel_sums.shape[1]).sum(axis=1) / counts[:, None]
+    p = (f_means @ weights.transpose(1, 2)).cpu().numpy()
+    y, p = y - share @ y, p - np.einsum("s,hsg->hg", share, p)[:, None]
+    return replace(
+        genes,
+        target_ss=np.maximum(genes.target_ss - counts @ y**2, 0.0),
+        predicted_ss=np.maximum(genes.predicted_ss - np.einsum("s,hsg->hg", counts, p**2), 0.0),
+        common=genes.common - np.einsum("s,hsg,sg->hg", counts, p, y),
+    )
+
+
+def _correlation_length(grid: LagGrid, correlation: Float64[np.ndarray, " bins"]) -> float:
+    usable = np.flatnonzero(grid.pairs >= _LEAST_PAIRS)
+    if not len(usable) or correlation[usable[0]] < _UNSTRUCTURED:
+        return 0.0
+    below = usable[correlation[usable] < correlation[usable[0]] / np.e]
+    if not len(below):
+        return float(grid.distances[usable[-1]])
+    last = usable[np.searchsorted(usable, below[0]) - 1]
+    steps = (correlation[last] - correlation[usable[0]] / np.e) / (correlation[last] - correlation[below[0]])
+    return float(grid.distances[last] + steps * (grid.distances[below[0]] - grid.distances[last]))

@@ -1,0 +1,333 @@
+"""Ridge regression of all genes at once on some columns, from moments gathered block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float, Float64, Int64
+
+__all__ = [
+    "PENALTIES",
+    "PenaltyChoice",
+    "RidgeFit",
+    "RidgeMoments",
+    "RidgeSums",
+    "choose_penalty",
+    "fit_ridge",
+    "merge_moments",
+    "ridge_explained_variance",
+]
+
+PENALTIES = np.logspace(-4.0, 5.0, 19)
+"""Penalties to choose from, per cell, for columns of variance 1: from next to none to hardly anything left."""
+_CONSTANT = 1e-9
+"""A column or gene whose standard deviation is a smaller share of its mean varies by rounding alone."""
+_RANK = 1e-10
+"""Directions whose variance is a smaller share of the largest are what columns that add up to a constant leave."""
+_LARGEST_SHARE = 0.5
+"""A fit may use up this share of the cells: close to one parameter a cell, cross-validation says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RidgeMoments:
+    """All that a ridge regression and its explained variance need to know of some cells.
+
+    Parameters
+    ----------
+    n_cells
+        How many.
+    design_mean, target_mean
+        Shape (columns,) and (genes,); 0 without cells.
+    design_m2
+        Centred sums of products of columns, shape (columns, columns).
+    cross
+        Of columns and genes, shape (columns, genes).
+    target_m2
+        Centred sums of squares of expression, shape (genes,).
+    """
+
+    n_cells: int
+    design_mean: Float64[np.ndarray, " columns"]
+    target_mean: Float64[np.ndarray, " genes"]
+    design_m2: Float64[np.ndarray, "columns columns"]
+    cross: Float64[np.ndarray, "columns genes"]
+    target_m2: Float64[np.ndarray, " genes"]
+
+
+class RidgeSums:
+    """Gathers :class:`RidgeMoments` block by block, never all cells at once.
+
+    Parameters
+    ----------
+    n_columns, n_genes
+        Columns of the design, and genes.
+
+    Notes
+    -----
+    Sums of products in float64 of deviations from the first block's means, so that large means cancel nothing away.
+    """
+
+    def __init__(self, n_columns: int, n_genes: int) -> None:
+        self._n_cells = 0
+        self._shift_x, self._shift_y = np.zeros(n_columns), np.zeros(n_genes)
+        self._x, self._y = np.zeros(n_columns), np.zeros(n_genes)
+        self._xx, self._xy, self._yy = (
+            np.zeros((n_columns, n_columns)),
+            np.zeros((n_columns, n_genes)),
+            np.zeros(n_genes),
+        )
+
+    def add(self, design: Float[np.ndarray, "rows columns"], targets: Float[np.ndarray, "rows genes"]) -> None:
+        """Count some cells in.
+
+        Parameters
+        ----------
+        design, targets
+            Shape (rows, columns) and (rows, genes), of the same cells.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit.
+        """
+        expected = (len(targets), len(self._x)), (len(design), len(self._y))
+        if (design.shape, targets.shape) != expected:
+            msg = (
+                f"design has shape {design.shape}, targets {targets.shape}; as many rows of {len(self._x)} columns and "
+                f"of {len(self._y)} genes are needed"
+            )
+            raise ValueError(msg)
+        if not len(design):
+            return
+        if not self._n_cells:
+            self._shift_x = design.mean(axis=0, dtype=np.float64)
+            self._shift_y = targets.mean(axis=0, dtype=np.float64)
+        x, y = np.subtract(design, self._shift_x), np.subtract(targets, self._shift_y)
+        self._n_cells += len(x)
+        self._x += x.sum(axis=0)
+        self._y += y.sum(axis=0)
+        self._xx += x.T @ x
+        self._xy += x.T @ y
+        self._yy += np.einsum("ij,ij->j", y, y)
+
+    def moments(self) -> RidgeMoments:
+        """Return the moments of the cells counted so far."""
+        n = max(self._n_cells, 1)
+        return RidgeMoments(
+            n_cells=self._n_cells,
+            design_mean=self._shift_x + self._x / n,
+            target_mean=self._shift_y + self._y / n,
+            design_m2=self._xx - np.outer(self._x, self._x / n),
+            cross=self._xy - np.outer(self._x, self._y / n),
+            target_m2=np.maximum(self._yy - self._y**2 / n, 0.0),
+        )
+
+
+def merge_moments(parts: Sequence[RidgeMoments]) -> RidgeMoments:
+    """Return the moments of several groups of cells together (Chan, Golub & LeVeque 1983).
+
+    Parameters
+    ----------
+    parts
+        Of groups that share no cell; at least one group.
+    """
+    counts = np.array([part.n_cells for part in parts], dtype=np.float64)
+    share = counts / max(counts.sum(), 1.0)
+    x_means, y_means = np.stack([p.design_mean for p in parts]), np.stack([p.target_mean for p in parts])
+    x_mean, y_mean = share @ x_means, share @ y_means
+    x, y = x_means - x_mean, y_means - y_mean
+    weighted = counts[:, None] * x
+    return RidgeMoments(
+        n_cells=int(counts.sum()),
+        design_mean=x_mean,
+        target_mean=y_mean,
+        design_m2=np.sum([p.design_m2 for p in parts], axis=0) + weighted.T @ x,
+        cross=np.sum([p.cross for p in parts], axis=0) + weighted.T @ y,
+        target_m2=np.sum([p.target_m2 for p in parts], axis=0) + counts @ y**2,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PenaltyChoice:
+    """The penalty under which a ridge regression of all genes predicts unseen cells best, and how that was found.
+
+    Parameters
+    ----------
+    penalty
+        The one chosen: squared weights of standardised columns count this much against the mean squared error.
+    degrees_of_freedom
+        What a fit uses up under it, intercept included.
+    gcv
+        Generalised cross-validation of each penalty, summed over genes, shape (penalties,).
+    """
+
+    penalty: float
+    degrees_of_freedom: float
+    gcv: Float64[np.ndarray, " penalties"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RidgeFit:
+    """A ridge regression of all genes under one penalty.
+
+    Parameters
+    ----------
+    weights
+        Of the columns as they are, not standardised, shape (columns, genes); 0 for columns that do not vary.
+    intercept
+        Shape (genes,), not penalised.
+    """
+
+    weights: Float64[np.ndarray, "columns genes"]
+    intercept: Float64[np.ndarray, " genes"]
+
+
+def choose_penalty(moments: RidgeMoments, *, penalties: Float64[np.ndarray, " penalties"] = PENALTIES) -> PenaltyChoice:
+    """Return the one penalty for all genes that predicts unseen cells best, as far as the fitted cells tell.
+
+    Parameters
+    ----------
+    moments
+        Of the cells to fit, at least 2.
+    penalties
+        To choose from, positive, in any order.
+
+    Returns
+    -------
+    PenaltyChoice
+        The penalty of least generalised cross-validation among those that use up at most half as many degrees of
+        freedom as there are cells; the largest penalty if none does.
+
+    Raises
+    ------
+    ValueError
+        With fewer than 2 cells, or a penalty that is not positive.
+
+    Notes
+    -----
+    ``GCV = (RSS / n) / (1 - df / n)**2`` with ``df = 1 + sum e / (e + penalty)`` over the eigenvalues e of the
+    correlation matrix of the columns (Golub, Heath & Wahba 1979); one eigen-decomposition serves all penalties.
+    """
+    penalties = np.asarray(penalties, dtype=np.float64)
+    if not len(penalties) or not (penalties > 0.0).all():
+        msg = f"penalties {penalties.tolist()}: at least one is needed, and all must be positive"
+        raise ValueError(msg)
+    n, standard = moments.n_cells, _standardised(moments)
+    values, vectors = np.linalg.eigh(standard.correlation)
+    real = values > _RANK * values.max(initial=0.0)
+    values, vectors = values[real], vectors[:, real]
+    turned = vectors.T @ standard.cross
+    shrinkage = values / (values + penalties[:, None])
+    along = n * np.einsum("ij,ij->i", turned, turned) / values
+    residual_ss = np.maximum(moments.target_m2.sum() - (2.0 * shrinkage - shrinkage**2) @ along, 0.0)
+    degrees = 1.0 + shrinkage.sum(axis=1)
+    # next to one degree of freedom a cell, rounding may take the denominator through zero
+    gcv = residual_ss / n / np.maximum(1.0 - degrees / n, np.finfo(np.float64).eps) ** 2
+    allowed = degrees <= _LARGEST_SHARE * n
+    best = int(np.where(allowed, gcv, np.inf).argmin()) if allowed.any() else int(penalties.argmax())
+    return PenaltyChoice(penalty=float(penalties[best]), degrees_of_freedom=float(degrees[best]), gcv=gcv)
+
+
+def fit_ridge(moments: RidgeMoments, *, penalty: float, level: RidgeMoments | None = None) -> RidgeFit:
+    """Fit all genes under one penalty.
+
+    Parameters
+    ----------
+    moments
+        Of the cells to fit, at least 2.
+    penalty
+        Positive; times the number of cells it is what scikit-learn's ``Ridge`` calls ``alpha`` on standardised columns.
+    level
+        Cells over which the mean prediction is the mean expression; ``None``: the fitted ones. Explained variance does
+        not count the level, so that a level of each fold its own would be noise against nothing.
+
+    Raises
+    ------
+    ValueError
+        With fewer than 2 cells, or if the penalty is not positive.
+
+    Notes
+    -----
+    Columns are standardised over the fitted cells, and those that are constant there are left out.
+    """
+    if not penalty > 0.0:
+        msg = f"penalty {penalty}: it must be positive"
+        raise ValueError(msg)
+    standard = _standardised(moments)
+    weights = np.zeros(moments.cross.shape)
+    if len(standard.used):
+        penalised = standard.correlation + penalty * np.eye(len(standard.used))
+        weights[standard.used] = np.linalg.solve(penalised, standard.cross) / standard.deviation[:, None]
+    level = moments if level is None else level
+    return RidgeFit(weights=weights, intercept=level.target_mean - level.design_mean @ weights)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _Standardised:
+    """Columns that vary, in units of their standard deviation: correlations, and covariances with genes."""
+
+    used: Int64[np.ndarray, " used"]
+    deviation: Float64[np.ndarray, " used"]
+    correlation: Float64[np.ndarray, "used used"]
+    cross: Float64[np.ndarray, "used genes"]
+
+
+def _standardised(moments: RidgeMoments) -> _Standardised:
+    n = moments.n_cells
+    if n < 2:
+        msg = f"{n} cells to fit; a ridge regression needs at least 2"
+        raise ValueError(msg)
+    deviation = np.sqrt(np.maximum(np.diagonal(moments.design_m2), 0.0) / n)
+    used = np.flatnonzero(deviation > _CONSTANT * np.abs(moments.design_mean))
+    deviation = deviation[used]
+    return _Standardised(
+        used=used,
+        deviation=deviation,
+        correlation=moments.design_m2[np.ix_(used, used)] / np.outer(deviation, deviation) / n,
+        cross=moments.cross[used] / deviation[:, None] / n,
+    )
+
+
+def ridge_explained_variance(fits: Sequence[RidgeFit], groups: Sequence[RidgeMoments]) -> float:
+    """Return which share of the variance of expression is explained in some cells, all genes together.
+
+    Parameters
+    ----------
+    fits
+        One for each group of cells, fitted on these or others: under cross-fitting, on all groups but this one.
+    groups
+        Moments of the cells to score.
+
+    Returns
+    -------
+    float
+        ``1 - sum_g var(P_g - Y_g) / sum_g var(Y_g)`` over the cells of all groups together, the measure that heads are
+        given; NaN if no gene varies or there are fewer than 2 cells.
+
+    Notes
+    -----
+    ``var(P) = B' S_XX B`` and ``cov(P, Y) = B' S_XY`` within a group; the means of the groups' residuals give what lies
+    between groups. No prediction is formed.
+    """
+    everyone = merge_moments(groups)
+    spread = np.sqrt(everyone.target_m2 / max(everyone.n_cells, 1))
+    total = float(everyone.target_m2[spread > _CONSTANT * np.abs(everyone.target_mean)].sum())
+    if everyone.n_cells < 2 or not total > 0.0:
+        return float("nan")
+    explained, counts, means = 0.0, [], []
+    for fit, group in zip(fits, groups, strict=True):
+        predicted = float(np.vdot(fit.weights, group.design_m2 @ fit.weights))
+        explained += 2.0 * float(np.vdot(fit.weights, group.cross)) - predicted
+        counts.append(group.n_cells)
+        means.append(group.design_mean @ fit.weights + fit.intercept - group.target_mean)
+    # what groups differ by on their own is in the total, what they differ by in residuals is left
+    weight, residual = np.array(counts, dtype=np.float64), np.stack(means)
+    between = float((weight @ (residual - weight @ residual / weight.sum()) ** 2).sum())
+    own = float((weight @ (np.stack([g.target_mean for g in groups]) - everyone.target_mean) ** 2).sum())
+    return (explained + own - between) / total

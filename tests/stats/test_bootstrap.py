@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from amici_eval.stats.bootstrap import tile_bootstrap
+from amici_eval.stats.permutations import PermutationStream
+from tests.oracles import tiles as oracle
+from tests.oracles.reference import explained_variance
+
+
+def moments(predictions, targets, tiles, n_tiles=None):
+    """What is kept of each tile; predictions have shape (models, cells, genes)."""
+    n_tiles = tiles.max() + 1 if n_tiles is None else n_tiles
+    own = [np.flatnonzero(tiles == tile) for tile in range(n_tiles)]
+    residuals = (predictions - targets).transpose(1, 0, 2)
+
+    def means(values):
+        return np.array([values[rows].mean(axis=0) if len(rows) else np.full(values.shape[1:], np.nan) for rows in own])
+
+    def m2(values):
+        return np.array([np.square(values[rows] - values[rows].mean(axis=0)).sum(axis=0) for rows in own if len(rows)])
+
+    def with_empty(values):
+        full = np.zeros((n_tiles, *values.shape[1:]))
+        full[[len(rows) > 0 for rows in own]] = values
+        return full
+
+    return {
+        "n_cells": np.array([len(rows) for rows in own]),
+        "target_mean": means(targets),
+        "target_m2": with_empty(m2(targets)),
+        "residual_mean": means(residuals),
+        "residual_m2": with_empty(m2(residuals)),
+        "varies": np.ptp(targets, axis=0) > 0.0,
+    }
+
+
+def draw(seed=0, *, sizes=(4, 1, 7, 5, 1, 9, 3), n_genes=3, n_models=2):
+    """Expression and predictions that differ between tiles; two tiles have one cell."""
+    rng = np.random.default_rng(seed)
+    tiles = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    shared = rng.normal(size=(len(sizes), n_genes))[tiles]
+    targets = shared + rng.normal(size=shared.shape)
+    predictions = 0.5 * targets + 0.5 * rng.normal(size=(n_models, *targets.shape))
+    return predictions, targets, tiles
+
+
+def bootstrap(kept, **changes):
+    return tile_bootstrap(**{**kept, "n_resamples": 50, "seed": 0, "cell_type": "T", **changes})
+
+
+def covered(number, *, n_tiles, independent_cells=False):
+    """Whether the interval holds the truth; expression and its prediction errors have a part that a tile shares."""
+    rng = np.random.default_rng([5, n_tiles, number])
+    tiles = np.sort(rng.integers(0, n_tiles, 20 * n_tiles))
+    part, error = rng.normal(size=(2, n_tiles, 2))[:, tiles] + rng.normal(size=(2, len(tiles), 2))
+    targets = part + error
+    if independent_cells:
+        tiles = np.arange(len(tiles))
+    tiles = np.unique(tiles, return_inverse=True)[1]
+    found = bootstrap(moments(part[None], targets, tiles), n_resamples=199, seed=number)
+    return bool(found.low[0] <= 0.5 <= found.high[0])
+
+
+@pytest.mark.parametrize("n_tiles", [9, 25])
+def test_intervals_hold_the_truth_as_often_as_they_say(n_tiles):
+    hits = sum(covered(number, n_tiles=n_tiles) for number in range(300))
+    assert binomtest(hits, 300, 0.95).pvalue > 0.001
+
+
+def test_intervals_from_cells_drawn_one_by_one_are_too_narrow():
+    hits = sum(covered(number, n_tiles=9, independent_cells=True) for number in range(60))
+    assert hits < 50
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_ends_equal_those_of_cells_put_together_anew(confidence):
+    predictions, targets, tiles = draw()
+    targets[:, 2] = 4.0
+    found = bootstrap(moments(predictions, targets, tiles), confidence=confidence, seed=3)
+    key = PermutationStream(seed=3, cell_type="T", stratum="\0bootstrap", n_cells=0).key()
+    drawn = oracle.drawn_tiles(np.random.Philox(key=key).random_raw(50 * 7).tolist(), 7)
+    for model in range(2):
+        low, high = oracle.interval(predictions[model], targets, tiles, drawn, confidence)
+        assert found.low[model] == pytest.approx(low, abs=1e-12)
+        assert found.high[model] == pytest.approx(high, abs=1e-12)
+    assert found.n_tiles == 7
+    assert found.reason is None
+
+
+@pytest.mark.parametrize("n_genes", [3, 40])
+def test_explained_variance_lies_between_the_ends_and_more_confidence_widens_them(n_genes):
+    predictions, targets, tiles = draw(n_genes=n_genes)
+    kept = moments(predictions, targets, tiles)
+    narrow, wide = bootstrap(kept, confidence=0.5), bootstrap(kept, confidence=0.95)
+    here = np.array([explained_variance(own, targets)[1] for own in predictions])
+    assert np.all((wide.low < narrow.low) & (narrow.low < here) & (here < narrow.high) & (narrow.high < wide.high))
+    assert np.all(wide.high <= 1.0)
+
+
+def test_more_genes_than_tiles_make_no_difference():
+    predictions, targets, tiles = draw(n_genes=3)
+    few = bootstrap(moments(predictions, targets, tiles))
+    many = bootstrap(moments(np.tile(predictions, 10), np.tile(targets, 10), tiles))
+    np.testing.assert_allclose([many.low, many.high], [few.low, few.high], atol=1e-10)
+
+
+def test_models_beside_a_model_empty_tiles_and_the_level_of_expression_do_not_matter():
+    predictions, targets, tiles = draw()
+    plain = bootstrap(moments(predictions, targets, tiles))
+    alone = bootstrap(moments(predictions[1:], targets, tiles))
+    empty = bootstrap(moments(predictions, targets, 2 * tiles + 1, n_tiles=20))
+    moved = bootstrap(moments(predictions + 3e5, targets + 1e6, tiles))
+    np.testing.assert_array_equal([alone.low[0], alone.high[0]], [plain.low[1], plain.high[1]])
+    np.testing.assert_array_equal([empty.low, empty.high], [plain.low, plain.high])
+    assert empty.n_tiles == plain.n_tiles
+    np.testing.assert_allclose([moved.low, moved.high], [plain.low, plain.high], atol=1e-6)
+
+
+def test_draws_depend_on_seed_and_type_and_on_no_global_state():
+    kept = moments(*draw())
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    plain = bootstrap(kept)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    np.testing.assert_array_equal(bootstrap(kept).low, plain.low)
+    assert bootstrap(kept, seed=1).low[0] != plain.low[0]
+    assert bootstrap(kept, cell_type="U").low[0] != plain.low[0]
+
+
+def test_five_tiles_of_one_cell_have_an_interval():
+    predictions, targets, _ = draw(sizes=(1,) * 5)
+    # far more resamples than the 3125 there are: some hold one cell five times
+    found = bootstrap(moments(predictions, targets, np.arange(5)), n_resamples=20000)
+    assert np.isfinite([found.low, found.high]).all()
+
+
+def test_resamples_of_one_cell_alone_give_a_reason():
+    predictions, targets, _ = draw(sizes=(1,) * 5)
+    kept = moments(predictions, targets, np.arange(5))
+    found = [bootstrap(kept, n_resamples=1, seed=seed) for seed in range(3000)]
+    reasons = {one.reason for one in found if np.isnan(one.low).all()}
+    assert reasons == {"expression varies in none of 1 resamples of 5 tiles"}
+
+
+def test_predictions_that_are_constant_or_perfect_have_an_interval_of_one_point():
+    _, targets, tiles = draw()
+    found = bootstrap(moments(np.stack([np.full_like(targets, 1.0 / 3.0), targets]), targets, tiles))
+    np.testing.assert_allclose(found.low, [0.0, 1.0], atol=1e-9)
+    np.testing.assert_allclose(found.high, [0.0, 1.0], atol=1e-9)
+
+
+def test_a_model_whose_numbers_are_not_finite_has_no_interval_and_the_others_keep_theirs():
+    predictions, targets, tiles = draw()
+    plain = bootstrap(moments(predictions, targets, tiles))
+    predictions[0] = np.nan
+    found = bootstrap(moments(predictions, targets, tiles))
+    assert np.isnan([found.low[0], found.high[0]]).all()
+    assert [found.low[1], found.high[1]] == [plain.low[1], plain.high[1]]
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (3,)])
+def test_few_tiles_give_a_reason_in_place_of_an_interval(sizes):
+    found = bootstrap(moments(*draw(sizes=sizes)))
+    assert np.isnan([found.low, found.high]).all()
+    assert found.n_tiles == len(sizes)
+    assert found.reason == f"cells in {len(sizes)} tiles; at least 5 are needed for an interval"
+
+
+def test_expression_that_does_not_vary_gives_a_reason():
+    predictions, targets, tiles = draw()
+    found = bootstrap(moments(predictions, np.ones_like(targets), tiles))
+    assert np.isnan([found.low, found.high]).all()
+    assert found.reason == "expression does not vary; there is nothing to explain"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"confidence": 1.0}, "confidence is 1.0; it must lie between 0 and 1"),
+        ({"n_resamples": 0}, "n_resamples is 0; at least 1 is needed"),
+        ({"n_cells": np.array([4, -1, 7, 5, 1, 9, 3])}, "n_cells holds -1; a tile has at least 0 cells"),
+        ({"n_cells": np.ones(6)}, r"n_cells has shape \(6,\); residual_mean \(7, 2, 3\) asks for \(7,\)"),
+        ({"target_mean": np.ones((7, 2))}, r"target_mean has shape \(7, 2\); .* asks for \(7, 3\)"),
+        ({"target_m2": np.ones((7, 2))}, r"target_m2 has shape \(7, 2\); .* asks for \(7, 3\)"),
+        ({"residual_m2": np.ones((7, 3))}, r"residual_m2 has shape \(7, 3\); .* asks for \(7, 2, 3\)"),
+        ({"varies": np.ones(2, dtype=bool)}, r"varies has shape \(2,\); .* asks for \(3,\)"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap(moments(*draw()), **changes)
