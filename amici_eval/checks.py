@@ -27,9 +27,12 @@ __all__ = [
     "chosen_cells",
     "compare_names",
     "compare_with_training",
+    "fitted_cells",
     "labels_of",
+    "n_types",
     "obs_column",
     "radii_of",
+    "split_cells",
 ]
 
 _SCALE_RATIO = 3.0
@@ -216,7 +219,7 @@ def check_scale(card: ModelCard, coordinates: np.ndarray, notes: list[str]) -> N
 
 
 def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells"]:
-    """Return which cells are evaluated, shape (cells,)."""
+    """Return which cells the user chose by column or by index, shape (cells,)."""
     if subset.indices is not None:
         if max(subset.indices) >= adata.n_obs:
             raise DataError(
@@ -240,3 +243,56 @@ def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells
             fix="choose one of these",
         )
     return chosen
+
+
+def fitted_cells(
+    card: ModelCard, names: np.ndarray, subset: SubsetSpec, *, renamed: bool
+) -> Bool[np.ndarray, " cells"] | None:
+    """Return which cells the model was fitted on, shape (cells,), if a setting needs it; refuse if it is not known."""
+    asked = [] if subset.held_out is None else [f"data.subset.held_out={str(subset.held_out).lower()}"]
+    if subset.buffer:
+        asked.append("data.subset.buffer=true")
+    if not asked:
+        return None
+    if card.training_cells is None or renamed:
+        why = "cells lie where the training cells lay but have other names" if renamed else "the model recorded none"
+        raise DataError(
+            value=" and ".join(asked),
+            rule=f"the names of the cells that the model was fitted on must be known, and {why}",
+            fix=f"{'give the tissue with its original obs_names, or ' if renamed else ''}choose the "
+            "cells by a column with the split instead: data.subset.key=... data.subset.value=...",
+        )
+    training = card.training_cells
+    return np.array([name in training for name in names.tolist()], dtype=bool)
+
+
+def split_cells(
+    chosen: Bool[np.ndarray, " cells"],
+    fitted: Bool[np.ndarray, " cells"],
+    labels: np.ndarray,
+    *,
+    held_out: bool,
+    notes: list[str],
+) -> Bool[np.ndarray, " cells"]:
+    """Return the chosen cells that the model was not fitted on, or those that it was, shape (cells,); refuse none."""
+    kept = chosen & (fitted != held_out)
+    setting = f"data.subset.held_out={str(held_out).lower()}"
+    if not kept.any():
+        others = "choose other cells, or " if (fitted != held_out).any() else ""
+        raise DataError(
+            value=f"{setting} leaves none of {int(chosen.sum())} chosen cells",
+            rule=f"the model was fitted on {'all' if held_out else 'none'} of them; of the {len(fitted)} cells of the "
+            f"data it was fitted on {int(fitted.sum())}",
+            fix=f"{others}leave data.subset.held_out out",
+        )
+    notes.append(
+        f"{setting} keeps {int(kept.sum())} of {int(chosen.sum())} chosen cells, of {n_types(labels[kept])} of "
+        f"{n_types(labels[chosen])} cell types: the model was {'not ' if held_out else ''}fitted on them"
+        f"{'' if fitted.any() else '; none of the cells that it was fitted on is in the data'}"
+    )
+    return kept
+
+
+def n_types(labels: np.ndarray) -> int:
+    """Return how many cell types occur."""
+    return len(pd.unique(labels))

@@ -32,6 +32,8 @@ class SubsetConfig:
     key: Optional[str] = None
     value: Optional[str] = None
     indices: Optional[List[int]] = None
+    held_out: Optional[bool] = None
+    buffer: bool = False
 
 
 @dataclass
@@ -56,6 +58,8 @@ class AblationConfig:
     batch_size: int = 512
     memory_budget: Optional[str] = None
     modes: Optional[List[str]] = None
+    baselines: bool = True
+    without_nearest: bool = True
 
 
 @dataclass
@@ -69,7 +73,17 @@ class PermutationConfig:
     convention: str = "add_one"
     null: str = "free"
     method: str = "monte_carlo"
+    stop_at: int = 20
+    tail: str = "none"
     adjustment: str = "bh"
+    spatial_null: str = "lag"
+    spatial_method: str = "moments"
+    reach: Optional[float] = None
+    tile_width: Optional[float] = None
+    tile_widths: Optional[List[float]] = None
+    n_shifts: int = 999
+    confidence: float = 0.95
+    n_bootstrap: int = 1000
 
 
 @dataclass

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MOMENTS_FILE", "Moments"]
 
 MOMENTS_FILE = "moments.npz"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _DAMAGE = (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -35,10 +35,15 @@ class Moments:
         As in the evaluation.
     row_type, row_tile, n_cells
         Type (index into ``cell_types``), tile and number of cells of each row, shape (rows,).
+    row_held_out
+        Whether the row's cells are held out (1) or those the model was fitted on (0); -1: not known. Shape (rows,).
+        Where it is known, a type has up to two rows in a tile.
     target_mean, target_m2
         Mean and centred sum of squares of expression, shape (rows, genes), float32.
     residual_mean, residual_m2
         The same of prediction minus expression, each head kept alone, shape (rows, heads, genes), float32.
+    full_mean, full_m2
+        The same of the whole model, shape (rows, genes), float32.
     sketch_type, sketch_names, sketch_outputs
         Some cells of each type (index into ``cell_types``), their names, and what attention brought to them, shape
         (sketched cells, heads * head_size), float32.
@@ -58,11 +63,14 @@ class Moments:
     n_heads: int
     row_type: Int64[np.ndarray, " rows"]
     row_tile: Int64[np.ndarray, " rows"]
+    row_held_out: Int64[np.ndarray, " rows"]
     n_cells: Int64[np.ndarray, " rows"]
     target_mean: Float32[np.ndarray, "rows genes"]
     target_m2: Float32[np.ndarray, "rows genes"]
     residual_mean: Float32[np.ndarray, "rows heads genes"]
     residual_m2: Float32[np.ndarray, "rows heads genes"]
+    full_mean: Float32[np.ndarray, "rows genes"]
+    full_m2: Float32[np.ndarray, "rows genes"]
     sketch_type: Int64[np.ndarray, " sketched"]
     sketch_names: tuple[str, ...]
     sketch_outputs: Float32[np.ndarray, "sketched outputs"]
@@ -85,11 +93,14 @@ class Moments:
         shapes = {
             "row_type": (n_rows,),
             "row_tile": (n_rows,),
+            "row_held_out": (n_rows,),
             "n_cells": (n_rows,),
             "target_mean": (n_rows, n_genes),
             "target_m2": (n_rows, n_genes),
             "residual_mean": (n_rows, n_heads, n_genes),
             "residual_m2": (n_rows, n_heads, n_genes),
+            "full_mean": (n_rows, n_genes),
+            "full_m2": (n_rows, n_genes),
             "sketch_type": (n_sketched,),
             "sketch_outputs": (n_sketched, n_outputs),
             "tile_center": (n_tiles, 2),
@@ -181,13 +192,15 @@ class Moments:
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 texts = json.loads(stored["header"].tobytes())
                 version = texts.pop("schema_version")
-                if type(version) is not int or version != SCHEMA_VERSION:
+                if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
                     raise DataError(
                         value=f"{path} is of schema version {version!r}",
-                        rule=f"this version of amici_eval reads moments of schema version {SCHEMA_VERSION}",
+                        rule=f"this version of amici_eval reads moments of schema versions up to {SCHEMA_VERSION}",
                         fix="read it with the version of amici_eval that wrote it, or evaluate again",
                     )
                 arrays = {name: stored[name] for name in stored.files if name != "header"}
+            if version == 1:
+                arrays |= _new_in_2(arrays)
             for name in ("cell_types", "genes", "sketch_names"):
                 texts[name] = tuple(texts[name])
             return cls(**texts, **arrays)
@@ -199,6 +212,13 @@ class Moments:
                 rule=f"it must be the {MOMENTS_FILE} of a run",
                 fix="download it again or evaluate again",
             ) from error
+
+
+def _new_in_2(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what moments of schema version 1 did not hold: nothing is known of it."""
+    unknown = np.full(arrays["target_mean"].shape, np.nan, dtype=np.float32)
+    held_out = np.full(len(arrays["row_type"]), -1, dtype=np.int64)
+    return {"row_held_out": held_out, "full_mean": unknown, "full_m2": unknown}
 
 
 def _merged(

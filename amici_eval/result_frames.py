@@ -19,12 +19,16 @@ __all__ = [
     "ABLATION_COLUMNS",
     "GENE_COLUMNS",
     "HEAD_COLUMNS",
+    "HELD_OUT_COLUMNS",
     "INTERACTION_COLUMNS",
+    "SCALE_COLUMNS",
     "ablations_frame",
     "baselines_frame",
     "genes_frame",
     "heads_frame",
+    "held_out_frame",
     "interactions_frame",
+    "scales_frame",
 ]
 
 GENE_COLUMNS = (
@@ -62,12 +66,32 @@ HEAD_COLUMNS = (
     "significant_by",
     "held_out",
     "undefined_reason",
+    "statistic_spatial",
+    "detectable_expl_var",
+    "correlation_length",
+    "reach",
+    "gain",
+    "expl_var_without_nearest",
 )
+HELD_OUT_COLUMNS = (
+    "head",
+    "ct_name",
+    "n_cells_in_sample",
+    "expl_var_in_sample",
+    "ci_low_in_sample",
+    "ci_high_in_sample",
+    "n_cells_held_out",
+    "expl_var_held_out",
+    "ci_low_held_out",
+    "ci_high_held_out",
+    "undefined_reason",
+)
+SCALE_COLUMNS = ("head", "ct_name", "tile_width", "p_value")
 ABLATION_COLUMNS = ("head", "ct_name", "mode", "expl_var", "delta_full")
 INTERACTION_COLUMNS = ("head_a", "head_b", "ct_name", "interaction", "interaction_frozen_norm")
 
 # in words of the method column: independent permutations are plain Monte Carlo
-_METHODS = {"independent": "monte_carlo", "cyclic": "cyclic", "": None}
+_METHODS = {"independent": "monte_carlo", "": None}
 
 
 def genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
@@ -75,7 +99,8 @@ def genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
     import pandas as pd
 
     n_heads, n_types, n_genes = evaluation.n_heads, len(evaluation.cell_types), len(evaluation.genes)
-    rows = n_heads * n_types * n_genes
+    rows, found = n_heads * n_types * n_genes, evaluation.spatial
+    nothing = np.full(rows, np.nan)
 
     def per_head(values: Float64[np.ndarray, "heads types"]) -> np.ndarray:
         return np.repeat(values.ravel(), n_genes)
@@ -99,8 +124,8 @@ def genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
             "expl_var_head": per_head(evaluation.expl_var),
             "p_value_head": per_head(evaluation.p_value),
             "p_value_adj_head": per_head(evaluation.p_value_adj),
-            "p_value_gene": np.full(rows, np.nan),
-            "p_value_adj_gene": np.full(rows, np.nan),
+            "p_value_gene": nothing if found is None else found.p_value_gene.ravel(),
+            "p_value_adj_gene": nothing if found is None else found.p_value_adj_gene.ravel(),
             "undefined_reason": reasons,
         },
         columns=list(GENE_COLUMNS),
@@ -116,35 +141,57 @@ def heads_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
         if item.gene is None:
             for head in range(evaluation.n_heads) if item.head is None else (item.head,):
                 reasons.setdefault((head, item.cell_type), []).append(item.reason)
+    spatial, trivial, bounds = evaluation.spatial, evaluation.trivial, evaluation.intervals
+    for head, cell_type, reason in () if spatial is None else spatial.reasons:
+        for one in range(evaluation.n_heads) if head < 0 else (head,):
+            reasons.setdefault((one, cell_type), []).append(f"{spatial.null} null: {reason}" if spatial else reason)
     settings = evaluation.spec.permutation
     rows: list[dict[str, Any]] = []
     for head in range(evaluation.n_heads):
         for index, cell_type in enumerate(evaluation.cell_types):
-            genes = evaluation.expl_var_gene[head, index]
+            at = (head, index)
+            genes = evaluation.expl_var_gene[at]
             best = None if np.all(np.isnan(genes)) else int(np.nanargmax(genes))
-            adjusted = float(evaluation.p_value_adj[head, index])
-            significant = None if math.isnan(adjusted) else adjusted <= settings.alpha
-            rows.append(
-                {
-                    "head": head,
-                    "ct_name": cell_type,
-                    "n_cells": int(evaluation.n_cells[index]),
-                    "expl_var_head": float(evaluation.expl_var[head, index]),
-                    "best_gene": None if best is None else evaluation.genes[best],
-                    "expl_var_best_gene": math.nan if best is None else float(genes[best]),
-                    "p_value_head": float(evaluation.p_value[head, index]),
-                    "p_value_adj_head": adjusted,
-                    "p_ci_low": float(evaluation.p_ci_low[head, index]),
-                    "p_ci_high": float(evaluation.p_ci_high[head, index]),
-                    "null": settings.null,
-                    "method": _METHODS[evaluation.sampling[index]] if evaluation.sampling else settings.method,
-                    "significant_free": significant,
-                    "significant": significant,
-                    "significant_by": None if significant is None else settings.null,
-                    "held_out": evaluation.held_out[index],
-                    "undefined_reason": "; ".join(reasons.get((head, cell_type), [])),
+            by_free, decided = float(evaluation.p_value_adj[at]), float(evaluation.adjusted[at])
+            significant = None if math.isnan(decided) else decided <= settings.alpha
+            drawn = evaluation.sampling[index] if evaluation.sampling else settings.method
+            row = {
+                "head": head,
+                "ct_name": cell_type,
+                "n_cells": int(evaluation.n_cells[index]),
+                "expl_var_head": float(evaluation.expl_var[at]),
+                "best_gene": None if best is None else evaluation.genes[best],
+                "expl_var_best_gene": math.nan if best is None else float(genes[best]),
+                "p_value_head": float(evaluation.p_value[at]),
+                "p_value_adj_head": by_free,
+                "p_ci_low": float(evaluation.p_ci_low[at]),
+                "p_ci_high": float(evaluation.p_ci_high[at]),
+                "null": evaluation.decided_by,
+                "method": (spatial.method[index] or None) if spatial is not None else _METHODS.get(drawn, drawn),
+                "significant_free": None if math.isnan(by_free) else by_free <= settings.alpha,
+                "significant": significant,
+                "significant_by": None if significant is None else evaluation.decided_by,
+                "held_out": evaluation.held_out[index],
+                "undefined_reason": "; ".join(reasons.get((head, cell_type), [])),
+            }
+            if bounds is not None:
+                row |= {"ci_low": float(bounds.low[at]), "ci_high": float(bounds.high[at])}
+            if spatial is not None:
+                row |= {
+                    "p_value_spatial": float(spatial.p_value[at]),
+                    "p_value_adj_spatial": float(spatial.p_value_adj[at]),
+                    "ess": float(spatial.ess[at]),
+                    "statistic_spatial": float(spatial.statistic[at]),
+                    "detectable_expl_var": float(spatial.detectable[at]),
+                    "correlation_length": float(spatial.correlation_length[index]),
+                    "reach": float(spatial.reach[index]),
                 }
-            )
+            if trivial is not None:
+                row |= {
+                    "gain": float(trivial.gain[at]),
+                    "expl_var_without_nearest": float(trivial.without_nearest[at]),
+                }
+            rows.append(row)
     frame = pd.DataFrame(rows, columns=list(HEAD_COLUMNS))
     for name in ("significant_free", "significant", "held_out"):
         frame[name] = frame[name].astype("boolean")
@@ -155,15 +202,57 @@ def baselines_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
     """Return a row per type and baseline; see :meth:`HeadEvaluation.baselines`."""
     import pandas as pd
 
+    found = evaluation.trivial
+    values = {"full_model": evaluation.expl_var_full, "no_head": evaluation.expl_var_none}
+    if found is not None:
+        values |= dict(zip(found.names, found.expl_var, strict=True))
+        values["full_model_without_nearest"] = found.full_without_nearest
     rows = [
-        {"ct_name": cell_type, "baseline": baseline, "expl_var": float(values[index])}
+        {"ct_name": cell_type, "baseline": baseline, "expl_var": float(of_types[index])}
         for index, cell_type in enumerate(evaluation.cell_types)
-        for baseline, values in (
-            ("full_model", evaluation.expl_var_full),
-            ("no_head", evaluation.expl_var_none),
-        )
+        for baseline, of_types in values.items()
     ]
     return pd.DataFrame(rows, columns=["ct_name", "baseline", "expl_var"])
+
+
+def held_out_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
+    """Return a row per head x type; see :meth:`HeadEvaluation.held_out_frame`."""
+    import pandas as pd
+
+    found = evaluation.parts
+    rows: list[dict[str, Any]] = []
+    for head in (*range(evaluation.n_heads), "full") if found is not None else ():
+        for index, cell_type in enumerate(evaluation.cell_types):
+            row: dict[str, Any] = {"head": head, "ct_name": cell_type}
+            reasons = []
+            for part, name in enumerate(("in_sample", "held_out")):
+                assert found is not None  # noqa: S101, RUF100 - there would be no rows
+                value = found.full[part, index] if head == "full" else found.expl_var[part, head, index]
+                row |= {f"n_cells_{name}": int(found.n_cells[part, index]), f"expl_var_{name}": float(value)}
+                if head != "full":
+                    row[f"ci_low_{name}"] = float(found.low[part, head, index])
+                    row[f"ci_high_{name}"] = float(found.high[part, head, index])
+                if math.isnan(value):
+                    reasons.append(f"{int(found.n_cells[part, index])} cells {name.replace('_', '-')}")
+            rows.append({**row, "undefined_reason": "; ".join(reasons)})
+    return pd.DataFrame(rows, columns=list(HELD_OUT_COLUMNS))
+
+
+def scales_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
+    """Return a row per head x type x tile width; see :meth:`HeadEvaluation.scales_frame`."""
+    import pandas as pd
+
+    found = evaluation.spatial
+    rows = [
+        {"head": head, "ct_name": cell_type, "tile_width": float(width), "p_value": float(p)}
+        for head in range(evaluation.n_heads)
+        for index, cell_type in enumerate(evaluation.cell_types)
+        for width, p in (
+            () if found is None else zip(found.widths[:, index], found.p_by_width[:, head, index], strict=True)
+        )
+        if not math.isnan(width)
+    ]
+    return pd.DataFrame(rows, columns=list(SCALE_COLUMNS))
 
 
 def ablations_frame(evaluation: HeadEvaluation) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.ablation_results import HeadAblations, array_shapes
+from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.specs import spec_from_mapping
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ _NEW_IN_2: dict[str, Any] = {
     "sampling": [],
     "ablations": None,
 }
+_PARTS: dict[str, Any] = {"spatial": SpatialTests, "intervals": Intervals, "parts": HeldOutParts, "trivial": Baselines}
+# settings of now would claim that these were computed
+_OLD_SETTINGS: dict[str, dict[str, Any]] = {
+    "permutation": {"spatial_null": "none", "n_bootstrap": 0},
+    "ablation": {"baselines": False, "without_nearest": False},
+}
 
 
 def record_of(evaluation: HeadEvaluation) -> dict[str, Any]:
@@ -64,6 +71,7 @@ def record_of(evaluation: HeadEvaluation) -> dict[str, Any]:
         "ablations": None
         if found is None
         else {"modes": list(found.modes), **{name: _to_lists(getattr(found, name)) for name in array_shapes(0, 0, 0)}},
+        **{name: None if (one := getattr(evaluation, name)) is None else one.to_record() for name in _PARTS},
         **{name: _to_lists(getattr(evaluation, name)) for name in _ARRAYS},
     }
 
@@ -81,11 +89,17 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
         # settings of now would claim that all ablations were computed
         spec = {**spec, "ablation": {"modes": ["keep_one"], **spec["ablation"]}}
         record = {**_NEW_IN_2, **record, "spec": spec}
+    if record["schema_version"] < 3:
+        spec = {**record["spec"]}
+        for group, settings in _OLD_SETTINGS.items():
+            spec[group] = {**settings, **spec[group]}
+        record = {**dict.fromkeys(_PARTS), **record, "spec": spec}
     n_heads, n_types, by_type = record["n_heads"], len(record["cell_types"]), record["n_permutations_by_type"]
     held_out = tuple(record["held_out"])
     if len(held_out) != n_types:
         msg = f"held_out has {len(held_out)} entries for {n_types} cell types"
         raise ValueError(msg)
+    sizes = {"H": n_heads, "C": n_types, "G": len(record["genes"])}
     compared = record["parity"] is None and record["parity_cells"]
     return {
         "n_heads": n_heads,
@@ -104,6 +118,10 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "n_permutations_by_type": None if by_type is None else np.array(by_type, dtype=np.int64),
         "sampling": tuple(record["sampling"]),
         "ablations": _ablations(record["ablations"], n_heads, n_types),
+        **{
+            name: None if record[name] is None else kind.from_record(record[name], sizes)
+            for name, kind in _PARTS.items()
+        },
         **{
             name: np.array(record[name], dtype=kind).reshape(_shape(record, dimensions))
             for name, (kind, dimensions) in _ARRAYS.items()

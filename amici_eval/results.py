@@ -13,8 +13,16 @@ import numpy as np
 from amici_eval import result_frames
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
+from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import MOMENTS_FILE, Moments
-from amici_eval.result_frames import ABLATION_COLUMNS, GENE_COLUMNS, HEAD_COLUMNS, INTERACTION_COLUMNS
+from amici_eval.result_frames import (
+    ABLATION_COLUMNS,
+    GENE_COLUMNS,
+    HEAD_COLUMNS,
+    HELD_OUT_COLUMNS,
+    INTERACTION_COLUMNS,
+    SCALE_COLUMNS,
+)
 from amici_eval.result_json import fields_of, record_of
 from amici_eval.specs import ENGINES, SAMPLINGS
 
@@ -30,15 +38,22 @@ __all__ = [
     "ABLATION_COLUMNS",
     "GENE_COLUMNS",
     "HEAD_COLUMNS",
+    "HELD_OUT_COLUMNS",
     "INTERACTION_COLUMNS",
+    "SCALE_COLUMNS",
     "SCHEMA_VERSION",
+    "Baselines",
     "HeadAblations",
     "HeadEvaluation",
+    "HeldOutParts",
+    "Intervals",
+    "SpatialTests",
     "Undefined",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "evaluation.json"
+_DRAWN = (*SAMPLINGS, "sequential", "gpd", "moments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +125,19 @@ class HeadEvaluation:
     n_permutations_by_type
         Permutations of each type, shape (C,); ``None``: ``n_permutations`` everywhere.
     sampling
-        How each type's permutations were drawn: ``independent``, ``cyclic`` (all cyclic shifts of one random order),
-        or empty if it has no test; ``()``: independent everywhere.
+        How each type's free p-values came about: from ``independent`` permutations, ``cyclic`` ones (all cyclic shifts
+        of one random order), ``sequential`` (stopped early), ``gpd`` (a tail fitted to independent ones), ``moments``
+        (none drawn), or empty if it has no test; ``()``: independent everywhere.
     ablations
         The other ways to take heads away; ``None`` if they were not computed.
+    spatial
+        Tests that hold in tissue; ``None`` if it is not known where cells lie, or they were not asked for.
+    intervals
+        Confidence intervals of explained variance; ``None`` likewise.
+    parts
+        In-sample and held-out cells side by side; ``None`` if it is not known which cells the model was fitted on.
+    trivial
+        Predictors that know no head; ``None`` if they were not computed.
     moments
         Moments per tile and a sketch of the heads, from the factored engine; kept in a file of their own, not in JSON.
     schema_version
@@ -152,6 +176,10 @@ class HeadEvaluation:
     n_permutations_by_type: Int64[np.ndarray, " types"] | None = None
     sampling: tuple[str, ...] = ()
     ablations: HeadAblations | None = None
+    spatial: SpatialTests | None = None
+    intervals: Intervals | None = None
+    parts: HeldOutParts | None = None
+    trivial: Baselines | None = None
     moments: Moments | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -160,8 +188,8 @@ class HeadEvaluation:
         if self.engine not in ENGINES:
             msg = f"engine {self.engine!r} must be one of {ENGINES!r}"
             raise ValueError(msg)
-        if (self.sampling and len(self.sampling) != n_types) or not set(self.sampling) <= {*SAMPLINGS, ""}:
-            msg = f"sampling {self.sampling!r} must be (), or some of {SAMPLINGS!r} or empty for {n_types} types"
+        if (self.sampling and len(self.sampling) != n_types) or not set(self.sampling) <= {*_DRAWN, ""}:
+            msg = f"sampling {self.sampling!r} must be (), or some of {_DRAWN!r} or empty for {n_types} types"
             raise ValueError(msg)
         by_type, found = self.n_permutations_by_type, self.ablations
         if by_type is not None and by_type.shape != (n_types,):
@@ -170,6 +198,10 @@ class HeadEvaluation:
         if found is not None and found.expl_var.shape[1:] != (self.n_heads, n_types):
             msg = f"ablations are of (heads, types) {found.expl_var.shape[1:]}, not {(self.n_heads, n_types)}"
             raise ValueError(msg)
+        sizes = {"H": self.n_heads, "C": n_types, "G": len(self.genes)}
+        for one in (self.spatial, self.intervals, self.parts, self.trivial):
+            if one is not None:
+                one.check({**sizes, **one.own_sizes})
         if self.moments is not None and (difference := self._difference(self.moments)):
             msg = f"moments: {difference}"
             raise ValueError(msg)
@@ -178,7 +210,7 @@ class HeadEvaluation:
         name = " ".join(str(self.model[key]) for key in ("name", "version") if self.model.get(key))
         return (
             f"HeadEvaluation({name + ': ' if name else ''}{self.n_heads} heads x {len(self.cell_types)} cell types x "
-            f"{len(self.genes)} genes, {self.n_significant} of {self.n_tests} tests significant)"
+            f"{len(self.genes)} genes, {self.n_significant} of {self.n_decided} tests significant)"
         )
 
     @property
@@ -187,9 +219,29 @@ class HeadEvaluation:
         return int(np.count_nonzero(~np.isnan(self.p_value)))
 
     @property
-    def n_significant(self) -> int:
-        """Number of head x type pairs with an adjusted p-value of at most alpha (free null)."""
+    def n_significant_free(self) -> int:
+        """Number of head x type pairs with an adjusted p-value of at most alpha under the free null."""
         return int(np.count_nonzero(self.p_value_adj <= self.spec.permutation.alpha))
+
+    @property
+    def n_significant(self) -> int:
+        """Number of head x type pairs that are significant: by the spatial null where it was tested, else the free."""
+        return int(np.count_nonzero(self.adjusted <= self.spec.permutation.alpha))
+
+    @property
+    def decided_by(self) -> str:
+        """The null that decides what is significant: the spatial one if it was tested, else ``free``."""
+        return self.spec.permutation.null if self.spatial is None else self.spatial.null
+
+    @property
+    def adjusted(self) -> Float64[np.ndarray, "heads types"]:
+        """Adjusted p-values of the null that decides, shape (H, C); NaN where it has no test."""
+        return self.p_value_adj if self.spatial is None else self.spatial.p_value_adj
+
+    @property
+    def n_decided(self) -> int:
+        """Number of head x type pairs with a test of the null that decides."""
+        return int(np.count_nonzero(~np.isnan(self.adjusted)))
 
     @property
     def n_undefined(self) -> int:
@@ -243,8 +295,21 @@ class HeadEvaluation:
         return result_frames.heads_frame(self)
 
     def baselines(self) -> pd.DataFrame:
-        """Return explained variance of the whole model and of the model without heads, a row per type and baseline."""
+        """Return explained variance of the whole model, of the model without heads, and of predictors without any."""
         return result_frames.baselines_frame(self)
+
+    def held_out_frame(self) -> pd.DataFrame:
+        """Return a row per head x type with in-sample and held-out explained variance side by side.
+
+        Notes
+        -----
+        Head ``full`` is the whole model. No rows if it is not known which cells the model was fitted on.
+        """
+        return result_frames.held_out_frame(self)
+
+    def scales_frame(self) -> pd.DataFrame:
+        """Return a row per head x type x tile width: p where cells are shuffled within tiles of that width."""
+        return result_frames.scales_frame(self)
 
     def ablations_frame(self) -> pd.DataFrame:
         """Return a row per head x type x mode of :class:`HeadAblations`, none if they were not computed.

@@ -35,9 +35,12 @@ MODES = ("keep_one", "leave_one_out", "mean_z", "resampled_z", "frozen_norm", "s
 HOOKED_MODES = ("keep_one", "leave_one_out")
 SAMPLINGS = ("independent", "cyclic")
 NULLS = ("free",)
-METHODS = ("monte_carlo",)
+SPATIAL_NULLS = ("lag", "tile", "sample", "torus", "none")
+METHODS = ("monte_carlo", "sequential", "moments")
+SPATIAL_METHODS = ("moments", "monte_carlo")
+TAILS = ("none", "gpd")
 CONVENTIONS = ("add_one", "reference")
-ADJUSTMENTS = ("bh",)
+ADJUSTMENTS = ("bh", "by", "maxt")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {
     f"{prefix}{binary}{unit}".upper(): base**power
@@ -90,16 +93,43 @@ class SubsetSpec:
     key
         Column of ``adata.obs``; together with ``value``.
     value
-        The cells whose ``obs[key]``, written as text, equals this are evaluated.
+        The cells whose ``obs[key]``, written as text, equals this are chosen.
     indices
-        Row numbers of the evaluated cells in the AnnData; instead of ``key`` and ``value``.
+        Row numbers of the chosen cells in the AnnData; instead of ``key`` and ``value``.
+    held_out
+        Which of the chosen cells (without ``key`` and ``indices``: of all cells) are evaluated: ``True`` those that the
+        model was not fitted on, ``False`` those that it was fitted on, ``None`` all. Needs the names of the training
+        cells, which the model recorded if it was read together with its AnnData.
+    buffer
+        Whether evaluated cells that have a training cell among their neighbours (the model's own) are dropped, so that
+        nothing of what a cell attends to was fitted. Needs the names, too, and a split by region or section: after a
+        random split nearly every cell has a training cell near it. Most useful with ``held_out=True``.
+
+    Notes
+    -----
+    If a column of the AnnData holds the split, neither the names nor ``held_out`` are needed: with
+    ``key="split", value="test"`` its test cells are evaluated.
     """
 
     key: str | None = None
     value: str | None = None
     indices: tuple[int, ...] | None = None
+    held_out: bool | None = None
+    buffer: bool = False
 
     def __post_init__(self) -> None:
+        if self.held_out is not None and not isinstance(self.held_out, bool):
+            raise InvalidSpecError(
+                value=f"data.subset.held_out={self.held_out!r}",
+                rule="it must be true, false or null",
+                fix="set data.subset.held_out=true for the cells that the model was not fitted on",
+            )
+        if not isinstance(self.buffer, bool):
+            raise InvalidSpecError(
+                value=f"data.subset.buffer={self.buffer!r}",
+                rule="it must be true or false",
+                fix="set data.subset.buffer=true to drop cells with a training cell among their neighbours",
+            )
         if (self.key is None) != (self.value is None):
             missing = "value" if self.value is None else "key"
             raise InvalidSpecError(
@@ -185,6 +215,12 @@ class AblationSpec:
         cells of the type), ``frozen_norm`` (kept alone, divided by the whole model's scale), ``shapley`` and
         ``frozen_shapley`` (its share of the whole model's explained variance, and pair interactions). ``None`` takes
         all with the factored engine and ``keep_one`` with the hooked one, which offers ``leave_one_out`` besides.
+    baselines
+        Whether predictors that know no head (types and mean expression of the neighbours, position) are fitted and
+        scored on the same cells; factored engine.
+    without_nearest
+        Whether the evaluation is repeated with the nearest neighbour of each cell masked out, against expression that
+        segmentation put into the wrong cell; factored engine.
     """
 
     engine: str = "factored"
@@ -192,8 +228,17 @@ class AblationSpec:
     batch_size: int = 512
     memory_budget: str | int | None = None
     modes: tuple[str, ...] | None = None
+    baselines: bool = True
+    without_nearest: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("baselines", "without_nearest"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidSpecError(
+                    value=f"ablation.{name}={getattr(self, name)!r}",
+                    rule="it must be true or false",
+                    fix=f"set ablation.{name}=false to leave it out",
+                )
         _require_one_of("ablation.engine", self.engine, ENGINES)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InvalidSpecError(
@@ -249,11 +294,38 @@ class PermutationSpec:
     convention
         ``add_one``: p = (b+1)/(m+1), valid and never 0 (Phipson & Smyth 2010). ``reference``: p = b/m as amici-st.
     null
-        ``free``: cells of a type are exchangeable. In spatially autocorrelated tissue this is anticonservative.
+        ``free``: cells of a type are exchangeable. In spatially autocorrelated tissue this is anticonservative. It
+        fills the columns that amici-st has; ``spatial_null`` fills the others.
     method
-        ``monte_carlo``: count random permutations.
+        Of the free null. ``monte_carlo``: count random permutations. ``sequential``: stop a head at ``stop_at``
+        exceedances (Besag & Clifford 1991). ``moments``: exact mean, variance, skewness and (up to 2,048 cells)
+        kurtosis of the statistic over all permutations, none drawn (Pearson III or I); types of fewer than 50 cells,
+        whose law a few moments do not tell, are counted over 100,000 permutations.
+    stop_at
+        Exceedances at which ``sequential`` stops.
+    tail
+        ``gpd``: p-values with fewer than 10 exceedances come from a generalised Pareto tail (Knijnenburg et al. 2009);
+        ``none``: from counts alone.
     adjustment
-        ``bh``: Benjamini-Hochberg over all defined heads x types.
+        Over all defined heads x types. ``bh``: Benjamini-Hochberg; ``by``: Benjamini-Yekutieli (any dependence);
+        ``maxt``: family-wise, step-down maxT on the shared permutations of the free null (Westfall & Young 1993), and
+        Holm for the spatial null and the genes.
+    spatial_null
+        ``lag``: analytic, prediction and expression keep the smoothness they have; ``tile``: shuffled within tiles of
+        ``tile_width``; ``sample``: within sections; ``torus``: random shifts of whole sections; ``none``.
+    spatial_method
+        Of ``tile`` and ``sample``: ``moments`` (exact, none drawn) or ``monte_carlo``.
+    reach
+        Of ``lag``: largest distance of pairs of cells, in coordinate units; ``None``: no limit.
+    tile_width
+        Of ``tile``, in coordinate units; ``None``: the correlation length of the type.
+    tile_widths
+        Widths for p against scale, beside any spatial null; ``None``: half to four times the correlation length with
+        ``spatial_null=tile``, none otherwise.
+    n_shifts
+        Of ``torus``.
+    confidence, n_bootstrap
+        Level and number of resamples of the intervals of explained variance; 0 resamples: none.
     """
 
     n_permutations: int | None = None
@@ -263,23 +335,77 @@ class PermutationSpec:
     convention: str = "add_one"
     null: str = "free"
     method: str = "monte_carlo"
+    stop_at: int = 20
+    tail: str = "none"
     adjustment: str = "bh"
+    spatial_null: str = "lag"
+    spatial_method: str = "moments"
+    reach: float | None = None
+    tile_width: float | None = None
+    tile_widths: tuple[float, ...] | None = None
+    n_shifts: int = 999
+    confidence: float = 0.95
+    n_bootstrap: int = 1000
 
     def __post_init__(self) -> None:
         if self.n_permutations is not None:
             _require_int("permutation.n_permutations", self.n_permutations, 1)
         _require_int("permutation.seed", self.seed, 0)
-        if not isinstance(self.alpha, float) or not 0.0 < self.alpha < 1.0:
-            raise InvalidSpecError(
-                value=f"permutation.alpha={self.alpha!r}",
-                rule="a significance level lies strictly between 0 and 1",
-                fix="set permutation.alpha=0.05",
-            )
+        _require_int("permutation.stop_at", self.stop_at, 1)
+        _require_int("permutation.n_shifts", self.n_shifts, 1)
+        _require_int("permutation.n_bootstrap", self.n_bootstrap, 0)
+        for name, meaning, usual in (("alpha", "a significance level", 0.05), ("confidence", "a level", 0.95)):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not 0.0 < value < 1.0:
+                raise InvalidSpecError(
+                    value=f"permutation.{name}={value!r}",
+                    rule=f"{meaning} lies strictly between 0 and 1",
+                    fix=f"set permutation.{name}={usual}",
+                )
         _require_one_of("permutation.sampling", self.sampling, SAMPLINGS)
         _require_one_of("permutation.convention", self.convention, CONVENTIONS)
         _require_one_of("permutation.null", self.null, NULLS)
         _require_one_of("permutation.method", self.method, METHODS)
+        _require_one_of("permutation.tail", self.tail, TAILS)
         _require_one_of("permutation.adjustment", self.adjustment, ADJUSTMENTS)
+        _require_one_of("permutation.spatial_null", self.spatial_null, SPATIAL_NULLS)
+        _require_one_of("permutation.spatial_method", self.spatial_method, SPATIAL_METHODS)
+        if self.tile_widths is not None:
+            widths = self.tile_widths if isinstance(self.tile_widths, (list, tuple)) else (self.tile_widths,)
+            object.__setattr__(self, "tile_widths", tuple(_distance("tile_widths", width) for width in widths))
+        for name in ("reach", "tile_width"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _distance(name, getattr(self, name)))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        drawn = "independent permutations that are counted"
+        for name, value, other, needed, rule in (
+            ("adjustment", "maxt", "method", "monte_carlo", f"maxT compares {drawn}"),
+            ("adjustment", "maxt", "sampling", "independent", f"maxT compares {drawn}"),
+            ("tail", "gpd", "method", "monte_carlo", f"a tail is fitted to {drawn}"),
+            ("tail", "gpd", "sampling", "independent", f"a tail is fitted to {drawn}"),
+            ("method", "sequential", "sampling", "independent", "shifts of one order cannot be stopped early"),
+            ("method", "sequential", "convention", "add_one", "amici-st stops nothing early"),
+            ("method", "moments", "convention", "add_one", "without permutations there is no b/m"),
+        ):
+            if getattr(self, name) == value and getattr(self, other) != needed:
+                raise InvalidSpecError(
+                    value=f"permutation.{name}={value} with permutation.{other}={getattr(self, other)}",
+                    rule=rule,
+                    fix=f"set permutation.{other}={needed}, or leave permutation.{name} as it is",
+                )
+
+
+def _distance(name: str, value: object) -> float:
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not 0.0 < number < math.inf:
+        raise InvalidSpecError(
+            value=f"permutation.{name}={value!r}",
+            rule="a distance is a number above 0, in the unit of the coordinates",
+            fix="leave it out: the default follows from the data",
+        )
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,9 +589,9 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
     for name, value in values.items():
         if name in _NESTED and is_dataclass(_NESTED[name]):
             arguments[name] = _build(_NESTED[name], value, f"{prefix}{name}.")
-        elif name == "modes" and isinstance(value, list):
+        elif name in ("modes", "tile_widths") and isinstance(value, list):
             arguments[name] = tuple(value)
-        elif name == "alpha" and isinstance(value, int) and not isinstance(value, bool):
+        elif name in ("alpha", "confidence") and isinstance(value, int) and not isinstance(value, bool):
             arguments[name] = float(value)
         else:
             arguments[name] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,12 @@ from amici_eval.checks import (
     chosen_cells,
     compare_names,
     compare_with_training,
+    fitted_cells,
     labels_of,
+    n_types,
     obs_column,
     radii_of,
+    split_cells,
 )
 from amici_eval.data import coordinates_of, expression_matrix
 from amici_eval.errors import DataError
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from amici_eval.matrices import RowReader
     from amici_eval.specs import DataSpec, ModelCard
 
-__all__ = ["ExpressionBlock", "Tissue", "check_sections", "prepare"]
+__all__ = ["ExpressionBlock", "Tissue", "check_sections", "keep_away_from_training", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,9 @@ class Tissue:
         Columns of ``matrix`` in the model's gene order; ``None`` if they are in order already.
     renamed
         Whether these are the cells of training under other names.
+    buffered
+        Cells that no evaluated cell may have among its neighbours: those the model was fitted on, with a buffer; else
+        ``None``. :func:`keep_away_from_training` acts on it once neighbours are known.
     adata
         What it was made of; a fetched file lasts as long as this is referred to.
     """
@@ -84,6 +90,7 @@ class Tissue:
     matrix: Any
     gene_columns: Int64[np.ndarray, " genes"] | None
     renamed: bool = False
+    buffered: Bool[np.ndarray, " cells"] | None = None
     adata: AnnData | None = field(default=None, repr=False)
 
     @property
@@ -179,8 +186,13 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     for note in notes:
         logger.warning("%s", note)
     evaluated = chosen_cells(adata, spec.subset)
+    fitted = fitted_cells(card, names, spec.subset, renamed=renamed)
+    if fitted is not None and spec.subset.held_out is not None:
+        evaluated = split_cells(evaluated, fitted, labels, held_out=spec.subset.held_out, notes=notes)
     if not evaluated.all():
-        notes.append(f"{int(evaluated.sum())} of {adata.n_obs} cells evaluated; all cells serve as neighbours")
+        # a buffer drops some of them once neighbours are known
+        what = "chosen" if spec.subset.buffer else "evaluated"
+        notes.append(f"{int(evaluated.sum())} of {adata.n_obs} cells {what}; all cells serve as neighbours")
     return Tissue(
         cell_names=names,
         labels=labels,
@@ -193,6 +205,7 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
         matrix=matrix,
         gene_columns=columns,
         renamed=renamed,
+        buffered=fitted if spec.subset.buffer else None,
         adata=adata,
     )
 
@@ -228,3 +241,42 @@ def check_sections(
         fix=f"shift each section before training and evaluation, e.g. add {extent * 2:.4g} times its number to the x "
         "coordinate; a section with fewer cells of other types than neighbours must be dropped",
     )
+
+
+def keep_away_from_training(tissue: Tissue, neighbours: Int64[np.ndarray, "cells neighbours"]) -> Tissue:
+    """Return the tissue without the evaluated cells that have a cell of training among their neighbours.
+
+    Parameters
+    ----------
+    tissue
+        As :func:`prepare` returns it; without ``data.subset.buffer`` it comes back as it is.
+    neighbours
+        Row numbers of each cell's neighbours, as the model takes them.
+
+    Returns
+    -------
+    Tissue
+        All its cells, of which fewer are evaluated; a note says how many were dropped.
+
+    Raises
+    ------
+    DataError
+        If no evaluated cell is left.
+    """
+    if tissue.buffered is None:
+        return tissue
+    kept = tissue.evaluated & ~tissue.buffered[neighbours].any(axis=1)
+    before, after, n_neighbours = int(tissue.evaluated.sum()), int(kept.sum()), neighbours.shape[1]
+    if not after:
+        raise DataError(
+            value=f"data.subset.buffer=true leaves none of {before} cells",
+            rule=f"each has a cell that the model was fitted on among its {n_neighbours} neighbours: a buffer needs a "
+            "model for which a whole region or section was held out; a random split leaves training cells everywhere",
+            fix="leave data.subset.buffer out, or fit the model without a region and evaluate that region",
+        )
+    note = (
+        f"data.subset.buffer=true drops {before - after} of {before} cells, for a cell that the model was fitted on is "
+        f"among their {n_neighbours} neighbours; {after} cells of {n_types(tissue.labels[kept])} cell types are "
+        "evaluated"
+    )
+    return replace(tissue, evaluated=kept, notes=(*tissue.notes, note))

@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from amici_eval.free_test import FreeTest, counted, free_test
 from amici_eval.model.access import ModelAccess
+from amici_eval.spatial_evaluation import spatial_test
 from amici_eval.stats.ablations import TypeAblations, ablate
-from amici_eval.stats.coalitions import whole_value
 from amici_eval.stats.explained_variance import explained_variance
-from amici_eval.stats.factor_nulls import factor_exceedances
 from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
 from amici_eval.stats.nulls import MIN_CELLS_TEST, permutation_exceedances
 from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.plain_moments import moments_of_predictions, principal_factors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Float32, Float64, Int32, Int64
 
+    from amici_eval.model.factored import HeadOutputs
+    from amici_eval.spatial_evaluation import Place, TypeSpatial
     from amici_eval.specs import PermutationSpec
     from amici_eval.stats.readout import Readout
     from amici_eval.tissue import ExpressionBlock
@@ -41,10 +44,30 @@ class FactorAccess(ModelAccess, Protocol):
 
     hooked: ModelAccess
 
+    @property
+    def neighbour_rows(self) -> Int32[np.ndarray, "all_cells neighbours"]:
+        """Rows of the cells that each cell of the tissue attends to."""
+        ...
+
+    @property
+    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
+        """The model's code of each cell's type."""
+        ...
+
     def head_outputs(
-        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+        self,
+        rows: Int64[np.ndarray, " cells"],
+        *,
+        progress: Callable[[int], None] | None = None,
+        without_nearest: bool = False,
     ) -> Float32[np.ndarray, "cells outputs"]:
         """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
+        ...
+
+    def head_outputs_both(
+        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    ) -> HeadOutputs:
+        """Return what attention brings to some receivers, with and without the nearest neighbour of each."""
         ...
 
     def predict_literally(
@@ -82,20 +105,20 @@ class TypeEvaluation:
         Of the whole model and of the model without heads, over all genes.
     constant_genes
         Genes that do not vary over the cells.
-    exceedances
-        Shape (heads,); -1 where there is no test.
-    n_permutations, sampling
-        Of the test; 0 and ``""`` without one.
+    free
+        The free test; ``None`` without one.
     dead
         Reasons by head number.
     no_test
         Why no head has a test, if that is so.
+    spatial
+        The test that holds in tissue; ``None`` without one.
     ablations
         Explained variance by mode, shape (heads,) each.
     catalogue
         The same and more from the factored engine.
     moments
-        From the factored engine, without what is kept per cell.
+        Without what is kept per cell.
     not_finite
         Heads whose output is not finite in some cell, so that ablations of the whole model are undefined.
     """
@@ -105,11 +128,10 @@ class TypeEvaluation:
     full: float
     none: float
     constant_genes: np.ndarray
-    exceedances: Int64[np.ndarray, " heads"]
-    n_permutations: int
-    sampling: str
+    free: FreeTest | None = None
     dead: dict[int, str] = field(default_factory=dict)
     no_test: str | None = None
+    spatial: TypeSpatial | None = None
     ablations: dict[str, Float64[np.ndarray, " heads"]] = field(default_factory=dict)
     catalogue: TypeAblations | None = None
     moments: TypeMoments | None = None
@@ -120,10 +142,12 @@ def evaluate_type_by_hooks(
     access: ModelAccess,
     cell_type: str,
     rows: Int64[np.ndarray, " cells"],
+    tiles: Int64[np.ndarray, " cells"],
     *,
     test: PermutationSpec,
     n_permutations: int,
     modes: Sequence[str],
+    place: Place | None,
     on_cells: Callable[[int], None],
     on_permutations: Callable[[int], None],
 ) -> TypeEvaluation:
@@ -135,55 +159,70 @@ def evaluate_type_by_hooks(
     keeps = [*((head,) for head in everyone), None, (), *without]
     predictions = access.predict(rows, keeps=keeps, progress=on_cells)
     fits = [explained_variance(prediction, targets) for prediction in predictions]
-    constant = fits[0].constant_genes
+    heads, constant = predictions[:n_heads], fits[0].constant_genes
     ablations = {"keep_one": np.array([fit.aggregated for fit in fits[:n_heads]])}
     if without:
         ablations["leave_one_out"] = np.array([fit.aggregated for fit in fits[n_heads + 2 :]])
     no_test = _why_no_test(n_cells, constant)
-    sampling = _sampling(test.sampling, n_cells, n_permutations)
-    exceedances, dead, drawn = np.full(n_heads, -1, dtype=np.int64), {}, 0
-    stream = PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells)
+    unmoving = np.array([_is_dead(prediction) for prediction in heads])
+    free = spatial = None
     if no_test is None:
-        if sampling == "cyclic":
-            # predictions are factors too: as many as there are genes
-            unmoving = [_is_dead(prediction) for prediction in predictions[:n_heads]]
-            counts = factor_exceedances(
-                np.nan_to_num(predictions[:n_heads].transpose(1, 2, 0)),
-                np.repeat(targets[:, :, None], n_heads, axis=2),
-                stream=stream,
-                n_permutations=n_permutations,
-                sampling=sampling,
-                dead=np.array(unmoving),
-                device=access.statistics_device,
-                progress=on_permutations,
-            )
-        else:
+        sampling = _sampling(test.sampling, n_cells, n_permutations)
+        if (sampling, test.method, test.tail) == ("independent", "monte_carlo", "none") and test.adjustment != "maxt":
             counts = permutation_exceedances(
-                predictions[:n_heads],
+                heads,
                 targets,
-                stream=stream,
+                stream=PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells),
                 n_permutations=n_permutations,
                 device=access.statistics_device,
                 progress=on_permutations,
             )
-        drawn = counts.n_permutations
-        exceedances = np.where(counts.dead, -1, counts.exceedances)
-        dead = {
-            int(head): _DEAD if np.isfinite(predictions[head]).all() else _NOT_FINITE
-            for head in np.flatnonzero(counts.dead)
-        }
+            free, unmoving = counted(counts, test, sampling), counts.dead
+        else:
+            # predictions are factors too: as many as there are genes
+            free = free_test(
+                np.nan_to_num(heads.transpose(1, 2, 0)),
+                np.repeat(targets[:, :, None], n_heads, axis=2),
+                test=test,
+                sampling=sampling,
+                cell_type=cell_type,
+                n_permutations=n_permutations,
+                dead=unmoving,
+                device=access.statistics_device,
+                progress=on_permutations,
+            )
+    pixels, n_pixels = (None, 0) if place is None else (place.grid.pixel, place.grid.n_pixels)
+    moments = moments_of_predictions(
+        heads, predictions[n_heads], targets, tiles=tiles, pixels=pixels, n_pixels=n_pixels
+    )
+    if no_test is None and place is not None:
+        factors, weights = principal_factors(heads)
+        spatial = spatial_test(
+            factors,
+            np.einsum("ng,hgr->nrh", targets - targets.mean(axis=0, dtype=np.float64), weights, optimize=True),
+            moments,
+            weights=weights,
+            place=place,
+            test=test,
+            cell_type=cell_type,
+            n_permutations=n_permutations,
+            dead=unmoving,
+            device=access.statistics_device,
+        )
     return TypeEvaluation(
         expl_var_gene=np.stack([fit.per_gene for fit in fits[:n_heads]]),
         expl_var=np.array([fit.aggregated for fit in fits[:n_heads]]),
         full=fits[n_heads].aggregated,
         none=fits[n_heads + 1].aggregated,
         constant_genes=constant,
-        exceedances=exceedances,
-        n_permutations=drawn,
-        sampling=sampling if no_test is None else "",
-        dead=dead,
+        free=free,
+        dead={}
+        if no_test is not None
+        else {int(head): _DEAD if np.isfinite(heads[head]).all() else _NOT_FINITE for head in np.flatnonzero(unmoving)},
         no_test=no_test,
+        spatial=spatial,
         ablations=ablations,
+        moments=moments.without_cells(),
     )
 
 
@@ -191,12 +230,13 @@ def evaluate_type_by_factors(
     access: FactorAccess,
     cell_type: str,
     rows: Int64[np.ndarray, " cells"],
-    outputs: Float32[np.ndarray, "cells outputs"],
     tiles: Int64[np.ndarray, " cells"],
+    outputs: Float32[np.ndarray, "cells outputs"],
     *,
     test: PermutationSpec,
     n_permutations: int,
     modes: Sequence[str],
+    place: Place | None,
     on_permutations: Callable[[int], None],
     in_turn: AbstractContextManager[object] | None = None,
     n_threads: int | None = None,
@@ -208,7 +248,13 @@ def evaluate_type_by_factors(
     n_heads, n_cells = access.card.n_heads, len(rows)
     readout = access.readout(cell_type)
     moments = gather_moments(
-        outputs, readout, access.expression_blocks(rows), tiles=tiles, device=access.statistics_device
+        outputs,
+        readout,
+        access.expression_blocks(rows),
+        tiles=tiles,
+        pixels=None if place is None else place.grid.pixel,
+        n_pixels=0 if place is None else place.grid.n_pixels,
+        device=access.statistics_device,
     )
     per_gene, overall = moments.explained_variance()
     target_ss = moments.target_ss
@@ -218,10 +264,8 @@ def evaluate_type_by_factors(
     by_head = np.isfinite(outputs).all(axis=0).reshape(n_heads, -1)
     not_finite = tuple(np.flatnonzero(~by_head.all(axis=1)).tolist())
     # keep-one is there already, gene by gene
-    others, full = [mode for mode in modes if mode != "keep_one"], float("nan")
-    if target_ss > 0.0 and not not_finite and not others:
-        full = whole_value(outputs, moments.projected, target_ss, readout, device=access.statistics_device)
-    elif target_ss > 0.0 and not not_finite:
+    others = [mode for mode in modes if mode != "keep_one"]
+    if target_ss > 0.0 and not not_finite and others:
         catalogue = ablate(
             outputs,
             moments.projected,
@@ -233,39 +277,50 @@ def evaluate_type_by_factors(
             device=access.statistics_device,
         )
     no_test = _why_no_test(n_cells, moments.constant_genes)
-    exceedances, drawn, sampling = np.full(n_heads, -1, dtype=np.int64), 0, ""
+    free = spatial = None
     if no_test is None:
-        sampling = _sampling(test.sampling, n_cells, n_permutations)
         factors, images = factors_of(outputs, moments, readout)
         with in_turn or nullcontext():
-            counts = factor_exceedances(
+            free = free_test(
                 factors,
                 images,
-                stream=PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells),
+                test=test,
+                sampling=_sampling(test.sampling, n_cells, n_permutations),
+                cell_type=cell_type,
                 n_permutations=n_permutations,
-                sampling=sampling,
                 dead=~alive,
                 device=access.statistics_device,
                 n_threads=n_threads,
                 progress=on_permutations,
             )
-        drawn = counts.n_permutations
-        exceedances = np.where(counts.dead, -1, counts.exceedances)
+        alive &= ~np.isnan(free.p)
+        if place is not None:
+            spatial = spatial_test(
+                factors,
+                images,
+                moments,
+                weights=np.stack([readout.weights[:, readout.columns([head])] for head in range(n_heads)]),
+                place=place,
+                test=test,
+                cell_type=cell_type,
+                n_permutations=n_permutations,
+                dead=~alive,
+                device=access.statistics_device,
+            )
     finite = np.isfinite(moments.predicted_ss)
     return TypeEvaluation(
         expl_var_gene=per_gene,
         expl_var=overall,
-        full=full if catalogue is None else catalogue.full,
+        full=float("nan") if not_finite else moments.explained_by_all,
         # without heads a prediction is the same for all cells, so it explains nothing
         none=catalogue.none if catalogue is not None else 0.0 if target_ss > 0.0 else float("nan"),
         constant_genes=moments.constant_genes,
-        exceedances=exceedances,
-        n_permutations=drawn,
-        sampling=sampling,
+        free=free,
         dead={}
         if no_test is not None
-        else {int(head): _DEAD if finite[head] else _NOT_FINITE for head in np.flatnonzero(exceedances < 0)},
+        else {int(head): _DEAD if finite[head] else _NOT_FINITE for head in np.flatnonzero(~alive)},
         no_test=no_test,
+        spatial=spatial,
         ablations={"keep_one": overall}
         if catalogue is None
         else {mode: getattr(catalogue, mode) for mode in modes} | {"keep_one": overall},

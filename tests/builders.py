@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.ablation_results import HeadAblations
+from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import Moments
 from amici_eval.results import HeadEvaluation, Undefined
 from amici_eval.specs import MODES, EvaluationSpec, PermutationSpec
@@ -45,12 +46,16 @@ def make_evaluation(
     parity: float | None = None,
     parity_cells: int = 0,
     sampling: Sequence[str] = (),
+    inferred: str | None = None,
+    n_widths: int = 0,
 ) -> HeadEvaluation:
     """Return an evaluation whose numbers are consistent with each other (means, best genes, BH) but made up.
 
     With ``with_undefined`` the last type has a single cell (nothing is defined), gene 1 of the first type is constant,
     and the last head has no test in the second type. With few types, the later ones of these are left
     out. ``modes`` adds these ablations; a type without explained variance has none of their numbers either.
+    ``inferred`` names a spatial null and adds its tests (with ``n_widths`` tile widths, fewer in the first type),
+    intervals, held-out cells and baselines; the last head has no spatial test in the third type.
     """
     rng = np.random.default_rng(seed)
     types = tuple(sorted(cell_types))
@@ -87,6 +92,10 @@ def make_evaluation(
     has_value = some.any(axis=0)
     full = np.where(has_value, np.nan_to_num(aggregate).sum(axis=0) + 0.05, np.nan)
     none = np.where(has_value, 0.01, np.nan)
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=n_permutations, alpha=alpha))
+    inference = {}
+    if inferred is not None:
+        inference = make_inference(inferred, types, n_cells, per_gene, aggregate, full, p, n_widths=n_widths, seed=seed)
     return HeadEvaluation(
         n_heads=n_heads,
         cell_types=types,
@@ -103,7 +112,7 @@ def make_evaluation(
         p_ci_low=np.clip(p - half, 0, 1),
         p_ci_high=np.clip(p + half, 0, 1),
         held_out=tuple(held_out) if held_out is not None else (False,) * n_types,
-        spec=EvaluationSpec(permutation=PermutationSpec(n_permutations=n_permutations, alpha=alpha)),
+        spec=spec,
         undefined=tuple(undefined),
         notes=tuple(notes),
         model=model if model is not None else {"name": "amici_test", "version": "3", "digest": "abc123"},
@@ -114,6 +123,7 @@ def make_evaluation(
         n_permutations_by_type=_by_type(sampling, n_cells, n_permutations),
         sampling=tuple(sampling),
         ablations=None if modes is None else make_ablations(modes, aggregate, full, none, seed=seed),
+        **inference,
     )
 
 
@@ -152,6 +162,93 @@ def make_ablations(
     )
 
 
+def make_inference(
+    null: str,
+    types: Sequence[str],
+    n_cells: np.ndarray,
+    per_gene: np.ndarray,
+    expl_var: np.ndarray,
+    full: np.ndarray,
+    p: np.ndarray,
+    *,
+    n_widths: int = 0,
+    seed: int = 0,
+) -> dict[str, SpatialTests | Intervals | HeldOutParts | Baselines]:
+    """Return made-up parts of an evaluation around the effects and free p-values of its heads.
+
+    Spatial p-values are larger than free ones, that of head 0 in the second type much larger; intervals hold the
+    effect, held-out effects are smaller than in-sample ones, gains are over the best baseline or 0. The first type lies
+    in too few tiles and has few cells held out.
+    """
+    rng = np.random.default_rng(seed + 2)
+    n_heads, n_types = expl_var.shape
+    p_spatial = np.clip(2.0 * p, 0.0, 1.0)
+    p_spatial[:1, 1:2] = np.where(np.isnan(p_spatial[:1, 1:2]), np.nan, 0.6)
+    reasons: tuple[tuple[int, str, str], ...] = ()
+    if n_types > 2 and n_heads > 1:
+        p_spatial[-1, 2] = np.nan
+        reasons = ((n_heads - 1, types[2], f"effective sample size 3.1 of {n_cells[2]} cells; at least 5 needed"),)
+    tested = ~np.isnan(p_spatial)
+    drawn = 2.0 ** -rng.integers(1, 30, per_gene.shape).astype(float)
+    p_gene = np.where(np.isnan(per_gene) | ~tested[:, :, None], np.nan, drawn)
+    usable = ~np.isnan(full)
+    widths = np.where(usable, np.arange(1.0, n_widths + 1)[:, None] * 12.5 * np.arange(1, n_types + 1), np.nan)
+    widths[n_widths // 2 :, :1] = np.nan
+    half = np.abs(expl_var) * 0.5 + 0.02
+    few = np.arange(n_types) < 1
+    parts = np.stack([expl_var * 1.1, expl_var * 0.6])
+    parts[1, :, :1] = np.nan
+    names = ("neighbour_types", "neighbour_expression", "position")
+    trivial = np.where(usable, rng.uniform(-0.02, 0.08, (3, n_types)), np.nan)
+    best = np.maximum(trivial.max(axis=0, initial=0.0), 0.0)
+    return {
+        "spatial": SpatialTests(
+            null=null,
+            method=tuple({"lag": "lag_t"}.get(null, "monte_carlo") if any(one) else "" for one in tested.T),
+            p_value=p_spatial,
+            p_value_adj=adjust_p_values(p_spatial),
+            p_ci_low=p_spatial,
+            p_ci_high=p_spatial,
+            statistic=np.where(tested, rng.normal(3.0, 1.0, expl_var.shape), np.nan),
+            ess=np.where(usable, n_cells / rng.uniform(2.0, 20.0, expl_var.shape), np.nan),
+            detectable=np.where(usable, rng.uniform(0.01, 0.1, expl_var.shape), np.nan),
+            correlation_length=np.where(usable, rng.uniform(40.0, 90.0, n_types), np.nan),
+            reach=np.where(usable, 400.0 + np.arange(n_types), np.nan),
+            p_value_gene=p_gene,
+            p_value_adj_gene=adjust_p_values(p_gene),
+            widths=widths,
+            p_by_width=np.where(np.isnan(widths)[:, None] | ~tested, np.nan, p_spatial / 2.0),
+            reasons=reasons,
+        ),
+        "intervals": Intervals(
+            confidence=0.95,
+            n_resamples=1000,
+            tile_width=75.0,
+            n_tiles=np.where(few, 2, 12).astype(np.int64),
+            low=np.where(few, np.nan, expl_var - half),
+            high=np.where(few, np.nan, expl_var + half),
+            full_low=np.where(few, np.nan, full - 0.1),
+            full_high=np.where(few, np.nan, full + 0.1),
+        ),
+        "parts": HeldOutParts(
+            n_cells=np.stack([n_cells - n_cells // 3, n_cells // 3]).astype(np.int64),
+            expl_var=parts,
+            full=np.stack([full * 1.1, np.where(few, np.nan, full * 0.6)]),
+            low=parts - 0.05,
+            high=parts + 0.05,
+        ),
+        "trivial": Baselines(
+            names=names,
+            fitted_on="training cells",
+            expl_var=trivial,
+            gain=expl_var - best,
+            full_gain=full - best,
+            without_nearest=expl_var * rng.uniform(0.3, 1.0, expl_var.shape),
+            full_without_nearest=full * 0.9,
+        ),
+    }
+
+
 def make_moments(n_heads: int = 2, n_types: int = 3, n_genes: int = 4, n_tiles: int = 5, seed: int = 0) -> Moments:
     """Return moments of made-up cells: residuals and targets of every type in every tile but one."""
     rng = np.random.default_rng(seed)
@@ -167,11 +264,14 @@ def make_moments(n_heads: int = 2, n_types: int = 3, n_genes: int = 4, n_tiles: 
         n_heads=n_heads,
         row_type=np.array([t for t, _ in rows]),
         row_tile=np.array([tile for _, tile in rows]),
+        row_held_out=np.full(n_rows, -1),
         n_cells=rng.integers(2, 30, n_rows),
         target_mean=positive(n_rows, n_genes),
         target_m2=10 * positive(n_rows, n_genes),
         residual_mean=positive(n_rows, n_heads, n_genes),
         residual_m2=8 * positive(n_rows, n_heads, n_genes),
+        full_mean=positive(n_rows, n_genes),
+        full_m2=8 * positive(n_rows, n_genes),
         sketch_type=np.repeat(np.arange(n_types), 2),
         sketch_names=tuple(f"cell β{i}" for i in range(2 * n_types)),
         sketch_outputs=positive(2 * n_types, columns - 1),

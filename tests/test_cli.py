@@ -104,6 +104,7 @@ def test_project_parameters_become_overrides():
         (["permutation.alpha=big"], "could not be converted to Float"),
         (["permutation.n_permutations=1.5"], "could not be converted to Integer"),
         (["report.figures=perhaps"], "is not a valid bool"),
+        (["data.subset.held_out=maybe"], "is not a valid bool"),
         (["permutaton.seed=3"], "Key 'permutaton' not in 'EvaluateConfig'"),
         (["permutation=cyclical"], "Could not find 'permutation/cyclical'"),
     ],
@@ -170,6 +171,26 @@ def test_evaluate_from_the_command_line(registry, capsys):
     folder = Path("amici-eval-results") / run_id / "artifacts"
     assert "value: left_strip" in (folder / "config" / "resolved.yaml").read_text()
     assert "Held out" in out
+
+
+@pytest.mark.amici
+def test_held_out_cells_away_from_training_are_evaluated_from_the_command_line(registry, capsys):
+    options = ["permutation.n_permutations=19", "report.figures=false"]
+    held_out = ["data.subset.held_out=true", "data.subset.buffer=true"]
+    assert call("evaluate", "model_uri=models:/tiny@champion", *options, *held_out) == 0
+    out = capsys.readouterr().out
+    assert "Held out: the model was fitted on none of the evaluated cells." in out
+    assert "data.subset.buffer=true drops" in out
+    run_id = next(line.split()[1] for line in out.splitlines() if line.startswith("run "))
+    params = mlflow.get_run(run_id).data.params
+    assert params["cfg/data.subset.held_out"] == params["cfg/data.subset.buffer"] == "True"
+
+
+@pytest.mark.amici
+def test_a_buffer_around_training_cells_exits_2_with_its_message(registry, capsys):
+    options = ["data.subset.held_out=false", "data.subset.buffer=true"]
+    assert call("evaluate", "model_uri=models:/tiny@champion", *options) == 2
+    assert "data.subset.buffer=true leaves none of" in capsys.readouterr().err
 
 
 @pytest.mark.amici

@@ -13,8 +13,8 @@ from scipy import sparse
 from amici_eval import matrices as module
 from amici_eval.data import content_digest, describe_training_data, digest_of_places, open_anndata
 from amici_eval.errors import DataError
-from amici_eval.specs import DataSpec, SubsetSpec, TrainingData
-from amici_eval.tissue import check_sections, prepare
+from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec, TrainingData
+from amici_eval.tissue import check_sections, keep_away_from_training, prepare
 from tests.fakes import make_card
 
 LABELS = ("CD8+_T_Cells", "Microglia/PVM", "Stromal_&_T_Cell_Hybrid", "β cell")
@@ -664,6 +664,220 @@ def test_rows_beyond_the_end_are_refused(adata):
         "the data has rows 0 to 39",
         "give row numbers of this AnnData",
     )
+
+
+# --- held-out cells and the buffer
+
+BY_COLUMN = "choose the cells by a column with the split instead: data.subset.key=... data.subset.value=..."
+
+
+def fitted_on(adata, rows, **facts):
+    return make_card(training_cells=frozenset(adata.obs_names[rows]), **facts)
+
+
+def test_held_out_cells_are_those_that_the_model_was_not_fitted_on(adata):
+    # rows 30 on; every fourth of them is of one type
+    card = fitted_on(adata, np.arange(30))
+    fresh = prepared(adata, card=card, subset=SubsetSpec(held_out=True))
+    seen = prepared(adata, card=card, subset=SubsetSpec(held_out=False))
+    assert prepared(adata, card=card).evaluated.all()
+    assert np.flatnonzero(fresh.evaluated).tolist() == list(range(30, 40))
+    np.testing.assert_array_equal(seen.evaluated, ~fresh.evaluated)
+    assert fresh.n_cells == seen.n_cells == 40
+    assert fresh.notes == (
+        "data.subset.held_out=true keeps 10 of 40 chosen cells, of 4 of 4 cell types: the model was not fitted on them",
+        "10 of 40 cells evaluated; all cells serve as neighbours",
+    )
+    assert seen.notes == (
+        "data.subset.held_out=false keeps 30 of 40 chosen cells, of 4 of 4 cell types: the model was fitted on them",
+        "30 of 40 cells evaluated; all cells serve as neighbours",
+    )
+
+
+@pytest.mark.parametrize("chosen", [{"key": "region", "value": "left"}, {"indices": tuple(range(15))}])
+def test_held_out_cells_are_taken_of_the_chosen_ones(adata, chosen):
+    card = fitted_on(adata, np.arange(2, 40))
+    tissue = prepared(adata, card=card, subset=SubsetSpec(**chosen, held_out=True))
+    assert np.flatnonzero(tissue.evaluated).tolist() == [0, 1]
+    # a type without held-out cells is not there
+    assert {label: rows.tolist() for label, rows in tissue.receivers().items()} == {LABELS[0]: [0], LABELS[1]: [1]}
+    assert tissue.notes[0].startswith("data.subset.held_out=true keeps 2 of 15 chosen cells, of 2 of 4 cell types")
+    other = prepared(adata, card=card, subset=SubsetSpec(**chosen, held_out=False))
+    assert np.flatnonzero(other.evaluated).tolist() == list(range(2, 15))
+
+
+def test_held_out_cells_keep_their_canonical_order(adata):
+    card = fitted_on(adata, np.arange(0, 40, 3))
+    everyone = prepared(adata, card=card).receivers()
+    held_out = prepared(adata, card=card, subset=SubsetSpec(held_out=True)).receivers()
+    for label, rows in everyone.items():
+        np.testing.assert_array_equal(held_out[label], rows[rows % 3 != 0])
+    order = np.random.default_rng(2).permutation(40)
+    shuffled = prepared(adata[order].copy(), card=card, subset=SubsetSpec(held_out=True)).receivers()
+    for label, rows in held_out.items():
+        np.testing.assert_array_equal(order[shuffled[label]], rows)
+
+
+def test_all_cells_of_another_tissue_are_held_out(adata):
+    card = make_card(training_cells=frozenset({"a cell of another tissue"}))
+    tissue = prepared(adata, card=card, subset=SubsetSpec(held_out=True))
+    assert tissue.evaluated.all()
+    assert tissue.notes == (
+        "data.subset.held_out=true keeps 40 of 40 chosen cells, of 4 of 4 cell types: the model was not fitted on "
+        "them; none of the cells that it was fitted on is in the data",
+    )
+    value, rule, fix = refused(adata, card=card, subset=SubsetSpec(held_out=False))
+    assert value == "data.subset.held_out=false leaves none of 40 chosen cells"
+    assert rule.endswith("of the 40 cells of the data it was fitted on 0")
+    assert fix == "leave data.subset.held_out out"
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({"held_out": True}, "data.subset.held_out=true"),
+        ({"held_out": False}, "data.subset.held_out=false"),
+        ({"buffer": True}, "data.subset.buffer=true"),
+        ({"held_out": True, "buffer": True}, "data.subset.held_out=true and data.subset.buffer=true"),
+    ],
+)
+def test_training_cells_must_be_known_to_leave_them_out(adata, settings, value):
+    rule = "the names of the cells that the model was fitted on must be known, and "
+    assert refused(adata, subset=SubsetSpec(**settings)) == (value, f"{rule}the model recorded none", BY_COLUMN)
+    card = trained_on(adata)
+    card = dataclasses.replace(card, training_cells=frozenset(adata.obs_names[:30]))
+    adata.obs_names = [f"renamed{i}" for i in range(40)]
+    assert refused(adata, card=card, subset=SubsetSpec(**settings)) == (
+        value,
+        f"{rule}cells lie where the training cells lay but have other names",
+        f"give the tissue with its original obs_names, or {BY_COLUMN}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "fitted", "how", "n_fitted", "fix"),
+    [
+        (True, slice(0, 40), "all", 40, "leave data.subset.held_out out"),
+        (True, slice(0, 20), "all", 20, "choose other cells, or leave data.subset.held_out out"),
+        (False, slice(20, 40), "none", 20, "choose other cells, or leave data.subset.held_out out"),
+    ],
+)
+def test_a_split_that_leaves_no_cell_is_refused_with_the_counts(adata, held_out, fitted, how, n_fitted, fix):
+    subset = SubsetSpec(key="region", value="left", held_out=held_out)
+    assert refused(adata, card=fitted_on(adata, fitted), subset=subset) == (
+        f"data.subset.held_out={str(held_out).lower()} leaves none of 15 chosen cells",
+        f"the model was fitted on {how} of them; of the 40 cells of the data it was fitted on {n_fitted}",
+        fix,
+    )
+
+
+def nearest_of_other_types(tissue, n_neighbours):
+    """Rows of each cell's neighbours, by looking at all pairs."""
+    found = []
+    for cell in range(tissue.n_cells):
+        others = np.flatnonzero(tissue.labels != tissue.labels[cell])
+        distance = np.linalg.norm(tissue.coordinates[others] - tissue.coordinates[cell], axis=1)
+        found.append(others[np.argsort(distance)[:n_neighbours]])
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [({}, range(160)), ({"held_out": True}, range(64)), ({"indices": tuple(range(20, 90))}, range(20, 90))],
+)
+def test_a_buffer_keeps_the_inner_cells_of_a_region(settings, chosen):
+    adata = make_adata(160)
+    card = fitted_on(adata, np.arange(64, 160))
+    tissue = prepared(adata, card=card, subset=SubsetSpec(**settings, buffer=True))
+    neighbours = nearest_of_other_types(tissue, 4)
+    buffered = keep_away_from_training(tissue, neighbours)
+    inner = [cell for cell in chosen if all(other < 64 for other in neighbours[cell])]
+    assert np.flatnonzero(buffered.evaluated).tolist() == inner
+    # rows of the grid hold eight cells; those of the last rows of the region touch the cells of training
+    assert set(chosen) & set(range(40)) < set(inner) < set(range(64))
+    # what was looked up before is not carried over, and nothing else changes
+    assert sum(map(len, tissue.receivers().values())) == len(chosen)
+    assert sorted(np.concatenate(list(keep_away_from_training(tissue, neighbours).receivers().values()))) == inner
+    assert buffered.n_cells == 160
+    assert buffered.notes[: len(tissue.notes)] == tissue.notes
+    n_types = len({tissue.labels[cell] for cell in inner})
+    assert buffered.notes[len(tissue.notes) :] == (
+        f"data.subset.buffer=true drops {len(chosen) - len(inner)} of {len(chosen)} cells, for a cell that the model "
+        f"was fitted on is among their 4 neighbours; {len(inner)} cells of {n_types} cell types are evaluated",
+    )
+    if settings:
+        assert tissue.notes[-1] == f"{len(chosen)} of 160 cells chosen; all cells serve as neighbours"
+
+
+def test_a_buffer_in_a_random_split_is_refused():
+    adata = make_adata(160)
+    fitted = np.random.default_rng(0).permutation(160)[:144]
+    subset = SubsetSpec(held_out=True, buffer=True)
+    tissue = prepared(adata, card=fitted_on(adata, fitted), subset=subset)
+    assert refusal(keep_away_from_training, tissue, nearest_of_other_types(tissue, 4)) == (
+        "data.subset.buffer=true leaves none of 16 cells",
+        "each has a cell that the model was fitted on among its 4 neighbours: a buffer needs a model for which a whole "
+        "region or section was held out; a random split leaves training cells everywhere",
+        "leave data.subset.buffer out, or fit the model without a region and evaluate that region",
+    )
+
+
+def test_without_a_buffer_cells_beside_training_cells_stay(adata):
+    tissue = prepared(adata, card=fitted_on(adata, np.arange(20)), subset=SubsetSpec(held_out=True))
+    assert keep_away_from_training(tissue, nearest_of_other_types(tissue, 4)) is tissue
+
+
+@pytest.fixture
+def whole_tissue(_tissue):
+    return _tissue.copy()
+
+
+@pytest.fixture
+def model(amici_dir, whole_tissue):
+    from amici_eval.model.checkpoint import read_amici_directory
+
+    return read_amici_directory(amici_dir, adata=whole_tissue, trust=False)
+
+
+@pytest.mark.amici
+@pytest.mark.parametrize("engine", ["factored", "hooked"])
+def test_held_out_cells_keep_all_their_neighbours_whatever_the_engine(whole_tissue, model, engine):
+    from amici_eval.model.access import open_access
+
+    everything = AblationSpec(device="cpu", engine=engine)
+    with open_access(model, prepare(whole_tissue, model.card, DataSpec()), everything) as access:
+        predicted = access.predict(np.arange(500), keeps=[None, (0,)])
+        neighbours = access.hooked.neighbour_rows if engine == "factored" else access.neighbour_rows
+    fresh = (whole_tissue.obs["region"] != "rest").to_numpy()
+    inner = fresh & fresh[neighbours].all(axis=1)
+    assert 0 < inner.sum() < fresh.sum()
+    for buffer, expected in ((False, fresh), (True, inner)):
+        tissue = prepare(whole_tissue, model.card, DataSpec(subset=SubsetSpec(held_out=True, buffer=buffer)))
+        with open_access(model, tissue, everything) as access:
+            rows = np.concatenate(list(access.receivers().values()))
+            assert sorted(rows) == np.flatnonzero(expected).tolist()
+            ours = access.predict(rows, keeps=[None, (0,)])
+            notes = access.notes
+        np.testing.assert_allclose(ours, predicted[:, rows], atol=1e-6, rtol=0)
+        assert any("data.subset.buffer=true drops" in note for note in notes) == buffer
+
+
+@pytest.mark.amici
+def test_the_cells_that_a_buffer_drops_are_evaluated_by_nobody(whole_tissue, model):
+    from amici_eval.evaluation import evaluate
+
+    subset = SubsetSpec(held_out=True, buffer=True)
+    spec = EvaluationSpec(
+        data=DataSpec(subset=subset),
+        ablation=AblationSpec(device="cpu", modes=("keep_one",)),
+        permutation=PermutationSpec(n_permutations=19),
+    )
+    evaluation = evaluate(model, whole_tissue, spec)
+    (note,) = [note for note in evaluation.notes if "data.subset.buffer=true drops" in note]
+    n_cells = int(evaluation.n_cells.sum())
+    assert f"; {n_cells} cells of {len(evaluation.cell_types)} cell types are evaluated" in note
+    assert n_cells < (whole_tissue.obs["region"] != "rest").sum()
+    assert set(evaluation.held_out) == {True}
 
 
 # --- sections

@@ -21,15 +21,23 @@ COMPILED = {"kernels"}
 WITH_TORCH = {
     "ablations",
     "coalitions",
+    "exact_moments",
+    "factor_draws",
     "factor_nulls",
     "factor_statistics",
+    "lag",
+    "lag_test",
+    "moment_sums",
     "moments",
     "nulls",
     "packing",
+    "plain_moments",
+    "stratified",
     "substitutions",
+    "torus",
 }
 LIGHT = sorted(
-    {"errors", "specs", "names", "moments", "ablation_results"}
+    {"errors", "specs", "names", "moments", "ablation_results", "inference_results"}
     | {path.stem for pattern in ("results.py", "result_*.py") for path in PACKAGE.glob(pattern)}
 )
 

@@ -171,13 +171,13 @@ def changed(path, folder, *, arrays=None, **texts):
     return folder / "changed.npz"
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", 1.0, True, [1]])
+@pytest.mark.parametrize("version", [0, 3, 99, "1", 1.0, True, [1]])
 def test_another_schema_is_told_whether_older_or_newer(tmp_path, version):
     path = changed(make_moments().save(tmp_path / "moments.npz"), tmp_path, schema_version=version)
     with pytest.raises(DataError) as caught:
         Moments.load(path)
     assert caught.value.value == f"{path} is of schema version {version!r}"
-    assert caught.value.rule == "this version of amici_eval reads moments of schema version 1"
+    assert caught.value.rule == "this version of amici_eval reads moments of schema versions up to 2"
     assert caught.value.fix == "read it with the version of amici_eval that wrote it, or evaluate again"
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
+from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import Moments
 from amici_eval.results import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
     HEAD_COLUMNS,
+    HELD_OUT_COLUMNS,
     INTERACTION_COLUMNS,
+    SCALE_COLUMNS,
     SCHEMA_VERSION,
     HeadEvaluation,
     Undefined,
@@ -33,10 +37,11 @@ seeded = settings(max_examples=40, deadline=None, derandomize=True)
 ARCHIVES = Path(__file__).parent / "archives"
 
 
-def assert_equal(left: HeadEvaluation | HeadAblations, right: HeadEvaluation | HeadAblations) -> None:
+def assert_equal(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
     for field in dataclasses.fields(left):
         one, other = getattr(left, field.name), getattr(right, field.name)
-        if isinstance(one, HeadAblations):
+        if isinstance(one, (HeadAblations, SpatialTests, Intervals, HeldOutParts, Baselines)):
             assert_equal(one, other)
         elif isinstance(one, np.ndarray):
             assert one.dtype == other.dtype, field.name
@@ -82,8 +87,12 @@ def small():
     modes=st.none() | st.sets(st.sampled_from(MODES)).map(lambda chosen: tuple(m for m in MODES if m in chosen)),
     parity=st.none() | st.floats(0, 1),
     with_sampling=st.booleans(),
+    inferred=st.sampled_from([None, "lag", "tile", "sample", "torus"]),
+    n_widths=st.integers(0, 3),
 )
-def test_json_gives_everything_back(n_heads, types, n_genes, seed, with_undefined, notes, modes, parity, with_sampling):
+def test_json_gives_everything_back(
+    n_heads, types, n_genes, seed, with_undefined, notes, modes, parity, with_sampling, inferred, n_widths
+):
     held_out = [(True, False, None)[(seed + i) % 3] for i in range(len(types))]
     sampling = [("independent", "cyclic", "")[(seed + i) % 3] for i in range(len(types))] if with_sampling else ()
     evaluation = make_evaluation(
@@ -99,6 +108,8 @@ def test_json_gives_everything_back(n_heads, types, n_genes, seed, with_undefine
         parity=parity,
         parity_cells=0 if parity is None else 7,
         sampling=sampling,
+        inferred=inferred,
+        n_widths=n_widths,
     )
     assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
 
@@ -110,7 +121,7 @@ def test_json_is_plain_and_readable():
     assert "Infinity" not in text
     assert "β cell" in text
     record = json.loads(text)
-    assert record["schema_version"] == SCHEMA_VERSION == 2
+    assert record["schema_version"] == SCHEMA_VERSION == 3
     assert record["expl_var"][0][-1] is None
     assert record["exceedances"][0][-1] == -1
     assert evaluation.to_json() == text
@@ -135,7 +146,7 @@ def test_another_schema_version_is_refused(version):
     with pytest.raises(DataError) as caught:
         HeadEvaluation.from_json(json.dumps(record))
     assert caught.value.value == f"evaluation of schema version {version!r}"
-    assert caught.value.rule == "this version of amici_eval reads schema versions 1 to 2"
+    assert caught.value.rule == "this version of amici_eval reads schema versions 1 to 3"
     assert caught.value.fix == "install the version of amici_eval that wrote it"
 
 
@@ -150,7 +161,7 @@ def test_a_missing_field_is_refused(name):
     assert caught.value.fix == "download it again or evaluate again"
 
 
-FILLED = json.loads(make_evaluation(modes=MODES, sampling=("cyclic",) * 7).to_json())
+FILLED = json.loads(make_evaluation(modes=MODES, sampling=("cyclic",) * 7, inferred="lag", n_widths=2).to_json())
 
 
 @pytest.mark.parametrize(
@@ -177,6 +188,15 @@ FILLED = json.loads(make_evaluation(modes=MODES, sampling=("cyclic",) * 7).to_js
         ("ablations", {**FILLED["ablations"], "modes": ["shapley", "keep_one", *MODES[1:5], "frozen_shapley"]}),
         ("ablations", {**FILLED["ablations"], "modes": ["keep_one"]}),
         ("ablations", {**FILLED["ablations"], "interaction": [[0.0]]}),
+        ("spatial", {}),
+        ("spatial", {**FILLED["spatial"], "ess": [[1.0]]}),
+        ("spatial", {**FILLED["spatial"], "unknown": 1}),
+        ("spatial", {**FILLED["spatial"], "reasons": [[0, "A"]]}),
+        ("spatial", {**FILLED["spatial"], "widths": [[1.0] * 7]}),
+        ("intervals", {**FILLED["intervals"], "n_tiles": [1]}),
+        ("intervals", {**FILLED["intervals"], "low": None}),
+        ("parts", {**FILLED["parts"], "full": [[0.0] * 7]}),
+        ("trivial", {**FILLED["trivial"], "names": ["position"]}),
     ],
 )
 def test_a_field_of_another_size_or_kind_is_refused(name, value):
@@ -201,6 +221,33 @@ def test_an_evaluation_of_schema_version_1_is_read():
     # what is written now is a record of now
     assert evaluation.schema_version == json.loads(evaluation.to_json())["schema_version"] == SCHEMA_VERSION
     assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
+
+
+def test_an_evaluation_of_schema_version_2_is_read():
+    evaluation = HeadEvaluation.from_json((ARCHIVES / "evaluation_v2.json").read_bytes())
+    assert (evaluation.engine, evaluation.parity, evaluation.parity_cells) == ("factored", 2e-7, 7)
+    assert evaluation.sampling == ("cyclic", "independent", "")
+    assert evaluation.n_permutations_by_type.tolist() == [814, 399, 0]
+    assert evaluation.cell_types == ("A", "B+/T", "β cell")
+    assert evaluation.expl_var_gene[1, 1, 0] == 0.0018135069030807336
+    assert evaluation.exceedances.tolist() == [[17, 270, -1], [25, -1, -1]]
+    assert evaluation.ablations.modes == MODES
+    assert evaluation.ablations.of("shapley")[0, 1] == pytest.approx(0.10221214, abs=1e-8)
+    assert evaluation.schema_version == json.loads(evaluation.to_json())["schema_version"] == SCHEMA_VERSION
+    assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_evaluation_from_before_spatial_tests_claims_none(version):
+    evaluation = HeadEvaluation.from_json((ARCHIVES / f"evaluation_v{version}.json").read_bytes())
+    assert evaluation.spatial is evaluation.intervals is evaluation.parts is evaluation.trivial is None
+    settings = evaluation.spec
+    assert (settings.permutation.spatial_null, settings.permutation.n_bootstrap) == ("none", 0)
+    assert (settings.ablation.baselines, settings.ablation.without_nearest) == (False, False)
+    assert evaluation.decided_by == "free"
+    assert evaluation.n_significant == evaluation.n_significant_free
+    assert evaluation.held_out_frame().empty
+    assert evaluation.scales_frame().empty
 
 
 def test_a_difference_of_engines_that_is_no_number_is_kept_apart_from_none():
@@ -310,7 +357,14 @@ def test_columns_are_the_contract():
         *("head", "ct_name", "n_cells", "expl_var_head", "ci_low", "ci_high", "best_gene", "expl_var_best_gene"),
         *("p_value_head", "p_value_adj_head", "p_ci_low", "p_ci_high", "p_value_spatial", "p_value_adj_spatial", "ess"),
         *("null", "method", "significant_free", "significant", "significant_by", "held_out", "undefined_reason"),
+        *("statistic_spatial", "detectable_expl_var", "correlation_length", "reach", "gain"),
+        "expl_var_without_nearest",
     )
+    assert HELD_OUT_COLUMNS == (
+        *("head", "ct_name", "n_cells_in_sample", "expl_var_in_sample", "ci_low_in_sample", "ci_high_in_sample"),
+        *("n_cells_held_out", "expl_var_held_out", "ci_low_held_out", "ci_high_held_out", "undefined_reason"),
+    )
+    assert SCALE_COLUMNS == ("head", "ct_name", "tile_width", "p_value")
     evaluation = make_evaluation()
     assert tuple(evaluation.to_frame().columns) == GENE_COLUMNS
     assert tuple(evaluation.heads().columns) == HEAD_COLUMNS
@@ -532,3 +586,79 @@ def test_tables_without_ablations_are_empty(evaluation):
     if evaluation.ablations is None:
         assert evaluation.interactions_frame().empty
     assert tuple(evaluation.interactions_frame().columns) == INTERACTION_COLUMNS
+
+
+@pytest.fixture(scope="module")
+def inferred():
+    return make_evaluation(inferred="lag", n_widths=3)
+
+
+def test_the_spatial_null_decides_where_it_was_tested(inferred):
+    assert inferred.decided_by == "lag"
+    np.testing.assert_array_equal(inferred.adjusted, inferred.spatial.p_value_adj)
+    assert (inferred.n_decided, inferred.n_tests) == (16, 17)
+    assert inferred.n_significant == (inferred.spatial.p_value_adj <= 0.05).sum()
+    assert inferred.n_significant_free == (inferred.p_value_adj <= 0.05).sum() != inferred.n_significant
+    heads = inferred.heads()
+    assert heads["significant"].sum() == inferred.n_significant
+    assert heads["significant_free"].sum() == inferred.n_significant_free
+    assert set(heads["significant_by"].dropna()) == set(heads["null"]) == {"lag"}
+    assert "7 of 16 tests significant" in repr(inferred)
+    without = heads.set_index(["head", "ct_name"]).loc[(2, "CD8+_T_Cells")]
+    assert without["undefined_reason"].startswith("lag null: effective sample size 3.1 of ")
+    assert pd.isna(without["significant"])
+
+
+def test_heads_and_genes_have_what_is_inferred(inferred):
+    heads = inferred.heads()
+    for column, values in {
+        "p_value_spatial": inferred.spatial.p_value,
+        "p_value_adj_spatial": inferred.spatial.p_value_adj,
+        "ess": inferred.spatial.ess,
+        "statistic_spatial": inferred.spatial.statistic,
+        "detectable_expl_var": inferred.spatial.detectable,
+        "ci_low": inferred.intervals.low,
+        "ci_high": inferred.intervals.high,
+        "gain": inferred.trivial.gain,
+        "expl_var_without_nearest": inferred.trivial.without_nearest,
+        "correlation_length": np.tile(inferred.spatial.correlation_length, (3, 1)),
+        "reach": np.tile(inferred.spatial.reach, (3, 1)),
+    }.items():
+        np.testing.assert_array_equal(heads[column], values.ravel(), err_msg=column)
+    genes = inferred.to_frame()
+    np.testing.assert_array_equal(genes["p_value_gene"], inferred.spatial.p_value_gene.ravel())
+    np.testing.assert_array_equal(genes["p_value_adj_gene"], inferred.spatial.p_value_adj_gene.ravel())
+
+
+def test_baselines_have_a_row_per_type_and_predictor(inferred):
+    names = ["full_model", "no_head", *inferred.trivial.names, "full_model_without_nearest"]
+    frame = inferred.baselines()
+    assert frame["baseline"].tolist() == names * 7
+    np.testing.assert_array_equal(frame.loc[frame["baseline"] == "position", "expl_var"], inferred.trivial.expl_var[2])
+
+
+def test_held_out_has_a_row_per_head_and_type_and_the_whole_model(inferred):
+    frame = inferred.held_out_frame()
+    assert frame["head"].tolist() == [head for head in (0, 1, 2, "full") for _ in range(7)]
+    for part, name in enumerate(("in_sample", "held_out")):
+        expected = np.concatenate([inferred.parts.expl_var[part].ravel(), inferred.parts.full[part]])
+        np.testing.assert_array_equal(frame[f"expl_var_{name}"], expected)
+        np.testing.assert_array_equal(frame[f"n_cells_{name}"], np.tile(inferred.parts.n_cells[part], 4))
+    assert frame["undefined_reason"][0] == f"{inferred.parts.n_cells[1, 0]} cells held-out"
+    assert frame["undefined_reason"][1] == ""
+
+
+def test_scales_have_a_row_per_width_that_a_type_has(inferred):
+    frame = inferred.scales_frame()
+    assert frame.groupby("ct_name").size().to_dict() == {
+        name: 3 * n for name, n in zip(inferred.cell_types, (1, 3, 3, 3, 3, 3), strict=False)
+    }
+    one = frame[(frame["head"] == 1) & (frame["ct_name"] == "CD8+_T_Cells")]
+    np.testing.assert_array_equal(one["tile_width"], inferred.spatial.widths[:, 2])
+    np.testing.assert_array_equal(one["p_value"], inferred.spatial.p_by_width[:, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["spatial", "intervals", "parts", "trivial"])
+def test_parts_of_another_evaluation_are_refused(small, inferred, name):
+    with pytest.raises(ValueError, match=r"has shape .*, not "):
+        dataclasses.replace(small, **{name: getattr(inferred, name)})

@@ -84,16 +84,45 @@ def test_a_subset_by_column_and_by_index_is_refused():
     )
 
 
+@pytest.mark.parametrize("bad", ["true", 1, 0.0, ()])
+def test_what_is_held_out_is_a_truth_value(bad):
+    assert refusal(SubsetSpec, held_out=bad) == (
+        f"data.subset.held_out={bad!r}",
+        "it must be true, false or null",
+        "set data.subset.held_out=true for the cells that the model was not fitted on",
+    )
+    assert refusal(SubsetSpec, buffer=bad) == (
+        f"data.subset.buffer={bad!r}",
+        "it must be true or false",
+        "set data.subset.buffer=true to drop cells with a training cell among their neighbours",
+    )
+    assert refusal(SubsetSpec, buffer=None)[0] == "data.subset.buffer=None"
+
+
+def test_held_out_cells_are_chosen_besides_column_and_index():
+    for chosen in ({}, {"indices": (1, 2)}, {"key": "region", "value": "left"}):
+        spec = EvaluationSpec(data=DataSpec(subset=SubsetSpec(**chosen, held_out=True, buffer=True)))
+        assert spec_from_mapping(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_settings_from_before_there_was_a_buffer_mean_what_they_meant():
+    older = {"data": {"subset": {"key": "region", "value": "left", "indices": None}}}
+    subset = spec_from_mapping(older).data.subset
+    assert (subset.held_out, subset.buffer) == (None, False)
+
+
 @pytest.mark.parametrize(
     ("spec", "name", "bad", "allowed"),
     [
         (AblationSpec, "ablation.engine", "fast", ("factored", "hooked")),
         (PermutationSpec, "permutation.null", "torus", ("free",)),
-        (PermutationSpec, "permutation.method", "cyclic", ("monte_carlo",)),
+        (PermutationSpec, "permutation.method", "exact", ("monte_carlo", "sequential", "moments")),
+        (PermutationSpec, "permutation.spatial_null", "block", ("lag", "tile", "sample", "torus", "none")),
+        (PermutationSpec, "permutation.tail", "weibull", ("none", "gpd")),
         (PermutationSpec, "permutation.sampling", "bootstrap", ("independent", "cyclic")),
         (PermutationSpec, "permutation.convention", "plus_one", ("add_one", "reference")),
         (PermutationSpec, "permutation.convention", None, ("add_one", "reference")),
-        (PermutationSpec, "permutation.adjustment", "bonferroni", ("bh",)),
+        (PermutationSpec, "permutation.adjustment", "bonferroni", ("bh", "by", "maxt")),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_known_ones(spec, name, bad, allowed):

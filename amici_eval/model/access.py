@@ -19,7 +19,7 @@ from amici_eval.model.interventions import (
     faint_attention_is_zero,
     keep_heads,
 )
-from amici_eval.tissue import Tissue, check_sections
+from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
 
     from amici_eval.specs import AblationSpec, ModelCard
+    from amici_eval.tissue import ExpressionBlock
 
 __all__ = ["HookedAccess", "ModelAccess", "neighbours", "open_access", "resolve_device"]
 
@@ -130,7 +131,7 @@ class HookedAccess:
     Parameters
     ----------
     module, card, tissue
-        The model on the tissue.
+        The model on the tissue, which loses evaluated cells here if a buffer was asked for.
     device
         Torch device of the module.
     batch_size
@@ -154,7 +155,6 @@ class HookedAccess:
         self.card = card
         self.statistics_device = "cpu" if device == "mps" else device
         self.module = module
-        self.tissue = tissue
         self.device = device
         self._batch_size = batch_size
         self._notes = notes
@@ -162,6 +162,7 @@ class HookedAccess:
         self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
         if tissue.samples is not None:
             check_sections(tissue.samples, rows, tissue.coordinates)
+        self.tissue = keep_away_from_training(tissue, rows)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -179,6 +180,23 @@ class HookedAccess:
     def expression(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells genes"]:
         """Return the measured expression of some cells."""
         return self.tissue.expression(rows)
+
+    def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
+        """Yield the measured expression of some cells, block by block, in the order of storage."""
+        return self.tissue.expression_blocks(rows)
+
+    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
+        """Return where some cells lie."""
+        return self.tissue.coordinates[rows]
+
+    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
+        """Return the section of some cells, if a sample column was named."""
+        return None if self.tissue.samples is None else self.tissue.samples[rows]
+
+    @property
+    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
+        """The model's code of each cell's type."""
+        return self.tissue.label_codes
 
     def predict(
         self,
@@ -250,7 +268,7 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
     DeviceError
         If the device is not there.
     DataError
-        If neighbours cross sections.
+        If neighbours cross sections, or a buffer leaves no cell to evaluate.
     """
     device = resolve_device(spec.device)
     if isinstance(model, TrainedAMICI):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,14 @@ from amici_eval.side_by_side import run_on_single_threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from jaxtyping import Bool, Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
     from amici_eval.model.access import HookedAccess
     from amici_eval.specs import ModelCard
     from amici_eval.stats.readout import Readout
     from amici_eval.tissue import ExpressionBlock
 
-__all__ = ["FactoredAccess", "why_not_factored"]
+__all__ = ["FactoredAccess", "HeadOutputs", "why_not_factored"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,22 @@ def why_not_factored(module: Any) -> str | None:
     if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
         return "its weights are not float32"
     return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadOutputs:
+    """What attention brings to some receivers, with all their neighbours and without the nearest.
+
+    Parameters
+    ----------
+    whole
+        From all neighbours, shape (cells, heads * head_size).
+    without_nearest
+        The same where attention to the nearest neighbour is masked, so that the others and the dummy share it.
+    """
+
+    whole: Float32[np.ndarray, "cells outputs"]
+    without_nearest: Float32[np.ndarray, "cells outputs"]
 
 
 class FactoredAccess:
@@ -143,6 +160,16 @@ class FactoredAccess:
         """Return where some cells lie."""
         return self._tissue.coordinates[rows]
 
+    @property
+    def neighbour_rows(self) -> Int32[np.ndarray, "all_cells neighbours"]:
+        """Rows of the cells that each cell of the tissue attends to."""
+        return self.hooked.neighbour_rows
+
+    @property
+    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
+        """The model's code of each cell's type."""
+        return self._tissue.label_codes
+
     def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
         """Return the section of some cells, if a sample column was named."""
         return None if self._tissue.samples is None else self._tissue.samples[rows]
@@ -185,7 +212,11 @@ class FactoredAccess:
         return self.hooked.predict_side_by_side(rows, keeps=keeps)
 
     def head_outputs(
-        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+        self,
+        rows: Int64[np.ndarray, " cells"],
+        *,
+        progress: Callable[[int], None] | None = None,
+        without_nearest: bool = False,
     ) -> Float32[np.ndarray, "cells outputs"]:
         """Return what attention brings to some receivers, shape (cells, heads * head_size).
 
@@ -195,8 +226,37 @@ class FactoredAccess:
             Rows of the tissue, in any order.
         progress
             Called with the number of receivers finished since the last call.
+        without_nearest
+            Mask attention to each receiver's nearest neighbour: what segmentation puts into the wrong cell mostly
+            comes from there.
         """
-        out = np.empty((len(rows), self._weights.n_outputs), dtype=np.float32)
+        return self._outputs(rows, (not without_nearest,), progress)[0]
+
+    def head_outputs_both(
+        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    ) -> HeadOutputs:
+        """Return what attention brings to some receivers, with and without the nearest neighbour of each.
+
+        Parameters
+        ----------
+        rows, progress
+            As in :meth:`head_outputs`.
+
+        Notes
+        -----
+        Senders are embedded once for both, so the second costs no more than its attention.
+        """
+        whole, without_nearest = self._outputs(rows, (True, False), progress)
+        return HeadOutputs(whole=whole, without_nearest=without_nearest)
+
+    def _outputs(
+        self,
+        rows: Int64[np.ndarray, " cells"],
+        with_nearest: Sequence[bool],
+        progress: Callable[[int], None] | None,
+    ) -> list[Float32[np.ndarray, "cells outputs"]]:
+        """Return the outputs with and without the nearest neighbour, as asked for, from one pass over the senders."""
+        outputs = [np.empty((len(rows), self._weights.n_outputs), dtype=np.float32) for _ in with_nearest]
         order = np.argsort(self._curve[rows], kind="stable")
         start = 0
         while start < len(order):
@@ -204,15 +264,16 @@ class FactoredAccess:
             # receivers that lie scattered have more senders around them than a tile of the tissue
             while len(part) > 1 and np.count_nonzero(self._are_senders(rows[part])) > self._most_senders:
                 part = part[: len(part) // 2]
-            found = self._attempt(rows[part])
+            found = self._attempt(rows[part], with_nearest)
             if found is None:
                 self._halve()
                 continue
-            out[part] = found
+            for out, of_part in zip(outputs, found, strict=True):
+                out[part] = of_part
             start += len(part)
             if progress is not None:
                 progress(len(part))
-        return out
+        return outputs
 
     def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
         """Return which cells of the tissue some receivers attend to."""
@@ -220,10 +281,12 @@ class FactoredAccess:
         found[self.hooked.neighbour_rows[rows]] = True
         return found
 
-    def _attempt(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells outputs"] | None:
+    def _attempt(
+        self, rows: Int64[np.ndarray, " cells"], with_nearest: Sequence[bool]
+    ) -> list[Float32[np.ndarray, "cells outputs"]] | None:
         """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
         try:
-            return self._tile_outputs(rows)
+            return self._tile_outputs(rows, with_nearest)
         except _OutOfMemory:
             if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
                 raise
@@ -236,7 +299,9 @@ class FactoredAccess:
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
 
-    def _tile_outputs(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells outputs"]:
+    def _tile_outputs(
+        self, rows: Int64[np.ndarray, " cells"], with_nearest: Sequence[bool]
+    ) -> list[Float32[np.ndarray, "cells outputs"]]:
         """Embed the senders around some receivers and let these attend to them."""
         weights, tissue = self._weights, self._tissue
         around = self.hooked.neighbour_rows[rows]
@@ -269,7 +334,27 @@ class FactoredAccess:
                     yield partial(embed, block.positions[part], block.values[part])
 
         run_on_single_threads(chunks(), n_threads=self._n_threads)
-        return attend(tables, slots, self.hooked.distances[rows], codes, dummy_score=weights.dummy_score)
+        distances = self.hooked.distances[rows]
+        outputs = []
+        for whole in with_nearest:  # the whole comes first
+            if not whole:
+                kept = _all_but_nearest(distances)
+                slots, distances = slots[kept].reshape(len(rows), -1), distances[kept].reshape(len(rows), -1)
+            if slots.shape[1]:
+                outputs.append(attend(tables, slots, distances, codes, dummy_score=weights.dummy_score))
+            else:  # all attention goes to the dummy, whose value is 0
+                outputs.append(np.zeros((len(rows), weights.n_outputs), dtype=np.float32))
+        return outputs
+
+
+def _all_but_nearest(
+    distances: Float32[np.ndarray, "receivers neighbours"],
+) -> Bool[np.ndarray, "receivers neighbours"]:
+    """Return which neighbours are not the nearest of a receiver, the first one where several are."""
+    kept = np.ones(distances.shape, dtype=bool)
+    # with radii, distances between outlines need not rise from column to column
+    kept[np.arange(len(kept)), distances.argmin(axis=1)] = False
+    return kept
 
 
 def _morton_codes(xy: Float64[np.ndarray, "cells two"]) -> Int64[np.ndarray, " cells"]:

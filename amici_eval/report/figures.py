@@ -42,6 +42,7 @@ __all__ = [
     "heatmap_stem",
     "plot_barplot",
     "plot_heatmap",
+    "significance_note",
     "top_genes",
 ]
 
@@ -81,8 +82,8 @@ def plot_barplot(
     Returns
     -------
     Axes
-        Bars grouped by head, coloured by type. An asterisk marks an adjusted p-value of at most alpha, a grey cross
-        stands where a bar is undefined.
+        Bars grouped by head, coloured by type. An asterisk marks an adjusted p-value of at most alpha by the null that
+        decides, a grey cross stands where a bar is undefined. No interval: the best of many genes has none.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def plot_barplot(
     ax = ax if ax is not None else new_axes(barplot_size(evaluation.n_heads, len(chosen)))
     heights = _max_over_genes(evaluation)
     alpha = evaluation.spec.permutation.alpha
-    tested = np.isfinite(evaluation.p_value)
+    tested = np.isfinite(evaluation.adjusted)
     width = _GROUP_WIDTH / max(1, len(chosen))
     heads = np.arange(evaluation.n_heads)
     shown = heights[:, [evaluation.type_index(name) for name in chosen]]
@@ -123,7 +124,7 @@ def plot_barplot(
                 zorder=2,
                 alpha=opacity,
             )
-        significant = defined & (evaluation.p_value_adj[:, index] <= alpha)
+        significant = defined & (evaluation.adjusted[:, index] <= alpha)
         marks += [(x[h], max(0.0, heights[h, index]) + 0.025 * span) for h in np.flatnonzero(significant)]
         gaps += [(x[h], 0.015 * span) for h in np.flatnonzero(~defined)]
     size = min(6.0, 72 * ax.get_window_extent().width / ax.figure.dpi / max(1, shown.size) * 0.8)
@@ -147,10 +148,11 @@ def plot_barplot(
     others = len(gaps) - evaluation.n_heads * len(empty)
     said = [drawn_label(name) for name in empty] + ([f"{others} single heads"] if others else [])
     untested = bool((np.isfinite(shown) & ~tested[:, [evaluation.type_index(name) for name in chosen]]).any())
-    faint = "pale: no test (too few cells, or a head that predicts the same for all)" if untested else ""
+    few = "too few cells" if evaluation.spatial is None else f"by the {evaluation.decided_by} null: too few cells"
+    faint = f"pale: no test ({few}, or a head that predicts the same for all)" if untested else ""
     add_caption(
         ax,
-        f"{_significance_note(evaluation)}; the test is of the head over all genes",
+        f"{significance_note(evaluation)}; the test is of the head over all genes",
         faint,
         f"× undefined, no bar: {', '.join(said)}" if said else "",
     )
@@ -174,8 +176,8 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
     Returns
     -------
     Axes
-        Genes x heads, white at 0; an asterisk at a head marks an adjusted p-value of at most alpha. A type without
-        any defined value gets axes with the reason in words.
+        Genes x heads, white at 0; an asterisk at a head marks an adjusted p-value of at most alpha by the null that
+        decides. A type without any defined value gets axes with the reason in words.
 
     Raises
     ------
@@ -209,7 +211,7 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
     bar = ax.figure.colorbar(mesh, ax=ax, extend=beyond, fraction=0.06, pad=0.03, aspect=30)
     bar.set_label("Explained variance (one head kept)")
     bar.outline.set_visible(False)
-    significant = evaluation.p_value_adj[:, index] <= evaluation.spec.permutation.alpha
+    significant = evaluation.adjusted[:, index] <= evaluation.spec.permutation.alpha
     ax.set_xticks(
         np.arange(evaluation.n_heads) + 0.5, [f"{h}*" if yes else str(h) for h, yes in enumerate(significant)]
     )
@@ -219,7 +221,7 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
     ax.set_xlabel("Head")
     ax.set_ylabel(f"Top {len(top)} genes by mean over heads" if len(top) < len(evaluation.genes) else "Gene")
     ax.spines[:].set_visible(False)
-    add_caption(ax, _significance_note(evaluation), "Grey: undefined" if np.isnan(shown).any() else "")
+    add_caption(ax, significance_note(evaluation), "Grey: undefined" if np.isnan(shown).any() else "")
     return ax
 
 
@@ -257,9 +259,10 @@ def check_n_top_genes(n_top_genes: int) -> None:
         )
 
 
-def _significance_note(evaluation: HeadEvaluation) -> str:
-    settings = evaluation.spec.permutation
-    return f"* adjusted p ≤ {settings.alpha:g}; {VALIDITY_SHORT.get(settings.null, settings.null + ' null')}"
+def significance_note(evaluation: HeadEvaluation) -> str:
+    """Return what a mark of significance means: the level, the null that decides, and how that fails."""
+    null = evaluation.decided_by
+    return f"* adjusted p ≤ {evaluation.spec.permutation.alpha:g}; {VALIDITY_SHORT.get(null, null + ' null')}"
 
 
 def _cells(number: int) -> str:

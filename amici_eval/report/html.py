@@ -13,17 +13,26 @@ import pandas as pd
 
 from amici_eval.names import slugify
 from amici_eval.report.ablation_summary import ablations_section
+from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.markup import cell, row, section, table, text
+from amici_eval.report.sections import (
+    genes_section,
+    held_out_section,
+    scale_section,
+    width_section,
+    without_heads_section,
+)
 from amici_eval.report.svg import inline_figure
-from amici_eval.report.tables import best_heads, headline_sentences, held_out_sentence
 from amici_eval.report.wording import (
-    BASELINE_NAMES,
+    WHY_THIS_ORDER,
     effect,
     engine_sentence,
+    interval,
     made_folder,
     p_text,
     permutations_text,
     printable,
+    rounded,
     undefined_sentences,
     unwritable,
 )
@@ -41,7 +50,8 @@ _HOW_TO_READ = (
     "expression of every receiver cell again (keep-one ablation). Explained variance (EV) compares that prediction "
     "with the measured expression over the cells of one type: 1 is perfect, 0 is no better than the type's mean, "
     "below 0 is worse. Heads overlap, so the values of several heads do not add up. A p-value says how often "
-    "predictions handed to shuffled cells of the same type fit at least as well; it says that a head carries "
+    "predictions would fit at least as well by chance, as its null has it (free: handed to shuffled cells of the same "
+    "type; spatial: unrelated to expression, but as smooth in the tissue); it says that a head carries "
     "information about single cells, not that the effect is large, nor what causes it. Effects on cells that the "
     "model was fitted on (in-sample) are optimistic, and the best of many genes is optimistic everywhere. Undefined "
     "values are left empty and explained; they count neither for nor against a head."
@@ -83,12 +93,16 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
             _summary(evaluation),
             _matrix(evaluation),
             _best(evaluation),
+            held_out_section(evaluation),
+            without_heads_section(evaluation),
             ablations_section(evaluation),
+            genes_section(evaluation),
+            scale_section(evaluation),
+            width_section(evaluation),
             _undefined(evaluation),
             _figures(evaluation, figures or {}),
             section("read", "How to read this", f"<p>{text(_HOW_TO_READ)}</p>"),
             _heads(evaluation),
-            _baselines(evaluation),
             _identity(evaluation),
         ]
     )
@@ -109,12 +123,21 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
 
 
 def _summary(evaluation: HeadEvaluation) -> str:
-    sentences = headline_sentences(evaluation)
-    lead = f'<p class="lead">{text(" ".join(sentences[:2]))}</p>'
-    others = [*sentences[2:], held_out_sentence(evaluation), engine_sentence(evaluation)]
-    rest = f"<p>{text(' '.join(others))}</p>"
+    effects = effect_sentences(evaluation)
+    paragraphs = [
+        f'<p class="lead">{text(" ".join(effects[:2]))}</p>',
+        *(
+            f"<p>{text(' '.join(sentences))}</p>"
+            for sentences in (
+                [*effects[2:], *held_out_sentences(evaluation)],
+                [WHY_THIS_ORDER],
+                outcome_sentences(evaluation),
+                [engine_sentence(evaluation)],
+            )
+        ),
+    ]
     notes = "".join(f"<li>{text(note)}</li>" for note in evaluation.notes)
-    return lead + rest + (f'<div class="notes"><h2>Notes</h2><ul>{notes}</ul></div>' if notes else "")
+    return "".join(paragraphs) + (f'<div class="notes"><h2>Notes</h2><ul>{notes}</ul></div>' if notes else "")
 
 
 def _identity_line(evaluation: HeadEvaluation) -> str:
@@ -136,39 +159,53 @@ def _matrix(evaluation: HeadEvaluation) -> str:
     for index, cell_type in enumerate(evaluation.cell_types):
         cells = [cell(f"{evaluation.n_cells[index]:,}")]
         for head in range(evaluation.n_heads):
-            value, adjusted = float(values[head, index]), float(evaluation.p_value_adj[head, index])
+            value, adjusted = float(values[head, index]), float(evaluation.adjusted[head, index])
             if np.isnan(value):
                 cells.append('<td class="none" title="undefined">–</td>')
                 continue
             hue = "178,24,43" if value > 0 else "33,102,172"
             strength = 0.55 * min(1.0, abs(value) / largest)
             mark = '<span class="mark">*</span>' if adjusted <= alpha else '<span class="mark"></span>'
-            tip = f"head {head}: EV {effect(value)}, adjusted p {p_text(adjusted)}"
-            cells.append(f'<td style="background:rgba({hue},{strength:.2f})" title="{tip}">{effect(value)}{mark}</td>')
+            bounds = evaluation.intervals
+            between = "" if bounds is None else interval(bounds.low[head, index], bounds.high[head, index])
+            tip = text(
+                f"head {head}: EV {effect(value)}{f' ({between})' if between else ''}, adjusted p {p_text(adjusted)}"
+            )
+            cells.append(
+                f'<td style="background:rgba({hue},{strength:.2f})" title="{tip}">{text(effect(value))}{mark}</td>'
+            )
         rows.append(row(cell_type, cells))
     caption = (
         f"Explained variance over all genes, one head kept alone. * adjusted p ≤ {alpha:g} "
-        f"({evaluation.spec.permutation.null} null). Red above 0, blue below. – undefined."
+        f"({evaluation.decided_by} null). Red above 0, blue below. – undefined."
     )
     return section("matrix", "Heads and cell types", table(header, rows, caption, kind="matrix"))
 
 
 def _best(evaluation: HeadEvaluation) -> str:
-    header = ["Receiver type", "Best head", "EV, all genes", "Best gene", "EV, best gene", "Adjusted p"]
-    rows = [
-        row(
-            best["ct_name"],
-            [
-                cell(best["head"]),
-                cell(effect(best["expl_var_head"])),
-                cell(best["best_gene"], words=True),
-                cell(effect(best["expl_var_best_gene"])),
-                cell(p_text(best["p_value_adj_head"])),
-            ],
-        )
-        for best in best_heads(evaluation).to_dict("records")
-    ]
-    caption = "The head with the largest explained variance over all genes, per type, and its best gene."
+    spatial, parts = evaluation.spatial is not None, evaluation.parts
+    header = ["Receiver type", "Best head", "EV, all genes"]
+    header += _where(evaluation.intervals, "Interval") + _where(evaluation.trivial, "Gain", "EV, nearest masked")
+    header += [*_where(parts, "EV, held out"), "Best gene", "EV, best gene"]
+    header += ["Effective cells", f"Adjusted p ({evaluation.decided_by})"] if spatial else ["Adjusted p"]
+    rows = []
+    for best in best_heads(evaluation).to_dict("records"):
+        cells = [best["head"], effect(best["expl_var_head"])]
+        cells += _where(evaluation.intervals, interval(best["ci_low"], best["ci_high"]))
+        cells += _where(evaluation.trivial, effect(best["gain"]), effect(best["expl_var_without_nearest"]))
+        if parts is not None:
+            cells.append(effect(float(parts.expl_var[1, best["head"], evaluation.type_index(best["ct_name"])])))
+        shown = [cell(value) for value in cells]
+        shown += [cell(best["best_gene"], words=True), cell(effect(best["expl_var_best_gene"]))]
+        if spatial:
+            shown += [cell(_cells(best["ess"])), cell(p_text(best["p_value_adj_spatial"]))]
+        else:
+            shown.append(cell(p_text(best["p_value_adj_head"])))
+        rows.append(row(best["ct_name"], shown))
+    caption = (
+        "The head with the largest explained variance (EV) over all genes, per type, and its best gene: both were "
+        "picked for being largest, so both are optimistic."
+    )
     return section("best", "Best head of each type", table(header, rows, caption)) if rows else ""
 
 
@@ -181,6 +218,9 @@ def _figures(evaluation: HeadEvaluation, figures: Mapping[str, Path]) -> str:
     if not figures:
         return ""
     captions = {"expl_variance_barplot_per_head": "Explained variance of the best gene per head and receiver type"}
+    captions["effects"] = (
+        "Explained variance of each head kept alone, with its interval, beside the best predictor without heads"
+    )
     captions["ablations"] = (
         "What each head explains alone, what is lost without it, and its fair share, per receiver type"
     )
@@ -204,40 +244,36 @@ def _figures(evaluation: HeadEvaluation, figures: Mapping[str, Path]) -> str:
 
 
 def _heads(evaluation: HeadEvaluation) -> str:
-    header = ["Receiver type", "Head", "Cells", "EV, all genes", "Best gene", "EV, best gene", "p", "p interval"]
-    header += ["Adjusted p", "Significant", "Held out", "Undefined because"]
+    spatial, bounds, trivial = evaluation.spatial is not None, evaluation.intervals, evaluation.trivial
+    header = ["Receiver type", "Head", "Cells", "EV, all genes"]
+    header += (
+        _where(bounds, "Interval") + _where(trivial, "Gain", "EV, nearest masked") + ["Best gene", "EV, best gene"]
+    )
+    if spatial:
+        null = evaluation.decided_by
+        header += ["Effective cells", "Detectable EV", f"p ({null})", f"Adjusted p ({null})"]
+    free = f" ({evaluation.spec.permutation.null}, anticonservative)" if spatial else ""
+    header += [f"p{free}", f"p interval{free and ' (free)'}", f"Adjusted p{free}"]
+    header += [f"Significant ({evaluation.decided_by})", "Held out", "Undefined because"]
     rows = []
     for entry in evaluation.heads().to_dict("records"):
-        interval = "" if np.isnan(entry["p_ci_low"]) else f"{p_text(entry['p_ci_low'])} to {p_text(entry['p_ci_high'])}"
-        cells = [
-            cell(entry["head"]),
-            cell(f"{entry['n_cells']:,}"),
-            *(cell(effect(entry["expl_var_head"])), cell(entry["best_gene"] or "", words=True)),
-            *(cell(effect(entry["expl_var_best_gene"])), cell(p_text(entry["p_value_head"])), cell(interval)),
-            *(cell(p_text(entry["p_value_adj_head"])), cell(_yes_no(entry["significant"]), words=True)),
-            *(
-                cell(_yes_no(entry["held_out"], missing="unknown"), words=True),
-                cell(entry["undefined_reason"], words=True),
-            ),
-        ]
-        rows.append(row(entry["ct_name"], cells))
-    caption = "Every head and type; p interval: Monte Carlo uncertainty of p. All columns are in tables/heads.csv."
+        between = "" if np.isnan(entry["p_ci_low"]) else f"{p_text(entry['p_ci_low'])} to {p_text(entry['p_ci_high'])}"
+        cells = [cell(entry["head"]), cell(f"{entry['n_cells']:,}"), cell(effect(entry["expl_var_head"]))]
+        cells += _where(bounds, cell(interval(entry["ci_low"], entry["ci_high"])))
+        cells += _where(trivial, cell(effect(entry["gain"])), cell(effect(entry["expl_var_without_nearest"])))
+        cells += [cell(entry["best_gene"] or "", words=True), cell(effect(entry["expl_var_best_gene"]))]
+        if spatial:
+            cells += [cell(_cells(entry["ess"])), cell(effect(entry["detectable_expl_var"]))]
+            cells += [cell(p_text(entry[name])) for name in ("p_value_spatial", "p_value_adj_spatial")]
+        cells += [cell(p_text(entry["p_value_head"])), cell(between), cell(p_text(entry["p_value_adj_head"]))]
+        cells += [cell(_yes_no(entry["significant"]), words=True)]
+        cells += [cell(_yes_no(entry["held_out"], missing="unknown"), words=True)]
+        rows.append(row(entry["ct_name"], [*cells, cell(entry["undefined_reason"], words=True)]))
+    caption = (
+        "Every head and type; p interval: Monte Carlo uncertainty of the free p. All columns are in tables/heads.csv."
+    )
     content = table(header, rows, caption)
     return section("heads", "All heads", f"<details><summary>{len(rows)} rows</summary>{content}</details>")
-
-
-def _baselines(evaluation: HeadEvaluation) -> str:
-    frame = evaluation.baselines()
-    names = list(dict.fromkeys(frame["baseline"]))
-    rows = [
-        row(
-            cell_type,
-            [cell(effect(float(group.loc[group["baseline"] == name, "expl_var"].iloc[0]))) for name in names],
-        )
-        for cell_type, group in frame.groupby("ct_name", sort=False)
-    ]
-    header = ["Receiver type", *(BASELINE_NAMES.get(name, name).capitalize() for name in names)]
-    return section("baselines", "Baselines", table(header, rows, "Explained variance over all genes."))
 
 
 def _identity(evaluation: HeadEvaluation) -> str:
@@ -267,3 +303,12 @@ def _plain(value: object) -> str:
 
 def _yes_no(value: object, *, missing: str = "") -> str:
     return missing if value is None or value is pd.NA else ("yes" if value else "no")
+
+
+def _where(computed: object, *values: Any) -> list[Any]:
+    """Return the values, or none where what they are of was not computed."""
+    return [] if computed is None else list(values)
+
+
+def _cells(number: float) -> str:
+    return "undefined" if np.isnan(number) else rounded(number)

@@ -20,6 +20,7 @@ from amici_eval.report.ablation_figures import (
     plot_interactions,
 )
 from amici_eval.report.drawing import chosen_types
+from amici_eval.report.effects_figure import EFFECTS_STEM, effects_size, has_effects, plot_effects
 from amici_eval.report.figures import (
     BARPLOT_STEM,
     barplot_size,
@@ -60,7 +61,7 @@ def save_figures(
     formats: Sequence[str] = FORMATS,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write the bar plot, a heatmap of every type, and what the ablations found, into a folder.
+    """Write the forest plot of effects, the bar plot, a heatmap of every type, and what the ablations found.
 
     Parameters
     ----------
@@ -82,8 +83,8 @@ def save_figures(
     Returns
     -------
     tuple of Path
-        ``expl_variance_barplot_per_head``, ``expl_variance_heatmap_<slug of the type>`` and, where they were computed,
-        ``ablations`` and ``head_interactions``, each in all formats.
+        ``effects`` (where any is defined), ``expl_variance_barplot_per_head``, ``expl_variance_heatmap_<slug of the
+        type>`` and, where they were computed, ``ablations`` and ``head_interactions``, each in all formats.
 
     Raises
     ------
@@ -130,6 +131,12 @@ def _drawings(
     evaluation: HeadEvaluation, chosen: Sequence[str], *, palette: Palette | None, n_top_genes: int
 ) -> Iterator[tuple[str, tuple[float, float], Callable[[Axes], object]]]:
     """Yield name, size in inches and drawing of each figure."""
+    if chosen and has_effects(evaluation, chosen):
+        yield (
+            EFFECTS_STEM,
+            effects_size(evaluation, len(chosen)),
+            lambda ax: plot_effects(evaluation, ax=ax, cell_types=chosen),
+        )
     yield (
         BARPLOT_STEM,
         barplot_size(evaluation.n_heads, len(chosen)),

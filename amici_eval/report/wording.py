@@ -11,20 +11,28 @@ import numpy as np
 from amici_eval.errors import OutputError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from amici_eval.results import HeadEvaluation, Undefined
 
 __all__ = [
+    "BASELINE_MEANINGS",
     "BASELINE_NAMES",
     "VALIDITY",
     "VALIDITY_SHORT",
+    "WHY_THIS_ORDER",
+    "adjustment_text",
     "effect",
     "engine_sentence",
+    "interval",
     "made_folder",
     "p_text",
     "permutations_text",
     "permutations_used",
     "printable",
+    "rounded",
     "samplings",
+    "span",
     "type_reasons",
     "undefined_sentences",
     "unwritable",
@@ -35,11 +43,62 @@ VALIDITY = {
         "The free null shuffles the cells of a type freely, as if they were exchangeable. In spatially autocorrelated "
         "tissue neighbouring cells resemble each other, so its p-values are too small (anticonservative): a "
         "significant pair is a lead to follow, not a proof."
-    )
+    ),
+    "lag": (
+        "The lag null shuffles nothing: prediction and expression keep the smoothness they have, and p says how often "
+        "unrelated ones would fit as well; it takes both to have the same mean and the same correlation all over a "
+        "section, so that a trend across it, or a type that lives in a few patches, can make p too small."
+    ),
+    "tile": (
+        "The tile null shuffles cells within squares of tissue, which holds only where squares are narrower than "
+        "expression is smooth: in wider ones p is too small (anticonservative), in narrow ones little can be found."
+    ),
+    "sample": (
+        "The sample null shuffles the cells of a type freely within each section: differences between sections no "
+        "longer count, but wherever neighbouring cells resemble each other its p-values are too small "
+        "(anticonservative), as those of the free null are."
+    ),
+    "torus": (
+        "The torus null slides the predictions of a section as a whole over its edges, which keeps them as smooth as "
+        "they are; it is made for sections that are filled rectangles without a trend, and holes, odd outlines and "
+        "trends make its p-values wrong."
+    ),
 }
-VALIDITY_SHORT = {"free": "free null; anticonservative in spatially autocorrelated tissue"}
-BASELINE_NAMES = {"full_model": "all heads (whole model)", "no_head": "no head"}
+"""What each null takes for granted, and how it fails, in one sentence or two."""
+VALIDITY_SHORT = {
+    "free": "free null; anticonservative in spatially autocorrelated tissue",
+    "lag": "lag null; can be too lenient for a type in a few patches or with a trend",
+    "tile": "tile null; anticonservative where tiles are wider than expression is smooth",
+    "sample": "sample null; anticonservative where neighbouring cells resemble each other",
+    "torus": "torus null; made for sections that are filled rectangles without a trend",
+}
+WHY_THIS_ORDER = (
+    "Effects come first, p-values second: with thousands of cells p alone says little, because it falls below any "
+    "threshold for effects too small to matter. What a head is worth shows in its explained variance with the "
+    "interval, in what it adds to predictors without any head, and in what remains on cells that the model was not "
+    "fitted on and without the nearest neighbour. p says only whether there is anything at all."
+)
+BASELINE_NAMES = {
+    "full_model": "all heads (whole model)",
+    "no_head": "no head",
+    "neighbour_types": "types of neighbours",
+    "neighbour_expression": "expression of neighbours",
+    "position": "position",
+    "full_model_without_nearest": "all heads, nearest neighbour masked",
+}
+BASELINE_MEANINGS = {
+    "neighbour_types": "Types of neighbours: ridge regression on how many of a cell's neighbours are of each type.",
+    "neighbour_expression": "Expression of neighbours: ridge regression on their mean expression.",
+    "position": "Position: a smooth function of where in the section a cell lies.",
+}
 
+_DRAWN = {
+    "independent": "",
+    "cyclic": " as cyclic shifts of one random order",
+    "sequential": ", stopped early,",
+    "gpd": " with a fitted tail",
+    "moments": "exact moments of all permutations",
+}
 # control characters, lone surrogates and the two non-characters: XML forbids them, terminals obey them
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -66,6 +125,36 @@ def p_text(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
+
+
+def interval(low: float, high: float) -> str:
+    """Return a confidence interval of an explained variance as text, empty where there is none."""
+    return "" if np.isnan(low) or np.isnan(high) else f"{effect(low)} to {effect(high)}"
+
+
+def span(values: npt.ArrayLike, *, digits: int = 3) -> str:
+    """Return the smallest and the largest of numbers that are defined, as text, or ``undefined``."""
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        return "undefined"
+    low, high = (rounded(float(value), digits=digits) for value in (numbers.min(), numbers.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def rounded(value: float, *, digits: int = 3) -> str:
+    """Return a length or a count as text with some digits, never in scientific notation above 1."""
+    if np.isnan(value):
+        return "undefined"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def adjustment_text(evaluation: HeadEvaluation, *, null: str) -> str:
+    """Return what the p-values of a null are adjusted by."""
+    adjustment = evaluation.spec.permutation.adjustment
+    if adjustment == "maxt":
+        return "step-down maxT" if null == evaluation.spec.permutation.null else "Holm"
+    return adjustment.upper()
 
 
 def made_folder(directory: str | Path) -> Path:
@@ -98,9 +187,9 @@ def unwritable(path: Path, error: OSError) -> OutputError:
 
 
 def samplings(evaluation: HeadEvaluation) -> list[str]:
-    """Return how the permutations of each type were drawn: ``independent``, ``cyclic``, or ``none`` without a test."""
+    """Return how the free p-values of each type came about, as ``HeadEvaluation.sampling``; ``none`` without a test."""
     given = evaluation.sampling or ("independent",) * len(evaluation.cell_types)
-    tested = (evaluation.exceedances >= 0).any(axis=0)
+    tested = (~np.isnan(evaluation.p_value)).any(axis=0)
     return [name if name and has_test else "none" for name, has_test in zip(given, tested, strict=True)]
 
 
@@ -114,7 +203,8 @@ def permutations_used(evaluation: HeadEvaluation) -> list[int]:
 def permutations_text(evaluation: HeadEvaluation) -> str:
     """Return how many permutations were used and how they were drawn."""
     parts = []
-    for sampling, how in (("independent", ""), ("cyclic", " as cyclic shifts of one random order")):
+    only_one = set(samplings(evaluation)) <= {"independent", "none"}
+    for sampling, how in _DRAWN.items():
         used = [
             number
             for number, name in zip(permutations_used(evaluation), samplings(evaluation), strict=True)
@@ -122,8 +212,9 @@ def permutations_text(evaluation: HeadEvaluation) -> str:
         ]
         if used:
             low, high = min(used), max(used)
-            types = f" in {_count(len(used), 'type')}" if "cyclic" in evaluation.sampling else ""
-            parts.append(f"{low:,}{f' to {high:,}' if high > low else ''} permutations{how}{types}")
+            types = "" if only_one else f" in {_count(len(used), 'type')}"
+            number = f"{low:,}{f' to {high:,}' if high > low else ''} permutations"
+            parts.append(f"{how if sampling == 'moments' else number + how}{types}")
     return " and ".join(parts) or f"{evaluation.n_permutations:,} permutations"
 
 

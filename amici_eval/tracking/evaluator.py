@@ -153,7 +153,6 @@ class AMICIEvaluator(ModelEvaluator):
             )
         resolve_device(spec.ablation.device)
         tissue = prepare(dataset.adata, trained.card, spec.data)
-        check_report(report, tuple(tissue.receivers()))
         metadata = getattr(model, "metadata", None)
         own_id = model_id or known_model_id(getattr(metadata, "model_id", None))
         model_name, version = _newest_version(client, own_id)
@@ -165,6 +164,7 @@ class AMICIEvaluator(ModelEvaluator):
         }
         data_info = {"name": dataset.name, "digest": dataset.digest, "n_cells": dataset.adata.n_obs}
         with open_access(trained, tissue, spec.ablation) as access:
+            check_report(report, tuple(access.receivers()))
             evaluation = evaluate_access(access, spec, model_info=info, data_info=data_info)
         metrics = evaluation_metrics(evaluation)
         record = RunRecord(

@@ -221,19 +221,21 @@ def _evaluate(
     model_id = known_model_id(model.model_id or stored.model_id)
     info = {**model.describe(), "model_id": model_id, "versions": dict(stored.trained.card.versions)}
     tissue = prepare(dataset.adata, stored.trained.card, spec.data)
-    check_report(report, tuple(tissue.receivers()))
     source = dataset.to_dict()
     data_info = {
         "name": dataset.name,
         "digest": dataset.digest,
         "uri": dataset.source.to_dict()["uri"] if isinstance(dataset.source, AnnDataSource) else None,
         "n_cells": tissue.n_cells,
-        "n_evaluated": int(tissue.evaluated.sum()),
     }
     tags = run_tags(model_uri=model.asked, model_id=model_id, model_name=model.name, model_version=model.version)
     title = f"evaluate {model.name} {model.version}" if model.name else "evaluate"
     # everything that can be refused is refused before the run starts
     with open_access(stored.trained, tissue, spec.ablation) as access:
+        # a buffer drops cells, and with them perhaps types, once neighbours are known
+        receivers = access.receivers()
+        check_report(report, tuple(receivers))
+        data_info["n_evaluated"] = sum(len(rows) for rows in receivers.values())
         with tracked_run(tracking, name=title, tags=tags) as run:
             run_id, experiment_id = run.info.run_id, run.info.experiment_id
             folder = output / run_id

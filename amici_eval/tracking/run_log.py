@@ -121,28 +121,40 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
     Returns
     -------
     dict
-        ``ev/<type>/head_<h>``, ``p_adj/<type>/head_<h>`` (free null), ``ev_full_model/<type>``,
-        ``ev_no_head/<type>``, ``shapley/<type>/head_<h>`` where it was computed, ``parity/max_abs_difference`` where
-        engines were compared, and ``summary/...``; types as slugs (see ``tables/labels.csv``).
+        Per type and head, ``<name>/<type>/head_<h>`` with types as slugs (see ``tables/labels.csv``): ``ev``, its
+        interval ``ev_ci_low`` and ``ev_ci_high``, ``ev_held_out``, ``gain`` (over the best predictor without heads),
+        ``p_adj_spatial``, ``ess``, ``p_adj`` (free null) and ``shapley``, where they were computed. Per type:
+        ``ev_full_model/<type>``, ``ev_full_model_held_out/<type>``, ``ev_no_head/<type>``. Besides,
+        ``parity/max_abs_difference`` where engines were compared, and ``summary/...``: ``n_significant`` is by the
+        null that decides, ``n_significant_free`` by the free one.
     """
     metrics: dict[str, float] = {}
-    ablations = evaluation.ablations
-    shares = ablations.of("shapley") if ablations is not None and "shapley" in ablations.modes else None
+    ablations, spatial, bounds = evaluation.ablations, evaluation.spatial, evaluation.intervals
+    parts, trivial = evaluation.parts, evaluation.trivial
+    of_heads = {"ev": evaluation.expl_var, "p_adj": evaluation.p_value_adj}
+    of_types = {"ev_full_model": evaluation.expl_var_full, "ev_no_head": evaluation.expl_var_none}
+    if ablations is not None and "shapley" in ablations.modes:
+        of_heads["shapley"] = ablations.of("shapley")
+    if spatial is not None:
+        of_heads |= {"p_adj_spatial": spatial.p_value_adj, "ess": spatial.ess}
+    if bounds is not None:
+        of_heads |= {"ev_ci_low": bounds.low, "ev_ci_high": bounds.high}
+    if parts is not None:
+        of_heads["ev_held_out"], of_types["ev_full_model_held_out"] = parts.expl_var[1], parts.full[1]
+    if trivial is not None:
+        of_heads["gain"] = trivial.gain
     for index, cell_type in enumerate(evaluation.cell_types):
         slug = slugify(cell_type)
-        metrics[f"ev_full_model/{slug}"] = float(evaluation.expl_var_full[index])
-        metrics[f"ev_no_head/{slug}"] = float(evaluation.expl_var_none[index])
+        metrics |= {f"{name}/{slug}": float(values[index]) for name, values in of_types.items()}
         for head in range(evaluation.n_heads):
-            metrics[f"ev/{slug}/head_{head}"] = float(evaluation.expl_var[head, index])
-            metrics[f"p_adj/{slug}/head_{head}"] = float(evaluation.p_value_adj[head, index])
-            if shares is not None:
-                metrics[f"shapley/{slug}/head_{head}"] = float(shares[head, index])
+            metrics |= {f"{name}/{slug}/head_{head}": float(values[head, index]) for name, values in of_heads.items()}
     if evaluation.parity is not None:
         metrics["parity/max_abs_difference"] = float(evaluation.parity)
     finite = [float(value) for value in evaluation.expl_var.ravel() if math.isfinite(value)]
     metrics["summary/n_cells"] = float(evaluation.n_cells.sum())
     metrics["summary/n_tests"] = float(evaluation.n_tests)
-    metrics["summary/n_significant_free"] = float(evaluation.n_significant)
+    metrics["summary/n_significant"] = float(evaluation.n_significant)
+    metrics["summary/n_significant_free"] = float(evaluation.n_significant_free)
     metrics["summary/n_undefined"] = float(evaluation.n_undefined)
     metrics["summary/n_permutations"] = float(evaluation.n_permutations)
     metrics["summary/max_ev"] = max(finite, default=math.nan)
@@ -184,7 +196,8 @@ def write_artifacts(
         What to draw, and the settings to keep with it.
     """
     from amici_eval.report.html import write_html
-    from amici_eval.report.tables import write_significance, write_tables
+    from amici_eval.report.significance import write_significance
+    from amici_eval.report.tables import write_tables
 
     folder.mkdir(parents=True, exist_ok=True)
     evaluation.save(folder)

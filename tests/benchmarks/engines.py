@@ -21,11 +21,15 @@ _WARM_UP_CELLS = 40
 
 
 SIDES = {
+    "everything": "factored",
+    "inference": "factored",
     "catalogue": "factored",
     "factored": "factored",
     "hooked": "hooked",
 }
-"""Our sides and their engines: `catalogue` has all ablation modes, as by default; the others what amici-st does."""
+"""Our sides and their engines. `factored` and `hooked`: what amici-st does; `catalogue`: with all ablation modes;
+`inference`: with the spatial test of heads and genes and the intervals; `everything`: as by default, baselines and the
+nearest neighbour masked out, too."""
 SAMPLINGS = ("independent", "cyclic")
 FEW = 16
 """Asked of the cyclic test: it takes all shifts of a type's cells, but only where these are more than was asked."""
@@ -35,10 +39,11 @@ def settings(side: str, *, n_permutations: int | None, sampling: str = "independ
     """Return the settings of a measurement, on the CPU."""
     from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 
-    modes = None if side == "catalogue" else ("keep_one",)
+    modes = None if side in ("catalogue", "everything") else ("keep_one",)
+    inference = {} if side in ("inference", "everything") else {"spatial_null": "none", "n_bootstrap": 0}
     return EvaluationSpec(
-        ablation=AblationSpec(engine=SIDES[side], device="cpu", modes=modes),
-        permutation=PermutationSpec(n_permutations=n_permutations, sampling=sampling),
+        ablation=AblationSpec(engine=SIDES[side], device="cpu", modes=modes, baselines=side == "everything"),
+        permutation=PermutationSpec(n_permutations=n_permutations, sampling=sampling, **inference),
     )
 
 

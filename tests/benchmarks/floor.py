@@ -117,7 +117,7 @@ def measure_floor(
     model = random_model(
         small, n_heads=base["heads"], head_size=base["head_size"], n_neighbors=base["neighbours"], **dims
     )
-    warm_up(model, small, "hooked" if engine == "hooked" else "catalogue")
+    warm_up(model, small, "hooked" if engine == "hooked" else "everything")
     rates: dict[tuple[int, int], float] = {}
     for n_cells in sizes:
         tissue = prepare(
@@ -152,10 +152,10 @@ def measure_floor(
             "rest": (engine, 1, "independent"),
             "independent": (engine, base["permutations"], "independent"),
             "cyclic": (engine, FEW, "cyclic"),
-            "catalogue": ("catalogue", 1, "independent"),
+            **{side: (side, 1, "independent") for side in ("catalogue", "inference", "everything")},
         }
         if engine == "hooked":
-            del runs["catalogue"]
+            runs = {name: run for name, run in runs.items() if run[0] == "hooked"}
         timed = {
             name: time_evaluation(model, tissue, settings(side, n_permutations=m, sampling=sampling), repeats=repeats)
             for name, (side, m, sampling) in runs.items()

@@ -45,7 +45,7 @@ def test_all_parts_write_their_tables_and_the_page(tmp_path: Path) -> None:
     run(parts, options)
 
     by_side = {row["side"]: row for row in read_table(options.results / "reference.csv")}
-    assert set(by_side) == {"catalogue", "factored", "hooked", "amici-st"}
+    assert set(by_side) == {"everything", "inference", "catalogue", "factored", "hooked", "amici-st"}
     assert len({row["n_permutations"] for row in by_side.values()}) == 1
     for row in read_table(options.results / "agreement.csv"):
         assert row["max_abs_gene"] < 1e-5

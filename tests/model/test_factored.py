@@ -302,15 +302,16 @@ def test_predictions_that_are_numbers_in_one_engine_only_are_no_parity(trained, 
 
 
 def test_outputs_that_are_no_numbers_in_one_head_leave_the_others(trained, adata, monkeypatch):
-    literal = FactoredAccess.head_outputs
+    literal = FactoredAccess._outputs
 
-    def broken(self, rows, *, progress=None):
-        outputs = literal(self, rows, progress=progress)
+    def broken(self, rows, with_nearest, progress):
+        outputs = literal(self, rows, with_nearest, progress)
         if progress is not None:  # not in the check of parity, which looks at other cells
-            outputs[:3, 4] = np.inf
+            for one in outputs:
+                one[:3, 4] = np.inf
         return outputs
 
-    monkeypatch.setattr(FactoredAccess, "head_outputs", broken)
+    monkeypatch.setattr(FactoredAccess, "_outputs", broken)
     quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
     with opened(trained, adata) as access:
         found = evaluate_access(access, quick)
@@ -412,7 +413,7 @@ def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata, monkeyp
         (101, 17, 2, 4096),
         (None, 64, 2, 10),
     ):
-        monkeypatch.setattr("amici_eval.evaluation._SIDE_BY_SIDE_CELLS", small)
+        monkeypatch.setattr("amici_eval.by_type._SIDE_BY_SIDE_CELLS", small)
         torch.set_num_threads(n_threads)
         try:
             with opened(trained, adata) as access:
@@ -555,3 +556,107 @@ def test_nothing_handed_in_changes(native, adata):
     assert native.module.training
     assert all(torch.equal(before[name], tensor) for name, tensor in native.module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- without the nearest neighbour
+
+
+def masking_the_nearest(distances):
+    """Return a hook on attention scores that takes the score of each receiver's nearest neighbour away."""
+    nearest = torch.from_numpy(distances.argmin(axis=1))
+
+    def masked(scores, hook):
+        scores = scores.clone()
+        scores[torch.arange(len(scores)), :, :, nearest] = -torch.inf
+        return scores
+
+    return masked
+
+
+@pytest.mark.parametrize("nearest_first", [True, False])
+def test_without_the_nearest_outputs_are_those_of_a_masked_score(trained, adata, nearest_first):
+    rows = np.random.default_rng(0).permutation(adata.n_obs)[:90]
+    with opened(trained, adata, batch_size=200) as access:
+        hooked = access.hooked
+        if not nearest_first:  # as between outlines of cells with radii
+            hooked.distances = np.ascontiguousarray(np.roll(hooked.distances, 3, axis=1))
+            hooked.neighbour_rows = np.ascontiguousarray(np.roll(hooked.neighbour_rows, 3, axis=1))
+        outputs = access.head_outputs(rows, without_nearest=True)
+        with added_hook(hooked.module.attention_layer.hook_attn_scores, masking_the_nearest(hooked.distances[rows])):
+            literal = hooked.predict(rows, keeps=KEEPS)
+        whole = hooked.predict(rows, keeps=KEEPS)
+        codes = access.label_codes[rows]
+        for code, cell_type in enumerate(access.card.cell_types):
+            of_type = codes == code
+            for position, heads in enumerate(KEEPS):
+                ours = access.readout(cell_type).predict(outputs[of_type], heads)
+                np.testing.assert_allclose(ours, literal[position, of_type], atol=FLOAT32, rtol=0)
+    assert np.abs(whole[3] - literal[3]).max() > 1e-3
+
+
+def test_both_outputs_come_from_one_embedding_of_the_senders(trained, adata, monkeypatch):
+    rows = np.random.default_rng(1).permutation(adata.n_obs)
+    embedded, literal = [], factored.embed_senders
+
+    def watched(weights, expression, *others):
+        embedded.append(len(expression))
+        return literal(weights, expression, *others)
+
+    with opened(trained, adata) as access:
+        whole, without = access.head_outputs(rows), access.head_outputs(rows, without_nearest=True)
+        monkeypatch.setattr(factored, "embed_senders", watched)
+        done = []
+        both = access.head_outputs_both(rows, progress=done.append)
+        assert sum(done) == len(rows)
+        assert sum(embedded) <= adata.n_obs
+        access._tile = 37
+        cut = access.head_outputs_both(rows)
+    np.testing.assert_array_equal(both.whole, whole)
+    np.testing.assert_array_equal(both.without_nearest, without)
+    np.testing.assert_allclose(cut.without_nearest, without, atol=FLOAT32, rtol=0)
+
+
+@pytest.mark.parametrize("use_numba", [True, False])
+def test_with_one_neighbour_nothing_is_left_without_it(make_amici, adata, monkeypatch, use_numba):
+    if not use_numba:
+        monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
+    with opened(make_amici(adata, n_neighbors=1), adata) as access:
+        both = access.head_outputs_both(np.arange(adata.n_obs))
+    assert np.abs(both.whole).max() > 1e-3
+    assert not both.without_nearest.any()
+
+
+def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(trained, adata):
+    from amici_eval.baselines import explained_without_nearest
+    from amici_eval.stats.explained_variance import explained_variance
+
+    with opened(trained, adata, batch_size=10**6) as access:
+        receivers, hooked = access.receivers(), access.hooked
+        outputs = {label: access.head_outputs(rows, without_nearest=True) for label, rows in receivers.items()}
+        last = list(receivers)[-1]
+        found = explained_without_nearest(access, receivers, {k: v for k, v in outputs.items() if k != last})
+        for index, (label, rows) in enumerate(receivers.items()):
+            if label == last:
+                assert np.isnan(found.expl_var[:, index]).all()
+                assert np.isnan(found.full[index])
+                continue
+            point = hooked.module.attention_layer.hook_attn_scores
+            with added_hook(point, masking_the_nearest(hooked.distances[rows])):
+                predictions = hooked.predict(rows, keeps=[(0,), (1,), None])
+            literal = [explained_variance(p, access.expression(rows)).aggregated for p in predictions]
+            np.testing.assert_allclose([*found.expl_var[:, index], found.full[index]], literal, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("engine", ["factored", "hooked"])
+def test_baselines_need_no_head_of_either_engine(trained, adata, engine):
+    from amici_eval.baselines import evaluate_baselines
+
+    with opened(trained, adata, engine=engine) as access:
+        receivers = access.receivers()
+        zeros = np.zeros((2, len(receivers)))
+        found = evaluate_baselines(
+            access, receivers, expl_var=zeros, expl_var_full=zeros[0], fitted_names=access.card.training_cells
+        )
+    assert found.fitted_on == "training cells"
+    assert np.isfinite(found.expl_var).any(axis=1).all()
+    assert (found.expl_var[np.isfinite(found.expl_var)] < 1.0).all()

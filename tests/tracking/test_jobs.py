@@ -12,10 +12,12 @@ from mlflow.exceptions import MlflowException
 import amici_eval
 from amici_eval.data import content_digest
 from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
+from amici_eval.model.access import neighbours
 from amici_eval.moments import Moments
 from amici_eval.names import slugify
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
+from amici_eval.tissue import prepare
 from amici_eval.tracking.jobs import evaluate_job, register_job
 from amici_eval.tracking.run_log import load_evaluation, upload
 
@@ -55,6 +57,8 @@ def test_a_run_holds_the_contract(registry, tmp_path):
         "tables/explained_variance.parquet",
         "tables/heads.csv",
         "tables/baselines.csv",
+        "tables/held_out.csv",
+        "tables/scales.csv",
         "tables/labels.csv",
         "tables/ablations.csv",
         "tables/head_interactions.csv",
@@ -64,7 +68,11 @@ def test_a_run_holds_the_contract(registry, tmp_path):
         "report.html",
         "evaluation.json",
         *(f"figures/expl_variance_barplot_per_head.{suffix}" for suffix in ("png", "svg")),
-        *(f"figures/{name}.{suffix}" for name in ("ablations", "head_interactions") for suffix in ("png", "svg")),
+        *(
+            f"figures/{name}.{suffix}"
+            for name in ("ablations", "effects", "head_interactions")
+            for suffix in ("png", "svg")
+        ),
         *(f"figures/expl_variance_heatmap_{slugify(name)}.{suffix}" for name in types for suffix in ("png", "svg")),
     }
     assert tuple(pd.read_csv(folder / "tables/explained_variance.csv").columns) == GENE_COLUMNS
@@ -73,9 +81,10 @@ def test_a_run_holds_the_contract(registry, tmp_path):
     assert len(heads) == 2 * len(types)
     baselines = pd.read_csv(folder / "tables/baselines.csv")
     assert list(baselines.columns) == ["ct_name", "baseline", "expl_var"]
-    assert set(baselines["baseline"]) == {"full_model", "no_head"}
+    names = {"neighbour_types", "neighbour_expression", "position", "full_model_without_nearest"}
+    assert set(baselines["baseline"]) == {"full_model", "no_head", *names}
     assert list(pd.read_csv(folder / "tables/labels.csv").columns) == ["kind", "slug", "label"]
-    assert json.loads((folder / "significance.json").read_text())["schema_version"] == 2
+    assert json.loads((folder / "significance.json").read_text())["schema_version"] == 3
     assert result.evaluation.engine == "factored"
     assert logged.data.metrics["parity/max_abs_difference"] == result.evaluation.parity < 1e-4
     assert list(pd.read_csv(folder / "tables/ablations.csv").columns) == [
@@ -352,3 +361,21 @@ def test_awkward_labels_go_all_the_way(registry, adata, trained, amici_dir, tmp_
     assert dict(zip(labels["label"], labels["slug"], strict=True)) == {name: slugify(name) for name in names.values()}
     metrics = mlflow.get_run(result.run_id).data.metrics
     assert all(f"ev/{slug}/head_0" in metrics for slug in labels["slug"])
+
+
+def test_what_a_buffer_drops_is_known_before_the_run(registry, trained, adata):
+    fresh = (adata.obs["region"] != "rest").to_numpy()
+    index, _ = neighbours(prepare(adata, trained.card, DataSpec()), trained.card)
+    inner = fresh & fresh[index].all(axis=1)
+    tumor = (adata.obs["cell_type"] == "Tumor").to_numpy()
+    # tumor cells at the rim only: the buffer drops the type
+    rows = np.flatnonzero(np.where(tumor, fresh & ~inner, inner))
+    assert tumor[rows].any()
+    subset = SubsetSpec(indices=tuple(rows.tolist()), held_out=True, buffer=True)
+    spec = EvaluationSpec(data=DataSpec(subset=subset), permutation=PermutationSpec(n_permutations=19))
+    before = n_runs()
+    with pytest.raises(InvalidSpecError, match=r"report\.cell_types names 'Tumor': the evaluated cells are of type"):
+        run(spec=spec, report=ReportSpec(cell_types=("Tumor",)))
+    assert n_runs() == before
+    evaluation = run(spec=spec, report=ReportSpec(figures=False)).evaluation
+    assert evaluation.data["n_evaluated"] == evaluation.n_cells.sum() == (inner & ~tumor).sum()

@@ -1,0 +1,193 @@
+"""What predictors explain that know no attention head, and what heads explain without the nearest neighbour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.designs import DESIGNS, FITTED, FOLD, SCORED, TypeDesigns, gather, sections_of, those_that_fit
+from amici_eval.inference_results import Baselines
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.moments import gather_moments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from jaxtyping import Float32, Float64, Int64
+
+    from amici_eval.designs import TissueAccess
+    from amici_eval.type_evaluation import FactorAccess
+
+__all__ = ["WithoutNearest", "evaluate_baselines", "explained_without_nearest"]
+
+MIN_CELLS_FIT = 10
+"""Fewer cells to fit tell nothing about any penalty."""
+N_FOLDS = 5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class WithoutNearest:
+    """What heads explain if the nearest neighbour of each receiver is masked out.
+
+    Parameters
+    ----------
+    expl_var
+        Of each head kept alone, shape (heads, types); NaN where undefined.
+    full
+        Of the whole model, shape (types,).
+    """
+
+    expl_var: Float64[np.ndarray, "heads types"]
+    full: Float64[np.ndarray, " types"]
+
+
+def evaluate_baselines(
+    access: TissueAccess,
+    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
+    *,
+    expl_var: Float64[np.ndarray, "heads types"],
+    expl_var_full: Float64[np.ndarray, " types"],
+    fitted_names: frozenset[str] | None,
+    without_nearest: WithoutNearest | None = None,
+    n_folds: int = N_FOLDS,
+    progress: Callable[[int], None] | None = None,
+) -> Baselines:
+    """Learn what composition, expression of neighbours and position explain without any head, and what heads add.
+
+    Parameters
+    ----------
+    access
+        The tissue; cells that are not evaluated serve as neighbours, and for fitting where the model was fitted on
+        them.
+    receivers
+        Evaluated rows by cell type, on which baselines are scored, as the heads are.
+    expl_var, expl_var_full
+        Of each head kept alone and of the whole model, types in the order of ``receivers``.
+    fitted_names
+        Cells the model was fitted on: baselines are fitted on those of the type. ``None``: on all evaluated cells.
+    without_nearest
+        What heads explain without the nearest neighbour, to go with the result; ``None``: NaN.
+    n_folds
+        Cells that are both fitted and scored are predicted by the fit to the other folds of them and all other fitted
+        cells; 1: by the fit that has seen them.
+    progress
+        Called with the number of evaluated cells finished since the last call.
+
+    Returns
+    -------
+    Baselines
+        NaN for types with fewer than 10 cells to fit or fewer than 2 to score.
+
+    Raises
+    ------
+    ValueError
+        If ``expl_var`` or ``expl_var_full`` is not of these types, or there are too many folds.
+
+    Notes
+    -----
+    Each is a ridge regression of all genes of a type, one penalty a type by generalised cross-validation. ``position``
+    takes cosines over the bounding box of the type's cells in a section, lowest frequencies first: one for ten cells to
+    fit, at most 64 a section and about 512 in all; each section has a level of its own. A model without heads explains
+    0, which counts as a baseline: no gain is larger than what the head itself explains.
+
+    A type has hundreds of weights of its own, so that a fit explains much of its own cells by chance: 19 % of 225
+    macrophages in a Xenium section, and less than 1 % of others. Hence the folds. What a model explains of its training
+    cells is flattered too, if less: only cells held out from both give a fair gain.
+    """
+    types = tuple(receivers)
+    if expl_var.shape[1:] != (len(types),) or expl_var_full.shape != (len(types),):
+        msg = (
+            f"expl_var has shape {expl_var.shape}, expl_var_full {expl_var_full.shape}; (heads, {len(types)}) and "
+            f"({len(types)},) are needed, a column for each type of receivers"
+        )
+        raise ValueError(msg)
+    if not 1 <= n_folds <= MIN_CELLS_FIT:
+        msg = (
+            f"n_folds={n_folds}: 1 to {MIN_CELLS_FIT} are possible, for a type is fitted from {MIN_CELLS_FIT} cells on"
+        )
+        raise ValueError(msg)
+    roles = _roles(access, receivers, fitted_names, n_folds)
+    found = np.full((len(DESIGNS), len(types)), np.nan)
+    codes, cell_types = access.label_codes, access.card.cell_types
+    n_fitted = np.bincount(codes[(roles & FITTED) > 0], minlength=len(cell_types))
+    usable = [
+        index
+        for index, (cell_type, rows) in enumerate(receivers.items())
+        if n_fitted[cell_types.index(cell_type)] >= MIN_CELLS_FIT and len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE
+    ]
+    if progress is not None:
+        progress(sum(len(rows) for index, rows in enumerate(receivers.values()) if index not in usable))
+    sections = sections_of(access)
+    designs = [TypeDesigns(access, types[index], index, roles, sections, cross_fitted=n_folds > 1) for index in usable]
+    for together in those_that_fit(designs):
+        gather(access, together, roles, sections, progress)
+        for one in together:
+            found[:, one.index] = one.explained()
+    defined = np.isfinite(found).any(axis=0)
+    best = np.where(defined, np.maximum(np.where(np.isfinite(found), found, 0.0).max(axis=0), 0.0), np.nan)
+    nothing = np.full(expl_var.shape, np.nan)
+    return Baselines(
+        names=DESIGNS,
+        fitted_on="all evaluated cells" if fitted_names is None else "training cells",
+        expl_var=found,
+        gain=expl_var - best,
+        full_gain=expl_var_full - best,
+        without_nearest=nothing if without_nearest is None else without_nearest.expl_var,
+        full_without_nearest=nothing[0] if without_nearest is None else without_nearest.full,
+    )
+
+
+def explained_without_nearest(
+    access: FactorAccess,
+    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
+    outputs: Mapping[str, Float32[np.ndarray, "cells outputs"]],
+) -> WithoutNearest:
+    """Return what heads explain if the nearest neighbour of each receiver is masked out.
+
+    Parameters
+    ----------
+    access
+        The model on the tissue.
+    receivers
+        Evaluated rows by cell type.
+    outputs
+        ``access.head_outputs(rows, without_nearest=True)`` by cell type; types that are not there stay NaN.
+    """
+    n_heads = access.card.n_heads
+    expl_var, full = np.full((n_heads, len(receivers)), np.nan), np.full(len(receivers), np.nan)
+    for index, (cell_type, rows) in enumerate(receivers.items()):
+        own = outputs.get(cell_type)
+        if own is None or len(rows) < MIN_CELLS_EXPLAINED_VARIANCE:
+            continue
+        readout, device = access.readout(cell_type), access.statistics_device
+        one_tile = np.zeros(len(rows), dtype=np.int64)
+        moments = gather_moments(own, readout, access.expression_blocks(rows), tiles=one_tile, device=device)
+        expl_var[:, index] = moments.explained_variance()[1]
+        full[index] = moments.explained_by_all
+    return WithoutNearest(expl_var=expl_var, full=full)
+
+
+def _roles(
+    access: TissueAccess,
+    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
+    fitted_names: frozenset[str] | None,
+    n_folds: int,
+) -> Int64[np.ndarray, " all_cells"]:
+    """Return what each cell is for: to fit, to score (bits 1 and 2), or both, plus four times the fold of these."""
+    codes, cell_types = access.label_codes, list(access.card.cell_types)
+    roles = np.zeros(len(codes), dtype=np.int64)
+    for cell_type, rows in receivers.items():
+        roles[rows] |= SCORED
+        fitted = rows
+        if fitted_names is not None:
+            fitted = np.flatnonzero(codes == cell_types.index(cell_type))
+            known = (name in fitted_names for name in access.cell_names(fitted))
+            fitted = fitted[np.fromiter(known, dtype=bool, count=len(fitted))]
+        roles[fitted] |= FITTED
+        both = np.flatnonzero((codes == cell_types.index(cell_type)) & (roles == (FITTED | SCORED)))
+        # by rank of the names, whatever the order of storage
+        both = both[np.argsort(np.array(access.cell_names(both), dtype=object), kind="stable")]
+        roles[both] += FOLD * (np.arange(len(both)) % n_folds)
+    return roles

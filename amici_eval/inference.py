@@ -1,0 +1,249 @@
+"""From what each type gives to what is inferred of all: families of tests, intervals, cells held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.inference_results import HeldOutParts, Intervals, SpatialTests
+from amici_eval.stats.bootstrap import tile_bootstrap
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.moments import merge_tiles
+from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Bool, Float64, Int64
+
+    from amici_eval.specs import PermutationSpec
+    from amici_eval.stats.moments import TypeMoments
+    from amici_eval.type_evaluation import TypeEvaluation
+
+__all__ = ["Rows", "adjusted_free", "held_out_parts", "intervals", "rows_of", "spatial_tests", "tile_numbers"]
+
+PARTS = ("in-sample", "held out")
+
+
+def tile_numbers(
+    tiles: Int64[np.ndarray, " cells"], held_out: Bool[np.ndarray, " cells"] | None
+) -> Int64[np.ndarray, " cells"]:
+    """Return numbers of tiles that tell parts apart, too: twice the tile, plus 1 for cells held out."""
+    return 2 * tiles if held_out is None else 2 * tiles + held_out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Rows:
+    """Moments of one type by tile: of expression, and of the residuals of each head kept alone and the whole model.
+
+    Parameters
+    ----------
+    tiles, n_cells
+        Shape (tiles,).
+    target_mean, target_m2
+        Shape (tiles, genes).
+    residual_mean, residual_m2
+        Shape (tiles, heads + 1, genes), the whole model last.
+    varies
+        Genes that vary over all cells of the type, shape (genes,).
+    """
+
+    tiles: Int64[np.ndarray, " tiles"]
+    n_cells: Int64[np.ndarray, " tiles"]
+    target_mean: Float64[np.ndarray, "tiles genes"]
+    target_m2: Float64[np.ndarray, "tiles genes"]
+    residual_mean: Float64[np.ndarray, "tiles models genes"]
+    residual_m2: Float64[np.ndarray, "tiles models genes"]
+    varies: Bool[np.ndarray, " genes"]
+
+    def explained_variance(self) -> Float64[np.ndarray, " models"]:
+        """Return explained variance over all genes; NaN where too few cells or no variance are there."""
+        n_models = self.residual_mean.shape[1]
+        if self.n_cells.sum() < MIN_CELLS_EXPLAINED_VARIANCE:
+            return np.full(n_models, np.nan)
+        target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)[self.varies].sum()
+        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)[:, self.varies].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(target > 0.0, 1.0 - residual / target, np.nan)
+
+
+def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
+    """Return the moments of a type by tile, of both parts together or of one (0 in-sample, 1 held out)."""
+    chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else moments.tiles % 2 == part
+    tiles, place = np.unique(moments.tiles[chosen] // 2, return_inverse=True)
+    n_cells = np.bincount(place, weights=moments.n_cells[chosen], minlength=len(tiles)).astype(np.int64)
+    residual_mean = np.concatenate([moments.residual_mean, moments.full_mean[:, None]], axis=1)[chosen]
+    residual_m2 = np.concatenate([moments.residual_m2, moments.full_m2[:, None]], axis=1)[chosen]
+
+    def joined(mean: np.ndarray, m2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put the parts of a tile together (Chan, Golub & LeVeque 1983)."""
+        weight = moments.n_cells[chosen].astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
+        total = np.zeros((len(tiles), *mean.shape[1:]))
+        np.add.at(total, place, weight * mean)
+        total /= n_cells.reshape(-1, *(1,) * (mean.ndim - 1))
+        spread = np.zeros_like(total)
+        np.add.at(spread, place, m2 + weight * (mean - total[place]) ** 2)
+        return total, spread
+
+    target = joined(moments.target_mean[chosen], moments.target_m2[chosen])
+    residual = joined(residual_mean, residual_m2)
+    return Rows(
+        tiles=tiles,
+        n_cells=n_cells,
+        target_mean=target[0],
+        target_m2=target[1],
+        residual_mean=residual[0],
+        residual_m2=residual[1],
+        varies=~moments.constant_genes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Interval:
+    low: Float64[np.ndarray, " models"]
+    high: Float64[np.ndarray, " models"]
+    n_tiles: int
+
+
+def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> _Interval:
+    found = tile_bootstrap(
+        n_cells=rows.n_cells,
+        target_mean=rows.target_mean,
+        target_m2=rows.target_m2,
+        residual_mean=rows.residual_mean,
+        residual_m2=rows.residual_m2,
+        varies=rows.varies,
+        confidence=test.confidence,
+        n_resamples=test.n_bootstrap,
+        seed=test.seed,
+        cell_type=cell_type,
+    )
+    return _Interval(low=found.low, high=found.high, n_tiles=found.n_tiles)
+
+
+def intervals(
+    types: Sequence[str],
+    evaluated: Sequence[TypeEvaluation | None],
+    *,
+    test: PermutationSpec,
+    n_heads: int,
+    tile_width: float,
+) -> Intervals:
+    """Return confidence intervals of explained variance by resampling tiles; see :class:`Intervals`."""
+    found = [
+        None if item is None or item.moments is None else _interval(rows_of(item.moments), test, cell_type)
+        for cell_type, item in zip(types, evaluated, strict=True)
+    ]
+    nothing = np.full(n_heads + 1, np.nan)
+    low = np.stack([nothing if one is None else one.low for one in found], axis=1)
+    high = np.stack([nothing if one is None else one.high for one in found], axis=1)
+    return Intervals(
+        confidence=test.confidence,
+        n_resamples=test.n_bootstrap,
+        tile_width=tile_width,
+        n_tiles=np.array([0 if one is None else one.n_tiles for one in found], dtype=np.int64),
+        low=low[:-1],
+        high=high[:-1],
+        full_low=low[-1],
+        full_high=high[-1],
+    )
+
+
+def held_out_parts(
+    types: Sequence[str],
+    evaluated: Sequence[TypeEvaluation | None],
+    *,
+    test: PermutationSpec,
+    n_heads: int,
+) -> HeldOutParts:
+    """Return explained variance in-sample and held out, side by side; see :class:`HeldOutParts`."""
+    n_types = len(types)
+    n_cells = np.zeros((2, n_types), dtype=np.int64)
+    values, low, high = (np.full((2, n_heads + 1, n_types), np.nan) for _ in range(3))
+    for index, (cell_type, item) in enumerate(zip(types, evaluated, strict=True)):
+        if item is None or item.moments is None:
+            continue
+        for part in range(2):
+            rows = rows_of(item.moments, part)
+            n_cells[part, index] = rows.n_cells.sum()
+            values[part, :, index] = rows.explained_variance() if len(rows.tiles) else np.nan
+            if test.n_bootstrap and len(rows.tiles):
+                found = _interval(rows, test, cell_type)
+                low[part, :, index], high[part, :, index] = found.low, found.high
+    return HeldOutParts(
+        n_cells=n_cells,
+        expl_var=values[:, :-1],
+        full=values[:, -1],
+        low=low[:, :-1],
+        high=high[:, :-1],
+    )
+
+
+def adjusted_free(
+    p: Float64[np.ndarray, "heads types"], evaluated: Sequence[TypeEvaluation | None], test: PermutationSpec
+) -> Float64[np.ndarray, "heads types"]:
+    """Return the free p-values adjusted over all heads and types."""
+    if test.adjustment != "maxt":
+        return adjust_p_values(p, method=test.adjustment)
+    drawn = [None if item is None else item.free for item in evaluated]
+    n_permutations = next((len(one.permuted) for one in drawn if one is not None and one.permuted is not None), 0)
+    observed = np.full(p.shape, np.nan)
+    permuted = np.full((n_permutations, *p.shape), np.nan)
+    for index, one in enumerate(drawn):
+        if one is not None and one.permuted is not None and one.standardised is not None:
+            observed[:, index], permuted[:, :, index] = one.standardised, one.permuted
+    return max_t_p_values(observed, permuted)
+
+
+def spatial_tests(
+    types: Sequence[str],
+    evaluated: Sequence[TypeEvaluation | None],
+    *,
+    test: PermutationSpec,
+    n_heads: int,
+    n_genes: int,
+) -> SpatialTests:
+    """Return the tests of all types that hold in tissue, adjusted within their families; see :class:`SpatialTests`."""
+    found = [None if item is None else item.spatial for item in evaluated]
+    n_widths = max((len(one.widths) for one in found if one is not None), default=0)
+
+    def heads(name: str) -> Float64[np.ndarray, "heads types"]:
+        return np.stack([np.full(n_heads, np.nan) if one is None else getattr(one, name) for one in found], axis=1)
+
+    def of_type(name: str) -> Float64[np.ndarray, " types"]:
+        return np.array([np.nan if one is None else getattr(one, name) for one in found])
+
+    p_gene = np.stack([np.full((n_heads, n_genes), np.nan) if one is None else one.p_gene for one in found], axis=1)
+    widths = np.full((n_widths, len(types)), np.nan)
+    p_by_width = np.full((n_widths, n_heads, len(types)), np.nan)
+    reasons: list[tuple[int, str, str]] = []
+    for index, (cell_type, one) in enumerate(zip(types, found, strict=True)):
+        if one is None:
+            continue
+        widths[: len(one.widths), index] = one.widths
+        if len(one.widths):
+            p_by_width[: len(one.widths), :, index] = one.p_by_width
+        reasons += [(head, cell_type, why) for head, why in one.reasons.items()]
+    # without permutations shared by all there is no maxT; Holm controls the same error under any dependence
+    method = "holm" if test.adjustment == "maxt" else test.adjustment
+    p = heads("p")
+    return SpatialTests(
+        null=test.spatial_null,
+        method=tuple("" if one is None else one.method for one in found),
+        p_value=p,
+        p_value_adj=adjust_p_values(p, method=method),
+        p_ci_low=heads("p_low"),
+        p_ci_high=heads("p_high"),
+        statistic=heads("statistic"),
+        ess=heads("ess"),
+        detectable=heads("detectable"),
+        correlation_length=of_type("correlation_length"),
+        reach=of_type("reach"),
+        p_value_gene=p_gene,
+        p_value_adj_gene=adjust_p_values(p_gene, method=method),
+        widths=widths,
+        p_by_width=p_by_width,
+        reasons=tuple(reasons),
+    )

@@ -1,0 +1,214 @@
+"""What an evaluation found, in sentences: effects with intervals first, then p-values, the spatial ones first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.report.wording import (
+    BASELINE_NAMES,
+    VALIDITY,
+    adjustment_text,
+    effect,
+    interval,
+    permutations_text,
+    permutations_used,
+    printable,
+    rounded,
+    samplings,
+    span,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Float64
+
+    from amici_eval.results import HeadEvaluation
+
+__all__ = ["best_heads", "effect_sentences", "held_out_sentences", "outcome_sentences", "spatial_sentences"]
+
+
+def best_heads(evaluation: HeadEvaluation) -> pd.DataFrame:
+    """Return the rows of :meth:`HeadEvaluation.heads` with each type's best head; types without one are left out.
+
+    Notes
+    -----
+    Best by explained variance over all genes, which is what the test is about. ``HeadEvaluation.best_head`` is AMICI's
+    choice instead: the head with the largest explained variance of any one gene, the winner of many.
+    """
+    heads = evaluation.heads()
+    defined = heads[heads["expl_var_head"].notna()]
+    chosen = defined.groupby("ct_name", sort=True)["expl_var_head"].idxmax()
+    return heads.loc[chosen].reset_index(drop=True)
+
+
+def effect_sentences(evaluation: HeadEvaluation) -> list[str]:
+    """Return what was evaluated, the largest effect, and what heads add to what needs none: a sentence each."""
+    n_types, n_genes = len(evaluation.cell_types), len(evaluation.genes)
+    sentences = [
+        f"{evaluation.n_heads} attention heads x {n_types} cell types evaluated on {int(evaluation.n_cells.sum()):,} "
+        f"cells and {n_genes:,} genes."
+    ]
+    bounds = evaluation.intervals
+    if not np.all(np.isnan(evaluation.expl_var)):
+        head, index = np.unravel_index(np.nanargmax(evaluation.expl_var), evaluation.expl_var.shape)
+        between = "" if bounds is None else interval(bounds.low[head, index], bounds.high[head, index])
+        sentences.append(
+            f"Largest effect: head {head}, kept alone, explains {effect(evaluation.expl_var[head, index])}"
+            f"{f' ({between})' if between else ''} of the expression variance of "
+            f"{printable(evaluation.cell_types[index])}; the median over all pairs is {_median(evaluation.expl_var)}."
+        )
+    if not np.all(np.isnan(evaluation.expl_var_full)) and not np.all(np.isnan(evaluation.expl_var_none)):
+        sentences.append(
+            f"Median over types: {_median(evaluation.expl_var_full)} explained with all heads, "
+            f"{_median(evaluation.expl_var_none)} without any."
+        )
+    if bounds is not None:
+        sentences.append(
+            f"Intervals: {100 * bounds.confidence:g} %, from {bounds.n_resamples:,} resamples of tissue tiles of width "
+            f"{rounded(bounds.tile_width)} (in the unit of the coordinates)."
+        )
+    return sentences + _gain_sentences(evaluation)
+
+
+def _gain_sentences(evaluation: HeadEvaluation) -> list[str]:
+    found = evaluation.trivial
+    if found is None:
+        return []
+    sentences = []
+    gains, whole = _defined(found.gain), _defined(found.full_gain)
+    if gains.size and whole.size:
+        names = ", ".join(BASELINE_NAMES.get(name, printable(name)) for name in found.names)
+        more = np.count_nonzero(gains > 0)
+        sentences.append(
+            f"Beside predictors that know no head ({names}; fitted on {found.fitted_on}), {more} of {gains.size} heads "
+            f"kept alone explain more than the best of them (median gain {_median(gains)}), and "
+            f"so does the whole model in {np.count_nonzero(whole > 0)} of {whole.size} types (median gain "
+            f"{_median(whole)})."
+        )
+    both = (evaluation.expl_var > 0) & ~np.isnan(found.without_nearest)
+    if both.any():
+        before, after = evaluation.expl_var[both], found.without_nearest[both]
+        sentences.append(
+            f"With the nearest neighbour masked, the median of the {before.size} pairs that explain anything goes from "
+            f"{_median(before)} to {_median(after)}, and {np.count_nonzero(after < before / 2)} of them lose more than "
+            "half: these may read segmentation bleed."
+        )
+    return sentences
+
+
+def held_out_sentences(evaluation: HeadEvaluation) -> list[str]:
+    """Return which types were evaluated on cells that the model was not fitted on, and what remains there."""
+    return [_held_out_sentence(evaluation), *_parts_sentences(evaluation)]
+
+
+def _held_out_sentence(evaluation: HeadEvaluation) -> str:
+    n_types = len(evaluation.held_out)
+    held, in_sample = (sum(value is truth for value in evaluation.held_out) for truth in (True, False))
+    if held == n_types:
+        return "Held out: the model was fitted on none of the evaluated cells."
+    if in_sample == n_types:
+        return (
+            "In-sample: the model was fitted on some or all of the evaluated cells of every type, so effects are "
+            "optimistic."
+        )
+    if not held and not in_sample:
+        return "It is not known which cells the model was fitted on; read the effects as in-sample, so optimistic."
+    unknown = n_types - held - in_sample
+    return (
+        f"Of {n_types} types, {held} are held out, {in_sample} in-sample (their effects are optimistic)"
+        f"{f' and {unknown} unknown' if unknown else ''}."
+    )
+
+
+def _parts_sentences(evaluation: HeadEvaluation) -> list[str]:
+    found = evaluation.parts
+    if found is None:
+        return []
+    both = ~np.isnan(found.expl_var).any(axis=0)
+    if not both.any():
+        return []
+    whole = ~np.isnan(found.full).any(axis=0)
+    return [
+        f"On cells that the model was fitted on, heads kept alone explain {_median(found.expl_var[0][both])} of "
+        f"expression variance, on the others {_median(found.expl_var[1][both])} (medians over "
+        f"{np.count_nonzero(both)} pairs); the whole model {_median(found.full[0][whole])} and "
+        f"{_median(found.full[1][whole])}."
+    ]
+
+
+def outcome_sentences(evaluation: HeadEvaluation) -> list[str]:
+    """Return the outcome of the tests and what their nulls can say: the spatial null first, then the free one."""
+    settings = evaluation.spec.permutation
+    sentences = spatial_sentences(evaluation)
+    outcome = (
+        f"{evaluation.n_significant_free} of {evaluation.n_tests} tested head x type pairs are significant at adjusted "
+        f"p <= {settings.alpha:g} ({settings.null} null, {permutations_text(evaluation)}, "
+        f"{adjustment_text(evaluation, null=settings.null)} over all tests)."
+    )
+    if sentences:
+        outcome = f"For comparison with amici-st, by the {settings.null} null, which is anticonservative: {outcome}"
+    if evaluation.n_undefined:
+        outcome += f" {evaluation.n_undefined} of {evaluation.p_value.size} pairs have no test."
+    sentences.append(outcome)
+    free = f"{settings.null} " if evaluation.spatial is not None else ""
+    counted = set(samplings(evaluation)) <= {"independent", "cyclic", "sequential", "none"}
+    if settings.convention == "reference":
+        sentences.append(f"{free}p = b/m as in amici-st: 0 stands for fewer than one in m, and is no valid p-value.")
+    elif counted and (most := _most_permutations(evaluation)) < 1 / settings.alpha - 1:
+        sentences.append(
+            f"With {most:,} permutations no {free}p-value can be below {1 / (most + 1):.2g}: nothing can be "
+            "significant; draw more."
+        )
+    if settings.null in VALIDITY:
+        sentences.append(VALIDITY[settings.null])
+    return sentences
+
+
+def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
+    """Return the outcome of the spatial test, how much it could have found, and what its null can say."""
+    found = evaluation.spatial
+    if found is None:
+        return []
+    settings = evaluation.spec.permutation
+    untested = found.p_value.size - evaluation.n_decided
+    sentences = [
+        f"{evaluation.n_significant} of {evaluation.n_decided} tested head x type pairs are significant at adjusted "
+        f"p <= {settings.alpha:g} ({found.null} null, {adjustment_text(evaluation, null=found.null)} over all tests)."
+        + (f" {untested} of {found.p_value.size} pairs have no test." if untested else "")
+    ]
+    tested = ~np.isnan(found.ess).all(axis=0)
+    if tested.any():
+        cells = evaluation.n_cells[tested]
+        sentences.append(
+            f"Effective sample size: {span(found.ess)} (median {rounded(float(np.nanmedian(found.ess)))}), from "
+            f"{span(cells)} cells."
+        )
+    if not np.all(np.isnan(found.detectable)):
+        sentences.append(
+            f"Smallest effect that the lag null would have found with 80 % power: explained variance of "
+            f"{effect(float(np.nanmin(found.detectable)))} to {effect(float(np.nanmax(found.detectable)))}, median "
+            f"{_median(found.detectable)}."
+        )
+    # 0 says that nothing of expression is structured in space
+    if (lengths := found.correlation_length[found.correlation_length > 0]).size:
+        sentences.append(
+            f"Expression of a type is correlated over {span(lengths)} (correlation length, in the unit of the "
+            f"coordinates)" + (f"; the null reaches {span(found.reach)}." if np.isfinite(found.reach).any() else ".")
+        )
+    if found.null in VALIDITY:
+        sentences.append(VALIDITY[found.null])
+    return sentences
+
+
+def _most_permutations(evaluation: HeadEvaluation) -> int:
+    return max(permutations_used(evaluation), default=0) or evaluation.n_permutations
+
+
+def _defined(values: Float64[np.ndarray, ...]) -> Float64[np.ndarray, " defined"]:
+    return values[~np.isnan(values)]
+
+
+def _median(values: Float64[np.ndarray, ...]) -> str:
+    return effect(float(np.nanmedian(values))) if not np.all(np.isnan(values)) else "undefined"

@@ -1,0 +1,236 @@
+"""Sections of the page on what is inferred: held-out cells, predictors without heads, genes, scale and power."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.report.markup import cell, row, section, table, text
+from amici_eval.report.wording import (
+    BASELINE_MEANINGS,
+    BASELINE_NAMES,
+    adjustment_text,
+    effect,
+    interval,
+    p_text,
+    printable,
+    rounded,
+    span,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+
+    from amici_eval.results import HeadEvaluation
+
+__all__ = [
+    "genes_section",
+    "held_out_section",
+    "scale_section",
+    "width_section",
+    "without_heads_section",
+]
+
+_N_GENES = 5
+_MOST_OPEN_ROWS = 30
+_HELD_OUT = (
+    "Explained variance over all genes on the cells that the model was fitted on / on the others; an effect that "
+    "remains on the others was learned, not memorised. – too few cells. Intervals are in tables/held_out.csv, and show "
+    "where the pointer rests."
+)
+_NEAREST = (
+    "Explained variance over all genes / the same with the nearest neighbour of every cell masked out. A head that "
+    "loses most of its effect without the nearest neighbour may read segmentation bleed: expression that segmentation "
+    "put into the wrong cell."
+)
+
+
+def held_out_section(evaluation: HeadEvaluation) -> str:
+    """Return in-sample and held-out effects side by side; nothing if it is not known which cells were fitted."""
+    found = evaluation.parts
+    if found is None:
+        return ""
+    header = ["Receiver type", "Cells", "All heads", *(f"Head {head}" for head in range(evaluation.n_heads))]
+    rows = []
+    for index, cell_type in enumerate(evaluation.cell_types):
+        n_cells = " / ".join(f"{number:,}" for number in found.n_cells[:, index])
+        cells = [cell(n_cells), _pair(found.full[:, index])]
+        for head in range(evaluation.n_heads):
+            bounds = [interval(found.low[part, head, index], found.high[part, head, index]) for part in range(2)]
+            cells.append(_pair(found.expl_var[:, head, index], tip=" / ".join(one or "–" for one in bounds)))
+        rows.append(row(cell_type, cells))
+    return section("held-out", "Held out", table(header, rows, _HELD_OUT))
+
+
+def without_heads_section(evaluation: HeadEvaluation) -> str:
+    """Return what predictors without heads explain, what heads add, and what remains without the nearest neighbour."""
+    found = evaluation.trivial
+    frame = evaluation.baselines()
+    names = [name for name in dict.fromkeys(frame["baseline"]) if name != "full_model_without_nearest"]
+    header = ["Receiver type", *(_sentence_case(BASELINE_NAMES.get(name, name)) for name in names)]
+    if found is not None:
+        header += ["Gain, all heads", *(f"Gain, head {head}" for head in range(evaluation.n_heads))]
+    rows = []
+    for index, (cell_type, group) in enumerate(frame.groupby("ct_name", sort=False)):
+        values = [float(group.loc[group["baseline"] == name, "expl_var"].iloc[0]) for name in names]
+        if found is not None:
+            values += [float(found.full_gain[index]), *(float(value) for value in found.gain[:, index])]
+        rows.append(row(cell_type, [cell(effect(value)) for value in values]))
+    caption = "Explained variance over all genes."
+    about = ""
+    if found is not None:
+        caption = (
+            "Explained variance over all genes. Gain: that of a head kept alone, or of the whole model, minus that of "
+            "the best predictor of the type that knows no head; below 0 the head adds nothing that needs attention."
+        )
+        meanings = "".join(
+            f"<li>{text(BASELINE_MEANINGS[name])}</li>" for name in found.names if name in BASELINE_MEANINGS
+        )
+        about = f"<ul>{meanings}</ul>" if meanings else ""
+        about += (
+            f"<p>{text(f'They were fitted on {found.fitted_on}.')} A cell is never scored by a fit that has seen it, "
+            "unlike the heads on cells that the model was fitted on: there gains flatter the heads.</p>"
+        )
+    content = about + table(header, rows, caption)
+    return section("baselines", "Without heads", content + _nearest(evaluation))
+
+
+def _nearest(evaluation: HeadEvaluation) -> str:
+    found = evaluation.trivial
+    if found is None or np.all(np.isnan(found.without_nearest)):
+        return ""
+    header = ["Receiver type", "All heads", *(f"Head {head}" for head in range(evaluation.n_heads))]
+    rows = [
+        row(
+            cell_type,
+            [
+                _pair(np.array([evaluation.expl_var_full[index], found.full_without_nearest[index]])),
+                *(
+                    _pair(np.array([evaluation.expl_var[head, index], found.without_nearest[head, index]]))
+                    for head in range(evaluation.n_heads)
+                ),
+            ],
+        )
+        for index, cell_type in enumerate(evaluation.cell_types)
+    ]
+    return f"<h3>Nearest neighbour masked</h3>{table(header, rows, _NEAREST)}"
+
+
+def genes_section(evaluation: HeadEvaluation) -> str:
+    """Return the genes with the smallest adjusted p of each significant head and type; nothing without such tests."""
+    found, alpha = evaluation.spatial, evaluation.spec.permutation.alpha
+    if found is None or np.all(np.isnan(found.p_value_gene)):
+        return ""
+    header = ["Receiver type", "Head", "Genes *", *(f"Gene {number}" for number in range(1, _N_GENES + 1))]
+    rows = []
+    for index, cell_type in enumerate(evaluation.cell_types):
+        for head in np.flatnonzero(evaluation.adjusted[:, index] <= alpha):
+            p, effects = found.p_value_adj_gene[head, index], evaluation.expl_var_gene[head, index]
+            # p as small as floats go are many: then the larger effect is first
+            order = [gene for gene in np.lexsort((-np.nan_to_num(effects), p)) if not np.isnan(p[gene])][:_N_GENES]
+            shown = [
+                f"{printable(evaluation.genes[gene], longest=24)}: {effect(effects[gene])}, p {p_text(p[gene])}"
+                f"{' *' if p[gene] <= alpha else ''}"
+                for gene in order
+            ]
+            cells = [cell(head), cell(np.count_nonzero(p <= alpha))]
+            cells += [cell(one, words=True) for one in shown + [""] * (_N_GENES - len(shown))]
+            rows.append(row(cell_type, cells))
+    n_tests = int(np.count_nonzero(~np.isnan(found.p_value_gene)))
+    caption = (
+        f"Up to {_N_GENES} genes with the smallest adjusted p of each significant head and type, with explained "
+        f"variance. * adjusted p ≤ {alpha:g} (lag null): one family of {n_tests:,} tests, all heads x types x genes "
+        f"({adjustment_text(evaluation, null='lag')}), apart from the family of heads x types. All genes are in "
+        "tables/explained_variance.csv."
+    )
+    if not rows:
+        return section("genes", "Genes", "<p>No head is significant in any type.</p>")
+    return section("genes", "Genes", _folded(table(header, rows, caption), len(rows)))
+
+
+def scale_section(evaluation: HeadEvaluation) -> str:
+    """Return how far cells resemble each other, how much they then say, and what effects could be found."""
+    spatial, bounds = evaluation.spatial, evaluation.intervals
+    if spatial is None and bounds is None:
+        return ""
+    header, caption = ["Receiver type", "Cells"], ""
+    columns: list[list[str]] = [[f"{number:,}" for number in evaluation.n_cells]]
+    if spatial is not None:
+        header += ["Correlation length", "Reach", "Effective sample size", "Detectable EV"]
+        columns += [
+            ["none found" if value == 0 else _known(rounded(float(value))) for value in spatial.correlation_length],
+            [_known(rounded(float(value))) for value in spatial.reach],
+            [_known(span(values)) for values in spatial.ess.T],
+            [_effects(values) for values in spatial.detectable.T],
+        ]
+        caption += (
+            "Correlation length: distance at which the correlation of expression within the type has fallen to 1/e. "
+            f"Reach: distance up to which the {printable(spatial.null)} null takes correlation into account. Effective "
+            "sample size: as many independent cells would say as much. Detectable EV: smallest explained variance that "
+            "the lag null would have found with 80 % power; where a head is not significant and this is large, the "
+            "tissue is too small to tell. Ranges are over heads. "
+        )
+    if bounds is not None:
+        header.append("Tiles")
+        columns.append([f"{number:,}" for number in bounds.n_tiles])
+        caption += (
+            f"Tiles: of width {rounded(bounds.tile_width)}, resampled {bounds.n_resamples:,} times for the "
+            f"{100 * bounds.confidence:g} % intervals. "
+        )
+    rows = [
+        row(cell_type, [cell(values[index]) for values in columns])
+        for index, cell_type in enumerate(evaluation.cell_types)
+    ]
+    return section(
+        "scale", "Scale and power", table(header, rows, caption + "Lengths are in units of the coordinates.")
+    )
+
+
+def width_section(evaluation: HeadEvaluation) -> str:
+    """Return p within tiles of several widths; nothing where there are no widths."""
+    found = evaluation.spatial
+    if found is None or not np.isfinite(found.widths).any():
+        return ""
+    header = ["Receiver type", "Head", *(f"Width {number}" for number in range(1, len(found.widths) + 1))]
+    rows = []
+    for index, cell_type in enumerate(evaluation.cell_types):
+        widths = found.widths[:, index]
+        for head in range(evaluation.n_heads) if np.isfinite(widths).any() else ():
+            shown = [
+                f"{rounded(float(width))}: {_known(p_text(p))}" if np.isfinite(width) else ""
+                for width, p in zip(widths, found.p_by_width[:, head, index], strict=True)
+            ]
+            rows.append(row(cell_type, [cell(head), *(cell(one) for one in shown)]))
+    caption = (
+        "Tile width in units of the coordinates, and p where cells are shuffled within tiles of that width (not "
+        "adjusted). If p grows as tiles become narrower, the fit lives on the scale that they take away. All numbers "
+        "are in tables/scales.csv."
+    )
+    return section("widths", "p against tile width", _folded(table(header, rows, caption), len(rows)))
+
+
+def _pair(values: Float64[np.ndarray, " two"], *, tip: str = "") -> str:
+    shown = " / ".join("–" if np.isnan(value) else effect(float(value)) for value in values)
+    return f'<td title="{text(tip)}">{text(shown)}</td>' if tip else cell(shown)
+
+
+def _known(shown: str) -> str:
+    return "–" if shown == "undefined" else shown
+
+
+def _effects(values: Float64[np.ndarray, " heads"]) -> str:
+    defined = values[~np.isnan(values)]
+    if not defined.size:
+        return "–"
+    low, high = effect(float(defined.min())), effect(float(defined.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _sentence_case(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+def _folded(content: str, n_rows: int) -> str:
+    """Return a table that is open if it is short."""
+    return f"<details{' open' if n_rows <= _MOST_OPEN_ROWS else ''}><summary>{n_rows} rows</summary>{content}</details>"
