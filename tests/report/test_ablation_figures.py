@@ -194,7 +194,7 @@ def test_without_axes_pyplot_shows_the_figure():
 def test_files_are_written_where_there_is_something_to_show(tmp_path, evaluation, stems):
     before = plt.get_fignums()
     files = save_figures(evaluation, tmp_path)
-    new = [f.name for f in files if not f.name.startswith("expl_variance")]
+    new = [f.name for f in files if not f.name.startswith(("expl_variance", "effects"))]
     assert new == [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")]
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert plt.get_fignums() == before

@@ -69,6 +69,22 @@ def test_asterisks_stand_above_the_significant_bars_only(ax):
     assert "* adjusted p ≤ 0.05; free null; anticonservative in spatially autocorrelated tissue" in texts(ax)
 
 
+def test_asterisks_and_caption_follow_the_null_that_decides(ax):
+    evaluation = make_evaluation(inferred="torus")
+    assert evaluation.n_significant != evaluation.n_significant_free
+    plot_barplot(evaluation, ax=ax)
+    (significant,) = marks(ax, "significant")
+    assert len(significant.get_offsets()) == evaluation.n_significant
+    assert "* adjusted p ≤ 0.05; torus null; made for sections that are filled rectangles" in texts(ax)
+    assert "pale: no test (by the torus null: too few cells" in texts(ax)
+    for index, name in enumerate(evaluation.cell_types[:-1]):
+        axes = Figure(figsize=(8, 5)).add_subplot()
+        plot_heatmap(evaluation, name, ax=axes)
+        expected = [f"{h}*" if evaluation.spatial.p_value_adj[h, index] <= 0.05 else str(h) for h in range(3)]
+        assert [t.get_text() for t in axes.get_xticklabels()] == expected
+        assert "torus null" in texts(axes)
+
+
 def test_undefined_bars_are_crosses_and_named(ax):
     plot_barplot(make_evaluation(), ax=ax)
     (undefined,) = marks(ax, "undefined")
@@ -196,7 +212,11 @@ def test_files_have_the_names_of_the_contract(tmp_path):
     evaluation = make_evaluation()
     calls = []
     files = save_figures(evaluation, tmp_path / "run" / "figures", progress=calls.append)
-    stems = ["expl_variance_barplot_per_head", *(f"expl_variance_heatmap_{slugify(t)}" for t in evaluation.cell_types)]
+    stems = [
+        "effects",
+        "expl_variance_barplot_per_head",
+        *(f"expl_variance_heatmap_{slugify(t)}" for t in evaluation.cell_types),
+    ]
     assert [f.name for f in files] == [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")]
     assert sorted((tmp_path / "run" / "figures").iterdir()) == sorted(files)
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files if f.suffix == ".png")
@@ -206,6 +226,7 @@ def test_files_have_the_names_of_the_contract(tmp_path):
 def test_only_the_chosen_types_and_formats_are_written(tmp_path):
     files = save_figures(make_evaluation(), tmp_path, cell_types=["_hidden"], formats=["svg"])
     assert [f.name for f in files] == [
+        "effects.svg",
         "expl_variance_barplot_per_head.svg",
         f"expl_variance_heatmap_{slugify('_hidden')}.svg",
     ]
@@ -224,7 +245,7 @@ def test_labels_come_out_literally_in_svg(tmp_path):
 
 def test_control_characters_and_scripts_the_font_lacks_do_no_harm(tmp_path):
     files = save_figures(make_evaluation(2, ["a\x00b\nc", "細胞", "z"]), tmp_path)
-    drawn = svg_texts(files[1])
+    drawn = svg_texts(files[3])
     assert "細胞" in drawn
     assert "a\ufffdb\ufffdc" in drawn
 

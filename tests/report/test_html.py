@@ -156,8 +156,9 @@ def test_heads_baselines_and_reasons_are_there(page, evaluation):
 
 def test_figures_have_alternative_text_and_captions(page):
     drawings = [a for tag, a in page.elements if tag == "svg"]
-    assert len(drawings) == 1 + len(AWKWARD_TYPES)
+    assert len(drawings) == 2 + len(AWKWARD_TYPES)
     labels = [a["aria-label"] for a in drawings]
+    assert labels.pop(0).startswith("Explained variance of each head kept alone, with its interval")
     assert labels[0] == "Explained variance of the best gene per head and receiver type"
     assert {f"Explained variance of genes per head in {name}" for name in AWKWARD_TYPES} == set(labels[1:])
     assert all(a["role"] == "img" for a in drawings)

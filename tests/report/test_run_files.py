@@ -30,8 +30,38 @@ def test_shapley_values_and_parity_are_metrics():
         for head in range(3):
             assert shares[f"shapley/{slugify(name)}/head_{head}"] == evaluation.ablations.of("shapley")[head, index]
     assert metrics["parity/max_abs_difference"] == 3e-7
+    assert metrics["summary/n_significant"] == metrics["summary/n_significant_free"] == evaluation.n_significant
     plain = evaluation_metrics(make_evaluation())
     assert plain == {n: v for n, v in metrics.items() if not n.startswith(("shapley/", "parity/"))}
+
+
+def test_what_is_inferred_is_a_metric_where_it_is_defined():
+    evaluation = make_evaluation(inferred="lag")
+    metrics = evaluation_metrics(evaluation)
+    by_head = {
+        "p_adj_spatial": evaluation.spatial.p_value_adj,
+        "ess": evaluation.spatial.ess,
+        "ev_ci_low": evaluation.intervals.low,
+        "ev_ci_high": evaluation.intervals.high,
+        "ev_held_out": evaluation.parts.expl_var[1],
+        "gain": evaluation.trivial.gain,
+    }
+    expected = {
+        f"{name}/{slugify(cell_type)}/head_{head}": values[head, index]
+        for name, values in by_head.items()
+        for index, cell_type in enumerate(evaluation.cell_types)
+        for head in range(3)
+        if math.isfinite(values[head, index])
+    }
+    expected |= {
+        f"ev_full_model_held_out/{slugify(name)}": value
+        for name, value in zip(evaluation.cell_types, evaluation.parts.full[1], strict=True)
+        if math.isfinite(value)
+    }
+    assert len(expected) == 16 + 18 + 15 + 15 + 15 + 18 + 5
+    plain = evaluation_metrics(make_evaluation())
+    assert metrics["summary/n_significant"] == evaluation.n_significant != plain["summary/n_significant"]
+    assert metrics == {**plain, **expected, "summary/n_significant": evaluation.n_significant}
 
 
 @pytest.mark.parametrize("parity", [None, math.nan, math.inf])

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +7,8 @@ from pandas.testing import assert_frame_equal
 
 from amici_eval.errors import OutputError
 from amici_eval.names import slugify
-from amici_eval.report.tables import best_heads, summary_lines, write_significance, write_tables
+from amici_eval.report.headline import best_heads
+from amici_eval.report.tables import summary_lines, write_tables
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
@@ -22,8 +21,8 @@ def read(path, **options):
 def test_files_have_the_names_of_the_contract(tmp_path):
     files = write_tables(make_evaluation(), tmp_path / "run")
     names = [
-        *("explained_variance.csv", "explained_variance.parquet", "heads.csv", "baselines.csv"),
-        *("ablations.csv", "head_interactions.csv", "labels.csv"),
+        *("explained_variance.csv", "explained_variance.parquet", "heads.csv", "baselines.csv", "held_out.csv"),
+        *("scales.csv", "ablations.csv", "head_interactions.csv", "labels.csv"),
     ]
     assert files == tuple(tmp_path / "run" / "tables" / name for name in names)
     assert sorted((tmp_path / "run" / "tables").iterdir()) == sorted(files)
@@ -33,20 +32,27 @@ def test_columns_are_those_of_the_contract(tmp_path):
     write_tables(make_evaluation(), tmp_path)
     first_lines = {
         name: (tmp_path / "tables" / f"{name}.csv").read_text(encoding="utf-8").splitlines()[0]
-        for name in ("explained_variance", "heads", "baselines", "ablations", "head_interactions", "labels")
+        for name in (
+            *("explained_variance", "heads", "baselines", "held_out", "scales", "ablations", "head_interactions"),
+            "labels",
+        )
     }
     assert first_lines == {
         "explained_variance": "head,ct_name,gene,expl_var_head_gene,expl_var_head,p_value_head,p_value_adj_head,"
         "p_value_gene,p_value_adj_gene,undefined_reason",
         "heads": "head,ct_name,n_cells,expl_var_head,ci_low,ci_high,best_gene,expl_var_best_gene,p_value_head,"
         "p_value_adj_head,p_ci_low,p_ci_high,p_value_spatial,p_value_adj_spatial,ess,null,method,significant_free,"
-        "significant,significant_by,held_out,undefined_reason",
+        "significant,significant_by,held_out,undefined_reason,statistic_spatial,detectable_expl_var,"
+        "correlation_length,reach,gain,expl_var_without_nearest",
         "baselines": "ct_name,baseline,expl_var",
+        "held_out": "head,ct_name,n_cells_in_sample,expl_var_in_sample,ci_low_in_sample,ci_high_in_sample,"
+        "n_cells_held_out,expl_var_held_out,ci_low_held_out,ci_high_held_out,undefined_reason",
+        "scales": "head,ct_name,tile_width,p_value",
         "ablations": "head,ct_name,mode,expl_var,delta_full",
         "head_interactions": "head_a,head_b,ct_name,interaction,interaction_frozen_norm",
         "labels": "kind,slug,label",
     }
-    assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 22)
+    assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 28)
 
 
 def test_genes_read_back_equal_from_csv_and_parquet(tmp_path):
@@ -88,6 +94,25 @@ def test_booleans_and_missing_values_in_csv(tmp_path):
     assert rows.loc[("0", "A"), "significant"] in ("True", "False")
 
 
+def test_held_out_cells_and_scales_read_back_equal_and_are_empty_where_not_computed(tmp_path):
+    evaluation = make_evaluation(inferred="lag", n_widths=3)
+    write_tables(evaluation, tmp_path / "full")
+    held_out = read(tmp_path / "full" / "tables" / "held_out.csv", keep_default_na=False, na_values=[""])
+    expected = evaluation.held_out_frame()
+    assert len(held_out) == (3 + 1) * 7
+    assert held_out["head"].tolist() == expected["head"].astype(str).tolist()
+    numbers = [name for name in expected if name not in ("head", "ct_name", "undefined_reason")]
+    for name in numbers:
+        np.testing.assert_array_equal(held_out[name], expected[name], err_msg=name)
+    scales = read(tmp_path / "full" / "tables" / "scales.csv")
+    # the last type is undefined, the first has one width of three
+    assert len(scales) == 3 * (5 * 3 + 1)
+    assert_frame_equal(scales, evaluation.scales_frame(), check_exact=True)
+    write_tables(make_evaluation(), tmp_path / "empty")
+    for name in ("held_out", "scales"):
+        assert read(tmp_path / "empty" / "tables" / f"{name}.csv").empty
+
+
 def test_ablations_read_back_equal_and_are_empty_where_not_computed(tmp_path):
     evaluation = make_evaluation(modes=MODES)
     write_tables(evaluation, tmp_path / "full")
@@ -100,20 +125,6 @@ def test_ablations_read_back_equal_and_are_empty_where_not_computed(tmp_path):
     write_tables(make_evaluation(), tmp_path / "empty")
     for name in ("ablations", "head_interactions"):
         assert read(tmp_path / "empty" / "tables" / f"{name}.csv").empty
-
-
-def test_significance_says_engine_parity_and_sampling(tmp_path):
-    sampling = ("cyclic", "cyclic", "independent", "independent", "independent", "cyclic", "")
-    evaluation = make_evaluation(engine="factored", parity=2e-7, parity_cells=128, sampling=sampling)
-    record = json.loads(write_significance(evaluation, tmp_path).read_text(encoding="utf-8"))
-    assert record["engine"] == "factored"
-    assert record["parity"] == {"max_abs_difference": 2e-7, "n_cells": 128}
-    assert record["sampling"] == {"independent": 3, "cyclic": 3, "none": 1}
-    expected = [*(evaluation.n_cells[:2] - 1), 999, 999, 999, evaluation.n_cells[5] - 1, 0]
-    assert record["test"]["n_permutations_by_type"] == dict(zip(evaluation.cell_types, expected, strict=True))
-    bad = make_evaluation(parity=float("nan"), parity_cells=3)
-    record = json.loads(write_significance(bad, tmp_path).read_text(encoding="utf-8"))
-    assert record["parity"] == {"max_abs_difference": None, "n_cells": 3}
 
 
 @pytest.mark.parametrize(
@@ -166,50 +177,6 @@ def test_labels_with_commas_quotes_and_breaks_survive(tmp_path):
     write_tables(make_evaluation(2, names), tmp_path)
     heads = read(tmp_path / "tables" / "heads.csv", keep_default_na=False)
     assert sorted(set(heads["ct_name"])) == sorted(names)
-
-
-def test_significance_says_test_families_and_reasons(tmp_path):
-    evaluation = make_evaluation(alpha=0.1)
-    path = write_significance(evaluation, tmp_path / "run")
-    assert path == tmp_path / "run" / "significance.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    validity = record.pop("validity")
-    assert record == {
-        "schema_version": 2,
-        "engine": "hooked",
-        "test": {
-            "null": "free",
-            "method": "monte_carlo",
-            "convention": "add_one",
-            "n_permutations": 999,
-            "n_permutations_by_type": {**dict.fromkeys(sorted(AWKWARD_TYPES), 999), "β cell": 0},
-            "alpha": 0.1,
-            "seed": 0,
-            "adjustment": "bh",
-        },
-        "sampling": {"independent": 6, "cyclic": 0, "none": 1},
-        "families": {
-            "heads_x_types": {
-                "n_heads": 3,
-                "n_types": 7,
-                "n_pairs": 21,
-                "n_tests": 17,
-                "n_significant": int((evaluation.p_value_adj <= 0.1).sum()),
-                "n_undefined": 4,
-                "undefined_reasons": {"1 cell; at least 3 needed": 3, "predictions are constant": 1},
-            }
-        },
-        "undefined_genes": {"expression is constant": 1},
-        "parity": None,
-    }
-    assert "anticonservative" in validity
-    assert "spatially autocorrelated" in validity
-
-
-def test_nothing_undefined_leaves_the_keys(tmp_path):
-    record = json.loads(write_significance(make_evaluation(with_undefined=False), tmp_path).read_text(encoding="utf-8"))
-    family = record["families"]["heads_x_types"]
-    assert (family["n_undefined"], family["undefined_reasons"], record["undefined_genes"]) == (0, {}, {})
 
 
 def test_best_heads_are_those_of_the_evaluation():
@@ -275,13 +242,10 @@ def test_an_evaluation_without_any_value_has_a_summary(tmp_path):
     lines = summary_lines(evaluation)
     assert "0 of 0 tested head x type pairs are significant at adjusted p <= 0.05" in "\n".join(lines)
     assert "Undefined: only, all heads: 1 cell; at least 3 needed." in lines
-    assert len(write_tables(evaluation, tmp_path)) == 7
+    assert len(write_tables(evaluation, tmp_path)) == 9
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "tables" / "heads.csv").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"heads\.csv cannot be written .*: .* must take new files; free space or"):
         write_tables(make_evaluation(), tmp_path)
-    (tmp_path / "significance.json").mkdir()
-    with pytest.raises(OutputError, match=r"significance\.json cannot be written"):
-        write_significance(make_evaluation(), tmp_path)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from amici_eval.report.tables import summary_lines
+from amici_eval.report.wording import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, effect, span
+from amici_eval.specs import NULLS, SPATIAL_NULLS
+from tests.builders import make_evaluation
+
+
+def text_of(evaluation):
+    return "\n".join(summary_lines(evaluation))
+
+
+@pytest.fixture(scope="module")
+def inferred():
+    return make_evaluation(inferred="lag")
+
+
+def test_every_null_has_its_sentence():
+    nulls = {*NULLS, *SPATIAL_NULLS} - {"none"}
+    assert set(VALIDITY) == set(VALIDITY_SHORT) == nulls
+    assert all(text.startswith(f"The {null} null ") for null, text in VALIDITY.items())
+
+
+def test_summary_says_effects_then_the_spatial_then_the_free_test(inferred):
+    text = text_of(inferred)
+    order = [
+        "Largest effect",
+        "Intervals: 95 %, from 1,000 resamples of tissue tiles of width 75",
+        "Beside predictors that know no head",
+        "With the nearest neighbour masked",
+        "In-sample",
+        "On cells that the model was fitted on",
+        WHY_THIS_ORDER,
+        "(lag null, BH over all tests)",
+        "Effective sample size",
+        "Smallest effect",
+        "correlation length",
+        VALIDITY["lag"],
+        "For comparison with amici-st, by the free null, which is anticonservative",
+        "(free null, 999 permutations, BH over all tests)",
+        VALIDITY["free"],
+        "Best head per type",
+    ]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_summary_counts_by_each_null(inferred):
+    text = text_of(inferred)
+    assert inferred.n_significant != inferred.n_significant_free
+    assert f"{inferred.n_significant} of 16 tested head x type pairs are significant at adjusted p <= 0.05 (lag" in text
+    assert f"{inferred.n_significant_free} of 17 tested head x type pairs are significant" in text
+    assert "5 of 21 pairs have no test." in text
+    assert "4 of 21 pairs have no test." in text
+
+
+def test_summary_says_interval_gain_and_what_remains(inferred):
+    text = text_of(inferred)
+    head, index = np.unravel_index(np.nanargmax(inferred.expl_var), inferred.expl_var.shape)
+    low, high = inferred.intervals.low[head, index], inferred.intervals.high[head, index]
+    assert f"explains {effect(inferred.expl_var[head, index])} ({effect(low)} to {effect(high)}) of the" in text
+    gain = inferred.trivial.gain[~np.isnan(inferred.trivial.gain)]
+    assert f"{(gain > 0).sum()} of {gain.size} heads kept alone explain more than the best of them" in text
+    assert f"(median gain {effect(float(np.median(gain)))})" in text
+    assert "(types of neighbours, expression of neighbours, position; fitted on training cells)" in text
+    both = inferred.expl_var > 0
+    lost = (inferred.trivial.without_nearest < inferred.expl_var / 2) & both
+    assert f"and {lost.sum()} of them lose more than half" in text
+    inside, outside = (float(np.nanmedian(part[:, 1:])) for part in inferred.parts.expl_var)
+    assert f"heads kept alone explain {effect(inside)} of expression variance, on the others {effect(outside)}" in text
+    assert "(medians over 15 pairs)" in text
+
+
+def test_summary_says_scale_and_power_in_units_of_the_data(inferred):
+    text, found = text_of(inferred), inferred.spatial
+    assert f"Effective sample size: {span(found.ess)} (median " in text
+    assert f"correlated over {span(found.correlation_length)} (correlation length, in the unit of the" in text
+    assert "the null reaches 400 to 405." in text
+    assert f"median {effect(float(np.nanmedian(found.detectable)))}." in text
+
+
+def test_the_table_of_best_heads_is_marked_by_the_null_that_decides(inferred):
+    # head 2 of the third type is the best by far, and has a p under the free null alone
+    values = inferred.expl_var.copy()
+    values[2, 2] = 0.9
+    lines = summary_lines(dataclasses.replace(inferred, expl_var=values))
+    start = next(number for number, line in enumerate(lines) if line.startswith("cell type"))
+    assert lines[start - 1].endswith("* adjusted p <= 0.05, lag null):")
+    assert lines[start].split("  ")[0] == "cell type"
+    for name in ("interval", "gain", "held out", "ESS"):
+        assert name in lines[start]
+    row = next(line for line in lines if line.startswith("CD8+_T_Cells"))
+    assert row.endswith("undefined")
+    assert np.isfinite(inferred.p_value_adj[2, 2])
+    assert max(map(len, lines[start : start + 7])) <= 130
+
+
+def test_without_what_was_not_computed_nothing_is_said_of_it():
+    text = text_of(make_evaluation())
+    for words in ("Intervals", "predictors that know", "nearest neighbour masked", "On cells that", "lag null", "ESS"):
+        assert words not in text
+
+
+@pytest.mark.parametrize("null", ["tile", "sample", "torus"])
+def test_the_sentence_is_of_the_null_that_was_used(null):
+    text = text_of(make_evaluation(inferred=null))
+    assert VALIDITY[null] in text
+    assert VALIDITY["lag"] not in text
+    assert f"({null} null, BH over all tests)" in text
+
+
+def test_lengths_of_types_without_structure_are_left_out(inferred):
+    zero = dataclasses.replace(inferred.spatial, correlation_length=np.zeros(7))
+    assert "correlation length" not in text_of(dataclasses.replace(inferred, spatial=zero))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "n_permutations", "words"),
+    [
+        ("sequential", [40, 900], "40 to 900 permutations, stopped early, in 2 types"),
+        ("gpd", [999, 999], "999 permutations with a fitted tail in 2 types"),
+        ("moments", [0, 0], "exact moments of all permutations in 2 types"),
+    ],
+)
+def test_summary_says_how_free_p_values_came_about(sampling, n_permutations, words):
+    evaluation = dataclasses.replace(
+        make_evaluation(2, ["A", "B"], with_undefined=False, n_permutations=9),
+        sampling=(sampling,) * 2,
+        n_permutations_by_type=np.array(n_permutations),
+    )
+    assert f"(free null, {words}, BH over all tests)" in text_of(evaluation)
+    # a tail and moments reach below one in the number of permutations
+    assert "nothing can be significant" not in text_of(evaluation)
+
+
+def test_few_permutations_are_said_to_matter_for_the_free_p_alone():
+    text = text_of(make_evaluation(inferred="lag", n_permutations=9))
+    assert "With 9 permutations no free p-value can be below 0.1: nothing can be significant; draw more." in text
+
+
+def test_hostile_names_stay_on_their_lines():
+    evaluation = make_evaluation(2, ["a\x1b[31m\nb", "z", "y"], inferred="lag")
+    lines = summary_lines(evaluation)
+    assert not any(character in line for line in lines for character in "\n\x1b")
