@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench calibrate clean
 
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
@@ -41,6 +41,9 @@ lint: install
 
 bench: install
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
+
+calibrate: install
+	$(BIN)/python -m tests.calibration $(CALIBRATE_ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output benchmark-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,79 @@
+"""`python -m tests.calibration [PART ...]`: how far p-values and intervals hold, and docs/validity.md about it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.benchmarks.common import read_table, say, write_table
+from tests.calibration import exact, families, intervals, power, real_null, report, type_one
+from tests.calibration.common import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARTS: dict[str, Callable[[Options], None]] = {
+    "type_one": type_one.run,
+    "few": type_one.run_few,
+    "power": power.run,
+    "exact": exact.run,
+    "families": families.run,
+    "intervals": intervals.run,
+    "real_null": real_null.run,
+}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[list[str], Options]:
+    """Return the parts to run and the options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.calibration",
+        description="Simulate tissue in which nothing is to be found, or something is, and write the page about what "
+        "the tests found",
+    )
+    known = [*PARTS, "report"]
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(known)}; default: all")
+    parser.add_argument("--data", type=Path, help="folder with real tissue (default ../shared/data where present)")
+    parser.add_argument("--results", type=Path, help="folder of the tables (default calibration-results)")
+    parser.add_argument("--docs", type=Path, help="folder of validity.md (default docs)")
+    parser.add_argument("--seed", type=int, default=0, help="of all simulations (default 0)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--quick", action="store_true", help="three simulations each, to see that everything runs")
+    given = parser.parse_args(arguments)
+    for part in given.parts:
+        if part not in known:
+            parser.error(f"{part!r} is no part; choose from {', '.join(known)}")
+    beside = Path("..", "shared", "data")
+    # numbers of few simulations must not land on the page
+    results = given.results or Path("calibration-results", *(["quick"] if given.quick else []))
+    return given.parts or known, Options(
+        results=results,
+        docs=given.docs or (results if given.quick else Path("docs")),
+        data=given.data or (beside if beside.is_dir() else None),
+        seed=given.seed,
+        workers=given.workers,
+        quick=given.quick,
+    )
+
+
+def run(parts: list[str], options: Options) -> None:
+    """Run parts in the order given."""
+    for part in parts:
+        if part == "report":
+            say(f"written: {report.write(options.results, options.docs)}")
+            continue
+        begun = time.monotonic()
+        PARTS[part](options)
+        minutes = (time.monotonic() - begun) / 60.0
+        runs = {row["part"]: row for row in read_table(options.results / "runs.csv")}
+        runs[part] = {"part": part, "seed": options.seed, "workers": options.workers, "minutes": round(minutes, 1)}
+        write_table(options.results / "runs.csv", [runs[name] for name in PARTS if name in runs])
+        say(f"{part}: {minutes:.1f} min")
+
+
+if __name__ == "__main__":
+    # scvi-tools tells of each AnnData it sees
+    logging.disable(logging.WARNING)
+    run(*parse())
