@@ -18,7 +18,6 @@ from amici_eval.results import Undefined
 from amici_eval.side_by_side import run_side_by_side
 from amici_eval.spatial_evaluation import Place
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.lag import LagGrid
 from amici_eval.stats.spatial import square_tiles, tile_side
 from amici_eval.type_evaluation import (
     FactorAccess,
@@ -156,7 +155,7 @@ def evaluate_types(
             receivers,
             expl_var=np.stack([np.full(n_heads, np.nan) if i is None else i.expl_var for i in evaluated], axis=1),
             expl_var_full=np.array([np.nan if item is None else item.full for item in evaluated]),
-            fitted_names=access.card.training_cells,
+            fitted_names=_fitted_names(factors, usable),
             without_nearest=masked,
             progress=meter.cells("baselines", n_receivers),
         )
@@ -191,7 +190,7 @@ def _each(
         rows, place = usable[cell_type], None
         if isinstance(access, LocatedAccess) and test.spatial_null != "none":
             coordinates, samples = access.coordinates(usable[cell_type]), access.samples(usable[cell_type])
-            place = Place(coordinates=coordinates, samples=samples, grid=LagGrid.of(coordinates, samples=samples))
+            place = Place.of(coordinates, samples, n_genes=len(access.card.genes))
         if isinstance(access, FactorAccess) and outputs is not None:
             large = len(rows) > _SIDE_BY_SIDE_CELLS
             return evaluate_type_by_factors(
@@ -297,6 +296,15 @@ def _tiles(
         centers=centers / np.bincount(numbers)[:, None],
         width=tile_side(coordinates, n_tiles=n_tiles, samples=samples),
     )
+
+
+def _fitted_names(access: FactorAccess, usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> frozenset[str] | None:
+    """Return the names of the training cells; ``None`` also for a new tissue, where no evaluated type has any."""
+    training, cell_types = access.card.training_cells, access.card.cell_types
+    if training is None:
+        return None
+    own = np.isin(access.label_codes, [cell_types.index(cell_type) for cell_type in usable])
+    return None if training.isdisjoint(access.cell_names(np.flatnonzero(own))) else training
 
 
 def _without_nearest(

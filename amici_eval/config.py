@@ -159,7 +159,13 @@ _TEXT_KEYS = re.compile(
 )
 
 
-_LIST_KEYS = ("ablation.modes", "report.formats", "report.cell_types", "data.subset.indices")
+_LIST_KEYS = (
+    "ablation.modes",
+    "permutation.tile_widths",
+    "report.formats",
+    "report.cell_types",
+    "data.subset.indices",
+)
 
 
 def register_schemas() -> None:

@@ -169,7 +169,10 @@ def evaluate_access(
         intervals=None
         if found.tile_width is None or not test.n_bootstrap
         else intervals(types, evaluated, test=test, n_heads=n_heads, tile_width=found.tile_width),
-        parts=None if training is None else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
+        # rows tell the parts apart only where tiles do
+        parts=None
+        if training is None or found.tile_width is None
+        else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
         trivial=found.baselines,
         moments=found.moments,
     )

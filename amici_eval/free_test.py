@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amici_eval.stats.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
-from amici_eval.stats.factor_nulls import factor_exceedances, factor_statistics
+from amici_eval.stats.factor_nulls import factor_draw, factor_exceedances
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from amici_eval.stats.sequential import sequential_exceedances
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
 
     from amici_eval.specs import PermutationSpec
-    from amici_eval.stats.factor_nulls import FactorStatistics
+    from amici_eval.stats.factor_nulls import FactorDraw, FactorStatistics
     from amici_eval.stats.nulls import PermutationCounts
 
 __all__ = ["FreeTest", "counted", "free_test"]
@@ -103,10 +102,7 @@ def free_test(
         if progress is not None:
             progress(n_heads * n_permutations)
         return FreeTest(p=p, p_low=p, p_high=p, exceedances=np.full(n_heads, -1), n_permutations=0, method="moments")
-    draw = partial(factor_statistics, factors, images, stream=stream, dead=dead, device=device, n_threads=n_threads)
-    if test.method == "sequential":
-        return _sequential(draw, test, n_permutations, progress)
-    if test.tail == "none" and test.adjustment != "maxt":
+    if test.method == "monte_carlo" and test.tail == "none" and test.adjustment != "maxt":
         counts = factor_exceedances(
             factors,
             images,
@@ -119,7 +115,10 @@ def free_test(
             progress=progress,
         )
         return counted(counts, test, sampling)
-    statistics = draw(start=0, stop=n_permutations)
+    draw = factor_draw(factors, images, stream=stream, dead=dead, device=device, n_threads=n_threads)
+    if test.method == "sequential":
+        return _sequential(draw, test, n_permutations, progress)
+    statistics = draw(0, n_permutations)
     if progress is not None:
         progress(n_heads * n_permutations)
     return _in_full(statistics, factors, images, test, n_permutations, device)
@@ -140,25 +139,21 @@ def counted(counts: PermutationCounts, test: PermutationSpec, sampling: str) -> 
 
 
 def _sequential(
-    draw: Callable[..., FactorStatistics],
+    draw: FactorDraw,
     test: PermutationSpec,
     n_permutations: int,
     progress: Callable[[int], None] | None,
 ) -> FreeTest:
+    # fewer permutations than stop_at cannot reach it: all of them are drawn
+    stop_at = min(test.stop_at, n_permutations)
     finished = 0
 
     def drawn(start: int, stop: int) -> FactorStatistics:
         nonlocal finished
-        found = draw(start=start, stop=stop)
-        if progress is not None:
-            progress(len(found.dead) * (stop - start))
         finished = stop
-        return found
+        return draw(start, stop)
 
-    found = sequential_exceedances(drawn, max_permutations=n_permutations, stop_at=test.stop_at)
-    n_heads = len(found.p)
-    if progress is not None:
-        progress(n_heads * (n_permutations - finished))
+    found = sequential_exceedances(drawn, max_permutations=n_permutations, stop_at=stop_at, progress=progress)
     return FreeTest(
         p=found.p,
         p_low=found.ci_low,

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Rows", "adjusted_free", "held_out_parts", "intervals", "rows_of", "spatial_tests", "tile_numbers"]
 
-PARTS = ("in-sample", "held out")
-
 
 def tile_numbers(
     tiles: Int64[np.ndarray, " cells"], held_out: Bool[np.ndarray, " cells"] | None
@@ -59,12 +57,16 @@ class Rows:
     varies: Bool[np.ndarray, " genes"]
 
     def explained_variance(self) -> Float64[np.ndarray, " models"]:
-        """Return explained variance over all genes; NaN where too few cells or no variance are there."""
+        """Return explained variance over all genes; NaN where too few cells or no variance are there.
+
+        Residuals count over all genes, as in :meth:`TypeMoments.explained_variance`: a prediction that varies where
+        expression does not is an error, too.
+        """
         n_models = self.residual_mean.shape[1]
         if self.n_cells.sum() < MIN_CELLS_EXPLAINED_VARIANCE:
             return np.full(n_models, np.nan)
         target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)[self.varies].sum()
-        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)[:, self.varies].sum(axis=1)
+        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2).sum(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(target > 0.0, 1.0 - residual / target, np.nan)
 

@@ -92,6 +92,7 @@ INTERACTION_COLUMNS = ("head_a", "head_b", "ct_name", "interaction", "interactio
 
 # in words of the method column: independent permutations are plain Monte Carlo
 _METHODS = {"independent": "monte_carlo", "": None}
+_NO_GENE_TEST = "lag null: effective sample size below 5 or no variation"
 
 
 def genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
@@ -109,11 +110,13 @@ def genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
     by_type = {u.cell_type: u.reason for u in whole if u.head is None}
     by_head = {(u.head, u.cell_type): u.reason for u in whole if u.head is not None}
     by_gene = {(u.cell_type, u.gene): u.reason for u in evaluation.undefined if u.gene is not None}
+    untested = np.zeros(evaluation.expl_var_gene.shape, dtype=bool) if found is None else np.isnan(found.p_value_gene)
     reasons = [
         "; ".join(filter(None, (by_gene.get((t, g)), by_type.get(t), by_head.get((h, t)))))
+        or (_NO_GENE_TEST if untested[h, c, i] else "")
         for h in range(n_heads)
-        for t in evaluation.cell_types
-        for g in evaluation.genes
+        for c, t in enumerate(evaluation.cell_types)
+        for i, g in enumerate(evaluation.genes)
     ]
     return pd.DataFrame(
         {
@@ -233,7 +236,14 @@ def held_out_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
                     row[f"ci_low_{name}"] = float(found.low[part, head, index])
                     row[f"ci_high_{name}"] = float(found.high[part, head, index])
                 if math.isnan(value):
-                    reasons.append(f"{int(found.n_cells[part, index])} cells {name.replace('_', '-')}")
+                    n_cells, where = int(found.n_cells[part, index]), name.replace("_", "-")
+                    whole = evaluation.expl_var_full[index] if head == "full" else evaluation.expl_var[head, index]
+                    if n_cells < 2:
+                        reasons.append(f"{n_cells} cells {where}")
+                    elif math.isnan(whole) and not math.isnan(evaluation.expl_var_none[index]):
+                        reasons.append(f"predictions are not finite {where}")
+                    else:
+                        reasons.append(f"no gene varies {where}")
             rows.append({**row, "undefined_reason": "; ".join(reasons)})
     return pd.DataFrame(rows, columns=list(HELD_OUT_COLUMNS))
 

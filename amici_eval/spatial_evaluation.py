@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.stats.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
+from amici_eval.stats.lag import LagGrid
 from amici_eval.stats.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
+from amici_eval.stats.near_pairs import NearPairs
 from amici_eval.stats.nulls import MIN_CELLS_TEST
 from amici_eval.stats.pvalues import p_values
 from amici_eval.stats.spatial import default_widths, tiles_of_width
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
 
     from amici_eval.specs import PermutationSpec
-    from amici_eval.stats.lag import LagGrid
     from amici_eval.stats.lag_test import LagTest
     from amici_eval.stats.moments import TypeMoments
 
@@ -27,6 +28,9 @@ __all__ = ["Place", "TypeSpatial", "spatial_test"]
 
 _TORUS_TIES = 1e-10
 """Of a correlation."""
+_ROUNDING = 1e-12
+"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
+_SAME = "predicts the same for all cells of each section"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,13 +43,23 @@ class Place:
         Shape (cells, dimensions), in the unit of the AnnData.
     samples
         Section of each cell, if known.
-    grid
-        Pixels over these cells.
+    grid, near
+        Pixels over these cells, and pairs of those that are near each other.
     """
 
     coordinates: Float64[np.ndarray, "cells dimensions"]
     samples: np.ndarray | None
     grid: LagGrid
+    near: NearPairs
+
+    @classmethod
+    def of(
+        cls, coordinates: Float64[np.ndarray, "cells dimensions"], samples: np.ndarray | None, *, n_genes: int
+    ) -> Place:
+        """Lay a grid over cells and find near pairs; ``n_genes`` bounds of how many cells expression is kept."""
+        grid = LagGrid.of(coordinates, samples=samples)
+        near = NearPairs.of(grid, coordinates, n_genes=n_genes)
+        return cls(coordinates=coordinates, samples=samples, grid=grid, near=near)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,14 +133,16 @@ def spatial_test(
     second pass over the cells.
     """
     n_heads = factors.shape[2]
-    usable = np.where(dead, 0.0, 1.0)
+    usable = np.where(dead | _same_in_sections(factors, place.grid.section), 0.0, 1.0)
     lag = lag_test(
         np.nan_to_num(factors) * usable,
         images,
         grid=place.grid,
+        near=place.near,
         weights=weights,
         genes=GeneSums(
             pixel_sums=moments.pixel_sums,
+            near=moments.kept_values,
             target_ss=moments.target_ss_gene,
             predicted_ss=np.nan_to_num(moments.predicted_ss_gene) * usable[:, None],
             common=np.nan_to_num(moments.common) * usable[:, None],
@@ -144,12 +160,14 @@ def spatial_test(
     else:
         width = test.tile_width or lag.correlation_length
         found = _within(factors, images, place, test, cell_type, dead, n_permutations, width=width, device=device)
+    # where there is nothing to test, what rounding leaves of a statistic means nothing
+    statistic = np.where(np.isnan(lag.ess), np.nan, lag.statistic) if found.statistic is None else found.statistic
     widths, p_by_width = _by_width(factors, images, place, test, lag.correlation_length, dead, device)
     return TypeSpatial(
         p=found.p,
         p_low=found.p if found.p_low is None else found.p_low,
         p_high=found.p if found.p_high is None else found.p_high,
-        statistic=np.where(dead, np.nan, lag.statistic if found.statistic is None else found.statistic),
+        statistic=np.where(dead, np.nan, statistic),
         ess=np.where(dead, np.nan, lag.ess),
         detectable=np.where(dead, np.nan, lag.detectable),
         p_gene=p_gene,
@@ -160,6 +178,22 @@ def spatial_test(
         p_by_width=p_by_width,
         reasons=found.reasons,
     )
+
+
+def _same_in_sections(
+    factors: Float[np.ndarray, "cells rank heads"], section: Int64[np.ndarray, " cells"]
+) -> Bool[np.ndarray, " heads"]:
+    """Return which heads vary between sections at most: of these the lag null would test what rounding leaves."""
+    numbers = np.unique(section)
+    if len(numbers) == 1:
+        return np.zeros(factors.shape[2], dtype=bool)
+    left, size = np.zeros((2, factors.shape[2]))
+    with np.errstate(invalid="ignore"):
+        for number in numbers:
+            own = factors[section == number].astype(np.float64)
+            size += np.square(own).sum(axis=(0, 1))
+            left += np.square(own - own.mean(axis=0)).sum(axis=(0, 1))
+        return np.asarray(left <= _ROUNDING**2 * size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,7 +209,9 @@ class _Found:
 
 def _by_lag(lag: LagTest, dead: Bool[np.ndarray, " heads"], *, n_cells: int) -> _Found:
     reasons = {
-        int(head): f"effective sample size {lag.ess[head]:.1f} of {n_cells} cells; the lag null needs at least "
+        int(head): _SAME
+        if np.isnan(lag.ess[head])
+        else f"effective sample size {lag.ess[head]:.1f} of {n_cells} cells; the lag null needs at least "
         f"{MIN_EFFECTIVE_CELLS:g}"
         for head in np.flatnonzero(np.isnan(lag.p) & ~dead)
     }
@@ -201,15 +237,18 @@ def _by_torus(
     )
     exceedances = np.count_nonzero(found.statistics >= found.observed - _TORUS_TIES, axis=0)
     raw = p_values(exceedances, n_permutations=test.n_shifts)
-    spread = found.statistics.std(axis=0, ddof=1) if test.n_shifts > 1 else np.full(len(raw.p), np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = (found.observed - found.statistics.mean(axis=0)) / spread
+    # a shift that leaves nothing to compare has no place in the spread
+    compared = np.ma.masked_invalid(found.statistics)
+    statistic = np.ma.filled((found.observed - compared.mean(axis=0)) / compared.std(axis=0, ddof=1), np.nan)
+    nothing = np.isnan(found.observed)
+    gone = dead | nothing
     return _Found(
-        p=np.where(dead, np.nan, raw.p),
-        p_low=np.where(dead, np.nan, raw.ci_low),
-        p_high=np.where(dead, np.nan, raw.ci_high),
-        statistic=statistic,
+        p=np.where(gone, np.nan, raw.p),
+        p_low=np.where(gone, np.nan, raw.ci_low),
+        p_high=np.where(gone, np.nan, raw.ci_high),
+        statistic=np.where(gone, np.nan, statistic),
         method="monte_carlo",
+        reasons={int(head): _SAME for head in np.flatnonzero(nothing & ~dead)},
     )
 
 
@@ -244,10 +283,9 @@ def _within(
     few = len(strata) < FEW_CELLS
     if test.spatial_method == "moments" and not few:
         exact = permutation_moments(clean, images, strata=strata, device=device)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            statistic = exact.excess / np.sqrt(exact.variance)
         p = np.where(dead, np.nan, exact.p_values())
-        return _Found(p=p, method="moments", statistic=statistic, reach=reach)
+        reasons = _constant_within(test, np.isnan(p) & ~dead)
+        return _Found(p=p, method="moments", statistic=exact.standardised, reach=reach, reasons=reasons)
     if few:
         n_permutations = max(n_permutations, DRAWN_FOR_FEW)
     counts = stratified_exceedances(
@@ -269,7 +307,13 @@ def _within(
         p_high=np.where(gone, np.nan, raw.ci_high),
         method="monte_carlo",
         reach=reach,
+        reasons=_constant_within(test, gone & ~dead),
     )
+
+
+def _constant_within(test: PermutationSpec, untested: Bool[np.ndarray, " heads"]) -> dict[int, str]:
+    where = "tile" if test.spatial_null == "tile" else "section"
+    return {int(head): f"varies in no {where}" for head in np.flatnonzero(untested)}
 
 
 def _labels(strata: Int64[np.ndarray, " cells"], null: str) -> list[str]:

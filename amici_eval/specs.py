@@ -298,9 +298,9 @@ class PermutationSpec:
         fills the columns that amici-st has; ``spatial_null`` fills the others.
     method
         Of the free null. ``monte_carlo``: count random permutations. ``sequential``: stop a head at ``stop_at``
-        exceedances (Besag & Clifford 1991). ``moments``: exact mean, variance, skewness and (up to 2,048 cells)
-        kurtosis of the statistic over all permutations, none drawn (Pearson III or I); types of fewer than 50 cells,
-        whose law a few moments do not tell, are counted over 100,000 permutations.
+        exceedances (Besag & Clifford 1991). ``moments``: exact mean, variance and skewness of the
+        statistic over all permutations, none drawn (Pearson III); types of fewer than 50 cells, whose law three moments
+        do not tell, are counted over 100,000 permutations.
     stop_at
         Exceedances at which ``sequential`` stops.
     tail
@@ -320,8 +320,8 @@ class PermutationSpec:
     tile_width
         Of ``tile``, in coordinate units; ``None``: the correlation length of the type.
     tile_widths
-        Widths for p against scale, beside any spatial null; ``None``: half to four times the correlation length with
-        ``spatial_null=tile``, none otherwise.
+        Widths for p against scale, ascending, beside any spatial null; ``None``: half to four times the correlation
+        length with ``spatial_null=tile``, none otherwise.
     n_shifts
         Of ``torus``.
     confidence, n_bootstrap
@@ -372,13 +372,20 @@ class PermutationSpec:
         _require_one_of("permutation.spatial_method", self.spatial_method, SPATIAL_METHODS)
         if self.tile_widths is not None:
             widths = self.tile_widths if isinstance(self.tile_widths, (list, tuple)) else (self.tile_widths,)
-            object.__setattr__(self, "tile_widths", tuple(_distance("tile_widths", width) for width in widths))
+            distinct = {_distance("tile_widths", width) for width in widths}
+            object.__setattr__(self, "tile_widths", tuple(sorted(distinct)))
         for name in ("reach", "tile_width"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _distance(name, getattr(self, name)))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.tile_widths and self.spatial_null == "none":
+            raise InvalidSpecError(
+                value="permutation.tile_widths with permutation.spatial_null=none",
+                rule="p against scale stands beside a spatial test",
+                fix="set permutation.spatial_null=lag, or leave permutation.tile_widths out",
+            )
         drawn = "independent permutations that are counted"
         for name, value, other, needed, rule in (
             ("adjustment", "maxt", "method", "monte_carlo", f"maxT compares {drawn}"),

@@ -191,9 +191,14 @@ def evaluate_type_by_hooks(
                 device=access.statistics_device,
                 progress=on_permutations,
             )
-    pixels, n_pixels = (None, 0) if place is None else (place.grid.pixel, place.grid.n_pixels)
     moments = moments_of_predictions(
-        heads, predictions[n_heads], targets, tiles=tiles, pixels=pixels, n_pixels=n_pixels
+        heads,
+        predictions[n_heads],
+        targets,
+        tiles=tiles,
+        pixels=None if place is None else place.grid.pixel,
+        n_pixels=0 if place is None else place.grid.n_pixels,
+        kept=None if place is None else place.near.cells,
     )
     if no_test is None and place is not None:
         factors, weights = principal_factors(heads)
@@ -254,6 +259,7 @@ def evaluate_type_by_factors(
         tiles=tiles,
         pixels=None if place is None else place.grid.pixel,
         n_pixels=0 if place is None else place.grid.n_pixels,
+        kept=None if place is None else place.near.cells,
         device=access.statistics_device,
     )
     per_gene, overall = moments.explained_variance()

@@ -268,6 +268,24 @@ def test_too_few_cells_to_fit_or_score_leave_a_type_undefined():
         evaluated(tissue, n_folds=11)
 
 
+def test_above_some_genes_neighbours_are_seen_through_fixed_projections(monkeypatch):
+    tissue = make_tissue(planted="types")
+    plain = evaluated(tissue).expl_var
+    monkeypatch.setattr(designs, "_MOST_GENES", N_GENES)
+    np.testing.assert_array_equal(evaluated(tissue).expl_var, plain)
+    monkeypatch.setattr(designs, "_MOST_GENES", N_GENES - 1)
+    monkeypatch.setattr(designs, "_PROJECTED", 4)
+    found = evaluated(tissue, n_folds=1).expl_var
+    np.testing.assert_array_equal(found, evaluated(tissue, n_folds=1).expl_var)
+    rng = np.random.Generator(np.random.Philox(key=0))
+    weights = rng.standard_normal((N_GENES, 4), dtype=np.float32) / 2.0
+    for index, rows in enumerate(tissue.receivers().values()):
+        design = tissue.values[tissue.neighbour_rows[rows]].mean(axis=1) @ weights
+        fit = refitted(sums_of(design, tissue.values[rows]))
+        by_hand = explained_variance(design @ fit.weights + fit.intercept, tissue.values[rows]).aggregated
+        assert found[1, index] == pytest.approx(by_hand, abs=1e-5)
+
+
 def test_nothing_handed_in_changes():
     tissue = make_tissue()
     before = SimpleNamespace(values=tissue.values.copy(), rows=tissue.neighbour_rows.copy(), xy=tissue.xy.copy())

@@ -59,6 +59,7 @@ def test_unknown_command(capsys):
         ("report.cell_types=[β cell]", "report.cell_types=['β cell']"),
         ("report.cell_types=[A,Stromal_&_T_Cell_Hybrid]", "report.cell_types=['A','Stromal_&_T_Cell_Hybrid']"),
         ("permutation=reference", "permutation=reference"),
+        ("permutation.tile_widths=30,120", "permutation.tile_widths=[30,120]"),
     ],
 )
 def test_overrides_are_quoted_where_hydra_would_misread_them(given, expected):

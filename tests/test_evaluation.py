@@ -205,6 +205,13 @@ def test_held_out_says_whether_receivers_were_trained_on():
     assert evaluate_access(make_access(training_cells=frozenset()), spec(n_permutations=9)).held_out == (True,) * 3
 
 
+def test_without_coordinates_training_cells_are_not_told_apart():
+    access = make_access()
+    found = evaluate_access(make_access(training_cells=frozenset(access.names[::2])), spec(n_permutations=9))
+    assert found.parts is None
+    assert found.held_out_frame().empty
+
+
 def test_the_order_of_cells_changes_nothing():
     access = make_access()
     order = np.random.default_rng(8).permutation(len(access.names))

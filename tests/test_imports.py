@@ -29,6 +29,7 @@ WITH_TORCH = {
     "lag_test",
     "moment_sums",
     "moments",
+    "near_pairs",
     "nulls",
     "packing",
     "plain_moments",

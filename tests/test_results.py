@@ -644,8 +644,31 @@ def test_held_out_has_a_row_per_head_and_type_and_the_whole_model(inferred):
         expected = np.concatenate([inferred.parts.expl_var[part].ravel(), inferred.parts.full[part]])
         np.testing.assert_array_equal(frame[f"expl_var_{name}"], expected)
         np.testing.assert_array_equal(frame[f"n_cells_{name}"], np.tile(inferred.parts.n_cells[part], 4))
-    assert frame["undefined_reason"][0] == f"{inferred.parts.n_cells[1, 0]} cells held-out"
+    assert frame["undefined_reason"][0] == "no gene varies held-out"
+    assert frame["undefined_reason"][6] == "1 cells in-sample; 0 cells held-out"
     assert frame["undefined_reason"][1] == ""
+
+
+def test_a_part_with_cells_and_no_value_says_why(inferred):
+    of_parts, of_all = inferred.parts.expl_var.copy(), inferred.expl_var.copy()
+    of_parts[0, 1, 1:3] = of_all[1, 2] = np.nan
+    n_cells = np.maximum(inferred.parts.n_cells, 2)
+    parts = dataclasses.replace(inferred.parts, expl_var=of_parts, n_cells=n_cells)
+    frame = dataclasses.replace(inferred, parts=parts, expl_var=of_all).held_out_frame()
+    of_head = frame[frame["head"] == 1]["undefined_reason"].tolist()
+    assert of_head[1:3] == ["no gene varies in-sample", "predictions are not finite in-sample"]
+
+
+def test_a_gene_without_a_test_says_why(inferred):
+    p = np.full_like(inferred.spatial.p_value_gene, 0.5)
+    p[0, 2, 3] = p[2, 1, 0] = np.nan
+    spatial = dataclasses.replace(inferred.spatial, p_value_gene=p)
+    frame = dataclasses.replace(inferred, spatial=spatial).to_frame()
+    reasons = frame["undefined_reason"].to_numpy().reshape(p.shape)
+    assert reasons[0, 2, 3] == "lag null: effective sample size below 5 or no variation"
+    assert reasons[0, 2, 2] == ""
+    # a head that predicts the same for all cells has said so
+    assert reasons[2, 1, 0] == "predictions are constant"
 
 
 def test_scales_have_a_row_per_width_that_a_type_has(inferred):

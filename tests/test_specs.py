@@ -183,6 +183,18 @@ def test_a_known_device_is_taken(device):
     assert AblationSpec(device=device).device == device
 
 
+def test_tile_widths_are_distinct_and_ascend():
+    assert PermutationSpec(tile_widths=[120, 30.0, 30]).tile_widths == (30.0, 120.0)
+
+
+def test_p_against_scale_needs_a_spatial_null():
+    assert refusal(PermutationSpec, tile_widths=(30.0,), spatial_null="none") == (
+        "permutation.tile_widths with permutation.spatial_null=none",
+        "p against scale stands beside a spatial test",
+        "set permutation.spatial_null=lag, or leave permutation.tile_widths out",
+    )
+
+
 def test_an_unknown_figure_format_is_refused():
     assert refusal(ReportSpec, formats=("png", "jpeg")) == (
         "report.formats='jpeg'",

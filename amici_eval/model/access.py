@@ -213,7 +213,11 @@ class HookedAccess:
             for row, heads in enumerate(keeps):
                 with faint_attention_is_zero(self.module), keep_heads(self.module, heads):
                     _, outputs = self.module(tensors, compute_loss=False)
-                predictions[row, start : start + len(batch)] = outputs["prediction"].cpu().numpy()
+                predicted = outputs["prediction"]
+                if len(self.card.genes) == 1:
+                    # AMICI squeezes the profile of a lone gene to one dimension: column j has that of cell j
+                    predicted = predicted.diagonal()[:, None]
+                predictions[row, start : start + len(batch)] = predicted.cpu().numpy()
                 if progress is not None:
                     progress(len(batch))
         return predictions

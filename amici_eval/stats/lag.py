@@ -26,15 +26,18 @@ _RING = 4.2
 _EDGES = (_RING / 2, 2.55, 3.05, 3.4, 3.85, _RING)
 """About one ring for each length that offsets have: a product of covariances averaged over a wide ring is too small."""
 _FIRST_EDGES = (0.5, 1.2, 1.7, *_EDGES)
+_NEAR_BINS = 3
+"""Bins of cells in the same or touching pixels: of their pairs, finer distances are told (``NearPairs``)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LagGrid:
     """Cells of one type on a grid of pixels, for covariances between cells at a distance.
 
-    Pairs of cells are binned by distance: same pixel, then rings of about half a pixel up to 4.2 pixels; beyond, pixels
-    of twice the side in rings up to 4.2 of those, and so on up to the window's extent. A pixel is then never more than
-    about half of the distance, and the cost of a ring does not grow with the number of cells or the distance.
+    Pairs of cells are binned by distance, from two pixels on, in rings of about half a pixel up to 4.2 pixels; beyond,
+    pixels of twice the side in rings up to 4.2 of those, and so on up to the window's extent. A pixel is then never
+    more than about half of the distance, and a ring's cost does not grow with the cells or the distance. Pairs in the
+    same or touching pixels are left to :class:`amici_eval.stats.near_pairs.NearPairs`.
 
     Parameters
     ----------
@@ -112,29 +115,39 @@ class LagGrid:
 
     @cached_property
     def edges(self) -> Float64[np.ndarray, " edges"]:
-        """Distances between which bins 1, 2, ... lie, in coordinate units; bin 0 is the pairs within a pixel."""
+        """Distances between which the bins lie, in coordinate units, one more than there are bins."""
         coarser = [edge * 2**level for level in range(1, self.n_levels) for edge in _EDGES[1:]]
-        return np.array([*_FIRST_EDGES, *coarser]) * self.side
+        return np.array([*_FIRST_EDGES[_NEAR_BINS - 1 :], *coarser]) * self.side
+
+    @property
+    def n_near(self) -> float:
+        """Ordered pairs of different cells in the same or touching pixels."""
+        return float(self._all_pairs[:_NEAR_BINS].sum())
+
+    @property
+    def pairs(self) -> Float64[np.ndarray, " bins"]:
+        """Ordered pairs of cells whose distance, from pixel to pixel, falls into each bin."""
+        return self._all_pairs[_NEAR_BINS:]
 
     @cached_property
-    def pairs(self) -> Float64[np.ndarray, " bins"]:
-        """Ordered pairs of different cells whose distance, from pixel to pixel, falls into each bin."""
+    def _all_pairs(self) -> Float64[np.ndarray, " all_bins"]:
         _, rows, columns = self.shape
         image = self.counts.reshape(self.shape).astype(np.float64)
         spectrum = np.fft.rfft2(image, s=(2 * rows, 2 * columns))
         found = np.fft.irfft2(np.abs(spectrum) ** 2, s=(2 * rows, 2 * columns)).sum(axis=0)
         along = [np.minimum(np.arange(2 * size), 2 * size - np.arange(2 * size)) for size in (rows, columns)]
         distance = np.hypot(along[0][:, None], along[1][None, :]) * self.side
-        number = np.searchsorted(self.edges, distance.ravel(), side="left")
-        pairs = np.bincount(number, weights=np.round(found.ravel()), minlength=len(self.edges) + 1)[: len(self.edges)]
+        edges = np.concatenate([np.array(_FIRST_EDGES[: _NEAR_BINS - 1]) * self.side, self.edges])
+        number = np.searchsorted(edges, distance.ravel(), side="left")
+        pairs = np.bincount(number, weights=np.round(found.ravel()), minlength=len(edges) + 1)[: len(edges)]
         pairs[0] -= len(self.pixel)
         return pairs
 
     @cached_property
     def distances(self) -> Float64[np.ndarray, " bins"]:
-        """Typical distance of the pairs of each bin, in coordinate units."""
-        # two points in a square of side 1 are .52 apart on average
-        return np.concatenate([[0.52 * self.side], (self.edges[:-1] + self.edges[1:]) / 2])
+        """Middle of each bin, in coordinate units."""
+        middles: Float64[np.ndarray, " bins"] = (self.edges[:-1] + self.edges[1:]) / 2
+        return middles
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """Return sums over the cells of each pixel; ``values`` (cells, ...) becomes (pixels, ...), float64."""
@@ -152,15 +165,13 @@ class LagGrid:
         own = counts.view(self.n_sections, -1, *ones) * means[:, None]
         return (by_section - own).reshape(image.shape)
 
-    def products(self, image: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def products(self, image: torch.Tensor) -> torch.Tensor:
         """Return mean outer products of cells in each bin of distance.
 
         Parameters
         ----------
         image
             Centred sums of several fields over pixels, shape (fields, pixels, columns).
-        own
-            Sum over cells of each cell's product with itself, shape (fields, columns, columns).
 
         Returns
         -------
@@ -169,25 +180,22 @@ class LagGrid:
         """
         n_fields, _, n_columns = image.shape
         sums = image.new_zeros((len(self.pairs), n_fields, n_columns, n_columns))
-        sums[0] = image.transpose(1, 2) @ image - own
-        for level in self._levels():
-            flat = level.padded(image)
+        for level, flat in self._levels(image):
             for number, shifts in level.shifts.items():
                 for shift in shifts:
                     sums[number].baddbmm_(flat[:, :-shift].transpose(1, 2), flat[:, shift:])
-        sums[1:] += sums[1:].transpose(2, 3).clone()
+        sums += sums.transpose(2, 3).clone()
         return sums / self._counted(image)[:, None, None, None]
 
-    def squares(self, image: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return the same of fields of one column each: (fields, pixels) and (fields,) become (bins, fields)."""
+    def squares(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the same of fields of one column each: (fields, pixels) becomes (bins, fields)."""
         sums = image.new_zeros((len(self.pairs), len(image)))
-        sums[0] = image.square().sum(dim=1) - own
-        for level in self._levels():
-            flat = level.padded(image[:, :, None])[:, :, 0].contiguous()
-            room = torch.empty_like(flat)
+        for level, flat in self._levels(image[:, :, None]):
+            fields = flat[:, :, 0].contiguous()
+            room = torch.empty_like(fields)
             for number, shifts in level.shifts.items():
                 for shift in shifts:
-                    product = torch.mul(flat[:, :-shift], flat[:, shift:], out=room[:, :-shift])
+                    product = torch.mul(fields[:, :-shift], fields[:, shift:], out=room[:, :-shift])
                     sums[number].add_(product.sum(dim=1), alpha=2.0)
         return sums / self._counted(image)[:, None]
 
@@ -199,16 +207,31 @@ class LagGrid:
     def _pairs_summed(self) -> Float64[np.ndarray, " bins"]:
         image = torch.from_numpy(self.counts.astype(np.float64))[None, :, None]
         pairs = np.zeros(len(self.pairs))
-        pairs[0] = self.pairs[0]
-        for level in self._levels():
-            flat = level.padded(image)[0, :, 0]
+        for level, flat in self._levels(image):
             for number, shifts in level.shifts.items():
-                pairs[number] = 2.0 * sum(float(flat[:-shift] @ flat[shift:]) for shift in shifts)
+                pairs[number] = 2.0 * sum(float(flat[0, :-shift, 0] @ flat[0, shift:, 0]) for shift in shifts)
         return pairs
 
-    def _levels(self) -> Iterator[_Level]:
-        for level in range(self.n_levels):
-            yield _Level.of(self.shape, level)
+    def _levels(self, image: torch.Tensor) -> Iterator[tuple[_Level, torch.Tensor]]:
+        """Give each level, and the sums over its pixels laid out so that an offset is a shift."""
+        summed = image.view(len(image), *self.shape, image.shape[2])
+        for number, level in enumerate(self._grids):
+            if number:
+                # two neighbours along each axis become one; a window may be one pixel wide already
+                for axis in (2, 3):
+                    if summed.shape[axis] > 1:
+                        even, odd = (
+                            summed.narrow(axis, 0, summed.shape[axis]).index_select(
+                                axis, torch.arange(start, summed.shape[axis], 2, device=image.device)
+                            )
+                            for start in (0, 1)
+                        )
+                        summed = even.add_(odd)
+            yield level, level.padded(summed)
+
+    @cached_property
+    def _grids(self) -> tuple[_Level, ...]:
+        return tuple(_Level.of(self.shape, level) for level in range(self.n_levels))
 
 
 @dataclass(frozen=True)
@@ -216,19 +239,17 @@ class _Level:
     """A grid of pixels of ``2**level`` times the finest side: which offsets, along the padded image, are which bin."""
 
     shape: tuple[int, int, int]
-    times: tuple[int, int]
     shifts: dict[int, list[int]]
 
     @classmethod
     def of(cls, shape: tuple[int, int, int], level: int) -> _Level:
         n_sections, rows, columns = shape
-        times = 2**level
-        own = (n_sections, max(1, rows // times), max(1, columns // times))
-        edges = _FIRST_EDGES if level == 0 else _EDGES
-        first = 1 if level == 0 else len(_FIRST_EDGES) + (len(_EDGES) - 1) * (level - 1)
+        own = (n_sections, max(1, rows // 2**level), max(1, columns // 2**level))
+        first = 0 if level == 0 else len(_FIRST_EDGES) - _NEAR_BINS + (len(_EDGES) - 1) * (level - 1)
         reach = int(_RING)
         shifts: dict[int, list[int]] = {}
         width = own[2] + reach
+        edges = _FIRST_EDGES[_NEAR_BINS - 1 :] if level == 0 else _EDGES
         for down in range(reach + 1):
             for right in range(-reach, reach + 1):
                 # half of the offsets: the others are their mirror images
@@ -237,15 +258,13 @@ class _Level:
                 number = int(np.searchsorted(edges, np.hypot(down, right), side="left")) - 1
                 if 0 <= number < len(edges) - 1:
                     shifts.setdefault(first + number, []).append(down * width + right)
-        return cls(shape=own, times=(rows // own[1], columns // own[2]), shifts=shifts)
+        return cls(shape=own, shifts=shifts)
 
-    def padded(self, image: torch.Tensor) -> torch.Tensor:
-        """Return sums over the level's pixels, with zeros between rows and sections so that an offset is a shift."""
-        n_fields, _, n_columns = image.shape
+    def padded(self, summed: torch.Tensor) -> torch.Tensor:
+        """Return sums over the level's pixels with zeros between rows and sections, so that an offset is a shift."""
+        n_fields, n_columns = summed.shape[0], summed.shape[-1]
         n_sections, rows, columns = self.shape
-        down, right = self.times
-        summed = image.view(n_fields, n_sections, rows, down, columns, right, n_columns).sum(dim=(3, 5))
         reach = int(_RING)
-        out = image.new_zeros((n_fields, n_sections, rows + reach, columns + reach, n_columns))
+        out = summed.new_zeros((n_fields, n_sections, rows + reach, columns + reach, n_columns))
         out[:, :, :rows, :columns] = summed
         return out.view(n_fields, -1, n_columns)

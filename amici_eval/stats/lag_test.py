@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from amici_eval.stats.lag import LagGrid
+    from amici_eval.stats.near_pairs import NearPairs
 
 __all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
 
@@ -21,6 +22,7 @@ MIN_EFFECTIVE_CELLS = 5.0
 """With fewer, the estimated variance says too little for any reference distribution."""
 POWER = 0.8
 _LEAST_PAIRS = 200
+_ROUNDING = 1e-10
 _UNSTRUCTURED = 0.01
 """Correlation of expression between near cells below which no correlation length is given."""
 
@@ -33,12 +35,15 @@ class GeneSums:
     ----------
     pixel_sums
         Expression summed over the pixels of the grid, shape (pixels, genes).
+    near
+        Expression of the cells of the near pairs, shape (sampled, genes).
     target_ss, predicted_ss, common
         Centred sums of squares of expression, shape (genes,), and of predictions, and their centred sum of products,
         shape (heads, genes).
     """
 
     pixel_sums: Float64[np.ndarray, "pixels genes"]
+    near: Float[np.ndarray, "sampled genes"]
     target_ss: Float64[np.ndarray, " genes"]
     predicted_ss: Float64[np.ndarray, "heads genes"]
     common: Float64[np.ndarray, "heads genes"]
@@ -79,6 +84,7 @@ def lag_test(
     images: Float[np.ndarray, "cells rank heads"],
     *,
     grid: LagGrid,
+    near: NearPairs,
     weights: Float64[np.ndarray, "heads genes rank"],
     genes: GeneSums,
     alpha: float = 0.05,
@@ -97,7 +103,7 @@ def lag_test(
     factors, images
         F and Z, shape (cells, rank, heads), not centred: head h predicts ``constant + F[:, :, h] @ A_h.T``, and Z is
         expression times A.
-    grid
+    grid, near
         Of the same cells.
     weights
         A, shape (heads, genes, rank).
@@ -118,24 +124,28 @@ def lag_test(
     its first term, which cells that are independent would give. The effective sample size is
     ``1 + tr(S_F S_Z) / Var(T)``, and T is compared with Student's t with that minus 2 degrees of freedom (Dutilleul).
     """
-    n_cells, _, n_heads = factors.shape
+    n_heads = factors.shape[2]
+    # a cell that is alone in its section is its mean, and has no say
+    n_cells = int(grid.section_counts[grid.section_counts > 1].sum())
     f, z = (_by_head(values, device) for values in (factors, images))
     f_means, z_means = (_section_means(values, grid) for values in (f, z))
     section = torch.from_numpy(grid.section).to(device)
     f, z = f - f_means[:, section], z - z_means[:, section]
     f_own, z_own = f.transpose(1, 2) @ f, z.transpose(1, 2) @ z
-    f_lags, z_lags = (_lag_products(values, own, grid) for values, own in ((f, f_own), (z, z_own)))
-    used = grid.distances <= (np.inf if reach is None else reach)
-    pairs = np.where(used, grid.pairs, 0.0)
-    free = (f_own * z_own).sum(dim=(1, 2)).cpu().numpy() / n_cells
+    f_lags, z_lags = (_lag_products(values, grid, near) for values in (f, z))
+    distances = np.concatenate([near.distances, grid.distances])
+    every_pair = np.concatenate([near.pairs, grid.pairs])
+    # cells in touching pixels always count: without them nothing would be left of the null
+    used = distances <= (np.inf if reach is None else max(reach, float(near.distances[-1])))
+    pairs = np.where(used, every_pair, 0.0)
+    free = (f_own * z_own).sum(dim=(1, 2)).cpu().numpy() / max(n_cells, 1)
     at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy()
 
     a = torch.from_numpy(weights).to(device)
     within = _within_sections(genes, grid, f_means, a)
     predicted_lags = torch.stack([_quadratic(a[head], f_lags[:, head]) for head in range(n_heads)], dim=1)
-    y = grid.centred(torch.from_numpy(genes.pixel_sums).to(device)).T.contiguous()
-    target_lags = grid.squares(y, torch.from_numpy(within.target_ss).to(device)).cpu().numpy()
-    free_gene = within.predicted_ss * within.target_ss / n_cells
+    target_lags = _lag_squares(genes, grid, near, device)
+    free_gene = within.predicted_ss * within.target_ss / max(n_cells, 1)
     at_lags_gene = np.einsum("k,khg,kg->hg", pairs, predicted_lags.cpu().numpy(), target_lags)
 
     # as large as the sum of products can be, so that their ratio is a correlation
@@ -148,6 +158,7 @@ def lag_test(
     needed = student_t.isf(alpha, degrees) + student_t.isf(1.0 - POWER, degrees)
     with np.errstate(divide="ignore", invalid="ignore"):
         detectable = np.minimum((needed * heads.deviation / scale) ** 2, 1.0)
+    correlation = target_lags.sum(axis=1) * n_cells / max(within.target_ss.sum(), np.finfo(float).tiny)
     return LagTest(
         statistic=heads.statistic,
         ess=heads.ess,
@@ -155,8 +166,8 @@ def lag_test(
         detectable=np.where(np.isfinite(heads.p), detectable, np.nan),
         p_gene=by_gene.p,
         ess_gene=by_gene.ess,
-        correlation_length=_correlation_length(grid, target_lags.sum(axis=1) * n_cells / within.target_ss.sum()),
-        reach=float(grid.distances[used & (grid.pairs > 0)].max(initial=0.0)),
+        correlation_length=_correlation_length(distances, every_pair, correlation),
+        reach=float(distances[used & (every_pair > 0)].max(initial=0.0)),
     )
 
 
@@ -204,9 +215,19 @@ def _section_means(values: Tensor, grid: LagGrid) -> Tensor:
     return sums / torch.from_numpy(grid.section_counts).to(values.device)[:, None]
 
 
-def _lag_products(values: Tensor, own: Tensor, grid: LagGrid) -> Tensor:
+def _lag_products(values: Tensor, grid: LagGrid, near: NearPairs) -> Tensor:
     image = grid.sums(values.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
-    return grid.products(image, own)
+    return torch.cat([near.products(values), grid.products(image)])
+
+
+def _lag_squares(genes: GeneSums, grid: LagGrid, near: NearPairs, device: str) -> Float64[np.ndarray, "bins genes"]:
+    sums = torch.from_numpy(genes.pixel_sums).to(device)
+    counts = torch.from_numpy(np.maximum(grid.section_counts, 1).astype(np.float64)).to(device)
+    means = sums.view(grid.n_sections, -1, sums.shape[1]).sum(dim=1) / counts[:, None]
+    own = torch.from_numpy(genes.near).to(device).double()
+    own = own - means[torch.from_numpy(grid.section[near.cells]).to(device)]
+    far = grid.squares(grid.centred(sums).T.contiguous())
+    return torch.cat([near.squares(own), far]).cpu().numpy()
 
 
 def _quadratic(weights: Tensor, products: Tensor) -> Tensor:
@@ -225,19 +246,28 @@ def _within_sections(genes: GeneSums, grid: LagGrid, f_means: Tensor, weights: T
     y, p = y - share @ y, p - np.einsum("s,hsg->hg", share, p)[:, None]
     return replace(
         genes,
-        target_ss=np.maximum(genes.target_ss - counts @ y**2, 0.0),
-        predicted_ss=np.maximum(genes.predicted_ss - np.einsum("s,hsg->hg", counts, p**2), 0.0),
+        target_ss=_left(genes.target_ss, counts @ y**2),
+        predicted_ss=_left(genes.predicted_ss, np.einsum("s,hsg->hg", counts, p**2)),
         common=genes.common - np.einsum("s,hsg,sg->hg", counts, p, y),
     )
 
 
-def _correlation_length(grid: LagGrid, correlation: Float64[np.ndarray, " bins"]) -> float:
-    usable = np.flatnonzero(grid.pairs >= _LEAST_PAIRS)
+def _left(total: Float64[np.ndarray, ...], between: Float64[np.ndarray, ...]) -> Float64[np.ndarray, ...]:
+    """Return what is left within sections; what rounding leaves of 0 is 0."""
+    return np.where(total - between > _ROUNDING * total, total - between, 0.0)
+
+
+def _correlation_length(
+    distances: Float64[np.ndarray, " bins"],
+    pairs: Float64[np.ndarray, " bins"],
+    correlation: Float64[np.ndarray, " bins"],
+) -> float:
+    usable = np.flatnonzero(pairs >= _LEAST_PAIRS)
     if not len(usable) or correlation[usable[0]] < _UNSTRUCTURED:
         return 0.0
     below = usable[correlation[usable] < correlation[usable[0]] / np.e]
     if not len(below):
-        return float(grid.distances[usable[-1]])
+        return float(distances[usable[-1]])
     last = usable[np.searchsorted(usable, below[0]) - 1]
     steps = (correlation[last] - correlation[usable[0]] / np.e) / (correlation[last] - correlation[below[0]])
-    return float(grid.distances[last] + steps * (grid.distances[below[0]] - grid.distances[last]))
+    return float(distances[last] + steps * (distances[below[0]] - distances[last]))

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
     from torch import Tensor
 
-__all__ = ["StratumSums", "stratum_sums", "third_moments"]
+__all__ = ["StratumSums", "stratum_sums"]
 
 _ENTRIES = 2**18
 """Products held at a time: they stay in the processor's cache."""
 _ENTRIES_ELSEWHERE = 2**24
 _ALWAYS_BATCHED = 100
 """Strata up to this size go in batches: one by one they would cost more in calls than in arithmetic."""
+_MOST_BYTES = 2**28
+"""What D of a stratum, or third moments of F and of Z, may take; else they come head by head and block by block."""
 _ENTRY_COST = 6
 """Of an entry of D in operations, beside its 2 x rank: it is read to be squared, cubed and summed."""
 
@@ -79,9 +81,19 @@ def stratum_sums(
     large = sizes > _largest_batched(rank)
     names = [field.name for field in fields(StratumSums) if field.name != "n_cells"]
     sums = torch.zeros((len(names), n_heads), dtype=torch.float64, device=device)
+    wide = ~large & (sizes > 2) & (8 * n_heads * sizes**2 > _MOST_BYTES)
+    heads_at_a_time = max(1, _MOST_BYTES // (8 * rank**2 * (rank + 1)))
     for end, size in zip(ends[large], sizes[large], strict=True):
-        sums += _of_large_stratum(factors, images, order[end - size : end], device)
-    for rows in _batches(order, ends[~large], sizes[~large], entries=_room(device) // max(1, n_heads), rank=rank):
+        rows = order[end - size : end]
+        for first in range(0, n_heads, heads_at_a_time):
+            some = slice(first, first + heads_at_a_time)
+            sums[:, some] += _of_large_stratum(factors[:, :, some], images[:, :, some], rows, device)
+    for end, size in zip(ends[wide], sizes[wide], strict=True):
+        for head in range(n_heads):
+            one = slice(head, head + 1)
+            sums[:, one] += _of_wide_stratum(factors[:, :, one], images[:, :, one], order[end - size : end], device)
+    small = ~large & ~wide
+    for rows in _batches(order, ends[small], sizes[small], entries=_room(device) // max(1, n_heads), rank=rank):
         sums += _of_small_strata(factors, images, rows, device)
     return StratumSums(**dict(zip(names, sums.cpu().numpy(), strict=True)), n_cells=sizes)
 
@@ -89,31 +101,6 @@ def stratum_sums(
 def _largest_batched(rank: int) -> int:
     """Return up to which size D = f z^T costs less than the third moments of F and Z."""
     return max(_ALWAYS_BATCHED, 2 * rank * (rank + 1) ** 2 // (2 * rank + _ENTRY_COST))
-
-
-def third_moments(
-    factors: Float[np.ndarray, "cells rank heads"], *, device: str = "cpu"
-) -> Float64[np.ndarray, "heads rank rank rank"]:
-    """Return each head's centred third moments ``M_abc = sum_i f_ia f_ib f_ic``, shape (heads, rank, rank, rank).
-
-    Parameters
-    ----------
-    factors
-        Shape (cells, rank, heads), not necessarily centred.
-    device
-        Torch device; ``"mps"``, which has no float64, is taken as ``"cpu"``.
-    """
-    device = _with_float64(device)
-    _, rank, n_heads = factors.shape
-    rows = np.arange(len(factors))
-    pairs = torch.zeros((n_heads, rank * (rank + 1) // 2, rank), dtype=torch.float64, device=device)
-    mean = _mean(factors, rows, device)
-    for part in _parts(rows, pairs.shape[1] * n_heads, device):
-        _add_third(_columns(factors, part, device) - mean, pairs)
-    place = np.zeros((rank, rank), dtype=np.int64)
-    first, second = np.triu_indices(rank)
-    place[first, second] = place[second, first] = np.arange(len(first))
-    return np.asarray(pairs.cpu().numpy()[:, place])
 
 
 def _with_float64(device: str) -> str:
@@ -188,6 +175,31 @@ def _of_large_stratum(
     return torch.stack(
         [excess, mean, variance, cubed * (n / ((n - 1) * (n - 2))), *own, *(own + means_squared), aligned]
     )
+
+
+def _of_wide_stratum(
+    factors: Float[np.ndarray, "cells rank 1"],
+    images: Float[np.ndarray, "cells rank 1"],
+    rows: Int64[np.ndarray, " rows"],
+    device: str,
+) -> Float64[Tensor, "sums 1"]:
+    """Return the sums of one head in a stratum whose D = f z^T is too large to be held at once."""
+    n = len(rows)
+    both = [_columns(values, rows, device)[0] for values in (factors, images)]
+    means = [x.mean(dim=1, keepdim=True) for x in both]
+    f, z = (x - mean for x, mean in zip(both, means, strict=True))
+    squared, cubed = torch.zeros((2,), dtype=torch.float64, device=device)
+    step = max(1, _MOST_BYTES // (16 * n))
+    for first in range(0, n, step):
+        d = f[:, first : first + step].T @ z
+        powers = d.square()
+        squared = squared + powers.sum()
+        cubed = cubed + powers.mul_(d).sum()
+    own = [x.square().sum() for x in (f, z)]
+    mean = n * (means[0] * means[1]).sum()
+    cumulant = cubed * (n / ((n - 1) * (n - 2)))
+    found = [(f * z).sum(), mean, squared / (n - 1), cumulant, *own, *(x.square().sum() for x in both)]
+    return torch.stack([*found, own[0] * own[1] / (n - 1)])[:, None]
 
 
 def _batches(

@@ -48,12 +48,12 @@ class TypeMoments:
         The same of prediction minus expression, each head kept alone, shape (tiles, heads, genes).
     full_mean, full_m2
         The same of the whole model, shape (tiles, genes).
-    target_m3
-        Centred sum of cubes of expression over all cells, shape (genes,).
     predicted_ss_gene
         Per head and gene, over all cells: squares of the prediction's deviation from its mean, shape (heads, genes).
     pixel_sums
         Expression summed over the cells of each pixel, shape (pixels, genes); no pixels if none were asked for.
+    kept_values
+        Expression of the cells that were to be kept, shape (kept, genes), float32.
     constant_genes
         Genes with one value in all cells of the type, shape (genes,).
     projected
@@ -73,9 +73,9 @@ class TypeMoments:
     residual_m2: Float64[np.ndarray, "tiles heads genes"]
     full_mean: Float64[np.ndarray, "tiles genes"]
     full_m2: Float64[np.ndarray, "tiles genes"]
-    target_m3: Float64[np.ndarray, " genes"]
     predicted_ss_gene: Float64[np.ndarray, "heads genes"]
     pixel_sums: Float64[np.ndarray, "pixels genes"]
+    kept_values: Float32[np.ndarray, "kept genes"]
     constant_genes: Bool[np.ndarray, " genes"]
     projected: Float32[np.ndarray, "cells columns"]
     scale: Float64[np.ndarray, "cells heads"]
@@ -84,7 +84,13 @@ class TypeMoments:
 
     def without_cells(self) -> TypeMoments:
         """Return the same without what is kept per cell."""
-        return replace(self, projected=self.projected[:0], scale=self.scale[:0], pixel_sums=self.pixel_sums[:0])
+        return replace(
+            self,
+            projected=self.projected[:0],
+            scale=self.scale[:0],
+            pixel_sums=self.pixel_sums[:0],
+            kept_values=self.kept_values[:0],
+        )
 
     @property
     def target_ss(self) -> float:
@@ -146,6 +152,7 @@ def gather_moments(
     tiles: Int64[np.ndarray, " cells"],
     pixels: Int64[np.ndarray, " cells"] | None = None,
     n_pixels: int = 0,
+    kept: Int64[np.ndarray, " kept"] | None = None,
     device: str = "cpu",
 ) -> TypeMoments:
     """Run once over the cells of a type and return the moments from which everything else follows.
@@ -162,6 +169,8 @@ def gather_moments(
         Tile of each cell.
     pixels, n_pixels
         Pixel of each cell, and how many there are, if sums over pixels are wanted.
+    kept
+        Cells whose expression is wanted as it is, ascending.
     device
         Torch device that has float64.
 
@@ -189,7 +198,10 @@ def gather_moments(
     own_by_rank = own.transpose(1, 2).contiguous()
     f_sum, ff = zeros(n_tiles, n_heads, rank), zeros(n_tiles, n_heads, rank, rank)
     py, y_sum, yy = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_genes), zeros(n_tiles, n_genes)
-    cubes = zeros(n_genes)
+    kept = np.zeros(0, dtype=np.int64) if kept is None else kept
+    place = np.full(n_cells, -1, dtype=np.int64)
+    place[kept] = np.arange(len(kept))
+    kept_values = np.empty((len(kept), n_genes), dtype=np.float32)
     pixel_sums = zeros(n_pixels, n_genes)
     fy = zeros(n_heads * rank, n_genes)
     n_columns = readout.n_columns
@@ -218,6 +230,8 @@ def gather_moments(
         z = torch.from_numpy(outputs[positions]).to(device)
         factors, deviation = _factors(z, grams, readout)
         everything = _whole(z, gram_of_all, readout)
+        wanted = place[positions] >= 0
+        kept_values[place[positions][wanted]] = values[wanted]
         if pixels is not None:
             pixel_sums.index_add_(0, torch.from_numpy(pixels[positions]).to(device), wide)
         scale[positions] = deviation.cpu().numpy()
@@ -237,9 +251,7 @@ def gather_moments(
             torch.mm(x.T, y, out=x_by_y)
             xy[tile] += x_by_y.mul_(weights_by_column).sum(dim=0)
             y_sum[tile] += y.sum(dim=0)
-            squares = y.square()
-            yy[tile] += squares.sum(dim=0)
-            cubes += squares.mul_(y).sum(dim=0)
+            yy[tile] += y.square().sum(dim=0)
             start = end
     projected -= projected.mean(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -261,8 +273,6 @@ def gather_moments(
     x_mean = (x_sum @ weights_by_column) / n
     all_all = torch.stack([((weights @ own) * weights).sum(dim=1) for own in xx])
     full_m2 = (all_all - 2.0 * xy + yy - n * (x_mean - target_mean) ** 2).clamp_(min=0.0)
-    mean = y_sum.sum(dim=0) / n_cells
-    cubes += -3.0 * mean * yy.sum(dim=0) + 2.0 * n_cells * mean**3
     return TypeMoments(
         tiles=present,
         n_cells=counts,
@@ -272,9 +282,9 @@ def gather_moments(
         residual_m2=residual_m2.cpu().numpy(),
         full_mean=(x_mean + offset - target_mean).cpu().numpy(),
         full_m2=full_m2.cpu().numpy(),
-        target_m3=cubes.cpu().numpy(),
         predicted_ss_gene=predicted_ss.cpu().numpy(),
         pixel_sums=pixel_sums.cpu().numpy(),
+        kept_values=kept_values,
         constant_genes=lowest == highest,
         projected=projected,
         scale=scale,

@@ -25,6 +25,7 @@ def moments_of_predictions(
     tiles: Int64[np.ndarray, " cells"],
     pixels: Int64[np.ndarray, " cells"] | None = None,
     n_pixels: int = 0,
+    kept: Int64[np.ndarray, " kept"] | None = None,
 ) -> TypeMoments:
     """Return the moments of one cell type from its predictions; see :func:`amici_eval.stats.moments.gather_moments`.
 
@@ -34,7 +35,7 @@ def moments_of_predictions(
         Predictions with one head kept, and of the whole model.
     targets
         Expression.
-    tiles, pixels, n_pixels
+    tiles, pixels, n_pixels, kept
         As there.
     """
     present, local = np.unique(tiles, return_inverse=True)
@@ -70,9 +71,9 @@ def moments_of_predictions(
         residual_m2=residual_m2,
         full_mean=full_mean,
         full_m2=full_m2,
-        target_m3=((wide - wide.mean(axis=0)) ** 3).sum(axis=0),
         predicted_ss_gene=predicted_ss,
         pixel_sums=pixel_sums,
+        kept_values=targets[:0] if kept is None else targets[kept],
         constant_genes=targets.min(axis=0) == targets.max(axis=0),
         projected=np.zeros((0, 1 + n_heads), dtype=np.float32),
         scale=np.zeros((0, n_heads)),
@@ -97,7 +98,9 @@ def principal_factors(
         centred = wide - wide.mean(axis=0)
         gram = centred.T @ centred
         values, vectors = np.linalg.eigh(gram)
-        kept = values > _RANK_TOLERANCE**2 * max(values[-1], np.finfo(float).tiny)
+        # rounding is relative to the predictions, not to how much they vary
+        size = float((wide**2).sum())
+        kept = values > max(_RANK_TOLERANCE**2 * values[-1], np.finfo(np.float32).eps ** 2 * size)
         kept[-1] = True
         parts.append((centred @ vectors[:, kept], vectors[:, kept]))
     rank = max(weights.shape[1] for _, weights in parts)

@@ -31,7 +31,8 @@ class TorusStatistics:
     Parameters
     ----------
     statistics
-        Correlation of prediction and expression after each shift, shape (shifts, heads), dimensionless.
+        Correlation of prediction and expression after each shift, shape (shifts, heads), dimensionless; ``inf`` for a
+        shift that leaves nothing to compare.
     observed
         The same in truth, shape (heads,); NaN, as is the head's column, where a head predicts the same for all cells
         of a section, or numbers that are not finite: there is nothing to test.
@@ -91,8 +92,9 @@ def torus_statistics(
     After a shift a cell takes the F of the cell that lies nearest, on the torus, to where it comes to lie. Some cells
     are then taken more than once and others not at all, which changes ||F||. So the statistic, of the shifts and of the
     truth, is the correlation ``sum_i <F_s(i), Z_i> / (||F_s|| ||Z||)``, with F_s and Z centred within sections; a shift
-    under which all cells of each section take the F of one cell counts as a correlation of 0. A rectangle is as much
-    longer than its cells reach as two neighbours are apart.
+    under which all cells of each section take the F of one cell has no correlation and counts as ``inf``: such a shift
+    shows nothing against chance, and counted as 0 it would make p small where cells are few or lie in a heap. A
+    rectangle is as much longer than its cells reach as two neighbours are apart.
 
     Where opposite edges meet, a shifted field is not smooth, so that shifts vary a little too little. Rejected at .05
     of 900 independent smooth pairs (kernel ``exp(-d^2 / (2 l^2))``, 400 cells, 199 shifts) with l = .05 and .1 of the
@@ -187,7 +189,6 @@ class _Fit:
             self._f, self._z = self._centred(factors), self._centred(images)
             f_norms, self._z_norms = (np.sqrt(np.square(v).sum(axis=(1, 2))) for v in (self._f, self._z))
             self._dead = ~((f_norms > _ROUNDING * sizes) & (self._z_norms > 0.0) & np.isfinite(f_norms + self._z_norms))
-        self._f_norms = f_norms
 
     def _centred(self, values: Float[np.ndarray, "cells rank heads"]) -> Float64[np.ndarray, "heads cells rank"]:
         """Return a copy in which the numbers of a head lie together."""
@@ -198,7 +199,7 @@ class _Fit:
 
     def of(self, taken: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, " heads"]:
         """Return the correlation per head if cell i has the prediction of cell ``taken[i]``."""
-        products, squares = np.zeros(len(self._f)), np.zeros(len(self._f))
+        products, squares, of_means = np.zeros((3, len(self._f)))
         for head in np.flatnonzero(~self._dead):
             f, z = self._f[head], self._z[head]
             for cells in self._sections:
@@ -210,9 +211,11 @@ class _Fit:
                     squares[head] += np.vdot(there, there)
                     total += there.sum(axis=0)
                 # z is centred within the section, so that the mean of ``there`` matters to its own size alone
-                squares[head] -= total @ total / (cells.stop - cells.start)
-        norms = np.sqrt(np.maximum(squares, 0.0))
-        # where all cells take the prediction of one there is nothing that could fit
-        varied = norms > _ROUNDING * self._f_norms
-        correlation = np.divide(products, norms * self._z_norms, out=np.zeros_like(norms), where=varied & ~self._dead)
+                of_means[head] += total @ total / (cells.stop - cells.start)
+        norms = np.sqrt(np.maximum(squares - of_means, 0.0))
+        # where all cells take the prediction of one nothing can be compared, which is no evidence for a fit; what is
+        # left of a difference of squares is rounding below a share of the squares, not of their roots
+        varied = squares - of_means > _ROUNDING * squares
+        unknown = np.full_like(norms, np.inf)
+        correlation = np.divide(products, norms * self._z_norms, out=unknown, where=varied & ~self._dead)
         return np.where(self._dead, np.nan, correlation)

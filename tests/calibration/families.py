@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import norm
 
-from amici_eval.stats.exact_moments import permutation_moments
+from amici_eval.stats.exact_moments import pearson3_tail, permutation_moments
 from amici_eval.stats.factor_nulls import factor_draw, factor_statistics
 from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
-from amici_eval.stats.pearson1 import pearson_tail
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from amici_eval.stats.sequential import sequential_exceedances
@@ -147,7 +146,7 @@ def _tails(options: Options) -> list[Row]:
         at = float(np.quantile(far[:, 0], 1.0 - target))
         own = factor_statistics(factors, images, stream=stream, start=0, stop=per_fit * repeats, n_threads=1)
         exact = permutation_moments(factors.astype(np.float32), images)
-        by_moments = pearson_tail(at / np.sqrt(exact.variance), exact.skewness, exact.kurtosis)
+        by_moments = pearson3_tail(at / np.sqrt(exact.variance), exact.skewness)
         fits = [tail_p_values(at, own.statistics[i * per_fit : (i + 1) * per_fit, 0]) for i in range(repeats)]
         ratio = np.array([fit.p for fit in fits]) / target
         low, middle, high = np.quantile(ratio, [0.05, 0.5, 0.95])

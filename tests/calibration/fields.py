@@ -11,6 +11,7 @@ import torch
 
 from amici_eval.stats.lag import LagGrid
 from amici_eval.stats.lag_test import GeneSums
+from amici_eval.stats.near_pairs import NearPairs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,11 @@ class Place:
     @cached_property
     def grid(self) -> LagGrid:
         return LagGrid.of(self.coordinates, samples=self.samples)
+
+    @cached_property
+    def near(self) -> NearPairs:
+        """Pairs of cells near each other."""
+        return NearPairs.of(self.grid, self.coordinates, n_genes=N_GENES)
 
     @cached_property
     def sections(self) -> list[np.ndarray]:
@@ -174,6 +180,7 @@ def simulate(rng: np.random.Generator, place: Place, smooth: Smooth, *, n_heads:
         weights=weights,
         genes=GeneSums(
             pixel_sums=place.grid.sums(torch.from_numpy(y)).numpy(),
+            near=y[place.near.cells],
             target_ss=np.square(centred).sum(axis=0),
             predicted_ss=np.square(predicted).sum(axis=1),
             common=np.einsum("hig,ig->hg", predicted, centred),

@@ -38,7 +38,7 @@ def apply_nulls(
     data: Data, place: Place, *, length: float, tiles: Sequence[float] = (), torus: bool = False, number: int = 0
 ) -> Tested:
     """Test the heads of one simulated tissue with each null; tile widths are given in correlation lengths."""
-    lag = lag_test(data.factors, data.images, grid=place.grid, weights=data.weights, genes=data.genes)
+    lag = lag_test(data.factors, data.images, grid=place.grid, near=place.near, weights=data.weights, genes=data.genes)
     p = {"lag": lag.p, "lag, genes": lag.p_gene}
     p["free"] = permutation_moments(data.factors, data.images).p_values()
     if place.samples is not None:

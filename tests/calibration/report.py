@@ -60,11 +60,7 @@ def _head(runs: list[Row]) -> str:
     )
     if runs:
         seeds = sorted({str(row["seed"]) for row in runs})
-        minutes = ", ".join(f"{row['part']} {row['minutes']:g}" for row in runs)
-        text += (
-            f"\n\nSeed {' and '.join(seeds)}; minutes on {runs[0]['workers']} processes: {minutes}. The same seed "
-            "gives the same numbers up to rounding, whatever the number of processes."
-        )
+        text += f"\n\nSeed {' and '.join(seeds)}: the same seed gives the same numbers up to rounding."
     return text
 
 

@@ -22,36 +22,30 @@ def exact(tables: dict[str, list[Row]]) -> list[str]:
     moments, drawn, tail = (tables.get(name, []) for name in ("exact_moments", "exact_drawn", "exact_tail"))
     if not moments:
         return missing(title, "exact")
-    names = ("mean_off", "variance_off", "skewness_off", "kurtosis_off")
-    worst = max(row[name] for row in moments for name in names)
-    errors = ("mean_se", "variance_se", "third_se", "fourth_se")
+    worst = max(row[name] for row in moments for name in ("mean_off", "variance_off", "skewness_off"))
+    errors = ("mean_se", "variance_se", "third_se")
     off = max(abs(row[name]) for row in drawn for name in errors)
     quantiles = sorted({row["p"] for row in tail}, reverse=True)
     lines = []
     for row in drawn:
         own = {one["p"]: one for one in tail if one["law"] == row["law"]}
-        for law, shown, error in (("pearson", "heads", "se"), ("pearson3", "genes", "pearson3_se")):
-            cells = [f"{own[p][law] / own[p]['counted']:.3f} ({own[p][error]:+.1f})" for p in quantiles]
-            lines.append([f"{row['law']}, {shown}", f"{row['skewness']:+.3f}", f"{row['kurtosis']:+.3f}", *cells])
-    parts = [
+        cells = [f"{own[p]['pearson'] / own[p]['counted']:.3f} ({own[p]['se']:+.1f})" for p in quantiles]
+        lines.append([row["law"], f"{row['skewness']:+.3f}", *cells])
+    far = tail[int(np.argmax([abs(row["se"]) for row in tail]))]
+    ratios = [row["pearson"] / row["counted"] for row in tail]
+    return [
         title,
-        f"Against all permutations of {moments[0]['n_cells']} to {moments[-1]['n_cells']} cells, mean, variance, "
-        f"skewness and kurtosis are off by {worst:.0e} at most: rounding. Against {drawn[0]['permutations']:,} drawn "
-        f"permutations of 60 cells, the first four moments are off by at most {off:.1f} standard errors of the drawing "
-        f"({len(errors) * len(drawn)} numbers).",
-        table(["F and Z", "skewness of T", "kurtosis", *(f"at p = {p:g}" for p in quantiles)], lines),
-        "p from moments over the counted share, and in brackets the difference in standard errors of the count. Heads "
-        "use four moments (Pearson I or III), genes three (Pearson III); here both are asked about the same T.",
+        f"Against all permutations of {moments[0]['n_cells']} to {moments[-1]['n_cells']} cells, mean, variance and "
+        f"skewness are off by {worst:.0e} at most: rounding. Against {drawn[0]['permutations']:,} drawn permutations "
+        f"of 60 cells they are off by at most {off:.1f} standard errors of the drawing ({len(errors) * len(drawn)} "
+        "numbers).",
+        table(["F and Z", "skewness of T", *(f"at p = {p:g}" for p in quantiles)], lines),
+        "p by Pearson III over the counted share, and in brackets the difference in standard errors of the count: p "
+        f"is {min(ratios):.2f} to {max(ratios):.2f} times the counted share, so it errs on the safe side far out. The "
+        f"largest difference is {far['se']:+.1f} standard errors ({far['law']}, p = {far['p']:g}): sparse "
+        "counts make T a lattice, which no smooth law follows; it takes a million permutations to see. Types of fewer "
+        "than 50 cells are counted instead.",
     ]
-    for law, shown, error in (("pearson", "four", "se"), ("pearson3", "three", "pearson3_se")):
-        far = tail[int(np.argmax([abs(row[error]) for row in tail]))]
-        ratios = [row[law] / row["counted"] for row in tail]
-        parts[-1] += (
-            f" With {shown} moments p is {min(ratios):.2f} to {max(ratios):.2f} times the counted share; the largest "
-            f"difference is {far[error]:+.1f} standard errors ({far['law']}, p = {far['p']:g})."
-        )
-    parts[-1] += " Sparse counts make T a lattice, which no smooth law follows; it takes a million permutations to see."
-    return parts
 
 
 def families(tables: dict[str, list[Row]]) -> list[str]:

@@ -25,9 +25,3 @@ def all_statistics(factors: np.ndarray, images: np.ndarray, strata: np.ndarray) 
     """T of every permutation, shape (permutations, heads); the identity comes first."""
     wide = factors.astype(np.float64), images.astype(np.float64)
     return np.array([np.einsum("iah,iah->h", wide[0][order], wide[1]) for order in orders(strata)])
-
-
-def third_moments(factors: np.ndarray) -> np.ndarray:
-    """Centred third moments, with cells x rank^3 products."""
-    f = factors - factors.mean(axis=0)
-    return np.einsum("iah,ibh,ich->habc", f, f, f)

@@ -7,6 +7,7 @@ from scipy.stats import binom
 
 from amici_eval.stats.lag import LagGrid
 from amici_eval.stats.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
+from amici_eval.stats.near_pairs import NearPairs
 from tests.oracles import lag as oracle
 
 
@@ -24,17 +25,19 @@ def weights_of(rng, n_heads, n_genes, rank):
 def ask(factors, targets, weights, xy, *, samples=None, **arguments):
     """Ask for the test of predictions ``factors @ weights.T`` of targets, both (cells, columns)."""
     grid = LagGrid.of(xy, samples=samples)
+    near = NearPairs.of(grid, xy, n_genes=targets.shape[1])
     predictions = np.einsum("nrh,hgr->hng", factors, weights)
     predictions = predictions - predictions.mean(axis=1, keepdims=True)
     centred = targets - targets.mean(axis=0)
     genes = GeneSums(
         pixel_sums=grid.sums(torch.from_numpy(targets)).numpy(),
+        near=targets[near.cells],
         target_ss=(centred**2).sum(axis=0),
         predicted_ss=(predictions**2).sum(axis=1),
         common=(predictions * centred).sum(axis=1),
     )
     images = np.einsum("ng,hgr->nrh", targets, weights)
-    return lag_test(factors, images, grid=grid, weights=weights, genes=genes, **arguments)
+    return lag_test(factors, images, grid=grid, near=near, weights=weights, genes=genes, **arguments)
 
 
 def draw(seed, *, n_cells=300, length=0.1, n_heads=2, n_genes=4, rank=3, effect=0.0):
@@ -54,19 +57,19 @@ def test_products_by_distance_are_those_of_all_pairs_of_pixels(with_samples):
     samples = np.where(rng.uniform(size=250) < 0.4, "a", "b") if with_samples else None
     grid = LagGrid.of(xy, samples=samples)
     fields = torch.from_numpy(rng.normal(size=(2, 250, 3)))
-    own = fields.transpose(1, 2) @ fields
     image = grid.sums(fields.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
-    found = grid.products(image, own).numpy()
+    found = grid.products(image).numpy()
     rows, columns = grid.shape[1:]
     in_section = grid.pixel % (rows * columns)
     centres = np.stack([in_section // columns, in_section % columns], axis=1) * grid.side
-    finest = np.count_nonzero(grid.edges <= 4.2 * grid.side * (1 + 1e-9))
+    finest = np.count_nonzero(grid.edges <= 4.2 * grid.side * (1 + 1e-9)) - 1
     for field in range(2):
         pairs, products = oracle.mean_products(fields[field].numpy(), centres, grid.section, grid.edges)
-        np.testing.assert_array_equal(grid.pairs, pairs)
-        np.testing.assert_allclose(found[:finest, field], products[:finest], atol=1e-12)
+        np.testing.assert_array_equal(grid.pairs, pairs[1:])
+        assert grid.n_near == pairs[0]
+        np.testing.assert_allclose(found[:finest, field], products[1 : finest + 1], atol=1e-12)
     # coarser levels see pairs of larger pixels: not the same pairs, but all within the window
-    squares = grid.squares(image[:, :, 0].contiguous(), own[:, 0, 0]).numpy()
+    squares = grid.squares(image[:, :, 0].contiguous()).numpy()
     np.testing.assert_allclose(squares, found[:, :, 0, 0], atol=1e-12)
 
 
@@ -154,6 +157,65 @@ def test_the_correlation_length_is_where_the_smooth_part_has_fallen_to_one_in_e(
     assert ask(factors, rng.normal(size=targets.shape), weights, xy).correlation_length == 0.0
 
 
+@pytest.mark.parametrize("with_samples", [False, True])
+def test_near_pairs_are_all_pairs_in_touching_pixels_by_their_distance(with_samples):
+    rng = np.random.default_rng(1)
+    xy = rng.uniform(size=(400, 2))
+    samples = np.where(rng.uniform(size=400) < 0.4, "a", "b") if with_samples else None
+    grid = LagGrid.of(xy, samples=samples)
+    near = NearPairs.of(grid, xy, n_genes=5)
+    rows, columns = grid.shape[1:]
+    place = np.stack([grid.pixel % (rows * columns) // columns, grid.pixel % columns], axis=1)
+    touching = (np.abs(place[:, None] - place[None]) <= 1).all(axis=2) & (grid.section[:, None] == grid.section[None])
+    np.fill_diagonal(touching, val=False)
+    assert near.pairs.sum() == pytest.approx(touching.sum())
+    assert len(near.first) == touching.sum()
+    assert touching[near.cells[near.first], near.cells[near.second]].all()
+    distance = np.linalg.norm(xy[near.cells[near.first]] - xy[near.cells[near.second]], axis=1)
+    middle = np.repeat(near.distances, np.diff(near.starts))
+    assert (np.abs(distance - middle) <= 0.5 * grid.side + 1e-12).all()
+    fields = torch.from_numpy(rng.normal(size=(2, 400, 3)))
+    found = near.products(fields).numpy()
+    for ring in np.flatnonzero(np.diff(near.starts)):
+        part = slice(near.starts[ring], near.starts[ring + 1])
+        left, right = (fields[1].numpy()[near.cells[side[part]]] for side in (near.first, near.second))
+        np.testing.assert_allclose(found[ring, 1], (left.T @ right + right.T @ left) / 2 / len(left), atol=1e-12)
+    squares = near.squares(fields[:, torch.from_numpy(near.cells), 0].T.contiguous()).numpy()
+    np.testing.assert_allclose(squares, found[:, :, 0, 0], atol=1e-12)
+
+
+def test_correlation_that_reaches_less_far_than_a_pixel_is_seen():
+    statistics, ess = [], []
+    for seed in range(25):
+        rng = np.random.default_rng([3, seed])
+        xy, weights = rng.uniform(size=(12_000, 2)), weights_of(rng, 3, 4, 2)
+        factors = np.stack([smooth(rng, xy, 0.004, 2, n_waves=300) for _ in range(3)], axis=2)
+        found = ask(factors, smooth(rng, xy, 0.004, 4, n_waves=300), weights, xy)
+        statistics += found.statistic.tolist()
+        ess += found.ess.tolist()
+        assert found.correlation_length == pytest.approx(0.004 * np.sqrt(2), rel=0.3)
+    assert np.median(ess) < 9000
+    assert np.std(statistics) < 1.2
+
+
+def test_cells_alone_in_their_section_have_no_say():
+    factors, targets, weights, xy = draw(12, n_cells=140, length=0.02)
+    samples = np.array(["together"] * 60 + [f"alone {i}" for i in range(80)])
+    found = ask(factors, targets, weights, xy, samples=samples)
+    alone = ask(factors[:60], targets[:60], weights, xy[:60])
+    assert (found.ess <= 60).all()
+    np.testing.assert_allclose(found.p, alone.p, rtol=0.1)
+
+
+def test_a_gene_that_differs_between_sections_only_has_no_p():
+    factors, targets, weights, xy = draw(13)
+    samples = np.where(np.arange(len(xy)) % 2, "a", "b")
+    targets[:, 1] = np.where(samples == "a", 0.1, 0.3)
+    found = ask(factors, targets, weights, xy + (samples == "a")[:, None] * 5.0, samples=samples)
+    assert np.isnan(found.p_gene[:, 1]).all()
+    assert np.isfinite(found.p_gene[:, [0, 2, 3]]).all()
+
+
 def test_many_sections_share_the_pixels():
     xy = np.random.default_rng(0).uniform(size=(4000, 2))
     samples = np.arange(4000) % 40
@@ -183,5 +245,5 @@ def test_p_is_never_zero():
 def test_a_larger_reach_takes_more_pairs_into_account():
     factors, targets, weights, xy = draw(11)
     near, far = (ask(factors, targets, weights, xy, reach=reach) for reach in (0.02, 0.3))
-    assert near.reach <= 0.02 < far.reach <= 0.3
+    assert near.reach < 0.05 < far.reach <= 0.3
     assert near.ess[0] > far.ess[0]

@@ -146,18 +146,28 @@ def test_heads_that_say_the_same_of_all_cells_or_nothing_finite_have_no_statisti
     np.testing.assert_array_equal(found.statistics[:, 2], plain.statistics[:, 2])
 
 
-@pytest.mark.parametrize("xy", [np.zeros((6, 2)), np.column_stack([np.arange(6.0), np.zeros(6)])])
-def test_cells_on_a_line_or_in_one_place_have_statistics(xy):
+def test_cells_on_a_line_have_statistics():
     factors, images, _, _ = draw(n_cells=6)
-    found = statistics(factors, images, xy).statistics
+    found = statistics(factors, images, np.column_stack([np.arange(6.0), np.zeros(6)])).statistics
     assert np.isfinite(found).all()
     assert np.abs(found).max() <= 1.0 + 1e-12
+
+
+def test_shifts_that_leave_nothing_to_compare_are_no_evidence():
+    factors, images, _, _ = draw(n_cells=6)
+    found = statistics(factors, images, np.zeros((6, 2)))
+    assert np.isfinite(found.observed).all()
+    # all cells of one place take the prediction of one of them
+    np.testing.assert_array_equal(found.statistics, np.inf)
+    assert p_of(found.statistics, found.observed).tolist() == [1.0, 1.0]
 
 
 def test_samples_of_one_cell_keep_their_own():
     factors, images, xy, _ = draw(n_cells=6)
     found = statistics(factors, images, xy, samples=np.array(["a", "b", "c", "d", "e", "e"]))
-    assert np.isfinite(found.statistics).all()
+    assert np.isfinite(found.observed).all()
+    # "e" has two cells: either each takes that of the other or its own, or both take one
+    assert set(np.abs(np.round(found.statistics / found.observed, 9)).ravel().tolist()) == {1.0, np.inf}
 
 
 def test_progress_adds_up_to_the_number_of_shifts():

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from amici_eval.spatial_evaluation import Place, spatial_test
+from amici_eval.specs import PermutationSpec
+from amici_eval.stats.plain_moments import moments_of_predictions, principal_factors
+
+SAME = "predicts the same for all cells of each section"
+
+
+def spatial_by(null, *, n_cells=90, **settings):
+    """Test a head that fits, one that differs between sections alone, and a dead one."""
+    rng = np.random.default_rng(0)
+    samples = np.repeat(["a", "b", "c"], n_cells // 3).astype(object)
+    targets = rng.normal(size=(n_cells, 6)).astype(np.float32)
+    heads = np.stack([targets + rng.normal(size=targets.shape), targets, targets]).astype(np.float32)
+    heads[1] = np.repeat(rng.normal(size=(3, 6)), n_cells // 3, axis=0)
+    heads[2] = 1.0
+    place = Place.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples, n_genes=6)
+    moments = moments_of_predictions(
+        heads,
+        heads[0],
+        targets,
+        tiles=np.zeros(n_cells, dtype=np.int64),
+        pixels=place.grid.pixel,
+        n_pixels=place.grid.n_pixels,
+        kept=place.near.cells,
+    )
+    factors, weights = principal_factors(heads)
+    return spatial_test(
+        factors,
+        np.einsum("ng,hgr->nrh", targets - targets.mean(axis=0, dtype=np.float64), weights),
+        moments,
+        weights=weights,
+        place=place,
+        test=PermutationSpec(spatial_null=null, n_shifts=19, **settings),
+        cell_type="T",
+        n_permutations=99,
+        dead=np.array([False, False, True]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("null", "settings", "reason"),
+    [
+        ("lag", {}, SAME),
+        ("torus", {}, SAME),
+        ("sample", {}, "varies in no section"),
+        ("sample", {"spatial_method": "monte_carlo"}, "varies in no section"),
+        ("tile", {"tile_width": 50.0}, "varies in no tile"),
+    ],
+)
+def test_a_head_that_differs_between_sections_alone_has_no_test_and_a_reason(null, settings, reason):
+    found = spatial_by(null, **settings)
+    for values in (found.p, found.p_low, found.p_high, found.statistic):
+        assert np.isnan(values[1:]).all()
+    assert 0.0 < found.p[0] <= 0.05
+    assert found.reasons == {1: reason}
+
+
+def test_shifts_that_leave_nothing_to_compare_stay_out_of_the_spread():
+    found = spatial_by("torus", n_cells=6)
+    assert np.isfinite(found.statistic[0])
