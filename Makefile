@@ -15,6 +15,7 @@ help:
 	@echo "make test   install and run the tests"
 	@echo "make lint   install and run ruff, mypy and import-linter"
 	@echo "make bench  measure speed and memory beside amici-st and write docs/performance.md: about 25 min"
+	@echo "make calibrate  measure type I error, power and coverage and write docs/validity.md: about 18 min"
 	@echo "make clean  remove what the above made"
 
 install: $(VENV)/installed
@@ -46,5 +47,5 @@ calibrate: install
 	$(BIN)/python -m tests.calibration $(CALIBRATE_ARGS)
 
 clean:
-	rm -rf $(VENV) demo-output benchmark-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo-output benchmark-results calibration-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -67,7 +67,7 @@ def test_evaluate_gives_metrics_and_artifacts_linked_once(registry, adata, uri, 
     assert {"tables/heads.csv", "tables/explained_variance.parquet"} <= files
     assert tuple(result.artifacts["heads"].content.columns) == HEAD_COLUMNS
     assert tuple(result.artifacts["explained_variance"].content.columns) == GENE_COLUMNS
-    assert result.artifacts["significance"].content["schema_version"] == 2
+    assert result.artifacts["significance"].content["schema_version"] == 3
     result.save(str(tmp_path / "out"))
     saved = pd.read_csv(tmp_path / "out" / "artifacts" / "heads.csv")
     assert len(saved) == expected.n_heads * len(expected.cell_types)
