@@ -15,10 +15,9 @@ from amici_eval.stats.moments import gather_moments
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.designs import TissueAccess
-    from amici_eval.type_evaluation import FactorAccess
+    from amici_eval.protocols import FactorAccess, TissueAccess
 
 __all__ = ["WithoutNearest", "evaluate_baselines", "explained_without_nearest"]
 
@@ -49,7 +48,7 @@ def evaluate_baselines(
     *,
     expl_var: Float64[np.ndarray, "heads types"],
     expl_var_full: Float64[np.ndarray, " types"],
-    fitted_names: frozenset[str] | None,
+    fitted: Bool[np.ndarray, " all_cells"] | None,
     without_nearest: WithoutNearest | None = None,
     n_folds: int = N_FOLDS,
     progress: Callable[[int], None] | None = None,
@@ -65,8 +64,9 @@ def evaluate_baselines(
         Evaluated rows by cell type, on which baselines are scored, as the heads are.
     expl_var, expl_var_full
         Of each head kept alone and of the whole model, types in the order of ``receivers``.
-    fitted_names
-        Cells the model was fitted on: baselines are fitted on those of the type. ``None``: on all evaluated cells.
+    fitted
+        Which cells of the tissue the model was fitted on: baselines are fitted on those of the type. ``None``, or none
+        of any evaluated type (a new tissue): on all evaluated cells.
     without_nearest
         What heads explain without the nearest neighbour, to go with the result; ``None``: NaN.
     n_folds
@@ -108,9 +108,12 @@ def evaluate_baselines(
             f"n_folds={n_folds}: 1 to {MIN_CELLS_FIT} are possible, for a type is fitted from {MIN_CELLS_FIT} cells on"
         )
         raise ValueError(msg)
-    roles = _roles(access, receivers, fitted_names, n_folds)
-    found = np.full((len(DESIGNS), len(types)), np.nan)
     codes, cell_types = access.label_codes, access.card.cell_types
+    evaluated = np.isin(codes, [cell_types.index(cell_type) for cell_type in types])
+    if fitted is not None and not fitted[evaluated].any():
+        fitted = None
+    roles = _roles(access, receivers, fitted, n_folds)
+    found = np.full((len(DESIGNS), len(types)), np.nan)
     n_fitted = np.bincount(codes[(roles & FITTED) > 0], minlength=len(cell_types))
     usable = [
         index
@@ -130,7 +133,7 @@ def evaluate_baselines(
     nothing = np.full(expl_var.shape, np.nan)
     return Baselines(
         names=DESIGNS,
-        fitted_on="all evaluated cells" if fitted_names is None else "training cells",
+        fitted_on="all evaluated cells" if fitted is None else "training cells",
         expl_var=found,
         gain=expl_var - best,
         full_gain=expl_var_full - best,
@@ -153,7 +156,7 @@ def explained_without_nearest(
     receivers
         Evaluated rows by cell type.
     outputs
-        ``access.head_outputs(rows, without_nearest=True)`` by cell type; types that are not there stay NaN.
+        What attention brings without it, by cell type; types that are not there stay NaN.
     """
     n_heads = access.card.n_heads
     expl_var, full = np.full((n_heads, len(receivers)), np.nan), np.full(len(receivers), np.nan)
@@ -172,21 +175,17 @@ def explained_without_nearest(
 def _roles(
     access: TissueAccess,
     receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    fitted_names: frozenset[str] | None,
+    fitted: Bool[np.ndarray, " all_cells"] | None,
     n_folds: int,
 ) -> Int64[np.ndarray, " all_cells"]:
     """Return what each cell is for: to fit, to score (bits 1 and 2), or both, plus four times the fold of these."""
     codes, cell_types = access.label_codes, list(access.card.cell_types)
     roles = np.zeros(len(codes), dtype=np.int64)
     for cell_type, rows in receivers.items():
+        of_type = codes == cell_types.index(cell_type)
         roles[rows] |= SCORED
-        fitted = rows
-        if fitted_names is not None:
-            fitted = np.flatnonzero(codes == cell_types.index(cell_type))
-            known = (name in fitted_names for name in access.cell_names(fitted))
-            fitted = fitted[np.fromiter(known, dtype=bool, count=len(fitted))]
-        roles[fitted] |= FITTED
-        both = np.flatnonzero((codes == cell_types.index(cell_type)) & (roles == (FITTED | SCORED)))
+        roles[rows if fitted is None else fitted & of_type] |= FITTED
+        both = np.flatnonzero(of_type & (roles == (FITTED | SCORED)))
         # by rank of the names, whatever the order of storage
         both = both[np.argsort(np.array(access.cell_names(both), dtype=object), kind="stable")]
         roles[both] += FOLD * (np.arange(len(both)) % n_folds)

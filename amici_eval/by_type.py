@@ -4,56 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from amici_eval.baselines import WithoutNearest, evaluate_baselines, explained_without_nearest
-from amici_eval.inference import tile_numbers
-from amici_eval.moments import Moments
+from amici_eval.baselines import evaluate_baselines, explained_without_nearest
+from amici_eval.kept_moments import kept_moments
 from amici_eval.progress import Meter, PermutationMeter, Progress
+from amici_eval.protocols import FactorAccess, LocatedAccess, TissueAccess
 from amici_eval.results import Undefined
 from amici_eval.side_by_side import run_side_by_side
-from amici_eval.spatial_evaluation import Place
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.spatial import square_tiles, tile_side
-from amici_eval.type_evaluation import (
-    FactorAccess,
-    TypeEvaluation,
-    evaluate_type_by_factors,
-    evaluate_type_by_hooks,
-)
+from amici_eval.stats.place import Place
+from amici_eval.tiling import Tiling
+from amici_eval.type_evaluation import TypeEvaluation, evaluate_type_by_factors, evaluate_type_by_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Int64
 
     from amici_eval.inference_results import Baselines
     from amici_eval.model.access import ModelAccess
+    from amici_eval.moments import Moments
     from amici_eval.specs import EvaluationSpec
 
-__all__ = ["LocatedAccess", "Types", "evaluate_types"]
+__all__ = ["Types", "evaluate_types"]
 
-_FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
-_SKETCHED_CELLS = 256
 _SIDE_BY_SIDE_CELLS = 4096
 """Types of at most so many cells are tested several at a time, on one thread each: their arrays are small."""
-
-
-@runtime_checkable
-class LocatedAccess(Protocol):
-    """A model on a tissue of which it is known where the cells lie."""
-
-    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return where some cells lie."""
-        ...
-
-    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
-        """Return the section of some cells, if a sample column was named."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,9 +51,13 @@ class Types:
     moments
         From the factored engine.
     baselines
-        If they were asked for, from the factored engine.
+        If they were asked for, and it is known where cells lie.
     tile_width
         Side of the tiles, in coordinate units; ``None``: it is not known where cells lie.
+    held_out
+        By type: whether the model was fitted on none of its evaluated cells; ``None`` if that is not known.
+    notes
+        Remarks on the evaluated cells.
     """
 
     evaluated: list[TypeEvaluation | None]
@@ -79,15 +65,8 @@ class Types:
     moments: Moments | None = None
     baselines: Baselines | None = None
     tile_width: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Tiles:
-    """Tiles of the evaluated cells, in the order of ``rows``: their numbers, told apart by part, centres and width."""
-
-    numbers: Int64[np.ndarray, " cells"]
-    centers: Float64[np.ndarray, "tiles two"]
-    width: float
+    held_out: tuple[bool | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def evaluate_types(
@@ -119,7 +98,8 @@ def evaluate_types(
     # work counts cells once for their way through the model; a permutation's cost beside that, roughly
     cells_work = 1.0 if factors is not None else n_heads + 2.0 + (n_heads if "leave_one_out" in modes else 0)
     test_work = n_permutations / 1000 if factors is not None else float(n_heads)
-    with_baselines = spec.ablation.baselines and factors is not None
+    tissue = access if isinstance(access, TissueAccess) else None
+    with_baselines = spec.ablation.baselines and tissue is not None
     meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines))
     outputs = nearest = None
     if factors is not None:
@@ -129,8 +109,12 @@ def evaluate_types(
             outputs, nearest = both.whole, both.without_nearest
         else:
             outputs = factors.head_outputs(everyone, progress=count)
-    tiles = _tiles(access, usable, everyone) if isinstance(access, LocatedAccess) and len(everyone) else None
-    numbers = np.zeros(len(everyone), dtype=np.int64) if tiles is None else tiles.numbers
+    # of the whole tissue if baselines may be fitted to cells that are not evaluated
+    all_fitted = None if tissue is None else _fitted_cells(access, np.arange(len(tissue.label_codes)))
+    fitted = _fitted_cells(access, everyone) if all_fitted is None else all_fitted[everyone]
+    tiling = None
+    if isinstance(access, LocatedAccess) and len(everyone):
+        tiling = Tiling.of(access, everyone, fitted=fitted, n_types=len(usable))
     found = _each(
         access,
         receivers,
@@ -139,23 +123,27 @@ def evaluate_types(
         n_permutations=n_permutations,
         modes=modes,
         outputs=outputs,
-        tiles=numbers,
+        keys=np.zeros(len(everyone), dtype=np.int64) if tiling is None else tiling.keys,
         meter=meter,
         cells_work=cells_work,
         test_work=test_work,
     )
     evaluated = [found.get(cell_type) for cell_type in receivers]
     moments = baselines = None
-    if factors is not None and outputs is not None and tiles is not None:
-        moments = _moments(factors, receivers, usable, evaluated, outputs, tiles)
-    if with_baselines and factors is not None:
-        masked = None if nearest is None else _without_nearest(factors, receivers, usable, nearest)
+    if factors is not None and outputs is not None and tiling is not None:
+        moments = kept_moments(factors, receivers, usable, evaluated, outputs, tiling)
+    if with_baselines and tissue is not None:
+        masked = None
+        if factors is not None and nearest is not None:
+            masked = explained_without_nearest(
+                factors, receivers, {name: nearest[own] for name, own in zip(usable, _slices(usable), strict=True)}
+            )
         baselines = evaluate_baselines(
-            factors,
+            tissue,
             receivers,
             expl_var=np.stack([np.full(n_heads, np.nan) if i is None else i.expl_var for i in evaluated], axis=1),
             expl_var_full=np.array([np.nan if item is None else item.full for item in evaluated]),
-            fitted_names=_fitted_names(factors, usable),
+            fitted=all_fitted,
             without_nearest=masked,
             progress=meter.cells("baselines", n_receivers),
         )
@@ -164,7 +152,13 @@ def evaluate_types(
         undefined=_undefined(access, receivers, found),
         moments=moments,
         baselines=baselines,
-        tile_width=None if tiles is None else tiles.width,
+        tile_width=None if tiling is None else tiling.width,
+        held_out=tuple(
+            None if (own := _fitted_cells(access, rows)) is None else not own.any() for rows in receivers.values()
+        )
+        if all_fitted is None
+        else tuple(not all_fitted[rows].any() for rows in receivers.values()),
+        notes=() if tissue is None or all_fitted is None else _crowded(tissue, everyone, all_fitted, spec),
     )
 
 
@@ -177,7 +171,7 @@ def _each(
     n_permutations: int,
     modes: tuple[str, ...],
     outputs: Float32[np.ndarray, "cells outputs"] | None,
-    tiles: Int64[np.ndarray, " cells"],
+    keys: Int64[np.ndarray, " cells"],
     meter: Meter,
     cells_work: float,
     test_work: float,
@@ -189,15 +183,15 @@ def _each(
     def evaluate_type(cell_type: str, own: slice, on_permutations: Callable[[int], None]) -> TypeEvaluation:
         rows, place = usable[cell_type], None
         if isinstance(access, LocatedAccess) and test.spatial_null != "none":
-            coordinates, samples = access.coordinates(usable[cell_type]), access.samples(usable[cell_type])
-            place = Place.of(coordinates, samples, n_genes=len(access.card.genes))
+            samples = access.samples(rows)
+            place = Place.of(access.coordinates(rows), samples=samples, n_genes=len(access.card.genes))
         if isinstance(access, FactorAccess) and outputs is not None:
             large = len(rows) > _SIDE_BY_SIDE_CELLS
             return evaluate_type_by_factors(
                 access,
                 cell_type,
                 rows,
-                tiles[own],
+                keys[own],
                 outputs[own],
                 test=test,
                 n_permutations=n_permutations,
@@ -213,7 +207,7 @@ def _each(
             access,
             cell_type,
             rows,
-            tiles[own],
+            keys[own],
             test=test,
             n_permutations=n_permutations,
             modes=modes,
@@ -227,10 +221,7 @@ def _each(
     counters: dict[str, PermutationMeter] = {}
     alone: dict[str, Callable[[], TypeEvaluation]] = {}
     together: dict[str, Callable[[Callable[[int], None]], TypeEvaluation]] = {}
-    start = 0
-    for cell_type, rows in usable.items():
-        own = slice(start, start + len(rows))
-        start = own.stop
+    for own, (cell_type, rows) in zip(_slices(usable), usable.items(), strict=True):
         pieces = access.card.n_heads * n_permutations
         count = meter.permutations(cell_type, work=len(rows) * test_work, pieces=pieces)
         counters[cell_type] = count
@@ -277,95 +268,33 @@ def _undefined(
     return undefined
 
 
-def _tiles(
-    access: LocatedAccess, usable: Mapping[str, Int64[np.ndarray, " cells"]], everyone: Int64[np.ndarray, " cells"]
-) -> _Tiles:
-    samples, coordinates = access.samples(everyone), access.coordinates(everyone)
-    n_sections = 1 if samples is None else len(set(samples.tolist()))
-    in_all = int(np.clip(len(everyone) // (len(usable) * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))
-    n_tiles = max(1, in_all // n_sections)
-    numbers = square_tiles(coordinates, n_tiles=n_tiles, samples=samples)
-    centers = np.stack([np.bincount(numbers, weights=column) for column in coordinates[:, :2].T], axis=1)
-    training = access.card.training_cells  # type: ignore[attr-defined]
-    held_out = None
-    if training is not None:
-        names = access.cell_names(everyone)  # type: ignore[attr-defined]
-        held_out = ~np.fromiter((name in training for name in names), dtype=bool, count=len(everyone))
-    return _Tiles(
-        numbers=tile_numbers(numbers, held_out),
-        centers=centers / np.bincount(numbers)[:, None],
-        width=tile_side(coordinates, n_tiles=n_tiles, samples=samples),
-    )
-
-
-def _fitted_names(access: FactorAccess, usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> frozenset[str] | None:
-    """Return the names of the training cells; ``None`` also for a new tissue, where no evaluated type has any."""
-    training, cell_types = access.card.training_cells, access.card.cell_types
+def _fitted_cells(access: ModelAccess, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " cells"] | None:
+    """Return which of some cells the model was fitted on; ``None`` if that is not known."""
+    training = access.card.training_cells
     if training is None:
         return None
-    own = np.isin(access.label_codes, [cell_types.index(cell_type) for cell_type in usable])
-    return None if training.isdisjoint(access.cell_names(np.flatnonzero(own))) else training
+    return np.fromiter((name in training for name in access.cell_names(rows)), dtype=bool, count=len(rows))
 
 
-def _without_nearest(
-    access: FactorAccess,
-    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    usable: Mapping[str, Int64[np.ndarray, " cells"]],
-    outputs: Float32[np.ndarray, "cells outputs"],
-) -> WithoutNearest:
-    ends = np.cumsum([len(rows) for rows in usable.values()])
-    by_type = dict(zip(usable, np.split(outputs, ends[:-1]), strict=True))
-    return explained_without_nearest(access, receivers, by_type)
-
-
-def _moments(
-    access: FactorAccess,
-    receivers: Mapping[str, np.ndarray],
-    usable: Mapping[str, np.ndarray],
-    evaluated: Sequence[TypeEvaluation | None],
-    outputs: np.ndarray,
-    tiles: _Tiles,
-) -> Moments:
-    types = tuple(receivers)
-    parts = [
-        (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None
-    ]
-    sketch_type, sketch_rows, sketch_places = [], [], []
-    start = 0
-    for cell_type, rows in usable.items():
-        chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SKETCHED_CELLS)).astype(np.int64)
-        sketch_type.append(np.full(len(chosen), types.index(cell_type), dtype=np.int64))
-        sketch_rows.append(rows[chosen])
-        sketch_places.append(start + chosen)
-        start += len(rows)
-    readouts = [access.readout(cell_type) for cell_type in types]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for _, part in parts])
-
-    n_rows = sum(len(part.tiles) for _, part in parts)
-    return Moments(
-        cell_types=types,
-        genes=access.card.genes,
-        n_heads=access.card.n_heads,
-        row_type=np.concatenate([np.full(len(part.tiles), index, dtype=np.int64) for index, part in parts]),
-        row_tile=joined("tiles") // 2,
-        row_held_out=joined("tiles") % 2 if access.card.training_cells is not None else np.full(n_rows, -1),
-        n_cells=joined("n_cells"),
-        target_mean=joined("target_mean").astype(np.float32),
-        target_m2=joined("target_m2").astype(np.float32),
-        residual_mean=joined("residual_mean").astype(np.float32),
-        residual_m2=joined("residual_m2").astype(np.float32),
-        full_mean=joined("full_mean").astype(np.float32),
-        full_m2=joined("full_m2").astype(np.float32),
-        sketch_type=np.concatenate(sketch_type),
-        sketch_names=tuple(access.cell_names(np.concatenate(sketch_rows))),
-        sketch_outputs=outputs[np.concatenate(sketch_places)],
-        tile_center=tiles.centers,
-        query_weights=np.stack([readout.weights[:, 0] for readout in readouts]).astype(np.float32),
-        head_weights=readouts[0].weights[:, 1:].astype(np.float32),
-        query_gram=np.stack([readout.gram[0] for readout in readouts]),
-        head_gram=readouts[0].gram[1:, 1:],
-        readout_offset=np.stack([readout.offset for readout in readouts]),
-        readout_epsilon=np.array([readouts[0].epsilon]),
+def _crowded(
+    access: TissueAccess,
+    rows: Int64[np.ndarray, " cells"],
+    fitted: Bool[np.ndarray, " all_cells"],
+    spec: EvaluationSpec,
+) -> tuple[str, ...]:
+    """Say how many held-out cells have cells of training around them: they are not as new to the model as they seem."""
+    held_out = rows[~fitted[rows]]
+    near = int(fitted[access.neighbour_rows[held_out]].any(axis=1).sum())
+    if not near or spec.data.subset.buffer:
+        return ()
+    return (
+        f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, as "
+        "after any random split; a region or section that was held out as a whole says more (data.subset.buffer=true "
+        "leaves out its rim)",
     )
+
+
+def _slices(usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> list[slice]:
+    """Return where the cells of each type stand if types follow each other."""
+    ends = np.cumsum([0, *(len(rows) for rows in usable.values())]).tolist()
+    return [slice(start, stop) for start, stop in pairwise(ends)]

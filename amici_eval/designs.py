@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int, Int64
 
-    from amici_eval.specs import ModelCard
-    from amici_eval.stats.moments import Block
+    from amici_eval.protocols import TissueAccess
 
 __all__ = [
     "DESIGNS",
     "FITTED",
     "FOLD",
     "SCORED",
-    "TissueAccess",
     "TypeDesigns",
     "gather",
     "sections_of",
@@ -41,38 +39,6 @@ _MOST_GENES, _PROJECTED = 1000, 512
 """Mean expression of the neighbours has a column a gene up to the first, and above that the second, of projections."""
 _MOMENT_BYTES = 2**29
 """Moments of several types are gathered in one pass over the tissue, as far as they find room in this."""
-
-
-class TissueAccess(Protocol):
-    """A tissue as baselines need it: who lies beside whom, where, and what is expressed."""
-
-    card: ModelCard
-
-    @property
-    def neighbour_rows(self) -> Int[np.ndarray, "all_cells neighbours"]:
-        """Rows of the cells that each cell of the tissue attends to."""
-        ...
-
-    @property
-    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
-        """Place of each cell's type in ``card.cell_types``."""
-        ...
-
-    def cell_names(self, rows: Int64[np.ndarray, " cells"]) -> list[str]:
-        """Return the names of some cells."""
-        ...
-
-    def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[Block]:
-        """Yield the measured expression of some cells, block by block."""
-        ...
-
-    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return where some cells lie."""
-        ...
-
-    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
-        """Return the section of some cells, if a sample column was named."""
-        ...
 
 
 def sections_of(access: TissueAccess) -> Int64[np.ndarray, " all_cells"]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.ablation_results import HeadAblations
-from amici_eval.by_type import LocatedAccess, evaluate_types
+from amici_eval.by_type import evaluate_types
 from amici_eval.errors import DataError
 from amici_eval.inference import adjusted_free, held_out_parts, intervals, spatial_tests
 from amici_eval.parity import Parity, check_parity
 from amici_eval.progress import Progress
+from amici_eval.protocols import FactorAccess, LocatedAccess
 from amici_eval.results import HeadEvaluation
 from amici_eval.specs import EvaluationSpec, default_n_permutations
-from amici_eval.type_evaluation import FactorAccess, TypeEvaluation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from amici_eval.model.access import ModelAccess
+    from amici_eval.type_evaluation import TypeEvaluation
 
 __all__ = ["Progress", "evaluate", "evaluate_access"]
 
@@ -97,9 +98,9 @@ def evaluate_access(
 ) -> HeadEvaluation:
     """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`.
 
-    An access that offers :class:`~amici_eval.type_evaluation.FactorAccess` is first checked against its own hooked
+    An access that offers :class:`~amici_eval.protocols.FactorAccess` is first checked against its own hooked
     engine on some cells of each type; if they disagree, the hooked engine does the work. Without coordinates
-    (:class:`~amici_eval.by_type.LocatedAccess`) there are neither spatial tests nor intervals.
+    (:class:`~amici_eval.protocols.LocatedAccess`) there are neither spatial tests nor intervals.
     """
     receivers = access.receivers()
     _check_sections_known(access, spec)
@@ -122,6 +123,7 @@ def evaluate_access(
     test = spec.permutation
     n_permutations = test.n_permutations or default_n_permutations(n_heads, len(types), test.alpha)
     found = evaluate_types(access, receivers, spec, n_permutations=n_permutations, modes=modes, progress=progress)
+    notes = (*notes, *found.notes)
     evaluated, free = found.evaluated, [None if item is None else item.free for item in found.evaluated]
     p = _stack([None if one is None else one.p for one in free], (n_heads,))
     for cell_type, item in zip(types, evaluated, strict=True):
@@ -133,7 +135,6 @@ def evaluate_access(
         if thing.gene is None:
             where = "all heads" if thing.head is None else f"head {thing.head}"
             logger.warning("undefined for %s, %s: %s", thing.cell_type, where, thing.reason)
-    training = access.card.training_cells
     return HeadEvaluation(
         n_heads=n_heads,
         cell_types=types,
@@ -149,9 +150,7 @@ def evaluate_access(
         p_value_adj=adjusted_free(p, evaluated, test),
         p_ci_low=_stack([None if one is None else one.p_low for one in free], (n_heads,)),
         p_ci_high=_stack([None if one is None else one.p_high for one in free], (n_heads,)),
-        held_out=tuple(
-            None if training is None else training.isdisjoint(access.cell_names(rows)) for rows in receivers.values()
-        ),
+        held_out=found.held_out,
         spec=spec,
         undefined=tuple(found.undefined),
         notes=notes,
@@ -171,7 +170,7 @@ def evaluate_access(
         else intervals(types, evaluated, test=test, n_heads=n_heads, tile_width=found.tile_width),
         # rows tell the parts apart only where tiles do
         parts=None
-        if training is None or found.tile_width is None
+        if access.card.training_cells is None or found.tile_width is None
         else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
         trivial=found.baselines,
         moments=found.moments,

@@ -9,10 +9,11 @@ import numpy as np
 
 from amici_eval.stats.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
 from amici_eval.stats.factor_nulls import factor_draw, factor_exceedances
+from amici_eval.stats.nulls import PermutationCounts
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from amici_eval.stats.sequential import sequential_exceedances
-from amici_eval.stats.tails import tail_p_values
+from amici_eval.stats.tails import MAX_EXCEEDANCES, tail_p_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,12 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
 
     from amici_eval.specs import PermutationSpec
-    from amici_eval.stats.factor_nulls import FactorDraw, FactorStatistics
-    from amici_eval.stats.nulls import PermutationCounts
+    from amici_eval.stats.factor_draws import FactorDraw, FactorStatistics
 
 __all__ = ["FreeTest", "counted", "free_test"]
-
-_FEW_EXCEEDANCES = 10
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,10 +126,11 @@ def counted(counts: PermutationCounts, test: PermutationSpec, sampling: str) -> 
     """Return the test that counts of exceedances make."""
     exceedances = np.where(counts.dead, -1, counts.exceedances)
     raw = p_values(np.maximum(exceedances, 0), n_permutations=max(counts.n_permutations, 1), convention=test.convention)
+    raw = raw.without(counts.dead)
     return FreeTest(
-        p=np.where(counts.dead, np.nan, raw.p),
-        p_low=np.where(counts.dead, np.nan, raw.ci_low),
-        p_high=np.where(counts.dead, np.nan, raw.ci_high),
+        p=raw.p,
+        p_low=raw.ci_low,
+        p_high=raw.ci_high,
         exceedances=exceedances,
         n_permutations=counts.n_permutations,
         method=sampling,
@@ -174,22 +173,19 @@ def _in_full(
 ) -> FreeTest:
     """Keep every permutation's statistic: for tails and for maxT."""
     dead = statistics.dead
-    counts = np.count_nonzero(statistics.reached, axis=0)
-    raw = p_values(counts.astype(np.int64), n_permutations=n_permutations, convention=test.convention)
-    p, method = raw.p.copy(), "independent"
+    exceedances = np.count_nonzero(statistics.reached, axis=0).astype(np.int64)
+    counts = PermutationCounts(exceedances=exceedances, dead=dead, n_permutations=n_permutations)
+    made = counted(counts, test, "independent")
     if test.tail == "gpd":
-        for head in np.flatnonzero(~dead & (counts < _FEW_EXCEEDANCES)):
-            fit = tail_p_values(float(statistics.observed[head]), statistics.statistics[:, head])
-            if fit.fits:
-                p[head], method = fit.p, "gpd"
-    made = FreeTest(
-        p=np.where(dead, np.nan, p),
-        p_low=np.where(dead, np.nan, raw.ci_low),
-        p_high=np.where(dead, np.nan, raw.ci_high),
-        exceedances=np.where(dead, -1, counts),
-        n_permutations=n_permutations,
-        method=method,
-    )
+        fits = {
+            head: tail_p_values(float(statistics.observed[head]), statistics.statistics[:, head])
+            for head in np.flatnonzero(~dead & (exceedances < MAX_EXCEEDANCES))
+        }
+        fitted = {head: fit.p for head, fit in fits.items() if fit.fits}
+        if fitted:
+            p = made.p.copy()
+            p[list(fitted)] = list(fitted.values())
+            made = replace(made, p=p, method="gpd")
     if test.adjustment != "maxt":
         return made
     exact = permutation_moments(factors, images, device=device)

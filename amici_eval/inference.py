@@ -12,6 +12,7 @@ from amici_eval.stats.bootstrap import tile_bootstrap
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.moments import merge_tiles
 from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
+from amici_eval.tiling import HELD_OUT, IN_SAMPLE, part_of, tile_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,17 +20,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
     from amici_eval.specs import PermutationSpec
+    from amici_eval.stats.bootstrap import TileBootstrap
     from amici_eval.stats.moments import TypeMoments
     from amici_eval.type_evaluation import TypeEvaluation
 
-__all__ = ["Rows", "adjusted_free", "held_out_parts", "intervals", "rows_of", "spatial_tests", "tile_numbers"]
-
-
-def tile_numbers(
-    tiles: Int64[np.ndarray, " cells"], held_out: Bool[np.ndarray, " cells"] | None
-) -> Int64[np.ndarray, " cells"]:
-    """Return numbers of tiles that tell parts apart, too: twice the tile, plus 1 for cells held out."""
-    return 2 * tiles if held_out is None else 2 * tiles + held_out
+__all__ = ["Rows", "adjusted_free", "held_out_parts", "intervals", "rows_of", "spatial_tests"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -72,9 +67,9 @@ class Rows:
 
 
 def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
-    """Return the moments of a type by tile, of both parts together or of one (0 in-sample, 1 held out)."""
-    chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else moments.tiles % 2 == part
-    tiles, place = np.unique(moments.tiles[chosen] // 2, return_inverse=True)
+    """Return the moments of a type by tile, of both parts together or of one of them."""
+    chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else part_of(moments.tiles) == part
+    tiles, place = np.unique(tile_of(moments.tiles[chosen]), return_inverse=True)
     n_cells = np.bincount(place, weights=moments.n_cells[chosen], minlength=len(tiles)).astype(np.int64)
     residual_mean = np.concatenate([moments.residual_mean, moments.full_mean[:, None]], axis=1)[chosen]
     residual_m2 = np.concatenate([moments.residual_m2, moments.full_m2[:, None]], axis=1)[chosen]
@@ -102,15 +97,8 @@ def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Interval:
-    low: Float64[np.ndarray, " models"]
-    high: Float64[np.ndarray, " models"]
-    n_tiles: int
-
-
-def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> _Interval:
-    found = tile_bootstrap(
+def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> TileBootstrap:
+    return tile_bootstrap(
         n_cells=rows.n_cells,
         target_mean=rows.target_mean,
         target_m2=rows.target_m2,
@@ -122,7 +110,6 @@ def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> _Interval:
         seed=test.seed,
         cell_type=cell_type,
     )
-    return _Interval(low=found.low, high=found.high, n_tiles=found.n_tiles)
 
 
 def intervals(
@@ -150,6 +137,11 @@ def intervals(
         high=high[:-1],
         full_low=low[-1],
         full_high=high[-1],
+        reasons=tuple(
+            (cell_type, one.reason)
+            for cell_type, one in zip(types, found, strict=True)
+            if one is not None and one.reason is not None
+        ),
     )
 
 
@@ -167,7 +159,7 @@ def held_out_parts(
     for index, (cell_type, item) in enumerate(zip(types, evaluated, strict=True)):
         if item is None or item.moments is None:
             continue
-        for part in range(2):
+        for part in (IN_SAMPLE, HELD_OUT):
             rows = rows_of(item.moments, part)
             n_cells[part, index] = rows.n_cells.sum()
             values[part, :, index] = rows.explained_variance() if len(rows.tiles) else np.nan

@@ -170,6 +170,8 @@ class Intervals(_Arrays):
         Of each head kept alone, shape (H, C); NaN where a type lies in too few tiles.
     full_low, full_high
         Of the whole model, shape (C,).
+    reasons
+        Why a type has no interval, as ``(ct_name, reason)``.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -188,6 +190,10 @@ class Intervals(_Arrays):
     high: Float64[np.ndarray, "heads types"]
     full_low: Float64[np.ndarray, " types"]
     full_high: Float64[np.ndarray, " types"]
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reasons", tuple((str(name), str(why)) for name, why in self.reasons))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

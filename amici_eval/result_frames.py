@@ -72,6 +72,7 @@ HEAD_COLUMNS = (
     "reach",
     "gain",
     "expl_var_without_nearest",
+    "n_tiles",
 )
 HELD_OUT_COLUMNS = (
     "head",
@@ -148,6 +149,9 @@ def heads_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
     for head, cell_type, reason in () if spatial is None else spatial.reasons:
         for one in range(evaluation.n_heads) if head < 0 else (head,):
             reasons.setdefault((one, cell_type), []).append(f"{spatial.null} null: {reason}" if spatial else reason)
+    for cell_type, reason in () if bounds is None else bounds.reasons:
+        for head in range(evaluation.n_heads):
+            reasons.setdefault((head, cell_type), []).append(f"interval: {reason}")
     settings = evaluation.spec.permutation
     rows: list[dict[str, Any]] = []
     for head in range(evaluation.n_heads):
@@ -179,6 +183,7 @@ def heads_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
             }
             if bounds is not None:
                 row |= {"ci_low": float(bounds.low[at]), "ci_high": float(bounds.high[at])}
+                row["n_tiles"] = int(bounds.n_tiles[index])
             if spatial is not None:
                 row |= {
                     "p_value_spatial": float(spatial.p_value[at]),
@@ -235,7 +240,8 @@ def held_out_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
                 if head != "full":
                     row[f"ci_low_{name}"] = float(found.low[part, head, index])
                     row[f"ci_high_{name}"] = float(found.high[part, head, index])
-                if math.isnan(value):
+                # a part that was not asked for is no shortcoming of a type
+                if math.isnan(value) and found.n_cells[part].any():
                     n_cells, where = int(found.n_cells[part, index]), name.replace("_", "-")
                     whole = evaluation.expl_var_full[index] if head == "full" else evaluation.expl_var[head, index]
                     if n_cells < 2:

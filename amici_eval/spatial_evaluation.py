@@ -8,58 +8,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.stats.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
-from amici_eval.stats.lag import LagGrid
 from amici_eval.stats.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
-from amici_eval.stats.near_pairs import NearPairs
 from amici_eval.stats.nulls import MIN_CELLS_TEST
-from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.pvalues import exact, p_values
 from amici_eval.stats.spatial import default_widths, tiles_of_width
 from amici_eval.stats.stratified import stratified_exceedances
 from amici_eval.stats.torus import torus_statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Float64, Int64
 
     from amici_eval.specs import PermutationSpec
+    from amici_eval.stats.exact_moments import PermutationMoments
     from amici_eval.stats.lag_test import LagTest
     from amici_eval.stats.moments import TypeMoments
+    from amici_eval.stats.place import Place
+    from amici_eval.stats.pvalues import PValues
 
-__all__ = ["Place", "TypeSpatial", "spatial_test"]
+__all__ = ["TypeSpatial", "spatial_test"]
 
 _TORUS_TIES = 1e-10
 """Of a correlation."""
-_ROUNDING = 1e-12
-"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
+TILE_SHARE = 0.5
+"""Of the correlation length: the width of tiles unless it is given. Wider ones reject too often (docs/validity.md)."""
 _SAME = "predicts the same for all cells of each section"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Place:
-    """Where the cells of one type lie.
-
-    Parameters
-    ----------
-    coordinates
-        Shape (cells, dimensions), in the unit of the AnnData.
-    samples
-        Section of each cell, if known.
-    grid, near
-        Pixels over these cells, and pairs of those that are near each other.
-    """
-
-    coordinates: Float64[np.ndarray, "cells dimensions"]
-    samples: np.ndarray | None
-    grid: LagGrid
-    near: NearPairs
-
-    @classmethod
-    def of(
-        cls, coordinates: Float64[np.ndarray, "cells dimensions"], samples: np.ndarray | None, *, n_genes: int
-    ) -> Place:
-        """Lay a grid over cells and find near pairs; ``n_genes`` bounds of how many cells expression is kept."""
-        grid = LagGrid.of(coordinates, samples=samples)
-        near = NearPairs.of(grid, coordinates, n_genes=n_genes)
-        return cls(coordinates=coordinates, samples=samples, grid=grid, near=near)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +83,7 @@ def spatial_test(
     n_permutations: int,
     dead: Bool[np.ndarray, " heads"],
     device: str = "cpu",
+    heartbeat: Callable[[int], None] | None = None,
 ) -> TypeSpatial:
     """Test each head, and each head and gene, of one type with a null that respects where cells lie.
 
@@ -126,19 +101,29 @@ def spatial_test(
         Heads to leave out.
     device
         Torch device with float64.
+    heartbeat
+        Called now and then while permutations or shifts are drawn: it may raise to end that.
 
     Notes
     -----
     Genes are tested by the lag null, whatever the null of the heads: it alone says something of single genes without a
     second pass over the cells.
     """
-    n_heads = factors.shape[2]
-    usable = np.where(dead | _same_in_sections(factors, place.grid.section), 0.0, 1.0)
+    usable = np.where(dead, 0.0, 1.0)
+    asked = _Asked(
+        factors=np.nan_to_num(factors),
+        images=images,
+        dead=dead,
+        place=place,
+        test=test,
+        cell_type=cell_type,
+        device=device,
+        heartbeat=heartbeat,
+    )
     lag = lag_test(
-        np.nan_to_num(factors) * usable,
+        asked.factors * usable,
         images,
-        grid=place.grid,
-        near=place.near,
+        place=place,
         weights=weights,
         genes=GeneSums(
             pixel_sums=moments.pixel_sums,
@@ -151,60 +136,61 @@ def spatial_test(
         reach=test.reach,
         device=device,
     )
-    p_gene = np.where(dead[:, None] | moments.constant_genes, np.nan, lag.p_gene)
-    found = _Found(p=np.full(n_heads, np.nan), method="")
     if test.spatial_null == "lag":
         found = _by_lag(lag, dead, n_cells=len(factors))
     elif test.spatial_null == "torus":
-        found = _by_torus(factors, images, place, test, cell_type, dead)
+        found = _by_torus(asked)
     else:
-        width = test.tile_width or lag.correlation_length
-        found = _within(factors, images, place, test, cell_type, dead, n_permutations, width=width, device=device)
-    # where there is nothing to test, what rounding leaves of a statistic means nothing
-    statistic = np.where(np.isnan(lag.ess), np.nan, lag.statistic) if found.statistic is None else found.statistic
-    widths, p_by_width = _by_width(factors, images, place, test, lag.correlation_length, dead, device)
+        found = _within(asked, n_permutations, lag.correlation_length)
+    widths = _widths(test, place, lag.correlation_length)
     return TypeSpatial(
-        p=found.p,
-        p_low=found.p if found.p_low is None else found.p_low,
-        p_high=found.p if found.p_high is None else found.p_high,
-        statistic=np.where(dead, np.nan, statistic),
-        ess=np.where(dead, np.nan, lag.ess),
-        detectable=np.where(dead, np.nan, lag.detectable),
-        p_gene=p_gene,
+        p=found.p.p,
+        p_low=found.p.ci_low,
+        p_high=found.p.ci_high,
+        statistic=found.statistic,
+        ess=lag.ess,
+        detectable=lag.detectable,
+        p_gene=np.where(moments.constant_genes, np.nan, lag.p_gene),
         correlation_length=lag.correlation_length,
         reach=lag.reach if found.reach is None else found.reach,
         method=found.method,
         widths=widths,
-        p_by_width=p_by_width,
+        p_by_width=np.array([_by_width(asked, width) for width in widths]).reshape(len(widths), len(dead)),
         reasons=found.reasons,
     )
 
 
-def _same_in_sections(
-    factors: Float[np.ndarray, "cells rank heads"], section: Int64[np.ndarray, " cells"]
-) -> Bool[np.ndarray, " heads"]:
-    """Return which heads vary between sections at most: of these the lag null would test what rounding leaves."""
-    numbers = np.unique(section)
-    if len(numbers) == 1:
-        return np.zeros(factors.shape[2], dtype=bool)
-    left, size = np.zeros((2, factors.shape[2]))
-    with np.errstate(invalid="ignore"):
-        for number in numbers:
-            own = factors[section == number].astype(np.float64)
-            size += np.square(own).sum(axis=(0, 1))
-            left += np.square(own - own.mean(axis=0)).sum(axis=(0, 1))
-        return np.asarray(left <= _ROUNDING**2 * size)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """What nulls are asked about: heads of one type, in a place."""
+
+    factors: Float[np.ndarray, "cells rank heads"]
+    images: Float[np.ndarray, "cells rank heads"]
+    dead: Bool[np.ndarray, " heads"]
+    place: Place
+    test: PermutationSpec
+    cell_type: str
+    device: str
+    heartbeat: Callable[[int], None] | None
+
+    def within(self, strata: Int64[np.ndarray, " cells"]) -> PermutationMoments:
+        """Return exact moments over permutations within strata."""
+        return permutation_moments(self.factors, self.images, strata=strata, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Found:
-    p: Float64[np.ndarray, " heads"]
+    p: PValues
+    statistic: Float64[np.ndarray, " heads"]
     method: str
-    p_low: Float64[np.ndarray, " heads"] | None = None
-    p_high: Float64[np.ndarray, " heads"] | None = None
-    statistic: Float64[np.ndarray, " heads"] | None = None
     reach: float | None = None
     reasons: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, n_heads: int, reason: str, *, reach: float | None = None) -> _Found:
+        """Return that no head has a test, and why."""
+        missing = np.full(n_heads, np.nan)
+        return cls(p=exact(missing), statistic=missing, method="", reach=reach, reasons={-1: reason})
 
 
 def _by_lag(lag: LagTest, dead: Bool[np.ndarray, " heads"], *, n_cells: int) -> _Found:
@@ -215,133 +201,104 @@ def _by_lag(lag: LagTest, dead: Bool[np.ndarray, " heads"], *, n_cells: int) -> 
         f"{MIN_EFFECTIVE_CELLS:g}"
         for head in np.flatnonzero(np.isnan(lag.p) & ~dead)
     }
-    return _Found(p=np.where(dead, np.nan, lag.p), method="lag_t", reasons=reasons)
+    return _Found(p=exact(lag.p), statistic=lag.statistic, method="lag_t", reasons=reasons)
 
 
-def _by_torus(
-    factors: Float[np.ndarray, "cells rank heads"],
-    images: Float[np.ndarray, "cells rank heads"],
-    place: Place,
-    test: PermutationSpec,
-    cell_type: str,
-    dead: Bool[np.ndarray, " heads"],
-) -> _Found:
+def _by_torus(asked: _Asked) -> _Found:
     found = torus_statistics(
-        np.nan_to_num(factors),
-        images,
-        place.coordinates,
-        samples=place.samples,
-        n_shifts=test.n_shifts,
-        seed=test.seed,
-        cell_type=cell_type,
+        asked.factors,
+        asked.images,
+        asked.place.coordinates,
+        samples=asked.place.samples,
+        n_shifts=asked.test.n_shifts,
+        seed=asked.test.seed,
+        cell_type=asked.cell_type,
+        progress=asked.heartbeat,
     )
     exceedances = np.count_nonzero(found.statistics >= found.observed - _TORUS_TIES, axis=0)
-    raw = p_values(exceedances, n_permutations=test.n_shifts)
     # a shift that leaves nothing to compare has no place in the spread
     compared = np.ma.masked_invalid(found.statistics)
     statistic = np.ma.filled((found.observed - compared.mean(axis=0)) / compared.std(axis=0, ddof=1), np.nan)
     nothing = np.isnan(found.observed)
-    gone = dead | nothing
+    gone = asked.dead | nothing
     return _Found(
-        p=np.where(gone, np.nan, raw.p),
-        p_low=np.where(gone, np.nan, raw.ci_low),
-        p_high=np.where(gone, np.nan, raw.ci_high),
+        p=p_values(exceedances, n_permutations=asked.test.n_shifts).without(gone),
         statistic=np.where(gone, np.nan, statistic),
         method="monte_carlo",
-        reasons={int(head): _SAME for head in np.flatnonzero(nothing & ~dead)},
+        reasons={int(head): _SAME for head in np.flatnonzero(nothing & ~asked.dead)},
     )
 
 
-def _within(
-    factors: Float[np.ndarray, "cells rank heads"],
-    images: Float[np.ndarray, "cells rank heads"],
-    place: Place,
-    test: PermutationSpec,
-    cell_type: str,
-    dead: Bool[np.ndarray, " heads"],
-    n_permutations: int,
-    *,
-    width: float,
-    device: str,
-) -> _Found:
+def _within(asked: _Asked, n_permutations: int, correlation_length: float) -> _Found:
     """Shuffle within sections, or within tiles of them."""
-    reach: float | None = None
-    if test.spatial_null == "tile":
+    test, n_heads, by_tile = asked.test, len(asked.dead), asked.test.spatial_null == "tile"
+    width: float | None = None
+    strata, where = asked.place.grid.section, "section"
+    if by_tile:
+        width = test.tile_width or TILE_SHARE * correlation_length
         if not width > 0.0:
             reason = "expression shows no spatial correlation, so that there is no default width; set tile_width"
-            return _Found(p=np.full(len(dead), np.nan), method="", reasons={-1: reason})
-        strata, reach = tiles_of_width(place.coordinates, width=width, samples=place.samples), width
-    else:
-        strata = place.grid.section
-    exchanged = int(np.count_nonzero(np.bincount(strata)[strata] > 1))
+            return _Found.nothing(n_heads, reason)
+        strata, where = _tiles(asked.place, width), "tile"
+    exchanged = _exchanged(strata)
     if exchanged < MIN_CELLS_TEST:
-        where = f"tiles of width {width:.4g}" if test.spatial_null == "tile" else "sections"
-        reason = f"{exchanged} of {len(strata)} cells share {where} with others of the type; at least {MIN_CELLS_TEST}"
-        return _Found(p=np.full(len(dead), np.nan), method="", reach=reach, reasons={-1: reason})
-    clean = np.nan_to_num(factors)
-    # of few cells, a few moments do not tell the law
+        shared = f"tiles of width {width:.4g}" if by_tile else "sections"
+        reason = f"{exchanged} of {len(strata)} cells share {shared} with others of the type; at least {MIN_CELLS_TEST}"
+        return _Found.nothing(n_heads, reason, reach=width)
+    moments = asked.within(strata)
+    # of few cells, three moments do not tell the law
     few = len(strata) < FEW_CELLS
     if test.spatial_method == "moments" and not few:
-        exact = permutation_moments(clean, images, strata=strata, device=device)
-        p = np.where(dead, np.nan, exact.p_values())
-        reasons = _constant_within(test, np.isnan(p) & ~dead)
-        return _Found(p=p, method="moments", statistic=exact.standardised, reach=reach, reasons=reasons)
-    if few:
-        n_permutations = max(n_permutations, DRAWN_FOR_FEW)
-    counts = stratified_exceedances(
-        clean,
-        images,
-        strata=strata,
-        labels=_labels(strata, test.spatial_null),
-        seed=test.seed,
-        cell_type=cell_type,
-        n_permutations=n_permutations,
-        dead=dead,
-        device=device,
-    )
-    raw = p_values(counts.exceedances, n_permutations=n_permutations)
-    gone = counts.dead
-    return _Found(
-        p=np.where(gone, np.nan, raw.p),
-        p_low=np.where(gone, np.nan, raw.ci_low),
-        p_high=np.where(gone, np.nan, raw.ci_high),
-        method="monte_carlo",
-        reach=reach,
-        reasons=_constant_within(test, gone & ~dead),
-    )
-
-
-def _constant_within(test: PermutationSpec, untested: Bool[np.ndarray, " heads"]) -> dict[int, str]:
-    where = "tile" if test.spatial_null == "tile" else "section"
-    return {int(head): f"varies in no {where}" for head in np.flatnonzero(untested)}
-
-
-def _labels(strata: Int64[np.ndarray, " cells"], null: str) -> list[str]:
-    """Return a name for each stratum, of which its permutations are a function."""
-    return [f"{null} {number}" for number in range(int(strata.max()) + 1)]
-
-
-def _by_width(
-    factors: Float[np.ndarray, "cells rank heads"],
-    images: Float[np.ndarray, "cells rank heads"],
-    place: Place,
-    test: PermutationSpec,
-    correlation_length: float,
-    dead: Bool[np.ndarray, " heads"],
-    device: str,
-) -> tuple[tuple[float, ...], Float64[np.ndarray, "widths heads"]]:
-    """Return p within tiles of several widths; 0 stands for a width that this type does not have."""
-    if test.tile_widths is not None:
-        widths = test.tile_widths
-    elif test.spatial_null == "tile" and correlation_length > 0.0:
-        extent = float(np.ptp(place.coordinates[:, :2], axis=0).max())
-        widths = tuple(default_widths(correlation_length, extent))
+        p, method = exact(moments.p_values()), "moments"
     else:
-        widths = ()
-    p = np.full((len(widths), len(dead)), np.nan)
-    for row, width in enumerate(widths):
-        strata = tiles_of_width(place.coordinates, width=width, samples=place.samples)
-        if np.count_nonzero(np.bincount(strata)[strata] > 1) >= MIN_CELLS_TEST:
-            exact = permutation_moments(np.nan_to_num(factors), images, strata=strata, device=device)
-            p[row] = np.where(dead, np.nan, exact.p_values())
-    return widths, p
+        counts = stratified_exceedances(
+            asked.factors,
+            asked.images,
+            strata=strata,
+            labels=[f"{test.spatial_null} {number}" for number in range(int(strata.max()) + 1)],
+            seed=test.seed,
+            cell_type=asked.cell_type,
+            n_permutations=max(n_permutations, DRAWN_FOR_FEW) if few else n_permutations,
+            dead=asked.dead,
+            device=asked.device,
+            progress=asked.heartbeat,
+        )
+        p, method = (
+            p_values(counts.exceedances, n_permutations=counts.n_permutations).without(counts.dead),
+            "monte_carlo",
+        )
+    p = p.without(asked.dead)
+    untested = np.flatnonzero(np.isnan(p.p) & ~asked.dead)
+    return _Found(
+        p=p,
+        statistic=np.where(np.isnan(p.p), np.nan, moments.standardised),
+        method=method,
+        reach=width,
+        reasons={int(head): f"varies in no {where}" for head in untested},
+    )
+
+
+def _tiles(place: Place, width: float) -> Int64[np.ndarray, " cells"]:
+    return tiles_of_width(place.coordinates, width=width, samples=place.samples)
+
+
+def _exchanged(strata: Int64[np.ndarray, " cells"]) -> int:
+    """Return how many cells share a stratum with others."""
+    return int(np.count_nonzero(np.bincount(strata)[strata] > 1))
+
+
+def _widths(test: PermutationSpec, place: Place, correlation_length: float) -> tuple[float, ...]:
+    if test.tile_widths is not None:
+        return test.tile_widths
+    if test.spatial_null == "tile" and correlation_length > 0.0:
+        extent = float(np.ptp(place.coordinates[:, :2], axis=0).max())
+        return tuple(default_widths(correlation_length, extent))
+    return ()
+
+
+def _by_width(asked: _Asked, width: float) -> Float64[np.ndarray, " heads"]:
+    """Return p within tiles of a width; NaN where too few cells share one."""
+    strata = _tiles(asked.place, width)
+    if _exchanged(strata) < MIN_CELLS_TEST:
+        return np.full(len(asked.dead), np.nan)
+    return np.where(asked.dead, np.nan, asked.within(strata).p_values())

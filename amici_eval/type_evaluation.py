@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amici_eval.free_test import FreeTest, counted, free_test
-from amici_eval.model.access import ModelAccess
 from amici_eval.spatial_evaluation import spatial_test
 from amici_eval.stats.ablations import TypeAblations, ablate
 from amici_eval.stats.explained_variance import explained_variance
@@ -19,78 +18,22 @@ from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.plain_moments import moments_of_predictions, principal_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from jaxtyping import Float32, Float64, Int32, Int64
+    from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.model.factored import HeadOutputs
-    from amici_eval.spatial_evaluation import Place, TypeSpatial
+    from amici_eval.protocols import FactorAccess, ModelAccess
+    from amici_eval.spatial_evaluation import TypeSpatial
     from amici_eval.specs import PermutationSpec
-    from amici_eval.stats.readout import Readout
-    from amici_eval.tissue import ExpressionBlock
+    from amici_eval.stats.place import Place
 
-__all__ = ["FactorAccess", "TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
+__all__ = ["TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
 
 DEAD_TOLERANCE = 1e-6
 """A head whose predictions vary by less than this share of their size varies by float32 rounding alone."""
 _NOT_FINITE = "the head's predictions are not finite"
 _DEAD = "the head predicts the same for all cells (dead head)"
-
-
-@runtime_checkable
-class FactorAccess(ModelAccess, Protocol):
-    """A model on a tissue that also gives what attention brings to each receiver."""
-
-    hooked: ModelAccess
-
-    @property
-    def neighbour_rows(self) -> Int32[np.ndarray, "all_cells neighbours"]:
-        """Rows of the cells that each cell of the tissue attends to."""
-        ...
-
-    @property
-    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
-        """The model's code of each cell's type."""
-        ...
-
-    def head_outputs(
-        self,
-        rows: Int64[np.ndarray, " cells"],
-        *,
-        progress: Callable[[int], None] | None = None,
-        without_nearest: bool = False,
-    ) -> Float32[np.ndarray, "cells outputs"]:
-        """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
-        ...
-
-    def head_outputs_both(
-        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
-    ) -> HeadOutputs:
-        """Return what attention brings to some receivers, with and without the nearest neighbour of each."""
-        ...
-
-    def predict_literally(
-        self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
-    ) -> Float32[np.ndarray, "keeps cells genes"]:
-        """Return what ``predict`` should, through the model's own forward pass with hooks; for checks."""
-        ...
-
-    def readout(self, cell_type: str) -> Readout:
-        """Return how attention outputs become predicted expression in receivers of a type."""
-        ...
-
-    def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
-        """Yield the measured expression of some cells, block by block, in the order of storage."""
-        ...
-
-    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return where some cells lie."""
-        ...
-
-    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
-        """Return the section of some cells, if a sample column was named."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,9 +139,7 @@ def evaluate_type_by_hooks(
         predictions[n_heads],
         targets,
         tiles=tiles,
-        pixels=None if place is None else place.grid.pixel,
-        n_pixels=0 if place is None else place.grid.n_pixels,
-        kept=None if place is None else place.near.cells,
+        place=place,
     )
     if no_test is None and place is not None:
         factors, weights = principal_factors(heads)
@@ -213,6 +154,7 @@ def evaluate_type_by_hooks(
             n_permutations=n_permutations,
             dead=unmoving,
             device=access.statistics_device,
+            heartbeat=lambda _: on_permutations(0),
         )
     return TypeEvaluation(
         expl_var_gene=np.stack([fit.per_gene for fit in fits[:n_heads]]),
@@ -257,9 +199,7 @@ def evaluate_type_by_factors(
         readout,
         access.expression_blocks(rows),
         tiles=tiles,
-        pixels=None if place is None else place.grid.pixel,
-        n_pixels=0 if place is None else place.grid.n_pixels,
-        kept=None if place is None else place.near.cells,
+        place=place,
         device=access.statistics_device,
     )
     per_gene, overall = moments.explained_variance()
@@ -312,6 +252,7 @@ def evaluate_type_by_factors(
                 n_permutations=n_permutations,
                 dead=~alive,
                 device=access.statistics_device,
+                heartbeat=lambda _: on_permutations(0),
             )
     finite = np.isfinite(moments.predicted_ss)
     return TypeEvaluation(

@@ -104,12 +104,10 @@ def make_tissue(n_cells=900, *, planted="noise", seed=0, sections=None):
     )
 
 
-def evaluated(tissue, receivers=None, *, fitted_names=None, **more):
+def evaluated(tissue, receivers=None, *, fitted=None, **more):
     receivers = tissue.receivers() if receivers is None else receivers
     heads = np.full((2, len(receivers)), 0.2)
-    return evaluate_baselines(
-        tissue, receivers, expl_var=heads, expl_var_full=heads[0] + 0.1, fitted_names=fitted_names, **more
-    )
+    return evaluate_baselines(tissue, receivers, expl_var=heads, expl_var_full=heads[0] + 0.1, fitted=fitted, **more)
 
 
 def sums_of(design, targets):
@@ -146,7 +144,7 @@ def test_noise_explains_nothing_in_cells_held_out(seed):
     tissue = make_tissue(seed=seed)
     held_out = tissue.xy[:, 0] > 60.0
     receivers = {name: rows[held_out[rows]] for name, rows in tissue.receivers().items()}
-    found = evaluated(tissue, receivers, fitted_names=frozenset(tissue.names[~held_out].tolist()))
+    found = evaluated(tissue, receivers, fitted=~held_out)
     assert found.fitted_on == "training cells"
     assert (found.expl_var < 0.03).all()
     assert (found.gain <= 0.2).all()
@@ -158,7 +156,7 @@ def test_training_cells_that_are_not_evaluated_are_fitted_and_others_are_not():
     rng = np.random.default_rng(0)
     training, scored = rng.random(len(tissue.names)) < 0.5, rng.random(len(tissue.names)) < 0.6
     receivers = {name: rows[scored[rows]] for name, rows in tissue.receivers().items()}
-    found = evaluated(tissue, receivers, fitted_names=frozenset(tissue.names[training].tolist()), n_folds=1)
+    found = evaluated(tissue, receivers, fitted=training, n_folds=1)
     for index, rows in enumerate(receivers.values()):
         counts = np.stack(
             [(tissue.label_codes[tissue.neighbour_rows] == code).sum(axis=1) for code in range(3)], axis=1
@@ -178,7 +176,7 @@ def test_cells_that_are_fitted_are_predicted_by_the_other_folds():
     training = np.random.default_rng(0).random(900) < 0.7
     scored = tissue.xy[:, 0] > 30.0
     receivers = {name: rows[scored[rows]] for name, rows in tissue.receivers().items()}
-    found = evaluated(tissue, receivers, fitted_names=frozenset(tissue.names[training].tolist()), n_folds=3)
+    found = evaluated(tissue, receivers, fitted=training, n_folds=3)
     counts = np.stack([(tissue.label_codes[tissue.neighbour_rows] == code).sum(axis=1) for code in range(3)], axis=1)
     for index, rows in enumerate(receivers.values()):
         own = np.flatnonzero(training & (tissue.label_codes == index))
@@ -247,6 +245,14 @@ def test_gain_is_over_the_best_baseline_or_over_nothing():
     np.testing.assert_array_equal(evaluated(tissue, without_nearest=masked).full_without_nearest, masked.full)
 
 
+def test_in_a_new_tissue_baselines_are_fitted_to_the_evaluated_cells():
+    tissue = make_tissue(planted="types")
+    new, unknown = (evaluated(tissue, fitted=fitted) for fitted in (np.zeros(len(tissue.names), dtype=bool), None))
+    assert new.fitted_on == unknown.fitted_on == "all evaluated cells"
+    np.testing.assert_array_equal(new.expl_var, unknown.expl_var)
+    assert np.isfinite(new.expl_var).all()
+
+
 def test_too_few_cells_to_fit_or_score_leave_a_type_undefined():
     tissue = make_tissue()
     receivers = tissue.receivers()
@@ -257,12 +263,13 @@ def test_too_few_cells_to_fit_or_score_leave_a_type_undefined():
     assert np.isnan(found.expl_var[:, [0, 2]]).all()
     assert np.isnan(found.gain[:, [0, 2]]).all()
     assert np.isfinite(found.expl_var[:, 1]).all()
-    unknown = evaluated(tissue, fitted_names=frozenset({"nobody"}))
-    assert np.isnan(unknown.expl_var).all()
-    assert np.isnan(unknown.full_gain).all()
+    of_one_type = evaluated(tissue, fitted=tissue.label_codes == 1)
+    assert np.isnan(of_one_type.expl_var[:, [0, 2]]).all()
+    assert np.isnan(of_one_type.full_gain[[0, 2]]).all()
+    assert of_one_type.fitted_on == "training cells"
     with pytest.raises(ValueError, match=r"expl_var has shape \(2, 2\), expl_var_full \(3,\); \(heads, 3\)"):
         evaluate_baselines(
-            tissue, tissue.receivers(), expl_var=np.zeros((2, 2)), expl_var_full=np.zeros(3), fitted_names=None
+            tissue, tissue.receivers(), expl_var=np.zeros((2, 2)), expl_var_full=np.zeros(3), fitted=None
         )
     with pytest.raises(ValueError, match="n_folds=11: 1 to 10 are possible"):
         evaluated(tissue, n_folds=11)

@@ -32,6 +32,7 @@ WITH_TORCH = {
     "near_pairs",
     "nulls",
     "packing",
+    "place",
     "plain_moments",
     "stratified",
     "substitutions",

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.spatial_evaluation import Place, spatial_test
+from amici_eval.spatial_evaluation import spatial_test
+from amici_eval.stats.place import Place
 from amici_eval.specs import PermutationSpec
 from amici_eval.stats.plain_moments import moments_of_predictions, principal_factors
 
@@ -18,15 +19,13 @@ def spatial_by(null, *, n_cells=90, **settings):
     heads = np.stack([targets + rng.normal(size=targets.shape), targets, targets]).astype(np.float32)
     heads[1] = np.repeat(rng.normal(size=(3, 6)), n_cells // 3, axis=0)
     heads[2] = 1.0
-    place = Place.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples, n_genes=6)
+    place = Place.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples=samples, n_genes=6)
     moments = moments_of_predictions(
         heads,
         heads[0],
         targets,
         tiles=np.zeros(n_cells, dtype=np.int64),
-        pixels=place.grid.pixel,
-        n_pixels=place.grid.n_pixels,
-        kept=place.near.cells,
+        place=place,
     )
     factors, weights = principal_factors(heads)
     return spatial_test(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from amici_eval.stats import compiled
-from amici_eval.stats.factor_draws import FactorDraw, FactorStatistics, check_factors, draw_from, part_of
+from amici_eval.stats.factor_draws import FactorDraw, check_factors, draw_from, part_of
 from amici_eval.stats.factor_statistics import (
     TIE_TOLERANCE,
     compiled_statistics,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.permutations import PermutationStream
 
-__all__ = ["FactorDraw", "FactorStatistics", "factor_draw", "factor_exceedances", "factor_statistics"]
+__all__ = ["factor_draw", "factor_exceedances"]
 
 _CYCLIC_LABEL = "\0cyclic"
 
@@ -155,7 +155,8 @@ def factor_draw(
 ) -> FactorDraw:
     """Pack factors once and return what gives the statistics of any range of permutations of ``stream``.
 
-    Parameters, null and errors are those of ``factor_exceedances``; the result counts as ``"independent"`` does there.
+    Parameters, null and errors are those of ``factor_exceedances``; the result counts as ``"independent"`` does there,
+    in exact float64 sums of what was centred in float64 and rounded to float32.
     """
     n_heads = factors.shape[2]
     check_factors(factors, images, n_permuted=stream.n_cells, dead=dead, n_threads=n_threads)
@@ -163,38 +164,3 @@ def factor_draw(
     is_dead = np.zeros(n_heads, dtype=bool) if dead is None else dead.astype(bool)
     part = part_of(pack(factors, images, dead=is_dead), factors, images, stream=stream)
     return draw_from([part], n_heads=n_heads, dead=is_dead, device=device, n_threads=n_threads)
-
-
-def factor_statistics(
-    factors: Float[np.ndarray, "cells columns heads"],
-    images: Float[np.ndarray, "cells columns heads"],
-    *,
-    stream: PermutationStream,
-    start: int,
-    stop: int,
-    dead: Bool[np.ndarray, " heads"] | None = None,
-    device: str = "cpu",
-    n_threads: int | None = None,
-) -> FactorStatistics:
-    """Return how well each of a range of permutations fits: the null distribution itself, not only its count.
-
-    Parameters
-    ----------
-    factors, images, stream, dead, device, n_threads
-        As for ``factor_exceedances``, and the same null.
-    start, stop
-        Permutations ``start`` to ``stop - 1``.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, there are fewer than three cells, or ``start`` and ``stop`` are no range.
-
-    Notes
-    -----
-    In exact float64 sums of what was centred in float64 and rounded to float32. The result does not depend on how the
-    range is cut, on threads, or, to much less than the tie tolerance of 1e-10 ``sizes``, on the device. To ask for
-    several ranges, call ``factor_draw`` once.
-    """
-    draw = factor_draw(factors, images, stream=stream, dead=dead, device=device, n_threads=n_threads)
-    return draw(start, stop)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.lag import LagGrid
     from amici_eval.stats.near_pairs import NearPairs
+    from amici_eval.stats.place import Place
 
 __all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
 
@@ -23,6 +24,8 @@ MIN_EFFECTIVE_CELLS = 5.0
 POWER = 0.8
 _LEAST_PAIRS = 200
 _ROUNDING = 1e-10
+_SAME = 1e-12
+"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
 _UNSTRUCTURED = 0.01
 """Correlation of expression between near cells below which no correlation length is given."""
 
@@ -60,11 +63,11 @@ class LagTest:
         :data:`MIN_EFFECTIVE_CELLS` or a head does not vary.
     detectable
         Smallest explained variance that a head with this reach would have shown with 80 % power, shape (heads,).
-    p_gene, ess_gene
-        The same of each gene, shape (heads, genes).
+    p_gene
+        The same p of each gene, shape (heads, genes).
     correlation_length
         Distance at which the spatially structured part of expression has fallen to 1/e of what it is between the
-        nearest cells, in coordinate units; 0 where there is no such part.
+        nearest cells, in coordinate units; NaN where there is no such part.
     reach
         Largest distance of pairs that were taken into account.
     """
@@ -74,7 +77,6 @@ class LagTest:
     p: Float64[np.ndarray, " heads"]
     detectable: Float64[np.ndarray, " heads"]
     p_gene: Float64[np.ndarray, "heads genes"]
-    ess_gene: Float64[np.ndarray, "heads genes"]
     correlation_length: float
     reach: float
 
@@ -83,8 +85,7 @@ def lag_test(
     factors: Float[np.ndarray, "cells rank heads"],
     images: Float[np.ndarray, "cells rank heads"],
     *,
-    grid: LagGrid,
-    near: NearPairs,
+    place: Place,
     weights: Float64[np.ndarray, "heads genes rank"],
     genes: GeneSums,
     alpha: float = 0.05,
@@ -103,7 +104,7 @@ def lag_test(
     factors, images
         F and Z, shape (cells, rank, heads), not centred: head h predicts ``constant + F[:, :, h] @ A_h.T``, and Z is
         expression times A.
-    grid, near
+    place
         Of the same cells.
     weights
         A, shape (heads, genes, rank).
@@ -124,10 +125,11 @@ def lag_test(
     its first term, which cells that are independent would give. The effective sample size is
     ``1 + tr(S_F S_Z) / Var(T)``, and T is compared with Student's t with that minus 2 degrees of freedom (Dutilleul).
     """
-    n_heads = factors.shape[2]
+    grid, near, n_heads = place.grid, place.near, factors.shape[2]
     # a cell that is alone in its section is its mean, and has no say
     n_cells = int(grid.section_counts[grid.section_counts > 1].sum())
     f, z = (_by_head(values, device) for values in (factors, images))
+    sizes = [values.square().sum(dim=(1, 2)) for values in (f, z)]
     f_means, z_means = (_section_means(values, grid) for values in (f, z))
     section = torch.from_numpy(grid.section).to(device)
     f, z = f - f_means[:, section], z - z_means[:, section]
@@ -138,7 +140,11 @@ def lag_test(
     # cells in touching pixels always count: without them nothing would be left of the null
     used = distances <= (np.inf if reach is None else max(reach, float(near.distances[-1])))
     pairs = np.where(used, every_pair, 0.0)
-    free = (f_own * z_own).sum(dim=(1, 2)).cpu().numpy() / max(n_cells, 1)
+    own_products = (f_own * z_own).sum(dim=(1, 2)) / max(n_cells, 1)
+    for own, size in zip((f_own, z_own), sizes, strict=True):
+        # what varies between sections alone, or not at all, leaves rounding
+        own_products[own.diagonal(dim1=1, dim2=2).sum(dim=1) <= _SAME**2 * size] = 0.0
+    free = own_products.cpu().numpy()
     at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy()
 
     a = torch.from_numpy(weights).to(device)
@@ -165,7 +171,6 @@ def lag_test(
         p=heads.p,
         detectable=np.where(np.isfinite(heads.p), detectable, np.nan),
         p_gene=by_gene.p,
-        ess_gene=by_gene.ess,
         correlation_length=_correlation_length(distances, every_pair, correlation),
         reach=float(distances[used & (every_pair > 0)].max(initial=0.0)),
     )
@@ -264,7 +269,7 @@ def _correlation_length(
 ) -> float:
     usable = np.flatnonzero(pairs >= _LEAST_PAIRS)
     if not len(usable) or correlation[usable[0]] < _UNSTRUCTURED:
-        return 0.0
+        return float("nan")
     below = usable[correlation[usable] < correlation[usable[0]] / np.e]
     if not len(below):
         return float(distances[usable[-1]])

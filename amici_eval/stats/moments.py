@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
+    from amici_eval.stats.place import Place
     from amici_eval.stats.readout import Readout
 
 __all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]
@@ -60,9 +61,8 @@ class TypeMoments:
         Expression as the readout sees it, ``(Y - mean) @ weights``, shape (cells, 1 + heads * head_size), float32.
     scale
         What the layer norm divides by in each cell with one head kept, shape (cells, heads).
-    predicted_ss, predicted_size
-        Per head, summed over genes and cells: squares of the prediction's deviation from its mean, and squares of the
-        prediction, shape (heads,).
+    predicted_size
+        Per head, summed over genes and cells: squares of the prediction, shape (heads,).
     """
 
     tiles: Int64[np.ndarray, " tiles"]
@@ -79,7 +79,6 @@ class TypeMoments:
     constant_genes: Bool[np.ndarray, " genes"]
     projected: Float32[np.ndarray, "cells columns"]
     scale: Float64[np.ndarray, "cells heads"]
-    predicted_ss: Float64[np.ndarray, " heads"]
     predicted_size: Float64[np.ndarray, " heads"]
 
     def without_cells(self) -> TypeMoments:
@@ -101,6 +100,12 @@ class TypeMoments:
     def target_ss_gene(self) -> Float64[np.ndarray, " genes"]:
         """Squares of expression's deviation from its mean over the type, summed over cells."""
         return merge_tiles(self.n_cells, self.target_mean, self.target_m2)
+
+    @property
+    def predicted_ss(self) -> Float64[np.ndarray, " heads"]:
+        """Squares of each head's prediction's deviation from its mean, summed over cells and genes."""
+        predicted_ss: Float64[np.ndarray, " heads"] = self.predicted_ss_gene.sum(axis=1)
+        return predicted_ss
 
     @property
     def common(self) -> Float64[np.ndarray, "heads genes"]:
@@ -150,9 +155,7 @@ def gather_moments(
     blocks: Iterable[Block],
     *,
     tiles: Int64[np.ndarray, " cells"],
-    pixels: Int64[np.ndarray, " cells"] | None = None,
-    n_pixels: int = 0,
-    kept: Int64[np.ndarray, " kept"] | None = None,
+    place: Place | None = None,
     device: str = "cpu",
 ) -> TypeMoments:
     """Run once over the cells of a type and return the moments from which everything else follows.
@@ -167,10 +170,8 @@ def gather_moments(
         Expression of all cells, in any order, each cell once.
     tiles
         Tile of each cell.
-    pixels, n_pixels
-        Pixel of each cell, and how many there are, if sums over pixels are wanted.
-    kept
-        Cells whose expression is wanted as it is, ascending.
+    place
+        Where the cells lie, if what tests in tissue need is wanted: sums over pixels, and expression of near pairs.
     device
         Torch device that has float64.
 
@@ -180,37 +181,16 @@ def gather_moments(
     from moments of the factors ``F = [1, z] / scale``. Products of factors are summed in float64; no prediction of
     cells x genes is formed.
     """
-    n_heads, size = readout.n_heads, readout.head_size
-    n_cells, n_genes = len(outputs), len(readout.offset)
-    rank = size + 1
+    n_cells, n_genes, n_heads = len(outputs), len(readout.offset), readout.n_heads
     present, local = np.unique(tiles, return_inverse=True)
     n_tiles = len(present)
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=device)
-
-    grams = _per_head_grams(readout).to(device)
-
     counts = np.bincount(local, minlength=n_tiles).astype(np.int64)
+    heads = _ModelSums(readout, [[head] for head in range(n_heads)], n_tiles=n_tiles, device=device)
+    whole = _ModelSums(readout, [range(n_heads)], n_tiles=n_tiles, device=device)
     weights = torch.from_numpy(readout.weights).to(device)
-    per_head = torch.from_numpy(np.stack([readout.columns([head]) for head in range(n_heads)])).to(device)
-    own = weights[:, per_head].permute(1, 0, 2).contiguous()  # heads x genes x rank
-    own_by_rank = own.transpose(1, 2).contiguous()
-    f_sum, ff = zeros(n_tiles, n_heads, rank), zeros(n_tiles, n_heads, rank, rank)
-    py, y_sum, yy = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_genes), zeros(n_tiles, n_genes)
-    kept = np.zeros(0, dtype=np.int64) if kept is None else kept
-    place = np.full(n_cells, -1, dtype=np.int64)
-    place[kept] = np.arange(len(kept))
-    kept_values = np.empty((len(kept), n_genes), dtype=np.float32)
-    pixel_sums = zeros(n_pixels, n_genes)
-    fy = zeros(n_heads * rank, n_genes)
-    n_columns = readout.n_columns
-    gram_of_all = torch.from_numpy(readout.gram).to(device)
-    x_sum, xx, xy = zeros(n_tiles, n_columns), zeros(n_tiles, n_columns, n_columns), zeros(n_tiles, n_genes)
-    x_by_y = zeros(n_columns, n_genes)
-    weights_by_column = weights.T.contiguous()
-    lowest = np.full(n_genes, np.inf, dtype=np.float32)
-    highest = np.full(n_genes, -np.inf, dtype=np.float32)
+    y_sum, yy = (torch.zeros(n_tiles, n_genes, dtype=torch.float64, device=device) for _ in range(2))
+    in_place = _InPlace(place, n_cells, n_genes, device=device)
+    lowest, highest = (np.full(n_genes, end, dtype=np.float32) for end in (np.inf, -np.inf))
     projected = np.empty((n_cells, readout.n_columns), dtype=np.float32)
     scale = np.empty((n_cells, n_heads))
     room: torch.Tensor | None = None
@@ -220,77 +200,145 @@ def gather_moments(
         positions, values = block.positions[order], block.values[order]
         np.minimum(lowest, values.min(axis=0), out=lowest)
         np.maximum(highest, values.max(axis=0), out=highest)
-        expression = torch.from_numpy(values).to(device)
         # written in place for every block: fresh memory of this size costs as much as the arithmetic
         if room is None or len(room) < len(values):
             room = _room(len(values), n_genes, device=device)
-        wide = room[: len(values)].copy_(expression)
+        wide = room[: len(values)].copy_(torch.from_numpy(values))
         # in float64, then rounded: cells with the same expression must not differ by where they stand in a block
         projected[positions] = (wide @ weights).float().cpu().numpy()
         z = torch.from_numpy(outputs[positions]).to(device)
-        factors, deviation = _factors(z, grams, readout)
-        everything = _whole(z, gram_of_all, readout)
-        wanted = place[positions] >= 0
-        kept_values[place[positions][wanted]] = values[wanted]
-        if pixels is not None:
-            pixel_sums.index_add_(0, torch.from_numpy(pixels[positions]).to(device), wide)
+        alone, deviation = heads.factors(z)
+        together, _ = whole.factors(z)
         scale[positions] = deviation.cpu().numpy()
+        in_place.add(positions, values, wide)
         ends = np.flatnonzero(np.diff(local[positions], append=n_tiles)) + 1
         start = 0
         for end in ends.tolist():
-            tile = int(local[positions[start]])
-            f, y = factors[start:end], wide[start:end]
-            by_head = f.transpose(0, 1)
-            f_sum[tile] += f.sum(dim=0)
-            ff[tile].baddbmm_(by_head.transpose(1, 2), by_head)
-            torch.mm(f.reshape(end - start, -1).T, y, out=fy)
-            py[tile] += fy.view(n_heads, rank, n_genes).mul_(own_by_rank).sum(dim=1)
-            x = everything[start:end]
-            x_sum[tile] += x.sum(dim=0)
-            xx[tile].addmm_(x.T, x)
-            torch.mm(x.T, y, out=x_by_y)
-            xy[tile] += x_by_y.mul_(weights_by_column).sum(dim=0)
+            tile, y = int(local[positions[start]]), wide[start:end]
+            heads.add(tile, alone[start:end], y)
+            whole.add(tile, together[start:end], y)
             y_sum[tile] += y.sum(dim=0)
             yy[tile] += y.square().sum(dim=0)
             start = end
     projected -= projected.mean(axis=0, dtype=np.float64).astype(np.float32)
 
     n = torch.from_numpy(counts.astype(np.float64)).to(device)[:, None]
-    offset = torch.from_numpy(readout.offset).to(device)
     target_mean = y_sum / n
-    target_m2 = (yy - n * target_mean**2).clamp_(min=0.0)
-    residual_mean, residual_m2 = zeros(n_tiles, n_heads, n_genes), zeros(n_tiles, n_heads, n_genes)
-    predicted_ss, predicted_size = zeros(n_heads, n_genes), np.empty(n_heads)
-    for head in range(n_heads):
-        p_mean = (f_sum[:, head] @ own_by_rank[head]) / n
-        pp = (own[head] @ ff[:, head]).mul_(own[head]).sum(dim=2)
-        residual_mean[:, head] = p_mean + offset - target_mean
-        raw = torch.add(pp, py[:, head], alpha=-2.0).add_(yy)
-        residual_m2[:, head] = raw.sub_(n * (p_mean - target_mean) ** 2).clamp_(min=0.0)
-        overall = (n * p_mean).sum(dim=0) / n_cells
-        predicted_ss[head] = (pp.sum(dim=0) - n_cells * overall**2).clamp_(min=0.0)
-        predicted_size[head] = float((pp.sum(dim=0) + n_cells * (2.0 * overall * offset + offset**2)).sum())
-    x_mean = (x_sum @ weights_by_column) / n
-    all_all = torch.stack([((weights @ own) * weights).sum(dim=1) for own in xx])
-    full_m2 = (all_all - 2.0 * xy + yy - n * (x_mean - target_mean) ** 2).clamp_(min=0.0)
+    of_heads, of_whole = (sums.residuals(n, target_mean, yy) for sums in (heads, whole))
     return TypeMoments(
         tiles=present,
         n_cells=counts,
         target_mean=target_mean.cpu().numpy(),
-        target_m2=target_m2.cpu().numpy(),
-        residual_mean=residual_mean.cpu().numpy(),
-        residual_m2=residual_m2.cpu().numpy(),
-        full_mean=(x_mean + offset - target_mean).cpu().numpy(),
-        full_m2=full_m2.cpu().numpy(),
-        predicted_ss_gene=predicted_ss.cpu().numpy(),
-        pixel_sums=pixel_sums.cpu().numpy(),
-        kept_values=kept_values,
+        target_m2=(yy - n * target_mean**2).clamp_(min=0.0).cpu().numpy(),
+        residual_mean=of_heads.mean.cpu().numpy(),
+        residual_m2=of_heads.m2.cpu().numpy(),
+        full_mean=of_whole.mean[:, 0].cpu().numpy(),
+        full_m2=of_whole.m2[:, 0].cpu().numpy(),
+        predicted_ss_gene=of_heads.predicted_ss.cpu().numpy(),
+        pixel_sums=in_place.pixel_sums.cpu().numpy(),
+        kept_values=in_place.kept_values,
         constant_genes=lowest == highest,
         projected=projected,
         scale=scale,
-        predicted_ss=predicted_ss.sum(dim=1).cpu().numpy(),
-        predicted_size=predicted_size,
+        predicted_size=of_heads.predicted_size.cpu().numpy(),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Residuals:
+    """Of some models: prediction minus expression by tile, and predictions over all cells."""
+
+    mean: torch.Tensor
+    m2: torch.Tensor
+    predicted_ss: torch.Tensor
+    predicted_size: torch.Tensor
+
+
+class _ModelSums:
+    """Sums by tile over the factors of models that each keep as many heads: of single heads, or of the whole.
+
+    Parameters
+    ----------
+    readout
+        How attention outputs become predictions.
+    keeps
+        The heads that each model keeps.
+    n_tiles, device
+        Tiles, and a torch device that has float64.
+    """
+
+    def __init__(self, readout: Readout, keeps: Sequence[Collection[int]], *, n_tiles: int, device: str) -> None:
+        columns = np.stack([readout.columns(heads) for heads in keeps])
+        self._readout, self._columns = readout, torch.from_numpy(columns).to(device)
+        grams = np.stack([readout.gram[np.ix_(own, own)] for own in columns])
+        self._grams = torch.from_numpy(grams).to(device)
+        n_models, rank = columns.shape
+        weights = torch.from_numpy(readout.weights).to(device)
+        self._weights = weights[:, self._columns].permute(1, 0, 2).contiguous()  # models x genes x rank
+        self._by_rank = self._weights.transpose(1, 2).contiguous()
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        n_genes = len(readout.offset)
+        self._f, self._ff = zeros(n_tiles, n_models, rank), zeros(n_tiles, n_models, rank, rank)
+        self._py, self._fy = zeros(n_tiles, n_models, n_genes), zeros(n_models * rank, n_genes)
+
+    def factors(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``[1, z] / scale``, shape (cells, models, rank), and the scale, shape (cells, models), in float64."""
+        n_models, rank = self._columns.shape
+        x = outputs.new_empty((len(outputs), n_models, rank), dtype=torch.float64)
+        x[:, :, 0] = 1.0
+        # the outputs of the heads stand side by side, as the columns do after the first
+        x[:, :, 1:] = outputs.view(len(outputs), n_models, rank - 1)
+        turned = torch.bmm(x.transpose(0, 1), self._grams).transpose(0, 1)
+        scale = turned.mul_(x).sum(dim=2).clamp_(min=0.0).add_(self._readout.epsilon).sqrt_()
+        return x.div_(scale[:, :, None]), scale
+
+    def add(self, tile: int, factors: torch.Tensor, expression: torch.Tensor) -> None:
+        """Count some cells of a tile in."""
+        by_model = factors.transpose(0, 1)
+        self._f[tile] += factors.sum(dim=0)
+        self._ff[tile].baddbmm_(by_model.transpose(1, 2), by_model)
+        torch.mm(factors.reshape(len(factors), -1).T, expression, out=self._fy)
+        self._py[tile] += self._fy.view(*self._by_rank.shape).mul_(self._by_rank).sum(dim=1)
+
+    def residuals(self, n: torch.Tensor, target_mean: torch.Tensor, target_squares: torch.Tensor) -> _Residuals:
+        """Return what follows for predictions, given cells (tiles, 1), means and squares of expression by tile."""
+        offset = torch.from_numpy(self._readout.offset).to(n.device)
+        mean, m2 = torch.empty_like(self._py), torch.empty_like(self._py)
+        predicted_ss, sizes = torch.empty_like(self._py[0]), self._py.new_empty(self._py.shape[1])
+        for model, (weights, by_rank) in enumerate(zip(self._weights, self._by_rank, strict=True)):
+            p_mean = (self._f[:, model] @ by_rank) / n
+            squares = (weights @ self._ff[:, model]).mul_(weights).sum(dim=2)
+            mean[:, model] = p_mean + offset - target_mean
+            raw = torch.add(squares, self._py[:, model], alpha=-2.0).add_(target_squares)
+            m2[:, model] = raw.sub_(n * (p_mean - target_mean) ** 2).clamp_(min=0.0)
+            overall, n_cells = (n * p_mean).sum(dim=0) / n.sum(), n.sum()
+            predicted_ss[model] = (squares.sum(dim=0) - n_cells * overall**2).clamp_(min=0.0)
+            sizes[model] = (squares.sum(dim=0) + n_cells * (2.0 * overall * offset + offset**2)).sum()
+        return _Residuals(mean=mean, m2=m2, predicted_ss=predicted_ss, predicted_size=sizes)
+
+
+class _InPlace:
+    """What tests in tissue need of expression: sums over pixels, and the values of the cells of near pairs."""
+
+    def __init__(self, place: Place | None, n_cells: int, n_genes: int, *, device: str) -> None:
+        self._pixel = None if place is None else place.grid.pixel
+        kept = np.zeros(0, dtype=np.int64) if place is None else place.near.cells
+        self._slot = np.full(n_cells, -1, dtype=np.int64)
+        self._slot[kept] = np.arange(len(kept))
+        n_pixels = 0 if place is None else place.grid.n_pixels
+        self.pixel_sums = torch.zeros((n_pixels, n_genes), dtype=torch.float64, device=device)
+        self.kept_values = np.empty((len(kept), n_genes), dtype=np.float32)
+
+    def add(self, positions: Int64[np.ndarray, " rows"], values: np.ndarray, wide: torch.Tensor) -> None:
+        """Count some cells in: as they were read, and in float64 on the device."""
+        if self._pixel is None:
+            return
+        slots = self._slot[positions]
+        self.kept_values[slots[slots >= 0]] = values[slots >= 0]
+        self.pixel_sums.index_add_(0, torch.from_numpy(self._pixel[positions]).to(wide.device), wide)
 
 
 def factors_of(
@@ -314,31 +362,6 @@ def factors_of(
     images[:, 0] = moments.projected[:, :1]
     images[:, 1:] = moments.projected[:, 1:].reshape(-1, n_heads, size).transpose(0, 2, 1)
     return factors, images
-
-
-def _per_head_grams(readout: Readout) -> torch.Tensor:
-    columns = [readout.columns([head]) for head in range(readout.n_heads)]
-    return torch.from_numpy(np.stack([readout.gram[np.ix_(c, c)] for c in columns]))
-
-
-def _factors(outputs: torch.Tensor, grams: torch.Tensor, readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``[1, z] / scale``, shape (cells, heads, rank), and the scale, shape (cells, heads), in float64."""
-    n_cells = outputs.shape[0]
-    x = outputs.new_empty((n_cells, readout.n_heads, readout.head_size + 1), dtype=torch.float64)
-    x[:, :, 0] = 1.0
-    x[:, :, 1:] = outputs.view(n_cells, readout.n_heads, readout.head_size)
-    turned = torch.bmm(x.transpose(0, 1), grams).transpose(0, 1)
-    scale = turned.mul_(x).sum(dim=2).clamp_(min=0.0).add_(readout.epsilon).sqrt_()
-    return x.div_(scale[:, :, None]), scale
-
-
-def _whole(outputs: torch.Tensor, gram: torch.Tensor, readout: Readout) -> torch.Tensor:
-    """Return ``[1, z_0, ..., z_{H-1}] / scale`` of the whole model, shape (cells, columns), in float64."""
-    x = outputs.new_empty((len(outputs), readout.n_columns), dtype=torch.float64)
-    x[:, 0] = 1.0
-    x[:, 1:] = outputs
-    scale = (x @ gram).mul_(x).sum(dim=1).clamp_(min=0.0).add_(readout.epsilon).sqrt_()
-    return x.div_(scale[:, None])
 
 
 def _room(*shape: int, device: str) -> torch.Tensor:

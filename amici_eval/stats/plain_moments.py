@@ -11,6 +11,8 @@ from amici_eval.stats.moments import TypeMoments
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
+    from amici_eval.stats.place import Place
+
 __all__ = ["moments_of_predictions", "principal_factors"]
 
 _RANK_TOLERANCE = 1e-6
@@ -23,9 +25,7 @@ def moments_of_predictions(
     targets: Float[np.ndarray, "cells genes"],
     *,
     tiles: Int64[np.ndarray, " cells"],
-    pixels: Int64[np.ndarray, " cells"] | None = None,
-    n_pixels: int = 0,
-    kept: Int64[np.ndarray, " kept"] | None = None,
+    place: Place | None = None,
 ) -> TypeMoments:
     """Return the moments of one cell type from its predictions; see :func:`amici_eval.stats.moments.gather_moments`.
 
@@ -35,7 +35,7 @@ def moments_of_predictions(
         Predictions with one head kept, and of the whole model.
     targets
         Expression.
-    tiles, pixels, n_pixels, kept
+    tiles, place
         As there.
     """
     present, local = np.unique(tiles, return_inverse=True)
@@ -59,9 +59,9 @@ def moments_of_predictions(
         predicted_ss[head] = ((predicted - predicted.mean(axis=0)) ** 2).sum(axis=0)
         predicted_size[head] = (predicted**2).sum()
     full_mean, full_m2 = by_tile(full.astype(np.float64) - wide)
-    pixel_sums = np.zeros((n_pixels, n_genes))
-    if pixels is not None:
-        np.add.at(pixel_sums, pixels, wide)
+    pixel_sums = np.zeros((0 if place is None else place.grid.n_pixels, n_genes))
+    if place is not None:
+        np.add.at(pixel_sums, place.grid.pixel, wide)
     return TypeMoments(
         tiles=present,
         n_cells=np.bincount(local, minlength=n_tiles).astype(np.int64),
@@ -73,11 +73,10 @@ def moments_of_predictions(
         full_m2=full_m2,
         predicted_ss_gene=predicted_ss,
         pixel_sums=pixel_sums,
-        kept_values=targets[:0] if kept is None else targets[kept],
+        kept_values=targets[:0] if place is None else targets[place.near.cells],
         constant_genes=targets.min(axis=0) == targets.max(axis=0),
         projected=np.zeros((0, 1 + n_heads), dtype=np.float32),
         scale=np.zeros((0, n_heads)),
-        predicted_ss=predicted_ss.sum(axis=1),
         predicted_size=predicted_size,
     )
 

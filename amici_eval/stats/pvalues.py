@@ -9,9 +9,9 @@ import numpy as np
 from scipy.stats import beta
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64, Int64
+    from jaxtyping import Bool, Float64, Int64
 
-__all__ = ["PValues", "p_values", "sequential_p_values"]
+__all__ = ["PValues", "exact", "p_values", "sequential_p_values"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,22 @@ class PValues:
     p
         Same shape as the counts.
     ci_low, ci_high
-        Clopper-Pearson 95 % interval of the p-value that infinitely many permutations would give.
+        Clopper-Pearson 95 % interval of the p-value that infinitely many permutations would give; equal to ``p`` where
+        nothing was drawn.
     """
 
     p: Float64[np.ndarray, ...]
     ci_low: Float64[np.ndarray, ...]
     ci_high: Float64[np.ndarray, ...]
+
+    def without(self, undefined: Bool[np.ndarray, ...]) -> PValues:
+        """Return the same with NaN where there is no test."""
+        return PValues(*(np.where(undefined, np.nan, values) for values in (self.p, self.ci_low, self.ci_high)))
+
+
+def exact(p: Float64[np.ndarray, ...]) -> PValues:
+    """Return p-values that no drawing made uncertain."""
+    return PValues(p=p, ci_low=p, ci_high=p)
 
 
 def p_values(

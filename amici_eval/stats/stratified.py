@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.factor_draws import FactorDraw, FactorStatistics, check_factors, draw_from, part_of
+from amici_eval.stats.factor_draws import FactorDraw, check_factors, draw_from, part_of
 from amici_eval.stats.nulls import PermutationCounts
 from amici_eval.stats.packing import pack
 from amici_eval.stats.permutations import PermutationStream
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Int64
 
-__all__ = ["stratified_draw", "stratified_exceedances", "stratified_statistics"]
+__all__ = ["stratified_draw", "stratified_exceedances"]
 
 _PERMUTATIONS_AT_ONCE = 1024
 
@@ -90,38 +90,6 @@ def stratified_draw(
             stream = PermutationStream(seed=seed, cell_type=cell_type, n_cells=cells.size, stratum=names[number])
             parts.append(part_of(pack(f, z, dead=is_dead), f, z, stream=stream))
     return draw_from(parts, n_heads=n_heads, dead=is_dead, device=device, n_threads=n_threads)
-
-
-def stratified_statistics(
-    factors: Float[np.ndarray, "cells columns heads"],
-    images: Float[np.ndarray, "cells columns heads"],
-    *,
-    strata: Int64[np.ndarray, " cells"],
-    labels: Sequence[str],
-    seed: int,
-    cell_type: str,
-    start: int,
-    stop: int,
-    dead: Bool[np.ndarray, " heads"] | None = None,
-    device: str = "cpu",
-    n_threads: int | None = None,
-) -> FactorStatistics:
-    """Return how well each of a range of permutations within strata fits.
-
-    Parameters, null and errors are those of ``stratified_draw``; permutations are ``start`` to ``stop - 1``.
-    """
-    draw = stratified_draw(
-        factors,
-        images,
-        strata=strata,
-        labels=labels,
-        seed=seed,
-        cell_type=cell_type,
-        dead=dead,
-        device=device,
-        n_threads=n_threads,
-    )
-    return draw(start, stop)
 
 
 def stratified_exceedances(

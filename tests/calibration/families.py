@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import norm
 
 from amici_eval.stats.exact_moments import pearson3_tail, permutation_moments
-from amici_eval.stats.factor_nulls import factor_draw, factor_statistics
+from amici_eval.stats.factor_nulls import factor_draw
 from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
@@ -64,7 +64,7 @@ def family_wise(*, first: int, last: int, seed: int) -> list[Row]:
         for index in range(_N_TYPES):
             factors, images = _heads(rng, shared=0.7)
             stream = PermutationStream(seed=number, cell_type=f"type {index}", n_cells=_N_CELLS)
-            found = factor_statistics(factors, images, stream=stream, start=0, stop=n_permutations, n_threads=1)
+            found = factor_draw(factors, images, stream=stream, n_threads=1)(0, n_permutations)
             deviation = np.sqrt(permutation_moments(factors, images).variance)
             observed[:, index], permuted[:, :, index] = found.observed / deviation, found.statistics / deviation
             p[:, index] = p_values(np.count_nonzero(found.reached, axis=0), n_permutations=n_permutations).p
@@ -140,11 +140,9 @@ def _tails(options: Options) -> list[Row]:
         factors, images = draw(size=(60, _RANK, 1)), draw(size=(60, _RANK, 1)).astype(np.float32)
         stream = PermutationStream(seed=options.seed, cell_type=name, n_cells=60)
         # other permutations than those that are fitted
-        far = factor_statistics(
-            factors, images, stream=stream, start=10**6, stop=10**6 + n_truth, n_threads=1
-        ).statistics
+        far = factor_draw(factors, images, stream=stream, n_threads=1)(10**6, 10**6 + n_truth).statistics
         at = float(np.quantile(far[:, 0], 1.0 - target))
-        own = factor_statistics(factors, images, stream=stream, start=0, stop=per_fit * repeats, n_threads=1)
+        own = factor_draw(factors, images, stream=stream, n_threads=1)(0, per_fit * repeats)
         exact = permutation_moments(factors.astype(np.float32), images)
         by_moments = pearson3_tail(at / np.sqrt(exact.variance), exact.skewness)
         fits = [tail_p_values(at, own.statistics[i * per_fit : (i + 1) * per_fit, 0]) for i in range(repeats)]

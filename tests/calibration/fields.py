@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.lag import LagGrid
+from amici_eval.stats import place as stats
 from amici_eval.stats.lag_test import GeneSums
-from amici_eval.stats.near_pairs import NearPairs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,13 +35,9 @@ class Place:
     samples: np.ndarray | None = None
 
     @cached_property
-    def grid(self) -> LagGrid:
-        return LagGrid.of(self.coordinates, samples=self.samples)
-
-    @cached_property
-    def near(self) -> NearPairs:
-        """Pairs of cells near each other."""
-        return NearPairs.of(self.grid, self.coordinates, n_genes=N_GENES)
+    def cells(self) -> stats.Place:
+        """The same as tests take it."""
+        return stats.Place.of(self.coordinates, samples=self.samples, n_genes=N_GENES)
 
     @cached_property
     def sections(self) -> list[np.ndarray]:
@@ -179,8 +174,8 @@ def simulate(rng: np.random.Generator, place: Place, smooth: Smooth, *, n_heads:
         images=np.einsum("ig,hga->iah", y, weights).astype(np.float32),
         weights=weights,
         genes=GeneSums(
-            pixel_sums=place.grid.sums(torch.from_numpy(y)).numpy(),
-            near=y[place.near.cells],
+            pixel_sums=place.cells.grid.sums(torch.from_numpy(y)).numpy(),
+            near=y[place.cells.near.cells],
             target_ss=np.square(centred).sum(axis=0),
             predicted_ss=np.square(predicted).sum(axis=1),
             common=np.einsum("hig,ig->hg", predicted, centred),

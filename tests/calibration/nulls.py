@@ -38,11 +38,11 @@ def apply_nulls(
     data: Data, place: Place, *, length: float, tiles: Sequence[float] = (), torus: bool = False, number: int = 0
 ) -> Tested:
     """Test the heads of one simulated tissue with each null; tile widths are given in correlation lengths."""
-    lag = lag_test(data.factors, data.images, grid=place.grid, near=place.near, weights=data.weights, genes=data.genes)
+    lag = lag_test(data.factors, data.images, place=place.cells, weights=data.weights, genes=data.genes)
     p = {"lag": lag.p, "lag, genes": lag.p_gene}
     p["free"] = permutation_moments(data.factors, data.images).p_values()
     if place.samples is not None:
-        p["sample"] = permutation_moments(data.factors, data.images, strata=place.grid.section).p_values()
+        p["sample"] = permutation_moments(data.factors, data.images, strata=place.cells.grid.section).p_values()
     for times in tiles:
         strata = tiles_of_width(place.coordinates, width=times * length, samples=place.samples)
         p[tile_name(times)] = (

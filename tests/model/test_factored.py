@@ -654,9 +654,9 @@ def test_baselines_need_no_head_of_either_engine(trained, adata, engine):
     with opened(trained, adata, engine=engine) as access:
         receivers = access.receivers()
         zeros = np.zeros((2, len(receivers)))
-        found = evaluate_baselines(
-            access, receivers, expl_var=zeros, expl_var_full=zeros[0], fitted_names=access.card.training_cells
-        )
+        names = access.cell_names(np.arange(adata.n_obs))
+        fitted = np.isin(names, list(access.card.training_cells))
+        found = evaluate_baselines(access, receivers, expl_var=zeros, expl_var_full=zeros[0], fitted=fitted)
     assert found.fitted_on == "training cells"
     assert np.isfinite(found.expl_var).any(axis=1).all()
     assert (found.expl_var[np.isfinite(found.expl_var)] < 1.0).all()

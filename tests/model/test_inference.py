@@ -271,3 +271,61 @@ def test_an_evaluation_with_everything_survives_its_json(trained, adata, tmp_pat
     read = HeadEvaluation.load(tmp_path)
     for frame in ("heads", "to_frame", "baselines", "held_out_frame", "scales_frame"):
         assert getattr(read, frame)().equals(getattr(found, frame)())
+
+
+def test_baselines_are_scored_with_either_engine_and_the_nearest_is_masked_with_one(trained, adata):
+    factored, hooked = (
+        evaluate(trained, adata, spec_of(engine=engine, baselines=True)) for engine in ("factored", "hooked")
+    )
+    np.testing.assert_allclose(factored.trivial.expl_var, hooked.trivial.expl_var, rtol=1e-6)
+    np.testing.assert_allclose(factored.trivial.gain, hooked.trivial.gain, atol=1e-5)
+    assert np.isfinite(factored.trivial.without_nearest).all()
+    assert np.isnan(hooked.trivial.without_nearest).all()
+
+
+def test_held_out_cells_beside_cells_of_training_are_counted_in_a_note(trained, adata):
+    def notes(**subset):
+        spec = spec_of(data=DataSpec(subset=SubsetSpec(**subset)))
+        return [note for note in evaluate(trained, adata, spec).notes if "among their neighbours, as" in note]
+
+    with open_access(trained, prepare(adata, trained.card, DataSpec()), AblationSpec(device="cpu")) as access:
+        fitted = np.isin(access.cell_names(np.arange(adata.n_obs)), list(trained.card.training_cells))
+        near = fitted[access.neighbour_rows[~fitted]].any(axis=1)
+    assert 0 < near.sum() < len(near)
+    (note,) = notes()
+    assert note.startswith(f"{near.sum()} of {len(near)} held-out cells have cells that the model was fitted on")
+    assert notes(held_out=True) == [note]
+    assert notes(held_out=True, buffer=True) == notes(held_out=False) == []
+
+
+def test_a_type_without_an_interval_says_why(trained, adata):
+    rows = np.flatnonzero((adata.obs["region"] == "rest").to_numpy())
+    one_corner = rows[np.argsort(adata.obsm["spatial"][rows].sum(axis=1))[:60]]
+    tissue = adata.copy()
+    found = evaluate(trained, tissue, spec_of(data=DataSpec(subset=SubsetSpec(indices=tuple(one_corner.tolist())))))
+    heads = found.heads()
+    missing = heads["ci_low"].isna() & heads["expl_var_head"].notna()
+    assert (heads.loc[missing, "undefined_reason"].str.contains("interval: ")).all()
+    assert (heads["n_tiles"] == found.intervals.n_tiles[[found.type_index(name) for name in heads["ct_name"]]]).all()
+    for name, reason in found.intervals.reasons:
+        assert f"interval: {reason}" in heads.loc[heads["ct_name"] == name, "undefined_reason"].iloc[0]
+
+
+def test_a_part_that_was_not_asked_for_is_no_shortcoming(trained, adata):
+    found = evaluate(trained, adata, spec_of(data=DataSpec(subset=SubsetSpec(held_out=True)))).held_out_frame()
+    defined = found["expl_var_held_out"].notna()
+    assert defined.any()
+    assert (found.loc[defined, "undefined_reason"] == "").all()
+
+
+def test_drawing_shifts_can_be_interrupted(trained, adata):
+    def stop(done, total, what):
+        calls.append(done)
+        if len(calls) > 200:
+            raise KeyboardInterrupt
+
+    calls: list[int] = []
+    evaluate(trained, adata, spec_of(spatial_null="torus", n_shifts=1), progress=stop)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(trained, adata, spec_of(spatial_null="torus", n_shifts=500), progress=stop)

@@ -8,10 +8,10 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from amici_eval.stats import compiled, factor_draws, stratified
-from amici_eval.stats.factor_nulls import factor_exceedances, factor_statistics
+from amici_eval.stats.factor_nulls import factor_draw, factor_exceedances
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
-from amici_eval.stats.stratified import stratified_draw, stratified_exceedances, stratified_statistics
+from amici_eval.stats.stratified import stratified_draw, stratified_exceedances
 from tests.oracles import permutations as oracle
 
 SETTINGS = {"seed": 0, "cell_type": "T"}
@@ -52,7 +52,7 @@ def test_statistics_are_sums_over_strata():
     images[:9] *= np.float32(8.0)  # strata in other units than their neighbours
     strata = np.array([0] * 9 + [3] * 8 + [1] * 5 + [4])
     labels = ["b", "a", "nobody", "c", "alone"]
-    found = stratified_statistics(factors, images, strata=strata, labels=labels, **SETTINGS, start=2, stop=12)
+    found = stratified_draw(factors, images, strata=strata, labels=labels, **SETTINGS)(2, 12)
     # what is centred is rounded to float32 in units that are powers of two
     expected = expected_statistics(factors, images, strata, labels, range(2, 12))
     np.testing.assert_allclose(found.statistics / found.sizes, expected / found.sizes, rtol=0, atol=1e-7)
@@ -69,9 +69,7 @@ def test_all_permutations_within_strata_are_equally_likely_and_no_others():
     values = np.array([np.sum(factors[list(order)] * images) for order in every])
     # less the constant that permutations within strata leave alone
     values -= np.mean(values)
-    found = stratified_statistics(
-        factors, images, strata=strata, labels=["x", "y", "z"], **SETTINGS, start=0, stop=6000
-    )
+    found = stratified_draw(factors, images, strata=strata, labels=["x", "y", "z"], **SETTINGS)(0, 6000)
     distance = np.abs(found.statistics - values)
     assert distance.min(axis=1).max() < 1e-6 * found.sizes[0]
     assert chisquare(np.bincount(distance.argmin(axis=1), minlength=12)).pvalue > 0.01
@@ -100,8 +98,8 @@ def test_the_numbering_of_strata_changes_nothing():
     labels = ["s0", "s1", "s2", "s3"]
     swap = np.array([2, 0, 3, 1])
     renamed = [labels[int(np.flatnonzero(swap == k)[0])] for k in range(4)]
-    one = stratified_statistics(factors, images, strata=strata, labels=labels, **SETTINGS, start=0, stop=20)
-    other = stratified_statistics(factors, images, strata=swap[strata], labels=renamed, **SETTINGS, start=0, stop=20)
+    one = stratified_draw(factors, images, strata=strata, labels=labels, **SETTINGS)(0, 20)
+    other = stratified_draw(factors, images, strata=swap[strata], labels=renamed, **SETTINGS)(0, 20)
     np.testing.assert_array_equal(one.statistics, other.statistics)
     np.testing.assert_array_equal(one.observed, other.observed)
 
@@ -113,7 +111,7 @@ def test_ranges_threads_and_pieces_change_nothing(n_threads, pieces, monkeypatch
     factors, images = draw(4)
     strata = np.repeat(np.arange(3), 10)
     arguments = {"strata": strata, "labels": ["x", "y", "z"], **SETTINGS}
-    whole = stratified_statistics(factors, images, **arguments, start=0, stop=41)
+    whole = stratified_draw(factors, images, **arguments)(0, 41)
     for name, value in pieces.items():
         monkeypatch.setattr(factor_draws, name, value)
     give = stratified_draw(factors, images, **arguments, n_threads=n_threads)
@@ -132,7 +130,7 @@ def test_statistics_without_strata_are_the_direct_sums_in_their_units():
     factors, images = draw(5, n_cells=40, n_columns=4, n_heads=18)
     factors = (factors + 3.0) * np.logspace(-100, 100, 18)
     stream = PermutationStream(seed=0, cell_type="T", n_cells=40)
-    found = factor_statistics(factors, images, stream=stream, start=3, stop=30)
+    found = factor_draw(factors, images, stream=stream)(3, 30)
     f = factors - factors.mean(axis=0)
     z = images.astype(np.float64) - images.mean(axis=0, dtype=np.float64)
     expected = [np.sum(f[order] * z, axis=(0, 1)) for order in stream.batch(3, 30)]
@@ -140,7 +138,7 @@ def test_statistics_without_strata_are_the_direct_sums_in_their_units():
     np.testing.assert_allclose(found.observed / found.sizes, np.sum(f * z, axis=(0, 1)) / found.sizes, atol=1e-7)
     np.testing.assert_allclose(found.sizes, np.linalg.norm(f, axis=(0, 1)) * np.linalg.norm(z, axis=(0, 1)), rtol=1e-6)
     counts = factor_exceedances(factors, images, stream=stream, n_permutations=300, form="gram").exceedances
-    everything = factor_statistics(factors, images, stream=stream, start=0, stop=300)
+    everything = factor_draw(factors, images, stream=stream)(0, 300)
     np.testing.assert_array_equal(np.count_nonzero(everything.reached, axis=0), counts)
 
 
@@ -156,7 +154,7 @@ def test_heads_without_a_test_are_undefined_and_change_nothing():
     images[..., 5] = 1.0
     factors[:14, :, 5] = 2.0
     dead = np.array([False, False, False, False, True, False])
-    found = stratified_statistics(factors, images, **arguments, start=0, stop=50, dead=dead)
+    found = stratified_draw(factors, images, **arguments, dead=dead)(0, 50)
     np.testing.assert_array_equal(found.dead, [True, False, True, True, True, False])
     assert np.isnan(found.statistics[:, found.dead]).all()
     assert np.isnan(found.observed[found.dead]).all()
@@ -168,9 +166,7 @@ def test_heads_without_a_test_are_undefined_and_change_nothing():
 
 def test_where_every_stratum_has_one_cell_no_head_has_a_test():
     factors, images = draw(7, n_cells=4)
-    found = stratified_statistics(
-        factors, images, strata=np.arange(4), labels=list("abcd"), **SETTINGS, start=0, stop=3
-    )
+    found = stratified_draw(factors, images, strata=np.arange(4), labels=list("abcd"), **SETTINGS)(0, 3)
     assert found.dead.all()
     assert not found.reached.any()
 
@@ -218,6 +214,8 @@ def test_progress_adds_up(monkeypatch):
 )
 def test_arguments_that_make_no_sense_are_named(changes, message):
     factors, images = draw(9)
-    arguments = {"strata": np.zeros(30, dtype=np.int64), "labels": ["x", "y"], "start": 0, "stop": 5, **SETTINGS}
+    arguments = {"strata": np.zeros(30, dtype=np.int64), "labels": ["x", "y"], **SETTINGS}
+    changes = dict(changes)
+    stop = changes.pop("stop", 5)
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(").replace(")", r"\)").replace("[", r"\[")):
-        stratified_statistics(factors, images, **{**arguments, **changes})
+        stratified_draw(factors, images, **{**arguments, **changes})(0, stop)

@@ -1,0 +1,80 @@
+"""What evaluation asks of a model on a tissue, from less to more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from amici_eval.model.access import ModelAccess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    import numpy as np
+    from jaxtyping import Float32, Float64, Int, Int64
+
+    from amici_eval.model.factored import HeadOutputs
+    from amici_eval.stats.readout import Readout
+    from amici_eval.tissue import ExpressionBlock
+
+__all__ = ["FactorAccess", "LocatedAccess", "ModelAccess", "TissueAccess"]
+
+
+@runtime_checkable
+class LocatedAccess(ModelAccess, Protocol):
+    """A model on a tissue of which it is known where the cells lie."""
+
+    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
+        """Return where some cells lie."""
+        ...
+
+    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
+        """Return the section of some cells, if a sample column was named."""
+        ...
+
+
+@runtime_checkable
+class TissueAccess(LocatedAccess, Protocol):
+    """A model on a tissue of which it is also known who lies beside whom."""
+
+    @property
+    def neighbour_rows(self) -> Int[np.ndarray, "all_cells neighbours"]:
+        """Rows of the cells that each cell of the tissue attends to."""
+        ...
+
+    @property
+    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
+        """Place of each cell's type in ``card.cell_types``."""
+        ...
+
+    def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
+        """Yield the measured expression of some cells, block by block, in the order of storage."""
+        ...
+
+
+@runtime_checkable
+class FactorAccess(TissueAccess, Protocol):
+    """A model on a tissue that also gives what attention brings to each receiver."""
+
+    hooked: ModelAccess
+
+    def head_outputs(
+        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    ) -> Float32[np.ndarray, "cells outputs"]:
+        """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
+        ...
+
+    def head_outputs_both(
+        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    ) -> HeadOutputs:
+        """Return what attention brings to some receivers, with and without the nearest neighbour of each."""
+        ...
+
+    def predict_literally(
+        self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
+    ) -> Float32[np.ndarray, "keeps cells genes"]:
+        """Return what ``predict`` should, through the model's own forward pass with hooks; for checks."""
+        ...
+
+    def readout(self, cell_type: str) -> Readout:
+        """Return how attention outputs become predicted expression in receivers of a type."""
+        ...
