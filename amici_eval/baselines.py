@@ -1,8 +1,7 @@
-"""What predictors explain that know no attention head, and what heads explain without the nearest neighbour."""
+"""What predictors explain that know no attention head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,36 +9,19 @@ import numpy as np
 from amici_eval.designs import DESIGNS, FITTED, FOLD, SCORED, TypeDesigns, gather, sections_of, those_that_fit
 from amici_eval.inference_results import Baselines
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.moments import gather_moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from jaxtyping import Bool, Float32, Float64, Int64
+    from jaxtyping import Bool, Float64, Int64
 
-    from amici_eval.protocols import FactorAccess, TissueAccess
+    from amici_eval.protocols import TissueAccess
 
-__all__ = ["WithoutNearest", "evaluate_baselines", "explained_without_nearest"]
+__all__ = ["evaluate_baselines"]
 
 MIN_CELLS_FIT = 10
 """Fewer cells to fit tell nothing about any penalty."""
 N_FOLDS = 5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class WithoutNearest:
-    """What heads explain if the nearest neighbour of each receiver is masked out.
-
-    Parameters
-    ----------
-    expl_var
-        Of each head kept alone, shape (heads, types); NaN where undefined.
-    full
-        Of the whole model, shape (types,).
-    """
-
-    expl_var: Float64[np.ndarray, "heads types"]
-    full: Float64[np.ndarray, " types"]
 
 
 def evaluate_baselines(
@@ -49,7 +31,7 @@ def evaluate_baselines(
     expl_var: Float64[np.ndarray, "heads types"],
     expl_var_full: Float64[np.ndarray, " types"],
     fitted: Bool[np.ndarray, " all_cells"] | None,
-    without_nearest: WithoutNearest | None = None,
+    without_nearest: Float64[np.ndarray, "models types"] | None = None,
     n_folds: int = N_FOLDS,
     progress: Callable[[int], None] | None = None,
 ) -> Baselines:
@@ -68,7 +50,8 @@ def evaluate_baselines(
         Which cells of the tissue the model was fitted on: baselines are fitted on those of the type. ``None``, or none
         of any evaluated type (a new tissue): on all evaluated cells.
     without_nearest
-        What heads explain without the nearest neighbour, to go with the result; ``None``: NaN.
+        What each head kept alone, and in the last row the whole model, explain without the nearest neighbour, to go
+        with the result; ``None``: NaN.
     n_folds
         Cells that are both fitted and scored are predicted by the fit to the other folds of them and all other fitted
         cells; 1: by the fit that has seen them.
@@ -130,46 +113,17 @@ def evaluate_baselines(
             found[:, one.index] = one.explained()
     defined = np.isfinite(found).any(axis=0)
     best = np.where(defined, np.maximum(np.where(np.isfinite(found), found, 0.0).max(axis=0), 0.0), np.nan)
-    nothing = np.full(expl_var.shape, np.nan)
+    if without_nearest is None:
+        without_nearest = np.full((len(expl_var) + 1, len(types)), np.nan)
     return Baselines(
         names=DESIGNS,
         fitted_on="all evaluated cells" if fitted is None else "training cells",
         expl_var=found,
         gain=expl_var - best,
         full_gain=expl_var_full - best,
-        without_nearest=nothing if without_nearest is None else without_nearest.expl_var,
-        full_without_nearest=nothing[0] if without_nearest is None else without_nearest.full,
+        without_nearest=without_nearest[:-1],
+        full_without_nearest=without_nearest[-1],
     )
-
-
-def explained_without_nearest(
-    access: FactorAccess,
-    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    outputs: Mapping[str, Float32[np.ndarray, "cells outputs"]],
-) -> WithoutNearest:
-    """Return what heads explain if the nearest neighbour of each receiver is masked out.
-
-    Parameters
-    ----------
-    access
-        The model on the tissue.
-    receivers
-        Evaluated rows by cell type.
-    outputs
-        What attention brings without it, by cell type; types that are not there stay NaN.
-    """
-    n_heads = access.card.n_heads
-    expl_var, full = np.full((n_heads, len(receivers)), np.nan), np.full(len(receivers), np.nan)
-    for index, (cell_type, rows) in enumerate(receivers.items()):
-        own = outputs.get(cell_type)
-        if own is None or len(rows) < MIN_CELLS_EXPLAINED_VARIANCE:
-            continue
-        readout, device = access.readout(cell_type), access.statistics_device
-        one_tile = np.zeros(len(rows), dtype=np.int64)
-        moments = gather_moments(own, readout, access.expression_blocks(rows), tiles=one_tile, device=device)
-        expl_var[:, index] = moments.explained_variance()[1]
-        full[index] = moments.explained_by_all
-    return WithoutNearest(expl_var=expl_var, full=full)
 
 
 def _roles(

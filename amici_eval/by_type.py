@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.baselines import evaluate_baselines, explained_without_nearest
+from amici_eval.baselines import evaluate_baselines
 from amici_eval.kept_moments import kept_moments
 from amici_eval.progress import Meter, PermutationMeter, Progress
 from amici_eval.protocols import FactorAccess, LocatedAccess, TissueAccess
@@ -101,12 +101,12 @@ def evaluate_types(
     tissue = access if isinstance(access, TissueAccess) else None
     with_baselines = spec.ablation.baselines and tissue is not None
     meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines))
-    outputs = nearest = None
+    outputs = without_nearest = None
     if factors is not None:
         count = meter.cells("attention", len(everyone))
         if spec.ablation.baselines and spec.ablation.without_nearest:
             both = factors.head_outputs_both(everyone, progress=count)
-            outputs, nearest = both.whole, both.without_nearest
+            outputs, without_nearest = both.whole, both.without_nearest
         else:
             outputs = factors.head_outputs(everyone, progress=count)
     # of the whole tissue if baselines may be fitted to cells that are not evaluated
@@ -123,6 +123,7 @@ def evaluate_types(
         n_permutations=n_permutations,
         modes=modes,
         outputs=outputs,
+        without_nearest=without_nearest,
         keys=np.zeros(len(everyone), dtype=np.int64) if tiling is None else tiling.keys,
         meter=meter,
         cells_work=cells_work,
@@ -133,18 +134,21 @@ def evaluate_types(
     if factors is not None and outputs is not None and tiling is not None:
         moments = kept_moments(factors, receivers, usable, evaluated, outputs, tiling)
     if with_baselines and tissue is not None:
-        masked = None
-        if factors is not None and nearest is not None:
-            masked = explained_without_nearest(
-                factors, receivers, {name: nearest[own] for name, own in zip(usable, _slices(usable), strict=True)}
-            )
         baselines = evaluate_baselines(
             tissue,
             receivers,
             expl_var=np.stack([np.full(n_heads, np.nan) if i is None else i.expl_var for i in evaluated], axis=1),
             expl_var_full=np.array([np.nan if item is None else item.full for item in evaluated]),
             fitted=all_fitted,
-            without_nearest=masked,
+            without_nearest=np.stack(
+                [
+                    np.full(n_heads + 1, np.nan)
+                    if item is None or item.moments is None
+                    else item.moments.explained_without_nearest
+                    for item in evaluated
+                ],
+                axis=1,
+            ),
             progress=meter.cells("baselines", n_receivers),
         )
     return Types(
@@ -171,6 +175,7 @@ def _each(
     n_permutations: int,
     modes: tuple[str, ...],
     outputs: Float32[np.ndarray, "cells outputs"] | None,
+    without_nearest: Float32[np.ndarray, "cells outputs"] | None,
     keys: Int64[np.ndarray, " cells"],
     meter: Meter,
     cells_work: float,
@@ -197,6 +202,7 @@ def _each(
                 n_permutations=n_permutations,
                 modes=modes,
                 place=place,
+                without_nearest=None if without_nearest is None else without_nearest[own],
                 on_permutations=on_permutations,
                 # the rows of a large type fill the cache, so that two such tests would be in each other's way; the
                 # transforms of the cyclic one are done in a moment

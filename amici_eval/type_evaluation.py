@@ -184,12 +184,14 @@ def evaluate_type_by_factors(
     n_permutations: int,
     modes: Sequence[str],
     place: Place | None,
+    without_nearest: Float32[np.ndarray, "cells outputs"] | None,
     on_permutations: Callable[[int], None],
     in_turn: AbstractContextManager[object] | None = None,
     n_threads: int | None = None,
 ) -> TypeEvaluation:
     """Evaluate one type from what attention brought to its cells; no prediction of cells x genes is formed.
 
+    ``without_nearest`` is what it brought without the nearest neighbour of each, if what that explains is wanted.
     Where several types are evaluated at a time, ``in_turn`` lets one test at a time run, on ``n_threads``.
     """
     n_heads, n_cells = access.card.n_heads, len(rows)
@@ -200,6 +202,7 @@ def evaluate_type_by_factors(
         access.expression_blocks(rows),
         tiles=tiles,
         place=place,
+        without_nearest=without_nearest,
         device=access.statistics_device,
     )
     per_gene, overall = moments.explained_variance()

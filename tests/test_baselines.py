@@ -11,7 +11,7 @@ import pytest
 from scipy.spatial import cKDTree
 
 from amici_eval import designs
-from amici_eval.baselines import WithoutNearest, evaluate_baselines
+from amici_eval.baselines import evaluate_baselines
 from amici_eval.designs import DESIGNS
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.ridge import RidgeSums, choose_penalty, fit_ridge
@@ -241,8 +241,9 @@ def test_gain_is_over_the_best_baseline_or_over_nothing():
     np.testing.assert_allclose(found.full_gain, 0.3 - best)
     found.check({"H": 2, "C": 3, "B": 3})
     assert np.isnan(found.without_nearest).all()
-    masked = WithoutNearest(expl_var=np.full((2, 3), 0.1), full=np.full(3, 0.15))
-    np.testing.assert_array_equal(evaluated(tissue, without_nearest=masked).full_without_nearest, masked.full)
+    masked = np.arange(9.0).reshape(3, 3)
+    carried = evaluated(tissue, without_nearest=masked)
+    np.testing.assert_array_equal([*carried.without_nearest, carried.full_without_nearest], masked)
 
 
 def test_in_a_new_tissue_baselines_are_fitted_to_the_evaluated_cells():

@@ -216,7 +216,6 @@ class FactoredAccess:
         rows: Int64[np.ndarray, " cells"],
         *,
         progress: Callable[[int], None] | None = None,
-        without_nearest: bool = False,
     ) -> Float32[np.ndarray, "cells outputs"]:
         """Return what attention brings to some receivers, shape (cells, heads * head_size).
 
@@ -226,11 +225,8 @@ class FactoredAccess:
             Rows of the tissue, in any order.
         progress
             Called with the number of receivers finished since the last call.
-        without_nearest
-            Mask attention to each receiver's nearest neighbour: what segmentation puts into the wrong cell mostly
-            comes from there.
         """
-        return self._outputs(rows, (not without_nearest,), progress)[0]
+        return self._outputs(rows, (True,), progress)[0]
 
     def head_outputs_both(
         self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
@@ -244,7 +240,8 @@ class FactoredAccess:
 
         Notes
         -----
-        Senders are embedded once for both, so the second costs no more than its attention.
+        What segmentation puts into the wrong cell mostly comes from the nearest neighbour. Senders are embedded once
+        for both, so the second costs no more than its attention.
         """
         whole, without_nearest = self._outputs(rows, (True, False), progress)
         return HeadOutputs(whole=whole, without_nearest=without_nearest)

@@ -63,6 +63,9 @@ class TypeMoments:
         What the layer norm divides by in each cell with one head kept, shape (cells, heads).
     predicted_size
         Per head, summed over genes and cells: squares of the prediction, shape (heads,).
+    masked_m2
+        Without the nearest neighbours, over the cells and genes: centred squares of prediction minus expression of
+        each head kept alone, then of the whole model, shape (heads + 1,); ``None`` if that was not asked for.
     """
 
     tiles: Int64[np.ndarray, " tiles"]
@@ -80,6 +83,7 @@ class TypeMoments:
     projected: Float32[np.ndarray, "cells columns"]
     scale: Float64[np.ndarray, "cells heads"]
     predicted_size: Float64[np.ndarray, " heads"]
+    masked_m2: Float64[np.ndarray, " models"] | None = None
 
     def without_cells(self) -> TypeMoments:
         """Return the same without what is kept per cell."""
@@ -132,6 +136,15 @@ class TypeMoments:
         residual = float(merge_tiles(self.n_cells, self.full_mean, self.full_m2).sum())
         return 1.0 - residual / total if total > 0.0 else float("nan")
 
+    @property
+    def explained_without_nearest(self) -> Float64[np.ndarray, " models"]:
+        """Explained variance over all genes with the nearest neighbours masked out: of each head, then of all."""
+        if self.masked_m2 is None:
+            return np.full(self.residual_m2.shape[1] + 1, np.nan)
+        total = self.target_ss
+        explained: Float64[np.ndarray, " models"] = 1.0 - self.masked_m2 / (total if total > 0.0 else np.nan)
+        return explained
+
 
 def merge_tiles(
     n_cells: Int64[np.ndarray, " tiles"], mean: Float64[np.ndarray, "tiles ..."], m2: Float64[np.ndarray, "tiles ..."]
@@ -156,6 +169,7 @@ def gather_moments(
     *,
     tiles: Int64[np.ndarray, " cells"],
     place: Place | None = None,
+    without_nearest: Float32[np.ndarray, "cells outputs"] | None = None,
     device: str = "cpu",
 ) -> TypeMoments:
     """Run once over the cells of a type and return the moments from which everything else follows.
@@ -172,6 +186,8 @@ def gather_moments(
         Tile of each cell.
     place
         Where the cells lie, if what tests in tissue need is wanted: sums over pixels, and expression of near pairs.
+    without_nearest
+        What attention brings to each cell without its nearest neighbour, if what that explains is wanted.
     device
         Torch device that has float64.
 
@@ -185,8 +201,9 @@ def gather_moments(
     present, local = np.unique(tiles, return_inverse=True)
     n_tiles = len(present)
     counts = np.bincount(local, minlength=n_tiles).astype(np.int64)
-    heads = _ModelSums(readout, [[head] for head in range(n_heads)], n_tiles=n_tiles, device=device)
-    whole = _ModelSums(readout, [range(n_heads)], n_tiles=n_tiles, device=device)
+    keeps: list[list[Collection[int]]] = [[[head] for head in range(n_heads)], [range(n_heads)]]
+    heads, whole = (_ModelSums(readout, keep, n_tiles=n_tiles, device=device) for keep in keeps)
+    masked = [] if without_nearest is None else [_ModelSums(readout, keep, n_tiles=1, device=device) for keep in keeps]
     weights = torch.from_numpy(readout.weights).to(device)
     y_sum, yy = (torch.zeros(n_tiles, n_genes, dtype=torch.float64, device=device) for _ in range(2))
     in_place = _InPlace(place, n_cells, n_genes, device=device)
@@ -211,6 +228,10 @@ def gather_moments(
         together, _ = whole.factors(z)
         scale[positions] = deviation.cpu().numpy()
         in_place.add(positions, values, wide)
+        if without_nearest is not None:
+            z = torch.from_numpy(without_nearest[positions]).to(device)
+            for sums in masked:
+                sums.add(0, sums.factors(z)[0], wide)
         ends = np.flatnonzero(np.diff(local[positions], append=n_tiles)) + 1
         start = 0
         for end in ends.tolist():
@@ -225,6 +246,8 @@ def gather_moments(
     n = torch.from_numpy(counts.astype(np.float64)).to(device)[:, None]
     target_mean = y_sum / n
     of_heads, of_whole = (sums.residuals(n, target_mean, yy) for sums in (heads, whole))
+    overall, squares = y_sum.sum(dim=0, keepdim=True) / n_cells, yy.sum(dim=0, keepdim=True)
+    of_masked = [sums.residuals(n.sum(dim=0, keepdim=True), overall, squares).m2[0].sum(dim=1) for sums in masked]
     return TypeMoments(
         tiles=present,
         n_cells=counts,
@@ -241,6 +264,7 @@ def gather_moments(
         projected=projected,
         scale=scale,
         predicted_size=of_heads.predicted_size.cpu().numpy(),
+        masked_m2=torch.cat(of_masked).cpu().numpy() if of_masked else None,
     )
 
 
