@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from amici_eval.baselines import evaluate_baselines
-from amici_eval.kept_moments import kept_moments
+from amici_eval.kept_moments import Sketch, kept_moments
 from amici_eval.progress import Meter, PermutationMeter, Progress
 from amici_eval.protocols import FactorAccess, LocatedAccess, TissueAccess
 from amici_eval.results import Undefined
@@ -25,10 +25,11 @@ from amici_eval.type_evaluation import TypeEvaluation, evaluate_type_by_factors,
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from jaxtyping import Bool, Float32, Int64
+    from jaxtyping import Bool, Int64
 
     from amici_eval.inference_results import Baselines
     from amici_eval.model.access import ModelAccess
+    from amici_eval.model.factored import HeadOutputs
     from amici_eval.moments import Moments
     from amici_eval.specs import EvaluationSpec
 
@@ -101,14 +102,14 @@ def evaluate_types(
     tissue = access if isinstance(access, TissueAccess) else None
     with_baselines = spec.ablation.baselines and tissue is not None
     meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines))
-    outputs = without_nearest = None
+    outputs, sketch = None, Sketch.of(usable)
     if factors is not None:
-        count = meter.cells("attention", len(everyone))
-        if spec.ablation.baselines and spec.ablation.without_nearest:
-            both = factors.head_outputs_both(everyone, progress=count)
-            outputs, without_nearest = both.whole, both.without_nearest
-        else:
-            outputs = factors.head_outputs(everyone, progress=count)
+        outputs = factors.attend(
+            everyone,
+            without_nearest=spec.ablation.baselines and spec.ablation.without_nearest,
+            attention_of=sketch.places[sketch.attended],
+            progress=meter.cells("attention", len(everyone)),
+        )
     # of the whole tissue if baselines may be fitted to cells that are not evaluated
     all_fitted = None if tissue is None else _fitted_cells(access, np.arange(len(tissue.label_codes)))
     fitted = _fitted_cells(access, everyone) if all_fitted is None else all_fitted[everyone]
@@ -123,7 +124,6 @@ def evaluate_types(
         n_permutations=n_permutations,
         modes=modes,
         outputs=outputs,
-        without_nearest=without_nearest,
         keys=np.zeros(len(everyone), dtype=np.int64) if tiling is None else tiling.keys,
         meter=meter,
         cells_work=cells_work,
@@ -132,7 +132,7 @@ def evaluate_types(
     evaluated = [found.get(cell_type) for cell_type in receivers]
     moments = baselines = None
     if factors is not None and outputs is not None and tiling is not None:
-        moments = kept_moments(factors, receivers, usable, evaluated, outputs, tiling)
+        moments = kept_moments(factors, receivers, everyone, evaluated, outputs, sketch, tiling)
     if with_baselines and tissue is not None:
         baselines = evaluate_baselines(
             tissue,
@@ -174,8 +174,7 @@ def _each(
     *,
     n_permutations: int,
     modes: tuple[str, ...],
-    outputs: Float32[np.ndarray, "cells outputs"] | None,
-    without_nearest: Float32[np.ndarray, "cells outputs"] | None,
+    outputs: HeadOutputs | None,
     keys: Int64[np.ndarray, " cells"],
     meter: Meter,
     cells_work: float,
@@ -197,12 +196,12 @@ def _each(
                 cell_type,
                 rows,
                 keys[own],
-                outputs[own],
+                outputs.whole[own],
                 test=test,
                 n_permutations=n_permutations,
                 modes=modes,
                 place=place,
-                without_nearest=None if without_nearest is None else without_nearest[own],
+                without_nearest=None if outputs.without_nearest is None else outputs.without_nearest[own],
                 on_permutations=on_permutations,
                 # the rows of a large type fill the cache, so that two such tests would be in each other's way; the
                 # transforms of the cyclic one are done in a moment

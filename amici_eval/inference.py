@@ -2,99 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amici_eval.inference_results import HeldOutParts, Intervals, SpatialTests
 from amici_eval.stats.bootstrap import tile_bootstrap
-from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.moments import merge_tiles
 from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
-from amici_eval.tiling import HELD_OUT, IN_SAMPLE, part_of, tile_of
+from amici_eval.tile_rows import rows_of
+from amici_eval.tiling import HELD_OUT, IN_SAMPLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Bool, Float64, Int64
+    from jaxtyping import Float64
 
     from amici_eval.specs import PermutationSpec
     from amici_eval.stats.bootstrap import TileBootstrap
-    from amici_eval.stats.moments import TypeMoments
+    from amici_eval.tile_rows import Rows
     from amici_eval.type_evaluation import TypeEvaluation
 
-__all__ = ["Rows", "adjusted_free", "held_out_parts", "intervals", "rows_of", "spatial_tests"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Rows:
-    """Moments of one type by tile: of expression, and of the residuals of each head kept alone and the whole model.
-
-    Parameters
-    ----------
-    tiles, n_cells
-        Shape (tiles,).
-    target_mean, target_m2
-        Shape (tiles, genes).
-    residual_mean, residual_m2
-        Shape (tiles, heads + 1, genes), the whole model last.
-    varies
-        Genes that vary over all cells of the type, shape (genes,).
-    """
-
-    tiles: Int64[np.ndarray, " tiles"]
-    n_cells: Int64[np.ndarray, " tiles"]
-    target_mean: Float64[np.ndarray, "tiles genes"]
-    target_m2: Float64[np.ndarray, "tiles genes"]
-    residual_mean: Float64[np.ndarray, "tiles models genes"]
-    residual_m2: Float64[np.ndarray, "tiles models genes"]
-    varies: Bool[np.ndarray, " genes"]
-
-    def explained_variance(self) -> Float64[np.ndarray, " models"]:
-        """Return explained variance over all genes; NaN where too few cells or no variance are there.
-
-        Residuals count over all genes, as in :meth:`TypeMoments.explained_variance`: a prediction that varies where
-        expression does not is an error, too.
-        """
-        n_models = self.residual_mean.shape[1]
-        if self.n_cells.sum() < MIN_CELLS_EXPLAINED_VARIANCE:
-            return np.full(n_models, np.nan)
-        target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)[self.varies].sum()
-        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2).sum(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(target > 0.0, 1.0 - residual / target, np.nan)
-
-
-def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
-    """Return the moments of a type by tile, of both parts together or of one of them."""
-    chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else part_of(moments.tiles) == part
-    tiles, place = np.unique(tile_of(moments.tiles[chosen]), return_inverse=True)
-    n_cells = np.bincount(place, weights=moments.n_cells[chosen], minlength=len(tiles)).astype(np.int64)
-    residual_mean = np.concatenate([moments.residual_mean, moments.full_mean[:, None]], axis=1)[chosen]
-    residual_m2 = np.concatenate([moments.residual_m2, moments.full_m2[:, None]], axis=1)[chosen]
-
-    def joined(mean: np.ndarray, m2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put the parts of a tile together (Chan, Golub & LeVeque 1983)."""
-        weight = moments.n_cells[chosen].astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
-        total = np.zeros((len(tiles), *mean.shape[1:]))
-        np.add.at(total, place, weight * mean)
-        total /= n_cells.reshape(-1, *(1,) * (mean.ndim - 1))
-        spread = np.zeros_like(total)
-        np.add.at(spread, place, m2 + weight * (mean - total[place]) ** 2)
-        return total, spread
-
-    target = joined(moments.target_mean[chosen], moments.target_m2[chosen])
-    residual = joined(residual_mean, residual_m2)
-    return Rows(
-        tiles=tiles,
-        n_cells=n_cells,
-        target_mean=target[0],
-        target_m2=target[1],
-        residual_mean=residual[0],
-        residual_m2=residual[1],
-        varies=~moments.constant_genes,
-    )
+__all__ = ["adjusted_free", "held_out_parts", "intervals", "spatial_tests"]
 
 
 def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> TileBootstrap:

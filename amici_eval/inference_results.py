@@ -2,78 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
+from amici_eval.named_arrays import NamedArrays
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
     from jaxtyping import Float64, Int64
 
 __all__ = ["Baselines", "HeldOutParts", "Intervals", "SpatialTests"]
 
 
-class _Arrays:
-    """Arrays of named shapes: H heads, C cell types, G genes, W widths, B baselines, P parts (in-sample, held out)."""
-
-    shapes: ClassVar[Mapping[str, str]]
-
-    def check(self, sizes: Mapping[str, int]) -> None:
-        """Raise ``ValueError`` if an array has another shape than these sizes ask for."""
-        for name, dimensions in self.shapes.items():
-            expected = tuple(sizes[letter] for letter in dimensions)
-            if getattr(self, name).shape != expected:
-                msg = f"{type(self).__name__}.{name} has shape {getattr(self, name).shape}, not {expected}"
-                raise ValueError(msg)
-
-    @property
-    def own_sizes(self) -> dict[str, int]:
-        """Sizes that the record itself decides."""
-        return {}
-
-    def to_record(self) -> dict[str, Any]:
-        """Return plain values for JSON; numbers that are not finite become ``None``."""
-        record: dict[str, Any] = {}
-        for entry in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
-                value = np.where(np.isfinite(value), value, None).tolist()  # type: ignore[call-overload]
-            elif isinstance(value, np.ndarray):
-                value = value.tolist()
-            elif isinstance(value, tuple):
-                value = list(value)
-            record[entry.name] = value
-        return record
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
-        """Read what :meth:`to_record` gave.
-
-        Raises
-        ------
-        KeyError, TypeError, ValueError
-            If a field is missing, unknown, or of another size or kind.
-        """
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-        own = {**sizes, **cls.sizes_in(values)}
-        for name, dimensions in cls.shapes.items():
-            kind = np.int64 if name.startswith("n_") else np.float64
-            values[name] = np.array(record[name], dtype=kind).reshape(tuple(own[letter] for letter in dimensions))
-        made = cls(**values)
-        made.check(own)
-        return made
-
-    @classmethod
-    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
-        """Return the sizes that plain values decide."""
-        del values
-        return {}
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class SpatialTests(_Arrays):
+class SpatialTests(NamedArrays):
     """Tests of heads whose null respects that neighbouring cells resemble each other.
 
     Parameters
@@ -155,7 +99,7 @@ class SpatialTests(_Arrays):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Intervals(_Arrays):
+class Intervals(NamedArrays):
     """Confidence intervals of explained variance by a spatial block bootstrap over tiles.
 
     Parameters
@@ -197,7 +141,7 @@ class Intervals(_Arrays):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HeldOutParts(_Arrays):
+class HeldOutParts(NamedArrays):
     """Explained variance on the cells a model was fitted on and on the others, side by side.
 
     Parameters
@@ -239,7 +183,7 @@ class HeldOutParts(_Arrays):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Baselines(_Arrays):
+class Baselines(NamedArrays):
     """What predictors explain that know no head, on the same cells as the heads.
 
     Parameters

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import numpy as np
 
@@ -12,23 +14,59 @@ from amici_eval.tiling import part_of, tile_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from jaxtyping import Float32, Int64
+    from jaxtyping import Int64
 
+    from amici_eval.model.factored import HeadOutputs
     from amici_eval.protocols import FactorAccess
     from amici_eval.tiling import Tiling
     from amici_eval.type_evaluation import TypeEvaluation
 
-__all__ = ["kept_moments"]
+__all__ = ["Sketch", "kept_moments"]
 
 _SKETCHED_CELLS = 256
+_EVERY_ATTENDED = 4
+"""Attention takes much room, so it is kept of every fourth sketched cell."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Sketch:
+    """Which cells are sketched: the same ones in every evaluation of the same cells.
+
+    Parameters
+    ----------
+    types
+        Of each, by name.
+    places
+        Among all evaluated cells, type after type, shape (sketched cells,).
+    attended
+        Those whose attention is kept, as places in the sketch.
+    """
+
+    types: tuple[str, ...]
+    places: Int64[np.ndarray, " sketched"]
+    attended: Int64[np.ndarray, " attended"]
+
+    @classmethod
+    def of(cls, usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> Sketch:
+        """Choose cells of each type, evenly through the canonical order."""
+        start, types, places = 0, [], [np.zeros(0, dtype=np.int64)]
+        for cell_type, rows in usable.items():
+            chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SKETCHED_CELLS)).astype(np.int64)
+            types += [cell_type] * len(chosen)
+            places.append(start + chosen)
+            start += len(rows)
+        return cls(
+            types=tuple(types), places=np.concatenate(places), attended=np.arange(0, len(types), _EVERY_ATTENDED)
+        )
 
 
 def kept_moments(
     access: FactorAccess,
     receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    usable: Mapping[str, Int64[np.ndarray, " cells"]],
+    everyone: Int64[np.ndarray, " all_evaluated"],
     evaluated: Sequence[TypeEvaluation | None],
-    outputs: Float32[np.ndarray, "cells outputs"],
+    outputs: HeadOutputs,
+    sketch: Sketch,
     tiling: Tiling,
 ) -> Moments:
     """Return what is kept of an evaluation for later questions.
@@ -37,25 +75,22 @@ def kept_moments(
     ----------
     access
         The model on the tissue.
-    receivers, usable
-        Evaluated rows by type, all and those with cells enough.
+    receivers
+        Evaluated rows by type.
+    everyone
+        The same of all types with cells enough, type after type.
     evaluated
         By type, in the order of ``receivers``.
-    outputs, tiling
-        Of the cells of ``usable``, type after type.
+    outputs, sketch, tiling
+        Of the cells of ``everyone``.
     """
     types = tuple(receivers)
     parts = [
         (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None
     ]
-    sketch_type, sketch_rows, sketch_places = [], [], []
-    start = 0
-    for cell_type, rows in usable.items():
-        chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SKETCHED_CELLS)).astype(np.int64)
-        sketch_type.append(np.full(len(chosen), types.index(cell_type), dtype=np.int64))
-        sketch_rows.append(rows[chosen])
-        sketch_places.append(start + chosen)
-        start += len(rows)
+    rows = everyone[sketch.places]
+    neighbours = access.neighbour_rows[rows[sketch.attended]]
+    names = access.cell_names(neighbours.ravel().astype(np.int64))
     readouts = [access.readout(cell_type) for cell_type in types]
 
     def joined(name: str) -> np.ndarray:
@@ -76,9 +111,17 @@ def kept_moments(
         residual_m2=joined("residual_m2").astype(np.float32),
         full_mean=joined("full_mean").astype(np.float32),
         full_m2=joined("full_m2").astype(np.float32),
-        sketch_type=np.concatenate(sketch_type),
-        sketch_names=tuple(access.cell_names(np.concatenate(sketch_rows))),
-        sketch_outputs=outputs[np.concatenate(sketch_places)],
+        sketch_type=np.array([types.index(name) for name in sketch.types], dtype=np.int64),
+        sketch_names=tuple(access.cell_names(rows)),
+        sketch_outputs=outputs.whole[sketch.places],
+        sketch_tile=tile_of(tiling.keys[sketch.places]),
+        attended=sketch.attended,
+        attention=outputs.attention
+        if outputs.attention is not None
+        else np.zeros((len(sketch.attended), access.card.n_heads, neighbours.shape[1] + 1), dtype=np.float32),
+        attended_neighbours=np.fromiter(
+            (crc32(name.encode()) for name in names), dtype=np.int64, count=len(names)
+        ).reshape(neighbours.shape),
         tile_center=tiling.centers,
         query_weights=np.stack([readout.weights[:, 0] for readout in readouts]).astype(np.float32),
         head_weights=readouts[0].weights[:, 1:].astype(np.float32),

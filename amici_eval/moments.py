@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MOMENTS_FILE", "Moments"]
 
 MOMENTS_FILE = "moments.npz"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _DAMAGE = (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -47,6 +47,15 @@ class Moments:
     sketch_type, sketch_names, sketch_outputs
         Some cells of each type (index into ``cell_types``), their names, and what attention brought to them, shape
         (sketched cells, heads * head_size), float32.
+    sketch_tile
+        Tile of each of these cells, shape (sketched cells,); -1: not known.
+    attended
+        Some of the sketched cells, as places in the sketch, of which attention is kept, shape (attended,).
+    attention
+        Their attention to each neighbour, nearest first, and to the dummy, shape (attended, heads, neighbours + 1),
+        float32.
+    attended_neighbours
+        CRC-32 of the names of these neighbours, shape (attended, neighbours), so that other evaluations know them.
     tile_center
         Mean position of each tile's evaluated cells, in coordinate units, shape (tiles, 2); row t is tile number t.
     query_weights, head_weights
@@ -74,6 +83,10 @@ class Moments:
     sketch_type: Int64[np.ndarray, " sketched"]
     sketch_names: tuple[str, ...]
     sketch_outputs: Float32[np.ndarray, "sketched outputs"]
+    sketch_tile: Int64[np.ndarray, " sketched"]
+    attended: Int64[np.ndarray, " attended"]
+    attention: Float32[np.ndarray, "attended heads places"]
+    attended_neighbours: Int64[np.ndarray, "attended neighbours"]
     tile_center: Float64[np.ndarray, "tiles two"]
     query_weights: Float32[np.ndarray, "types genes"]
     head_weights: Float32[np.ndarray, "genes outputs"]
@@ -87,6 +100,8 @@ class Moments:
         n_rows, n_sketched = np.size(self.row_type), len(self.sketch_names)
         n_outputs = np.size(self.head_gram, 0) if np.ndim(self.head_gram) else 0
         n_tiles = int(np.max(self.row_tile, initial=-1)) + 1
+        n_attended = np.size(self.attended)
+        n_neighbours = np.size(self.attended_neighbours, 1) if np.ndim(self.attended_neighbours) == 2 else 0
         if n_heads < 1 or n_outputs % n_heads:
             msg = f"{n_outputs} outputs cannot be those of {n_heads} heads"
             raise ValueError(msg)
@@ -103,6 +118,10 @@ class Moments:
             "full_m2": (n_rows, n_genes),
             "sketch_type": (n_sketched,),
             "sketch_outputs": (n_sketched, n_outputs),
+            "sketch_tile": (n_sketched,),
+            "attended": (n_attended,),
+            "attention": (n_attended, n_heads, n_neighbours + 1),
+            "attended_neighbours": (n_attended, n_neighbours),
             "tile_center": (n_tiles, 2),
             "query_weights": (n_types, n_genes),
             "head_weights": (n_genes, n_outputs),
@@ -115,10 +134,16 @@ class Moments:
             if np.shape(getattr(self, name)) != shape:
                 msg = f"{name} has shape {np.shape(getattr(self, name))}, not {shape}"
                 raise ValueError(msg)
-        for name, stop in (("row_type", n_types), ("sketch_type", n_types), ("row_tile", n_tiles)):
+        for name, first, stop in (
+            ("row_type", 0, n_types),
+            ("sketch_type", 0, n_types),
+            ("row_tile", 0, n_tiles),
+            ("sketch_tile", -1, n_tiles),
+            ("attended", 0, n_sketched),
+        ):
             values = getattr(self, name)
-            if values.dtype.kind not in "iu" or not np.all((values >= 0) & (values < stop)):
-                msg = f"{name} holds other values than whole numbers from 0 below {stop}"
+            if values.dtype.kind not in "iu" or not np.all((values >= first) & (values < stop)):
+                msg = f"{name} holds other values than whole numbers from {first} below {stop}"
                 raise ValueError(msg)
 
     def __repr__(self) -> str:
@@ -199,8 +224,10 @@ class Moments:
                         fix="read it with the version of amici_eval that wrote it, or evaluate again",
                     )
                 arrays = {name: stored[name] for name in stored.files if name != "header"}
-            if version == 1:
+            if version < 2:
                 arrays |= _new_in_2(arrays)
+            if version < 3:
+                arrays |= _new_in_3(arrays, texts)
             for name in ("cell_types", "genes", "sketch_names"):
                 texts[name] = tuple(texts[name])
             return cls(**texts, **arrays)
@@ -219,6 +246,16 @@ def _new_in_2(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     unknown = np.full(arrays["target_mean"].shape, np.nan, dtype=np.float32)
     held_out = np.full(len(arrays["row_type"]), -1, dtype=np.int64)
     return {"row_held_out": held_out, "full_mean": unknown, "full_m2": unknown}
+
+
+def _new_in_3(arrays: dict[str, np.ndarray], texts: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return what moments of schema version 2 did not hold: no tile of a sketched cell is known, no attention kept."""
+    return {
+        "sketch_tile": np.full(len(texts["sketch_names"]), -1, dtype=np.int64),
+        "attended": np.zeros(0, dtype=np.int64),
+        "attention": np.zeros((0, texts["n_heads"], 1), dtype=np.float32),
+        "attended_neighbours": np.zeros((0, 0), dtype=np.int64),
+    }
 
 
 def _merged(

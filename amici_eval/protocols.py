@@ -63,10 +63,15 @@ class FactorAccess(TissueAccess, Protocol):
         """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
         ...
 
-    def head_outputs_both(
-        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    def attend(
+        self,
+        rows: Int64[np.ndarray, " cells"],
+        *,
+        without_nearest: bool = False,
+        attention_of: Int64[np.ndarray, " attended"] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
-        """Return what attention brings to some receivers, with and without the nearest neighbour of each."""
+        """Return what attention brings to some receivers, and what else is asked for."""
         ...
 
     def predict_literally(

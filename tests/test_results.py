@@ -358,7 +358,7 @@ def test_columns_are_the_contract():
         *("p_value_head", "p_value_adj_head", "p_ci_low", "p_ci_high", "p_value_spatial", "p_value_adj_spatial", "ess"),
         *("null", "method", "significant_free", "significant", "significant_by", "held_out", "undefined_reason"),
         *("statistic_spatial", "detectable_expl_var", "correlation_length", "reach", "gain"),
-        "expl_var_without_nearest",
+        *("expl_var_without_nearest", "n_tiles"),
     )
     assert HELD_OUT_COLUMNS == (
         *("head", "ct_name", "n_cells_in_sample", "expl_var_in_sample", "ci_low_in_sample", "ci_high_in_sample"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from amici_eval.model.encoder import SenderTables
 
-__all__ = ["attend", "compiled_attention"]
+__all__ = ["attend", "attention_weights", "compiled_attention"]
 
 FAINT = 80.0
 """A neighbour whose score lies this far below the strongest has weight 0: exp(-80) is 2e-35. Far ones would have
@@ -108,14 +108,50 @@ def _attend_torch(
         index = torch.from_numpy(slots[rows].astype(np.int64)).to(device)
         codes = torch.from_numpy(types[rows]).to(device)
         distance = torch.from_numpy(np.ascontiguousarray(distances[rows])).to(device)
-        pairs = tables.pairs[index, codes[:, None]]
-        scores = pairs[:, :, 0] - pairs[:, :, 1] * distance[:, :, None]
-        strongest = scores.amax(dim=1).clamp(min=dummy_score)[:, None]
-        weights = torch.where(scores < strongest - FAINT, 0.0, torch.exp(scores - strongest))
-        weights = weights / (weights.sum(dim=1, keepdim=True) + torch.exp(dummy_score - strongest))
+        weights = _softmax(tables, index, distance, codes, dummy_score)
         values = tables.values[index].view(len(index), n_neighbours, n_heads, -1)
         out[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(index), n_outputs).cpu().numpy()
     return out
+
+
+def attention_weights(
+    tables: SenderTables,
+    slots: Int32[np.ndarray, "receivers neighbours"],
+    distances: Float32[np.ndarray, "receivers neighbours"],
+    types: Int64[np.ndarray, " receivers"],
+    *,
+    dummy_score: float,
+) -> Float32[np.ndarray, "receivers heads places"]:
+    """Return how each head's attention is shared among the neighbours and the dummy, which comes last.
+
+    Parameters
+    ----------
+    tables, slots, distances, types, dummy_score
+        As for :func:`attend`.
+    """
+    device = tables.values.device
+    weights = _softmax(
+        tables,
+        torch.from_numpy(slots.astype(np.int64)).to(device),
+        torch.from_numpy(np.ascontiguousarray(distances)).to(device),
+        torch.from_numpy(types).to(device),
+        dummy_score,
+    )
+    shared: Float32[np.ndarray, "receivers heads places"] = (
+        torch.cat([weights, 1.0 - weights.sum(dim=1, keepdim=True)], dim=1).clamp(min=0.0).transpose(1, 2).cpu().numpy()
+    )
+    return shared
+
+
+def _softmax(
+    tables: SenderTables, slots: torch.Tensor, distances: torch.Tensor, types: torch.Tensor, dummy_score: float
+) -> torch.Tensor:
+    """Return the weights of neighbours, shape (receivers, neighbours, heads); what lacks to 1 is the dummy's."""
+    pairs = tables.pairs[slots, types[:, None]]
+    scores = pairs[:, :, 0] - pairs[:, :, 1] * distances[:, :, None]
+    strongest = scores.amax(dim=1).clamp(min=dummy_score)[:, None]
+    weights = torch.where(scores < strongest - FAINT, 0.0, torch.exp(scores - strongest))
+    return weights / (weights.sum(dim=1, keepdim=True) + torch.exp(dummy_score - strongest))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from amici_eval.model.attention import attend
+from amici_eval.model.attention import attend, attention_weights
 from amici_eval.model.budget import memory_budget
 from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
 from amici_eval.side_by_side import run_on_single_threads
@@ -78,7 +78,7 @@ def why_not_factored(module: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadOutputs:
-    """What attention brings to some receivers, with all their neighbours and without the nearest.
+    """What attention brings to some receivers, and more from the same pass over the senders, as asked for.
 
     Parameters
     ----------
@@ -86,10 +86,14 @@ class HeadOutputs:
         From all neighbours, shape (cells, heads * head_size).
     without_nearest
         The same where attention to the nearest neighbour is masked, so that the others and the dummy share it.
+    attention
+        Attention to each neighbour and, last, the dummy, of the cells it was asked for, shape (attended, heads,
+        neighbours + 1).
     """
 
     whole: Float32[np.ndarray, "cells outputs"]
-    without_nearest: Float32[np.ndarray, "cells outputs"]
+    without_nearest: Float32[np.ndarray, "cells outputs"] | None = None
+    attention: Float32[np.ndarray, "attended heads places"] | None = None
 
 
 class FactoredAccess:
@@ -226,34 +230,42 @@ class FactoredAccess:
         progress
             Called with the number of receivers finished since the last call.
         """
-        return self._outputs(rows, (True,), progress)[0]
+        return self.attend(rows, progress=progress).whole
 
-    def head_outputs_both(
-        self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
+    def attend(
+        self,
+        rows: Int64[np.ndarray, " cells"],
+        *,
+        without_nearest: bool = False,
+        attention_of: Int64[np.ndarray, " attended"] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
-        """Return what attention brings to some receivers, with and without the nearest neighbour of each.
+        """Return what attention brings to some receivers, and what else is asked for, from one pass over the senders.
 
         Parameters
         ----------
         rows, progress
             As in :meth:`head_outputs`.
-
-        Notes
-        -----
-        What segmentation puts into the wrong cell mostly comes from the nearest neighbour. Senders are embedded once
-        for both, so the second costs no more than its attention.
+        without_nearest
+            Also without the nearest neighbour of each: what segmentation puts into the wrong cell mostly comes from
+            there. Senders are embedded once, so it costs no more than its attention.
+        attention_of
+            Places in ``rows`` of cells whose attention itself is wanted.
         """
-        whole, without_nearest = self._outputs(rows, (True, False), progress)
-        return HeadOutputs(whole=whole, without_nearest=without_nearest)
-
-    def _outputs(
-        self,
-        rows: Int64[np.ndarray, " cells"],
-        with_nearest: Sequence[bool],
-        progress: Callable[[int], None] | None,
-    ) -> list[Float32[np.ndarray, "cells outputs"]]:
-        """Return the outputs with and without the nearest neighbour, as asked for, from one pass over the senders."""
-        outputs = [np.empty((len(rows), self._weights.n_outputs), dtype=np.float32) for _ in with_nearest]
+        outputs = HeadOutputs(
+            whole=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32),
+            without_nearest=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32)
+            if without_nearest
+            else None,
+            attention=None
+            if attention_of is None
+            else np.empty(
+                (len(attention_of), self._weights.n_heads, self.neighbour_rows.shape[1] + 1), dtype=np.float32
+            ),
+        )
+        slot = np.full(len(rows), -1, dtype=np.int64)
+        if attention_of is not None:
+            slot[attention_of] = np.arange(len(attention_of))
         order = np.argsort(self._curve[rows], kind="stable")
         start = 0
         while start < len(order):
@@ -261,12 +273,15 @@ class FactoredAccess:
             # receivers that lie scattered have more senders around them than a tile of the tissue
             while len(part) > 1 and np.count_nonzero(self._are_senders(rows[part])) > self._most_senders:
                 part = part[: len(part) // 2]
-            found = self._attempt(rows[part], with_nearest)
+            found = self._attempt(rows[part], np.flatnonzero(slot[part] >= 0), without_nearest=without_nearest)
             if found is None:
                 self._halve()
                 continue
-            for out, of_part in zip(outputs, found, strict=True):
-                out[part] = of_part
+            outputs.whole[part] = found.whole
+            if outputs.without_nearest is not None and found.without_nearest is not None:
+                outputs.without_nearest[part] = found.without_nearest
+            if outputs.attention is not None and found.attention is not None:
+                outputs.attention[slot[part][slot[part] >= 0]] = found.attention
             start += len(part)
             if progress is not None:
                 progress(len(part))
@@ -279,11 +294,11 @@ class FactoredAccess:
         return found
 
     def _attempt(
-        self, rows: Int64[np.ndarray, " cells"], with_nearest: Sequence[bool]
-    ) -> list[Float32[np.ndarray, "cells outputs"]] | None:
+        self, rows: Int64[np.ndarray, " cells"], attended: Int64[np.ndarray, " attended"], *, without_nearest: bool
+    ) -> HeadOutputs | None:
         """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
         try:
-            return self._tile_outputs(rows, with_nearest)
+            return self._tile_outputs(rows, attended, without_nearest=without_nearest)
         except _OutOfMemory:
             if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
                 raise
@@ -297,8 +312,8 @@ class FactoredAccess:
             torch.cuda.empty_cache()
 
     def _tile_outputs(
-        self, rows: Int64[np.ndarray, " cells"], with_nearest: Sequence[bool]
-    ) -> list[Float32[np.ndarray, "cells outputs"]]:
+        self, rows: Int64[np.ndarray, " cells"], attended: Int64[np.ndarray, " attended"], *, without_nearest: bool
+    ) -> HeadOutputs:
         """Embed the senders around some receivers and let these attend to them."""
         weights, tissue = self._weights, self._tissue
         around = self.hooked.neighbour_rows[rows]
@@ -331,17 +346,22 @@ class FactoredAccess:
                     yield partial(embed, block.positions[part], block.values[part])
 
         run_on_single_threads(chunks(), n_threads=self._n_threads)
-        distances = self.hooked.distances[rows]
-        outputs = []
-        for whole in with_nearest:  # the whole comes first
-            if not whole:
-                kept = _all_but_nearest(distances)
-                slots, distances = slots[kept].reshape(len(rows), -1), distances[kept].reshape(len(rows), -1)
-            if slots.shape[1]:
-                outputs.append(attend(tables, slots, distances, codes, dummy_score=weights.dummy_score))
-            else:  # all attention goes to the dummy, whose value is 0
-                outputs.append(np.zeros((len(rows), weights.n_outputs), dtype=np.float32))
-        return outputs
+        distances, dummy_score = self.hooked.distances[rows], weights.dummy_score
+        others = None
+        if without_nearest:
+            kept = _all_but_nearest(distances)
+            far = slots[kept].reshape(len(rows), -1), distances[kept].reshape(len(rows), -1)
+            # with one neighbour all attention goes to the dummy, whose value is 0
+            others = np.zeros((len(rows), weights.n_outputs), dtype=np.float32)
+            if slots.shape[1] > 1:
+                others = attend(tables, *far, codes, dummy_score=dummy_score)
+        return HeadOutputs(
+            whole=attend(tables, slots, distances, codes, dummy_score=dummy_score),
+            without_nearest=others,
+            attention=attention_weights(
+                tables, slots[attended], distances[attended], codes[attended], dummy_score=dummy_score
+            ),
+        )
 
 
 def _all_but_nearest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -302,16 +303,16 @@ def test_predictions_that_are_numbers_in_one_engine_only_are_no_parity(trained, 
 
 
 def test_outputs_that_are_no_numbers_in_one_head_leave_the_others(trained, adata, monkeypatch):
-    literal = FactoredAccess._outputs
+    literal = FactoredAccess.attend
 
-    def broken(self, rows, with_nearest, progress):
-        outputs = literal(self, rows, with_nearest, progress)
-        if progress is not None:  # not in the check of parity, which looks at other cells
-            for one in outputs:
+    def broken(self, rows, **options):
+        outputs = literal(self, rows, **options)
+        if options.get("progress") is not None:  # not in the check of parity, which looks at other cells
+            for one in (outputs.whole, outputs.without_nearest):
                 one[:3, 4] = np.inf
         return outputs
 
-    monkeypatch.setattr(FactoredAccess, "_outputs", broken)
+    monkeypatch.setattr(FactoredAccess, "attend", broken)
     quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
     with opened(trained, adata) as access:
         found = evaluate_access(access, quick)
@@ -398,6 +399,24 @@ def test_tiles_of_the_moments_lie_where_their_cells_lie(trained, adata):
     middle = (weights[:, None] * moments.tile_center).sum(axis=0) / weights.sum()
     np.testing.assert_allclose(middle, adata.obsm["spatial"].mean(axis=0))
     assert np.ptp(moments.tile_center, axis=0).min() > 0.5 * np.ptp(adata.obsm["spatial"], axis=0).min()
+    sketched = adata.obsm["spatial"][adata.obs_names.get_indexer(list(moments.sketch_names))]
+    to_each = np.linalg.norm(sketched[:, None] - moments.tile_center[None], axis=2)
+    assert (to_each[np.arange(len(sketched)), moments.sketch_tile] <= 1.5 * to_each.min(axis=1) + 1e-9).mean() > 0.8
+
+
+def test_the_sketch_holds_outputs_and_attention_of_the_cells_that_it_names(trained, adata):
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
+    with opened(trained, adata) as access:
+        moments = evaluate_access(access, spec).moments
+        rows = adata.obs_names.get_indexer(list(moments.sketch_names))
+        outputs = access.attend(rows, attention_of=moments.attended)
+        neighbours = access.cell_names(access.neighbour_rows[rows[moments.attended]].ravel().astype(np.int64))
+    labels = np.array(moments.cell_types)[moments.sketch_type]
+    np.testing.assert_array_equal(labels, adata.obs["cell_type"].to_numpy()[rows])
+    np.testing.assert_allclose(moments.sketch_outputs, outputs.whole, atol=FLOAT32)
+    np.testing.assert_allclose(moments.attention, outputs.attention, atol=FLOAT32)
+    assert moments.attention.shape[2] == moments.attended_neighbours.shape[1] + 1
+    np.testing.assert_array_equal(moments.attended_neighbours.ravel(), [crc32(name.encode()) for name in neighbours])
 
 
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
@@ -581,7 +600,7 @@ def test_without_the_nearest_outputs_are_those_of_a_masked_score(trained, adata,
         if not nearest_first:  # as between outlines of cells with radii
             hooked.distances = np.ascontiguousarray(np.roll(hooked.distances, 3, axis=1))
             hooked.neighbour_rows = np.ascontiguousarray(np.roll(hooked.neighbour_rows, 3, axis=1))
-        outputs = access.head_outputs_both(rows).without_nearest
+        outputs = access.attend(rows, without_nearest=True).without_nearest
         with added_hook(hooked.module.attention_layer.hook_attn_scores, masking_the_nearest(hooked.distances[rows])):
             literal = hooked.predict(rows, keeps=KEEPS)
         whole = hooked.predict(rows, keeps=KEEPS)
@@ -606,13 +625,40 @@ def test_both_outputs_come_from_one_embedding_of_the_senders(trained, adata, mon
         whole = access.head_outputs(rows)
         monkeypatch.setattr(factored, "embed_senders", watched)
         done = []
-        both = access.head_outputs_both(rows, progress=done.append)
+        both = access.attend(rows, without_nearest=True, progress=done.append)
         assert sum(done) == len(rows)
         assert sum(embedded) <= adata.n_obs
         access._tile = 37
-        cut = access.head_outputs_both(rows)
+        cut = access.attend(rows, without_nearest=True)
     np.testing.assert_array_equal(both.whole, whole)
     np.testing.assert_allclose(cut.without_nearest, both.without_nearest, atol=FLOAT32, rtol=0)
+
+
+def attention_patterns(hooked, rows):
+    """Return attention as the model's own forward pass computes it, shape (cells, heads, neighbours + 1)."""
+    patterns = []
+
+    def collect(pattern, hook):
+        patterns.append(pattern[:, :, 0].numpy().copy())
+        return pattern
+
+    with added_hook(hooked.module.attention_layer.hook_pattern, collect):
+        hooked.predict(rows, keeps=[None])
+    return patterns[-1]
+
+
+def test_attention_is_the_softmax_of_the_models_own_scores(trained, adata):
+    rows = np.random.default_rng(2).permutation(adata.n_obs)[:120]
+    attended = np.array([5, 3, 117, 60])
+    with opened(trained, adata) as access:
+        found = access.attend(rows, attention_of=attended)
+        access._tile = 37
+        cut = access.attend(rows, attention_of=attended)
+        literal = attention_patterns(access.hooked, rows[attended])
+    np.testing.assert_array_equal(found.whole, cut.whole)
+    np.testing.assert_allclose(found.attention, literal, atol=FLOAT32, rtol=0)
+    np.testing.assert_allclose(cut.attention, literal, atol=FLOAT32, rtol=0)
+    np.testing.assert_allclose(found.attention.sum(axis=2), 1.0, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("use_numba", [True, False])
@@ -620,7 +666,7 @@ def test_with_one_neighbour_nothing_is_left_without_it(make_amici, adata, monkey
     if not use_numba:
         monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
     with opened(make_amici(adata, n_neighbors=1), adata) as access:
-        both = access.head_outputs_both(np.arange(adata.n_obs))
+        both = access.attend(np.arange(adata.n_obs), without_nearest=True)
     assert np.abs(both.whole).max() > 1e-3
     assert not both.without_nearest.any()
 
@@ -633,7 +679,7 @@ def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(tr
         receivers, hooked = access.receivers(), access.hooked
         changed = []
         for label, rows in receivers.items():
-            both = access.head_outputs_both(rows)
+            both = access.attend(rows, without_nearest=True)
             moments = gather_moments(
                 both.whole,
                 access.readout(label),
