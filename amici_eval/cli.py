@@ -199,10 +199,12 @@ def config_directory() -> Path:
 def _run_hydra(command: str, arguments: list[str]) -> int:
     import hydra
 
-    from amici_eval.config import hydra_override, register_schemas
+    from amici_eval.config import register_schemas
+    from amici_eval.overrides import check_override, hydra_override
 
+    own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
     sweep = "-m" in arguments or "--multirun" in arguments
-    overrides, takes_value = [], False
+    flags, overrides, takes_value = [], [], False
     for argument in arguments:
         is_flag = takes_value or argument.startswith("-")
         takes_value = argument in (
@@ -218,12 +220,15 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
             "-p",
             "--experimental-rerun",
         )
-        plain = (
-            is_flag
-            or argument.startswith(("~", "+", "hydra/", "hydra."))
-            or ("=" in argument and "/" in argument.split("=")[0])
+        if is_flag:
+            flags.append(argument)
+            continue
+        plain = argument.startswith(("~", "+", "hydra/", "hydra.")) or (
+            "=" in argument and "/" in argument.split("=")[0]
         )
         overrides.append(argument if plain else hydra_override(_written_out(argument, command), sweep=sweep))
+        if not plain and not own_configs and not overrides[-1].startswith("++"):
+            check_override(command, overrides[-1], configs=config_directory(), sweep=sweep)
     register_schemas()
     codes, jobs = [0], []
 
@@ -244,7 +249,8 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     scratch = tempfile.TemporaryDirectory(prefix="amici-eval-sweep-")
     os.environ[SCRATCH_VARIABLE] = scratch.name
     before = sys.argv
-    sys.argv = ["amici-eval", *overrides]
+    # flags first: Hydra's parser takes settings from one place only
+    sys.argv = ["amici-eval", *flags, *overrides]
     try:
         hydra.main(config_path=str(config_directory()), config_name=command, version_base="1.3")(task)()
     except BaseException as end:

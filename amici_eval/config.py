@@ -6,19 +6,16 @@ further than this module.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from amici_eval.errors import InvalidSpecError, mask_secrets
 from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
 
-__all__ = ["evaluation_spec", "hydra_override", "register_schemas", "report_spec", "resolved_yaml", "tracking_spec"]
+__all__ = ["SCHEMAS", "evaluation_spec", "register_schemas", "report_spec", "resolved_yaml", "tracking_spec"]
 
 # Hydra resolves these annotations at run time and knows Optional, List and Dict only
 # ruff: noqa: UP006, UP035, UP045
@@ -152,20 +149,6 @@ class DemoConfig:
 
 
 SCHEMAS: dict[str, type[Any]] = {"evaluate": EvaluateConfig, "register": RegisterConfig, "demo": DemoConfig}
-_TEXT_KEYS = re.compile(
-    r"(model_uri|model_dir|name|output_dir|ablation\.(device|memory_budget)|report\.palette"
-    r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
-    r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
-)
-
-
-_LIST_KEYS = (
-    "ablation.modes",
-    "permutation.tile_widths",
-    "report.formats",
-    "report.cell_types",
-    "data.subset.indices",
-)
 
 
 def register_schemas() -> None:
@@ -173,57 +156,6 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     for command, schema in SCHEMAS.items():
         store.store(name=f"{command}_schema", node=schema)
-
-
-def hydra_override(text: str, *, sweep: bool = False) -> str:
-    """Return an override that Hydra reads as the user meant it.
-
-    Parameters
-    ----------
-    text
-        ``key=value`` as typed.
-    sweep
-        Whether a comma separates the values of a sweep.
-
-    Returns
-    -------
-    str
-        The same, with the value quoted where Hydra's grammar would refuse it (``data.subset.value=A_&_B``) or read text
-        as a number (``data.subset.value=007``).
-
-    Raises
-    ------
-    InvalidSpecError
-        If it is no override at all.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise InvalidSpecError(
-            value=f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
-        )
-    if key in _LIST_KEYS and not sweep and value not in ("", "null") and value[0] not in "[$":
-        return hydra_override(f"{key}=[{value}]")
-    quoted = f"{key}='{_escape(value)}'"
-    is_text = _TEXT_KEYS.fullmatch(key) and value not in ("", "null") and value[0] not in "'\"[{$"
-    if is_text and not (sweep and "," in value):
-        return quoted
-    try:
-        OverridesParser.create().parse_override(text)
-    except HydraException:
-        if value.startswith("[") and value.endswith("]"):
-            return f"{key}=[{_quote_each(value[1:-1])}]"
-        return f"{key}={_quote_each(value)}" if sweep and "," in value else quoted
-    return text
-
-
-def _quote_each(values: str) -> str:
-    return ",".join(f"'{_escape(value.strip())}'" for value in values.split(","))
-
-
-def _escape(value: str) -> str:
-    # a backslash is special to Hydra only before a quote or at the end
-    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
-    return re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
 
 
 def evaluation_spec(config: DictConfig) -> EvaluationSpec:

@@ -318,7 +318,7 @@ class PermutationSpec:
     reach
         Of ``lag``: largest distance of pairs of cells, in coordinate units; ``None``: no limit.
     tile_width
-        Of ``tile``, in coordinate units; ``None``: the correlation length of the type.
+        Of ``tile``, in coordinate units; ``None``: half the correlation length of the type.
     tile_widths
         Widths for p against scale, ascending, beside any spatial null; ``None``: half to four times the correlation
         length with ``spatial_null=tile``, none otherwise.
@@ -385,6 +385,12 @@ class PermutationSpec:
                 value="permutation.tile_widths with permutation.spatial_null=none",
                 rule="p against scale stands beside a spatial test",
                 fix="set permutation.spatial_null=lag, or leave permutation.tile_widths out",
+            )
+        if self.tile_width is not None and self.spatial_null != "tile":
+            raise InvalidSpecError(
+                value=f"permutation.tile_width={self.tile_width:g} with permutation.spatial_null={self.spatial_null}",
+                rule="it is the side of the squares within which the tile null shuffles cells",
+                fix="set permutation.spatial_null=tile, or permutation.tile_widths for p against scale",
             )
         drawn = "independent permutations that are counted"
         for name, value, other, needed, rule in (

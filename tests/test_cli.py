@@ -11,8 +11,8 @@ import mlflow
 import pytest
 
 from amici_eval.cli import main, project_overrides
-from amici_eval.config import hydra_override
 from amici_eval.errors import InvalidSpecError
+from amici_eval.overrides import hydra_override
 
 
 def call(*arguments: str) -> int:
@@ -101,18 +101,37 @@ def test_project_parameters_become_overrides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["permutation.n_perm=3"], "Key 'n_perm' not in"),
+        (["permutation.n_perm=3"], "amici-eval: setting 'permutation.n_perm': permutation has n_permutations, alpha, "),
+        (["permutation.n_perm=3"], "; write permutation.n_permutations"),
+        (["data.subset.held=true"], "; write data.subset.held_out"),
+        (["data.subset.indices=[1,b]"], "data.subset.indices=[1,b]: Value 'b' of type 'str' could not be converted"),
+        (["tracking.zzz=3"], "; choose one of these; amici-eval evaluate --cfg job shows all settings"),
         (["permutation.alpha=big"], "could not be converted to Float"),
         (["permutation.n_permutations=1.5"], "could not be converted to Integer"),
         (["report.figures=perhaps"], "is not a valid bool"),
         (["data.subset.held_out=maybe"], "is not a valid bool"),
-        (["permutaton.seed=3"], "Key 'permutaton' not in 'EvaluateConfig'"),
-        (["permutation=cyclical"], "Could not find 'permutation/cyclical'"),
+        (["permutaton.seed=3"], "; write permutation.seed"),
+        (
+            ["permutation=cyclical"],
+            "permutation=cyclical: permutation is a group of settings, ready-made as free, refer",
+        ),
+        (
+            ["-m", "ablation=hooked,slow"],
+            "ablation=slow: ablation is a group of settings, ready-made as factored, hook",
+        ),
     ],
 )
 def test_typos_and_wrong_types_are_refused(arguments, message, capsys):
     assert call("evaluate", "model_uri=models:/a/1", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_configs_of_ones_own_are_no_typos(tmp_path, capsys):
+    (tmp_path / "permutation").mkdir()
+    (tmp_path / "permutation" / "strict.yaml").write_text("alpha: 0.001\n")
+    arguments = ["--config-dir", str(tmp_path), "permutation=strict", "--cfg", "job"]
+    assert call("evaluate", "model_uri=models:/a/1", *arguments) == 0
+    assert "alpha: 0.001" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,15 @@ def test_tile_widths_are_distinct_and_ascend():
     assert PermutationSpec(tile_widths=[120, 30.0, 30]).tile_widths == (30.0, 120.0)
 
 
+def test_a_tile_width_that_nothing_would_use_is_refused():
+    assert refusal(PermutationSpec, tile_width=30.0) == (
+        "permutation.tile_width=30 with permutation.spatial_null=lag",
+        "it is the side of the squares within which the tile null shuffles cells",
+        "set permutation.spatial_null=tile, or permutation.tile_widths for p against scale",
+    )
+    assert PermutationSpec(tile_width=30.0, spatial_null="tile").tile_width == 30.0
+
+
 def test_p_against_scale_needs_a_spatial_null():
     assert refusal(PermutationSpec, tile_widths=(30.0,), spatial_null="none") == (
         "permutation.tile_widths with permutation.spatial_null=none",

@@ -86,6 +86,12 @@ def _gain_sentences(evaluation: HeadEvaluation) -> list[str]:
             f"kept alone explain more than the best of them (median gain {_median(gains)}), and "
             f"so does the whole model in {np.count_nonzero(whole > 0)} of {whole.size} types (median gain "
             f"{_median(whole)})."
+            + (
+                " Cells that the model was fitted on flatter the heads: no baseline is scored on a cell that it was "
+                "fitted on."
+                if False in evaluation.held_out
+                else ""
+            )
         )
     both = (evaluation.expl_var > 0) & ~np.isnan(found.without_nearest)
     if both.any():
@@ -110,14 +116,18 @@ def _held_out_sentence(evaluation: HeadEvaluation) -> str:
         return "Held out: the model was fitted on none of the evaluated cells."
     if in_sample == n_types:
         return (
-            "In-sample: the model was fitted on some or all of the evaluated cells of every type, so effects are "
-            "optimistic."
+            "In-sample: the model was fitted on some or all of the evaluated cells of every type, so effects and "
+            "p-values are optimistic: a head that has memorised its cells is significant, too."
         )
     if not held and not in_sample:
-        return "It is not known which cells the model was fitted on; read the effects as in-sample, so optimistic."
+        return (
+            "It is not known which cells the model was fitted on; read effects and p-values as in-sample, so "
+            "optimistic."
+        )
     unknown = n_types - held - in_sample
     return (
-        f"Of {n_types} types, {held} are held out, {in_sample} in-sample (their effects are optimistic)"
+        f"Of {n_types} types, {held} are held out, {in_sample} in-sample (their effects and p-values are "
+        "optimistic)"
         f"{f' and {unknown} unknown' if unknown else ''}."
     )
 
@@ -175,15 +185,16 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
     untested = found.p_value.size - evaluation.n_decided
     sentences = [
         f"{evaluation.n_significant} of {evaluation.n_decided} tested head x type pairs are significant at adjusted "
-        f"p <= {settings.alpha:g} ({found.null} null, {adjustment_text(evaluation, null=found.null)} over all tests)."
+        f"p <= {settings.alpha:g}{_in_sample(evaluation)} ({found.null} null, "
+        f"{adjustment_text(evaluation, null=found.null)} over all tests)."
         + (f" {untested} of {found.p_value.size} pairs have no test." if untested else "")
     ]
     tested = ~np.isnan(found.ess).all(axis=0)
     if tested.any():
         cells = evaluation.n_cells[tested]
         sentences.append(
-            f"Effective sample size: {span(found.ess)} (median {rounded(float(np.nanmedian(found.ess)))}), from "
-            f"{span(cells)} cells."
+            f"Effective sample size{'' if found.null == 'lag' else ' (by the lag null)'}: {span(found.ess)} (median "
+            f"{rounded(float(np.nanmedian(found.ess)))}), from {span(cells)} cells."
         )
     if not np.all(np.isnan(found.detectable)):
         sentences.append(
@@ -191,15 +202,23 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
             f"{effect(float(np.nanmin(found.detectable)))} to {effect(float(np.nanmax(found.detectable)))}, median "
             f"{_median(found.detectable)}."
         )
-    # 0 says that nothing of expression is structured in space
-    if (lengths := found.correlation_length[found.correlation_length > 0]).size:
+    if (lengths := _defined(found.correlation_length)).size:
+        reaches = f"; {'tiles are' if found.null == 'tile' else 'the null reaches'} {span(found.reach)}"
         sentences.append(
             f"Expression of a type is correlated over {span(lengths)} (correlation length, in the unit of the "
-            f"coordinates)" + (f"; the null reaches {span(found.reach)}." if np.isfinite(found.reach).any() else ".")
+            f"coordinates){reaches if np.isfinite(found.reach).any() else ''}"
+            f"{' wide.' if found.null == 'tile' and np.isfinite(found.reach).any() else '.'}"
         )
     if found.null in VALIDITY:
         sentences.append(VALIDITY[found.null])
     return sentences
+
+
+def _in_sample(evaluation: HeadEvaluation) -> str:
+    """Return what must stand beside a count of significant heads."""
+    if False in evaluation.held_out:
+        return ", in-sample" if True not in evaluation.held_out else ", in part in-sample"
+    return ""
 
 
 def _most_permutations(evaluation: HeadEvaluation) -> int:

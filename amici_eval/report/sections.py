@@ -35,9 +35,10 @@ __all__ = [
 _N_GENES = 5
 _MOST_OPEN_ROWS = 30
 _HELD_OUT = (
-    "Explained variance over all genes on the cells that the model was fitted on / on the others; an effect that "
-    "remains on the others was learned, not memorised. – too few cells. Intervals are in tables/held_out.csv, and show "
-    "where the pointer rests."
+    "Explained variance over all genes on the cells that the model was fitted on / on the others; an effect that does "
+    "not remain on the others was memorised. After a random split the others still have cells of training among their "
+    "neighbours; only a region or section that was held out as a whole shows what carries over to new tissue. – too "
+    "few cells. Intervals are in tables/held_out.csv, and show where the pointer rests."
 )
 _NEAREST = (
     "Explained variance over all genes / the same with the nearest neighbour of every cell masked out. A head that "
@@ -118,15 +119,23 @@ def _nearest(evaluation: HeadEvaluation) -> str:
 
 
 def genes_section(evaluation: HeadEvaluation) -> str:
-    """Return the genes with the smallest adjusted p of each significant head and type; nothing without such tests."""
+    """Return the genes with the smallest adjusted p of each significant head and type; nothing without such tests.
+
+    Notes
+    -----
+    Only genes that the head explains, that is with explained variance above 0: a small p says that prediction and
+    expression are related, which they may be where the prediction is too large or too small to explain anything.
+    """
     found, alpha = evaluation.spatial, evaluation.spec.permutation.alpha
     if found is None or np.all(np.isnan(found.p_value_gene)):
         return ""
     header = ["Receiver type", "Head", "Genes *", *(f"Gene {number}" for number in range(1, _N_GENES + 1))]
-    rows = []
+    rows, unexplained = [], 0
     for index, cell_type in enumerate(evaluation.cell_types):
         for head in np.flatnonzero(evaluation.adjusted[:, index] <= alpha):
             p, effects = found.p_value_adj_gene[head, index], evaluation.expl_var_gene[head, index]
+            unexplained += int(np.count_nonzero((p <= alpha) & ~(effects > 0)))
+            p = np.where(effects > 0, p, np.nan)
             # p as small as floats go are many: then the larger effect is first
             order = [gene for gene in np.lexsort((-np.nan_to_num(effects), p)) if not np.isnan(p[gene])][:_N_GENES]
             shown = [
@@ -141,8 +150,14 @@ def genes_section(evaluation: HeadEvaluation) -> str:
     caption = (
         f"Up to {_N_GENES} genes with the smallest adjusted p of each significant head and type, with explained "
         f"variance. * adjusted p ≤ {alpha:g} (lag null): one family of {n_tests:,} tests, all heads x types x genes "
-        f"({adjustment_text(evaluation, null='lag')}), apart from the family of heads x types. All genes are in "
-        "tables/explained_variance.csv."
+        f"({adjustment_text(evaluation, null='lag')}), apart from the family of heads x types. "
+        + (
+            f"{unexplained:,} more genes with such a p have no explained variance above 0 and are left out: related to "
+            "the prediction, but not explained by it. "
+            if unexplained
+            else ""
+        )
+        + "All genes are in tables/explained_variance.csv."
     )
     if not rows:
         return section("genes", "Genes", "<p>No head is significant in any type.</p>")
@@ -157,17 +172,28 @@ def scale_section(evaluation: HeadEvaluation) -> str:
     header, caption = ["Receiver type", "Cells"], ""
     columns: list[list[str]] = [[f"{number:,}" for number in evaluation.n_cells]]
     if spatial is not None:
-        header += ["Correlation length", "Reach", "Effective sample size", "Detectable EV"]
+        of_lag = "" if spatial.null == "lag" else " (lag null)"
+        reach = "Tile width" if spatial.null == "tile" else "Reach"
+        tested = ~np.isnan(spatial.ess).all(axis=0)
+        header += ["Correlation length", reach, f"Effective sample size{of_lag}", "Detectable EV"]
         columns += [
-            ["none found" if value == 0 else _known(rounded(float(value))) for value in spatial.correlation_length],
+            [
+                "none found" if has_test and np.isnan(value) else _known(rounded(float(value)))
+                for value, has_test in zip(spatial.correlation_length, tested, strict=True)
+            ],
             [_known(rounded(float(value))) for value in spatial.reach],
             [_known(span(values)) for values in spatial.ess.T],
             [_effects(values) for values in spatial.detectable.T],
         ]
         caption += (
             "Correlation length: distance at which the correlation of expression within the type has fallen to 1/e. "
-            f"Reach: distance up to which the {printable(spatial.null)} null takes correlation into account. Effective "
-            "sample size: as many independent cells would say as much. Detectable EV: smallest explained variance that "
+            + (
+                "Tile width: side of the squares within which cells are shuffled. "
+                if spatial.null == "tile"
+                else f"Reach: distance up to which the {printable(spatial.null)} null takes correlation into account. "
+            )
+            + "Effective sample size: as many independent cells would say as much. Detectable EV: smallest explained "
+            "variance that "
             "the lag null would have found with 80 % power; where a head is not significant and this is large, the "
             "tissue is too small to tell. Ranges are over heads. "
         )
@@ -204,8 +230,9 @@ def width_section(evaluation: HeadEvaluation) -> str:
             rows.append(row(cell_type, [cell(head), *(cell(one) for one in shown)]))
     caption = (
         "Tile width in units of the coordinates, and p where cells are shuffled within tiles of that width (not "
-        "adjusted). If p grows as tiles become narrower, the fit lives on the scale that they take away. All numbers "
-        "are in tables/scales.csv."
+        "adjusted). p grows as tiles become narrower both where the fit lives on the scale that they take away and "
+        "because ever fewer cells are left to compare; p that stays small in the narrowest tiles speaks for a fit "
+        "between close neighbours. All numbers are in tables/scales.csv."
     )
     return section("widths", "p against tile width", _folded(table(header, rows, caption), len(rows)))
 

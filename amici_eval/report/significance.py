@@ -59,8 +59,9 @@ def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Pat
                            spatial        null if there is no spatial test, else
                              null, alpha         of that test
                              methods             how p came about, by type; empty: no test
-                             reach               distance up to which the null takes correlation into account, by type
-                             correlation_length  of expression within the type, by type
+                             reach               distance up to which the null takes correlation into account, or
+                                                 tile width, by type
+                             correlation_length  of expression within the type, by type; null: none found
                              widths              tile widths of p against scale, by type; empty: not computed
         sampling         number of types by how their free p came about: independent, cyclic, sequential, gpd,
                          moments, none (no test)

@@ -53,7 +53,10 @@ def test_summary_says_effects_then_the_spatial_then_the_free_test(inferred):
 def test_summary_counts_by_each_null(inferred):
     text = text_of(inferred)
     assert inferred.n_significant != inferred.n_significant_free
-    assert f"{inferred.n_significant} of 16 tested head x type pairs are significant at adjusted p <= 0.05 (lag" in text
+    outcome = f"{inferred.n_significant} of 16 tested head x type pairs are significant at adjusted p <= 0.05"
+    assert f"{outcome}, in-sample (lag" in text
+    for held_out, where in (((True,) * 7, ""), ((True, False) * 3 + (True,), ", in part in-sample")):
+        assert f"{outcome}{where} (lag" in text_of(dataclasses.replace(inferred, held_out=held_out))
     assert f"{inferred.n_significant_free} of 17 tested head x type pairs are significant" in text
     assert "5 of 21 pairs have no test." in text
     assert "4 of 21 pairs have no test." in text
@@ -68,6 +71,8 @@ def test_summary_says_interval_gain_and_what_remains(inferred):
     assert f"{(gain > 0).sum()} of {gain.size} heads kept alone explain more than the best of them" in text
     assert f"(median gain {effect(float(np.median(gain)))})" in text
     assert "(types of neighbours, expression of neighbours, position; fitted on training cells)" in text
+    assert "Cells that the model was fitted on flatter the heads" in text
+    assert "flatter the heads" not in text_of(dataclasses.replace(inferred, held_out=(True,) * 7))
     both = inferred.expl_var > 0
     lost = (inferred.trivial.without_nearest < inferred.expl_var / 2) & both
     assert f"and {lost.sum()} of them lose more than half" in text
@@ -115,8 +120,15 @@ def test_the_sentence_is_of_the_null_that_was_used(null):
 
 
 def test_lengths_of_types_without_structure_are_left_out(inferred):
-    zero = dataclasses.replace(inferred.spatial, correlation_length=np.zeros(7))
-    assert "correlation length" not in text_of(dataclasses.replace(inferred, spatial=zero))
+    none = dataclasses.replace(inferred.spatial, correlation_length=np.full(7, np.nan))
+    assert "correlation length" not in text_of(dataclasses.replace(inferred, spatial=none))
+
+
+def test_under_other_nulls_it_is_said_what_comes_from_the_lag_null():
+    text = text_of(make_evaluation(inferred="tile"))
+    assert "Effective sample size (by the lag null): " in text
+    assert "; tiles are 4" in text
+    assert " wide." in text
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_genes_are_those_with_the_smallest_adjusted_p(page, evaluation):
     assert [tuple(row[:2]) for row in rows] == significant
     for name, head, count, *shown in rows:
         at = int(head), evaluation.cell_types.index(name)
-        p = evaluation.spatial.p_value_adj_gene[at]
+        explained = evaluation.expl_var_gene[at] > 0
+        p = np.where(explained, evaluation.spatial.p_value_adj_gene[at], np.nan)
         assert count == str((p <= 0.05).sum())
         shown = [one for one in shown if one]
         assert len(shown) == np.isfinite(p).sum()
@@ -132,6 +133,10 @@ def test_genes_are_those_with_the_smallest_adjusted_p(page, evaluation):
         )
         best = int(np.nanargmin(p))
         assert f"{effect(evaluation.expl_var_gene[at][best])}, p {p_text(p[best])}" in " ".join(shown)
+    related = (evaluation.spatial.p_value_adj_gene <= 0.05) & ~(evaluation.expl_var_gene > 0)
+    unexplained = related[evaluation.adjusted <= 0.05].sum()
+    assert unexplained
+    assert f"{unexplained} more genes with such a p have no explained variance above 0 and are left out" in page.text
     n_tests = np.isfinite(evaluation.spatial.p_value_gene).sum()
     assert f"one family of {n_tests} tests, all heads x types x genes (BH)" in page.text
 
@@ -161,8 +166,12 @@ def test_scale_and_power_are_in_units_of_the_data(page, evaluation):
     assert rows[1][5:] == [f"{effect(low)} to {effect(high)}", "12"]
     assert rows[-1][2:6] == ["–"] * 4
     assert "Tiles: of width 75, resampled 1,000 times for the 95 % intervals." in page.text
-    none = dataclasses.replace(evaluation.spatial, correlation_length=np.zeros(7))
-    assert "none found" in scale_section(dataclasses.replace(evaluation, spatial=none))
+    none = dataclasses.replace(evaluation.spatial, correlation_length=np.full(7, np.nan))
+    found = Page(scale_section(dataclasses.replace(evaluation, spatial=none)))
+    assert [row[2] for row in found.rows[1:]] == ["none found"] * 6 + ["–"], "the last type has no test"
+    tile = scale_section(make_evaluation(inferred="tile"))
+    assert "Tile width: side of the squares" in tile
+    assert "Effective sample size (lag null)" in tile
 
 
 def test_p_against_tile_width_is_there_only_where_there_are_widths(page, evaluation):

@@ -43,7 +43,7 @@ def test_columns_are_those_of_the_contract(tmp_path):
         "heads": "head,ct_name,n_cells,expl_var_head,ci_low,ci_high,best_gene,expl_var_best_gene,p_value_head,"
         "p_value_adj_head,p_ci_low,p_ci_high,p_value_spatial,p_value_adj_spatial,ess,null,method,significant_free,"
         "significant,significant_by,held_out,undefined_reason,statistic_spatial,detectable_expl_var,"
-        "correlation_length,reach,gain,expl_var_without_nearest",
+        "correlation_length,reach,gain,expl_var_without_nearest,n_tiles",
         "baselines": "ct_name,baseline,expl_var",
         "held_out": "head,ct_name,n_cells_in_sample,expl_var_in_sample,ci_low_in_sample,ci_high_in_sample,"
         "n_cells_held_out,expl_var_held_out,ci_low_held_out,ci_high_held_out,undefined_reason",
@@ -52,7 +52,7 @@ def test_columns_are_those_of_the_contract(tmp_path):
         "head_interactions": "head_a,head_b,ct_name,interaction,interaction_frozen_norm",
         "labels": "kind,slug,label",
     }
-    assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 28)
+    assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 29)
 
 
 def test_genes_read_back_equal_from_csv_and_parquet(tmp_path):
@@ -220,8 +220,11 @@ def test_summary_says_effects_before_tests_and_everything_once():
         ((True, True), "Held out: the model was fitted on none of the evaluated cells."),
         ((False, False), "In-sample: the model was fitted on some or all"),
         ((None, None), "It is not known which cells the model was fitted on"),
-        ((True, False), "Of 2 types, 1 are held out, 1 in-sample (their effects are optimistic)."),
-        ((True, None), "Of 2 types, 1 are held out, 0 in-sample (their effects are optimistic) and 1 unknown."),
+        ((True, False), "Of 2 types, 1 are held out, 1 in-sample (their effects and p-values are optimistic)."),
+        (
+            (True, None),
+            "Of 2 types, 1 are held out, 0 in-sample (their effects and p-values are optimistic) and 1 unknown.",
+        ),
     ],
 )
 def test_summary_says_what_is_held_out(held_out, expected):
