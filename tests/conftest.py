@@ -88,7 +88,7 @@ def native(amici_dir: Path, adata: AnnData):
     """The small model as AMICI itself loads it, on a copy of the tissue."""
     import amici
 
-    from amici_eval.model.checkpoint import own_data_loader
+    from amici_eval.model.scvi_loader import own_data_loader
 
     with own_data_loader():
         return amici.AMICI.load(str(amici_dir), adata=adata.copy())

@@ -20,13 +20,18 @@ STATISTICS = {path.stem for path in (PACKAGE / "stats").glob("*.py")} - {"__init
 COMPILED = {"kernels"}
 WITH_TORCH = {
     "ablations",
+    "cell_chunks",
     "coalitions",
+    "compiled_statistics",
+    "cyclic_statistics",
     "exact_moments",
     "factor_draws",
     "factor_nulls",
     "factor_statistics",
+    "head_sums",
     "lag",
     "lag_test",
+    "memory",
     "moment_sums",
     "moments",
     "near_pairs",
@@ -36,6 +41,7 @@ WITH_TORCH = {
     "plain_moments",
     "stratified",
     "substitutions",
+    "torch_statistics",
     "torus",
 }
 LIGHT = sorted(

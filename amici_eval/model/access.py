@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from amici_eval.errors import DeviceError
-from amici_eval.model.checkpoint import TrainedAMICI, card_of
-from amici_eval.model.factored import FactoredAccess, why_not_factored
+from amici_eval.model.cards import card_of
+from amici_eval.model.checkpoint import TrainedAMICI
+from amici_eval.model.factored import FactoredAccess
+from amici_eval.model.inspection import why_not_factored
 from amici_eval.model.interventions import (
     ablations_side_by_side,
     eval_mode_on,

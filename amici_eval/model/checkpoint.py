@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,43 +16,29 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 from amici_eval.data import describe_training_data, open_anndata
-from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError, first_line
-from amici_eval.model.allow_list import load_allow_listed
+from amici_eval.errors import ModelFormatError
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
+from amici_eval.model.saved_amici import read_saved_amici
+from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
+from amici_eval.model.training_tissue import check_is_training_data
 from amici_eval.specs import DataSpec, ModelCard, TrainingData
-from amici_eval.tissue import Tissue, prepare
+from amici_eval.tissue import prepare
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from anndata import AnnData
     from jaxtyping import Float32
     from torch import Tensor
 
-__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "card_of", "own_data_loader", "read_amici_directory"]
+__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
 
 SCHEMA_VERSION = 1
 BUNDLED_ADATA = "adata.h5ad"
 _SPLITS = ("train", "validation", "test")
 _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
-_PROFILE_TOLERANCE = 1e-3
-
-
-@contextmanager
-def own_data_loader() -> Iterator[None]:
-    """Undo, after the body, what AMICI's constructor does to scvi-tools.
-
-    ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model
-    would then train with AMICI's loader.
-    """
-    from scvi.dataloaders import DataSplitter
-
-    before = DataSplitter.data_loader_cls
-    try:
-        yield
-    finally:
-        DataSplitter.data_loader_cls = before
 
 
 @contextmanager
@@ -69,12 +53,6 @@ def _weights_fit_setup() -> Iterator[None]:
             rule="they must come from one model",
             fix="register the model again",
         ) from error
-
-
-def _give_own_data_splitter(model: Any) -> None:
-    """Let one model train with AMICI's loader without touching the class that all scvi-tools models share."""
-    base = type(model)._data_splitter_cls
-    model._data_splitter_cls = type(base.__name__, (base,), {"data_loader_cls": type(model)._data_loader_cls})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,14 +144,14 @@ class TrainedAMICI:
         genes = [str(gene) for gene in values_of(fields["X"]["state_registry"]["column_names"])]
         training, cells = None, {}
         if adata is not None:
-            _check_is_training_data(adata, registry, genes, weights)
+            check_is_training_data(adata, registry, genes, weights)
             training = describe_training_data(adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"])
             names = adata.obs_names.astype(str).to_numpy()
             for split in _SPLITS:
                 rows = attributes.get(f"{split}_indices_")
                 cells[split] = () if rows is None else tuple(names[np.asarray(rows, dtype=np.int64)].tolist())
         heads = weights["attention_layer.W_O"].shape[1]
-        versions = {package: _version(package) for package in _PACKAGES}
+        versions = package_versions()
         versions["scvi-tools"] = str(registry.get("scvi_version", versions["scvi-tools"]))
         card = ModelCard(
             n_heads=int(heads),
@@ -321,7 +299,7 @@ class TrainedAMICI:
             model = AMICI(own, **self.init_params)
             model.module.load_state_dict(dict(self.weights))
         model.module.eval()
-        _give_own_data_splitter(model)
+        give_own_data_splitter(model)
         model.is_trained_ = True
         import pandas as pd
 
@@ -351,48 +329,6 @@ class TrainedAMICI:
             return access.predict(np.arange(tissue.n_cells), keeps=[None])[0]
 
 
-def card_of(model: Any, *, adata: AnnData) -> ModelCard:
-    """Return the card of a :class:`TrainedAMICI` or of a live ``amici.AMICI`` (or a subclass).
-
-    Parameters
-    ----------
-    model
-        The model.
-    adata
-        The tissue it will be evaluated on; the live model's training tissue is described only if it is another.
-    """
-    if isinstance(model, TrainedAMICI):
-        return model.card
-    registry = getattr(model, "registry_", None)
-    if registry is None or not hasattr(getattr(model, "module", None), "attention_layer"):
-        raise ModelFormatError(
-            value=f"the model is a {type(model).__module__}.{type(model).__name__}",
-            rule="it must be an amici.AMICI or what amici_eval.load_model returns",
-            fix="load it with amici_eval.load_model(model_uri)",
-        )
-    setup, fields = registry["setup_args"], registry["field_registries"]
-    training = None
-    if model.adata is not adata:
-        training = describe_training_data(
-            model.adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"], with_digest=False
-        )
-    rows = getattr(model, "train_indices_", None)
-    names = model.adata.obs_names.astype(str).to_numpy()
-    return ModelCard(
-        n_heads=int(model.module.n_heads),
-        n_neighbors=int(setup["n_neighbors"] or model.n_neighbors),
-        genes=tuple(str(gene) for gene in fields["X"]["state_registry"]["column_names"]),
-        cell_types=tuple(str(label) for label in fields["labels"]["state_registry"]["categorical_mapping"]),
-        labels_key=setup["labels_key"],
-        coord_obsm_key=setup["coord_obsm_key"],
-        layer=setup["layer"],
-        cell_radius_key=setup.get("cell_radius_key"),
-        versions={package: _version(package) for package in _PACKAGES},
-        training_data=training,
-        training_cells=None if rows is None else frozenset(names[np.asarray(rows)].tolist()),
-    )
-
-
 def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool) -> TrainedAMICI:
     """Read what ``AMICI.save`` wrote; this unpickles ``model.pt``.
 
@@ -413,86 +349,15 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
     UnsafePickleError
         If the pickle asks for a class or function outside the allow-list.
     """
-    path = directory / "model.pt"
-    if not path.is_file():
-        raise ModelFormatError(
-            value=f"{directory} holds no model.pt",
-            rule="model_dir must be a folder that AMICI.save(...) wrote",
-            fix="correct model_dir",
-        )
-    if not zipfile.is_zipfile(path):
-        raise ModelFormatError(
-            value=f"{path} is no torch archive",
-            rule="it must be written by AMICI.save(...)",
-            fix="copy or save it again",
-        )
-    try:
-        if trust:
-            content = torch.load(path, map_location="cpu", weights_only=False)
-        else:
-            content = load_allow_listed(path)
-        attributes, weights = content["attr_dict"], content["model_state_dict"]
-        init_params = attributes["init_params_"]["kwargs"]
-    except UnsafePickleError:
-        raise
-    except Exception as error:
-        raise ModelFormatError(
-            value=f"{path} cannot be read ({first_line(error)})",
-            rule="it must be what AMICI.save(...) wrote",
-            fix="copy or save it again",
-        ) from error
-    assert isinstance(init_params, Mapping)  # noqa: S101, RUF100 - for the type checker
+    saved = read_saved_amici(directory, trust=trust)
     if adata is None and (directory / BUNDLED_ADATA).is_file():
         adata = open_anndata(directory / BUNDLED_ADATA)
-    return TrainedAMICI._assemble(attributes, weights, adata)
+    return TrainedAMICI._assemble(saved.attributes, saved.weights, adata)
 
 
-def _check_is_training_data(
-    adata: AnnData, registry: Mapping[str, Any], genes: list[str], weights: Mapping[str, Tensor]
-) -> None:
-    """Refuse an AnnData whose size, genes or mean profiles are not those the model was trained on.
-
-    Splits are row numbers in the training AnnData: with another one they would name the wrong cells.
-    """
-    fix = "give the AnnData the model was trained on, cells in the same order"
-    setup = registry["setup_args"]
-    n_cells = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
-    if adata.n_obs != n_cells:
-        raise DataError(value=f"the data has {adata.n_obs} cells", rule=f"the model was trained on {n_cells}", fix=fix)
-    profiles = weights["ct_profiles"].detach().cpu().double().numpy()
-    labels = [
-        str(label)
-        for label in values_of(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
-    ]
-    card = ModelCard(
-        n_heads=1,
-        n_neighbors=1,
-        genes=tuple(genes),
-        cell_types=tuple(labels),
-        labels_key=setup["labels_key"],
-        coord_obsm_key=setup["coord_obsm_key"],
-        layer=setup["layer"],
-        cell_radius_key=setup.get("cell_radius_key"),
-    )
-    tissue = prepare(adata, card, DataSpec())
-    for code, label in enumerate(labels):
-        rows = np.flatnonzero(tissue.label_codes == code)
-        if len(rows) == 0:
-            continue
-        gap = float(np.abs(_mean_profile(tissue, rows) - profiles[code]).max())
-        if gap > _PROFILE_TOLERANCE * max(1.0, float(np.abs(profiles[code]).max())):
-            raise DataError(
-                value=f"mean expression of type {label!r} differs by up to {gap:.3g} from the profile in the model",
-                rule="the model stores the mean profiles of its training data",
-                fix=fix,
-            )
-
-
-def _mean_profile(tissue: Tissue, rows: np.ndarray) -> np.ndarray:
-    total = np.zeros(tissue.expression(rows[:1]).shape[1])
-    for start in range(0, len(rows), 4096):
-        total += tissue.expression(rows[start : start + 4096]).astype(np.float64).sum(axis=0)
-    return total / len(rows)
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a model depends on, as installed here."""
+    return {package: _version(package) for package in _PACKAGES}
 
 
 def _version(package: str) -> str:

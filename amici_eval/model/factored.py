@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from amici_eval.model.attention import attend, attention_weights
 from amici_eval.model.budget import memory_budget
-from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
+from amici_eval.model.encoder import SenderTables, embed_senders
+from amici_eval.model.folding import fold_encoder
 from amici_eval.side_by_side import run_on_single_threads
+from amici_eval.stats.spatial import morton_codes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from amici_eval.stats.readout import Readout
     from amici_eval.tissue import ExpressionBlock
 
-__all__ = ["FactoredAccess", "HeadOutputs", "why_not_factored"]
+__all__ = ["FactoredAccess", "HeadOutputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,39 +43,6 @@ _LARGEST_TILE = 131_072
 _LEAST_TILE = 256
 _CELLS_AROUND = 1.5
 """Senders per receiver of a tile, for choosing its size: those inside and a rim."""
-
-
-def why_not_factored(module: Any) -> str | None:
-    """Say why a module needs its own forward pass, or ``None`` if its parts are AMICI's own and free of hooks.
-
-    Parameters
-    ----------
-    module
-        A torch module.
-    """
-    from amici import AMICIModule
-    from amici._components import AttentionBlock, ResNetMLP
-    from torch import nn
-    from transformer_lens.hook_points import HookPoint
-
-    if type(module) is not AMICIModule:
-        return f"the module is a {type(module).__qualname__}, which may compute something else than AMICIModule"
-    known = (
-        AMICIModule, AttentionBlock, ResNetMLP, HookPoint, nn.Linear, nn.LayerNorm, nn.ReLU, nn.Sequential, nn.Dropout,
-        nn.Embedding, nn.Identity,
-    )  # fmt: skip
-    for name, part in module.named_modules():
-        if type(part) not in known:
-            return f"its part {name} is a {type(part).__qualname__}, which AMICI itself does not use there"
-        if any(method in vars(part) for method in ("forward", "inference", "generative")):
-            return f"the forward pass of its part {name or 'module'} was replaced"
-        if part._forward_hooks or part._forward_pre_hooks or getattr(part, "fwd_hooks", None):
-            return f"it carries hooks of its own on {name or 'the module'}"
-        if isinstance(part, nn.Sequential) and len(part) not in (2, 5):
-            return f"its part {name} has {len(part)} layers"
-    if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
-        return "its weights are not float32"
-    return None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -116,7 +85,7 @@ class FactoredAccess:
         self._tissue = hooked.tissue
         self._device = hooked.device
         module = hooked.module
-        self._weights = EncoderWeights.from_state(
+        self._weights = fold_encoder(
             module.state_dict(),
             {
                 "n_heads": module.n_heads,
@@ -130,7 +99,7 @@ class FactoredAccess:
             device=self._device,
         )
         # cells that are close on the curve are close in the tissue: small rims around tiles, tables that stay in cache
-        self._curve = _morton_codes(self._tissue.coordinates[:, :2])
+        self._curve = morton_codes(self._tissue.coordinates[:, :2])
         self._memory = memory_budget(memory_bytes, self._device)
         n_genes, for_chunks = self._weights.n_genes, self._memory // _SHARE_OF_CHUNKS
         largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
@@ -372,13 +341,3 @@ def _all_but_nearest(
     # with radii, distances between outlines need not rise from column to column
     kept[np.arange(len(kept)), distances.argmin(axis=1)] = False
     return kept
-
-
-def _morton_codes(xy: Float64[np.ndarray, "cells two"]) -> Int64[np.ndarray, " cells"]:
-    """Return the place of each cell on a Z-order curve through the tissue (Morton 1966)."""
-    extent = float(np.ptp(xy, axis=0).max()) or 1.0
-    steps = ((xy - xy.min(axis=0)) / extent * (2**16 - 1)).astype(np.int64)
-    code = np.zeros(len(xy), dtype=np.int64)
-    for bit in range(16):
-        code |= ((steps[:, 0] >> bit) & 1) << (2 * bit) | ((steps[:, 1] >> bit) & 1) << (2 * bit + 1)
-    return code

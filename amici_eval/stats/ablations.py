@@ -7,12 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.coalitions import (
-    CHUNK_CELLS,
-    CoalitionMoments,
-    check_inputs,
-    coalition_moments,
-)
+from amici_eval.stats.cell_chunks import CHUNK_CELLS
+from amici_eval.stats.coalitions import CoalitionMoments, check_inputs, coalition_moments
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.shapley import (
     MAX_EXACT_HEADS,

@@ -12,7 +12,7 @@ from amici_eval.stats.permutations import PermutationStream
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-__all__ = ["MIN_TILES_INTERVAL", "TileBootstrap", "tile_bootstrap"]
+__all__ = ["MIN_TILES_INTERVAL", "TileBootstrap", "TileSquares", "tile_bootstrap", "tile_draws"]
 
 MIN_TILES_INTERVAL = 5
 """How much tiles differ cannot be told from fewer."""
@@ -130,8 +130,8 @@ def tile_bootstrap(
         return TileBootstrap(low=low, high=high, n_tiles=n_tiles, reason=reason)
     cells = n_cells[present].astype(np.float64)
     # the truth goes the same way as the resamples, as the first of them
-    counts = np.vstack([np.ones(n_tiles), _draws(n_tiles, n_resamples, seed=seed, cell_type=cell_type)])
-    target = _Squares.of(cells, target_mean[present][:, varies], target_m2[present][:, varies], counts)
+    counts = np.vstack([np.ones(n_tiles), tile_draws(n_tiles, n_resamples, seed=seed, label=cell_type)])
+    target = TileSquares.of(cells, target_mean[present][:, varies], target_m2[present][:, varies], counts)
     if not target.total[0] > 0.0:
         reason = "expression does not vary; there is nothing to explain"
         return TileBootstrap(low=low, high=high, n_tiles=n_tiles, reason=reason)
@@ -143,7 +143,7 @@ def tile_bootstrap(
     effective = cells.sum() ** 2 / np.square(cells).sum()
     widened = np.sqrt(effective / (effective - 1.0) * (n_tiles - 1) / n_tiles)
     for model in range(n_models):
-        residual = _Squares.of(cells, residual_mean[present, model], residual_m2[present, model], counts)
+        residual = TileSquares.of(cells, residual_mean[present, model], residual_m2[present, model], counts)
         logs = np.log(np.maximum(residual.total[defined] / target.total[defined], _ROUNDING))
         influence = residual.shares[defined] - target.shares[defined]
         errors = np.sqrt((counts[defined] * np.square(influence)).sum(axis=1))
@@ -157,11 +157,25 @@ def tile_bootstrap(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Squares:
-    """Sums of squares about each resample's own mean, over all genes, and which share of them each tile has."""
+class TileSquares:
+    """Sums of squares about each resample's own mean, over all genes.
+
+    Parameters
+    ----------
+    total
+        Shape (resamples,).
+    about
+        Of a tile drawn once, shape (resamples, tiles): ``total`` is what these add up to as often as they were drawn.
+    """
 
     total: Float64[np.ndarray, " resamples"]
-    shares: Float64[np.ndarray, "resamples tiles"]
+    about: Float64[np.ndarray, "resamples tiles"]
+
+    @property
+    def shares(self) -> Float64[np.ndarray, "resamples tiles"]:
+        """Which share of the total each tile has, drawn once."""
+        total = self.total[:, None]
+        return np.divide(self.about, total, out=np.zeros_like(self.about), where=total != 0.0)
 
     @classmethod
     def of(
@@ -170,7 +184,7 @@ class _Squares:
         mean: Float64[np.ndarray, "tiles genes"],
         m2: Float64[np.ndarray, "tiles genes"],
         counts: Float64[np.ndarray, "resamples tiles"],
-    ) -> _Squares:
+    ) -> TileSquares:
         """Compute them from what is known of tiles, of which resample r holds tile b ``counts[r, b]`` times."""
         # far from its mean, expression would leave a small difference of two large sums
         centred = mean - n_cells @ mean / n_cells.sum()
@@ -179,16 +193,16 @@ class _Squares:
         if linear.shape[1] > len(linear):
             # only products of tiles count, and a smaller matrix has the same
             linear = np.asarray(np.linalg.qr(linear.T, mode="r")).T
-        means = (counts @ linear) / (counts @ n_cells)[:, None]
+        # of several types together, a resample may hold no cell of one
+        drawn = (counts @ n_cells)[:, None]
+        means = np.divide(counts @ linear, drawn, out=np.zeros((len(counts), linear.shape[1])), where=drawn > 0.0)
         about = squares - 2.0 * means @ linear.T + np.square(means).sum(axis=1)[:, None] * n_cells
-        total = (counts * about).sum(axis=1)
-        shares = np.divide(about, total[:, None], out=np.zeros_like(about), where=total[:, None] != 0.0)
-        return cls(total=total, shares=shares)
+        return cls(total=(counts * about).sum(axis=1), about=about)
 
 
-def _draws(n_tiles: int, n_resamples: int, *, seed: int, cell_type: str) -> Float64[np.ndarray, "resamples tiles"]:
+def tile_draws(n_tiles: int, n_resamples: int, *, seed: int, label: str) -> Float64[np.ndarray, "resamples tiles"]:
     """Return how often each tile is drawn: resample r is made of words ``r * n_tiles`` onwards of the generator."""
-    key = PermutationStream(seed=seed, cell_type=cell_type, stratum=_LABEL, n_cells=n_tiles).key()
+    key = PermutationStream(seed=seed, cell_type=label, stratum=_LABEL, n_cells=n_tiles).key()
     words = np.random.Philox(key=key).random_raw(n_resamples * n_tiles).reshape(n_resamples, n_tiles)
     half = np.uint64(32)
     drawn = (((words >> half) * np.uint64(n_tiles)) >> half).astype(np.int64)

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from amici_eval.stats.cell_chunks import CHUNK_CELLS, one_thread, over_cells, to_float64, to_tensor
 
+if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int, Int64
 
     from amici_eval.stats.readout import Readout
 
-__all__ = [
-    "CHUNK_CELLS",
-    "CoalitionMoments",
-    "check_inputs",
-    "coalition_moments",
-    "coalition_values",
-    "one_thread",
-    "over_cells",
-    "pair_mask",
-    "to_float64",
-    "to_tensor",
-]
+__all__ = ["CoalitionMoments", "check_inputs", "coalition_moments", "coalition_values", "pair_mask"]
 
-CHUNK_CELLS = 512
-"""Cells that a thread works on at a time: about 8 MB of working memory at 8 heads of 32 numbers."""
-
-_MIN_CELLS_PER_THREAD = 128
 _COALITION_BLOCK = 512
 """Coalitions that are worked on at a time within a chunk of cells."""
-
-
-Result = TypeVar("Result")
 
 
 def coalition_values(
@@ -222,54 +202,6 @@ def coalition_moments(
         n_cells=len(z),
         own_forms=own_forms,
     )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread, for products too small to be worth waiting for another."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def over_cells(task: Callable[[list[slice]], Result], n_cells: int, *, chunk_cells: int, device: str) -> list[Result]:
-    """Return what ``task`` makes of consecutive slices of cells, from one call for each thread that torch would use.
-
-    Within a task torch computes on one thread: threads that meet after every small operation wait for each other, long
-    where other processes want the processors, too. Slices are at most ``chunk_cells`` long and cover all cells.
-    """
-    n_torch = torch.get_num_threads()
-    n_threads = max(1, min(n_torch, n_cells // _MIN_CELLS_PER_THREAD)) if torch.device(device).type == "cpu" else 1
-    n_chunks = n_threads * math.ceil(n_cells / (chunk_cells * n_threads))
-    step = math.ceil(n_cells / n_chunks)
-    chunks = [slice(start, min(start + step, n_cells)) for start in range(0, n_cells, step)]
-    if n_threads == 1:
-        return [task(chunks)]
-    inference = torch.is_inference_mode_enabled()
-
-    def alone(share: list[slice]) -> Result:
-        torch.set_num_threads(1)
-        with torch.inference_mode(inference):
-            return task(share)
-
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            return list(pool.map(alone, [chunks[first::n_threads] for first in range(n_threads)]))
-    finally:
-        torch.set_num_threads(n_torch)  # what a thread sets for itself, torch takes as default for later threads
-
-
-def to_tensor(array: Float[np.ndarray, ...] | Int[np.ndarray, ...], device: str) -> torch.Tensor:
-    """Return a tensor of the same numbers, on the CPU over the same memory if that can be written to."""
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
-
-
-def to_float64(array: Float[np.ndarray, ...], device: str) -> torch.Tensor:
-    """Return a tensor of its own, in float64."""
-    return torch.tensor(array, dtype=torch.float64, device=device)
 
 
 def _shaped(room: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from amici_eval.stats import compiled
-from amici_eval.stats.factor_statistics import TIE_TOLERANCE, exact_statistics, identity_statistics
+from amici_eval.stats.factor_statistics import exact_statistics, identity_statistics
 from amici_eval.stats.nulls import MIN_CELLS_TEST
+from amici_eval.stats.packing import TIE_TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

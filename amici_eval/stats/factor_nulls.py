@@ -9,15 +9,12 @@ import numpy as np
 import torch
 
 from amici_eval.stats import compiled
+from amici_eval.stats.compiled_statistics import compiled_statistics
+from amici_eval.stats.cyclic_statistics import cyclic_statistics
 from amici_eval.stats.factor_draws import FactorDraw, check_factors, draw_from, part_of
-from amici_eval.stats.factor_statistics import (
-    TIE_TOLERANCE,
-    compiled_statistics,
-    cyclic_statistics,
-    torch_statistics,
-)
 from amici_eval.stats.nulls import PermutationCounts
-from amici_eval.stats.packing import pack
+from amici_eval.stats.packing import TIE_TOLERANCE, pack
+from amici_eval.stats.torch_statistics import torch_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Float32, Float64, Int64
 
-__all__ = ["LANES", "PackedPair", "pack"]
+__all__ = ["LANES", "TIE_TOLERANCE", "PackedPair", "pack"]
 
 LANES = 16
 """Rows are padded with zeros to a multiple of this many numbers (64 bytes, a cache line)."""
+TIE_TOLERANCE = 1e-10
+"""Relative to ||F_h|| ||Z_h||: sums of one permutation differ by less than this between devices and orders."""
 
 _BLOCK_ENTRIES = 2**16
 _INLINE_ENTRIES = 2**18

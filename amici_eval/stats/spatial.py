@@ -1,4 +1,4 @@
-"""Where cells lie: tiles of a tissue."""
+"""Where cells lie: tiles of a tissue, and a curve through it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
-__all__ = ["default_widths", "square_tiles", "tile_side", "tiles_of_width"]
+__all__ = ["balanced_blocks", "default_widths", "morton_codes", "square_tiles", "tile_side", "tiles_of_width"]
 
 
 def square_tiles(
@@ -51,6 +51,34 @@ def tile_side(
 def _side(xy: Float64[np.ndarray, "cells two"], n_tiles: int) -> float:
     extent = xy.max(axis=0)
     return max(float(np.sqrt(extent[0] * extent[1] / n_tiles)), float(extent.max()) / n_tiles)
+
+
+def balanced_blocks(
+    centers: Float64[np.ndarray, "tiles two"], weights: Float64[np.ndarray, " tiles"], *, depth: int
+) -> Int64[np.ndarray, " tiles"]:
+    """Return in which of up to ``2**depth`` blocks each tile lies: halves of halves, about as heavy as each other.
+
+    Parameters
+    ----------
+    centers
+        Where the tiles lie, in coordinate units.
+    weights
+        How much each weighs.
+    depth
+        How often tiles are halved, each time across the longer side of what is left.
+    """
+    block = np.zeros(len(centers), dtype=np.int64)
+    for _ in range(depth):
+        halved = 2 * block
+        for number in np.unique(block):
+            own = np.flatnonzero(block == number)
+            across = int(np.ptp(centers[own], axis=0).argmax())
+            # ties by the other coordinate, so that the order of tiles does not matter
+            order = own[np.lexsort((centers[own, 1 - across], centers[own, across]))]
+            before = np.cumsum(weights[order]) - weights[order] / 2.0
+            halved[order[before > weights[order].sum() / 2.0]] += 1
+        block = halved
+    return np.unique(block, return_inverse=True)[1].astype(np.int64)
 
 
 def tiles_of_width(
@@ -126,3 +154,13 @@ def default_widths(correlation_length: float, extent: float) -> Float64[np.ndarr
     asked = correlation_length * np.array([0.5, 1.0, 2.0, 4.0])
     widths: Float64[np.ndarray, " widths"] = np.unique(np.minimum(asked, extent / 2.0))
     return widths
+
+
+def morton_codes(xy: Float64[np.ndarray, "cells two"]) -> Int64[np.ndarray, " cells"]:
+    """Return the place of each cell on a Z-order curve through the tissue (Morton 1966)."""
+    extent = float(np.ptp(xy, axis=0).max()) or 1.0
+    steps = ((xy - xy.min(axis=0)) / extent * (2**16 - 1)).astype(np.int64)
+    code = np.zeros(len(xy), dtype=np.int64)
+    for bit in range(16):
+        code |= ((steps[:, 0] >> bit) & 1) << (2 * bit) | ((steps[:, 1] >> bit) & 1) << (2 * bit + 1)
+    return code

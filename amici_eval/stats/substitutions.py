@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.coalitions import CHUNK_CELLS, one_thread, over_cells, to_float64, to_tensor
+from amici_eval.stats.cell_chunks import CHUNK_CELLS, one_thread, over_cells, to_float64, to_tensor
 from amici_eval.stats.substitution_kernels import compiled_substitution
 
 if TYPE_CHECKING:

@@ -79,7 +79,8 @@ class Source:
         import anndata
         from scipy import sparse
 
-        from amici_eval.model.checkpoint import TrainedAMICI, own_data_loader
+        from amici_eval.model.checkpoint import TrainedAMICI
+        from amici_eval.model.scvi_loader import own_data_loader
 
         adata = anndata.read_h5ad(self.data)
         if not self.is_amici:

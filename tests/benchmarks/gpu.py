@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from amici_eval.model.attention import attend
-from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
+from amici_eval.model.encoder import SenderTables, embed_senders
+from amici_eval.model.folding import fold_encoder
 from amici_eval.stats.factor_nulls import factor_exceedances
 from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
 from amici_eval.stats.permutations import PermutationStream
@@ -27,6 +28,7 @@ from tests.benchmarks.common import say, write_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from amici_eval.model.encoder_weights import EncoderWeights
     from tests.benchmarks.common import Row
 
 _CHUNK = 16_384
@@ -70,7 +72,7 @@ def random_weights(size: Sizes, device: str) -> EncoderWeights:
         "distance_kernel_unit_scale": 10.0,
         "epsilons": dict.fromkeys([*norms, "attention_layer.norm_o"], 1e-5),
     }
-    return EncoderWeights.from_state(state, settings, device=device)
+    return fold_encoder(state, settings, device=device)
 
 
 def random_state(size: Sizes) -> dict[str, torch.Tensor]:

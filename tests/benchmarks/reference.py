@@ -132,7 +132,7 @@ def measure_amici_st(
     emit: Emit, *, model: str, data: str, n_permutations: int | None, limit_s: float, numbers: str
 ) -> None:
     """Time amici-st's own explained variance; pairs of head and type only, if all would take longer than the limit."""
-    from amici_eval.model.checkpoint import card_of
+    from amici_eval.model.cards import card_of
 
     started = time.perf_counter()
     native = Source(model, data).load_native()

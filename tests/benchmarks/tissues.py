@@ -179,7 +179,8 @@ def random_model(
     import torch
     from amici import AMICI
 
-    from amici_eval.model.checkpoint import TrainedAMICI, own_data_loader
+    from amici_eval.model.checkpoint import TrainedAMICI
+    from amici_eval.model.scvi_loader import own_data_loader
 
     own = adata.copy()
     if not isinstance(own.X, np.ndarray):

@@ -10,7 +10,7 @@ import torch
 from amici_eval.data import content_digest
 from amici_eval.errors import DataError, DeviceError
 from amici_eval.model.access import neighbours, open_access, resolve_device
-from amici_eval.model.checkpoint import card_of
+from amici_eval.model.cards import card_of
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 

@@ -14,10 +14,13 @@ from amici_eval.evaluation import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
-from amici_eval.model.checkpoint import card_of, own_data_loader
-from amici_eval.model.encoder import EncoderWeights, SenderTables, embed_senders
-from amici_eval.model.factored import FactoredAccess, why_not_factored
+from amici_eval.model.cards import card_of
+from amici_eval.model.encoder import SenderTables, embed_senders
+from amici_eval.model.factored import FactoredAccess
+from amici_eval.model.folding import fold_encoder
+from amici_eval.model.inspection import why_not_factored
 from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
+from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.parity import Parity, check_parity
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
@@ -71,7 +74,7 @@ def test_tables_and_readout_give_the_forward_pass(sizes):
             parameter += 0.3 * torch.randn_like(parameter)
         x, index = torch.rand(n_cells, n_genes), torch.randint(0, n_cells, (n_cells, n_neighbors))
         distance, labels = 20 * torch.rand(n_cells, n_neighbors), torch.randint(0, n_types, (n_cells, 1))
-        weights = EncoderWeights.from_state(module.state_dict(), settings_of(module), device="cpu")
+        weights = fold_encoder(module.state_dict(), settings_of(module), device="cpu")
         tables = SenderTables.empty(weights, n_cells, device="cpu")
         needed = torch.rand(n_cells, n_types) < 0.5
         needed[index, labels] = True

@@ -13,7 +13,9 @@ from scipy.stats import false_discovery_control
 
 from amici_eval.evaluation import evaluate
 from amici_eval.model.access import open_access
-from amici_eval.model.checkpoint import card_of, own_data_loader, read_amici_directory
+from amici_eval.model.cards import card_of
+from amici_eval.model.checkpoint import read_amici_directory
+from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec, default_n_permutations
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.tissue import prepare

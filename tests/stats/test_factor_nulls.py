@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, kstest
 
-from amici_eval.stats import compiled, factor_statistics, packing
+from amici_eval.stats import compiled, compiled_statistics, cyclic_statistics, memory, packing, torch_statistics
 from amici_eval.stats.factor_nulls import factor_exceedances
 from amici_eval.stats.nulls import permutation_exceedances
 from amici_eval.stats.permutations import PermutationStream
@@ -70,19 +70,26 @@ def test_counts_equal_the_definition(path, n_cells, n_columns, n_heads):
     "tiny",
     [
         {},
-        {"_INLINE_PRODUCTS": 0},
-        {"_INLINE_PRODUCTS": 0, "_TASK_PRODUCTS": 1},
-        {"_INLINE_PRODUCTS": 0, "_STORED_INDICES": 203 * 37, "_TORCH_ENTRIES": 5000, "_TORCH_CELLS": 29},
-        {"_INLINE_PRODUCTS": 0, "_GRAM_COLUMNS": 11, "_TASK_PRODUCTS": 9000, "_TORCH_ENTRIES": 1, "_TORCH_CELLS": 1000},
-        {"_GRAM_CELLS_PER_PERMUTATION": 0, "_TORCH_GRAM_CELLS_PER_PERMUTATION": 0},
+        {"compiled": {"_INLINE_PRODUCTS": 0}},
+        {"compiled": {"_INLINE_PRODUCTS": 0, "_TASK_PRODUCTS": 1}},
+        {
+            "compiled": {"_INLINE_PRODUCTS": 0, "STORED_INDICES": 203 * 37},
+            "torch": {"STORED_INDICES": 203 * 37, "TORCH_ENTRIES": 5000, "_CELLS": 29},
+        },
+        {
+            "compiled": {"_INLINE_PRODUCTS": 0, "_GRAM_COLUMNS": 11, "_TASK_PRODUCTS": 9000},
+            "torch": {"TORCH_ENTRIES": 1, "_CELLS": 1000},
+        },
+        {room: {"_GRAM_CELLS_PER_PERMUTATION": 0} for room in ("compiled", "torch")},
     ],
 )
 def test_form_threads_and_pieces_change_no_count(path, tiny, n_threads, monkeypatch):
     factors, images = draw(7, n_cells=203, n_columns=7, n_heads=5, signal=0.01)
     expected = permutation_exceedances_of(factors, images, 101)
     assert np.all((expected > 0) & (expected < 101))  # counts at the ends could agree by luck
-    for name, value in tiny.items():
-        monkeypatch.setattr(factor_statistics, name, value)
+    for engine, limits in tiny.items():
+        for name, value in limits.items():
+            monkeypatch.setattr(f"amici_eval.stats.{engine}_statistics.{name}", value)
     for form in (path, "auto"):
         found = count(factors, images, n_permutations=101, form=form, n_threads=n_threads)
         np.testing.assert_array_equal(found, expected)
@@ -136,7 +143,7 @@ def test_float32_alone_would_decide_ties_wrongly(monkeypatch):
         pytest.skip("numba is not installed")
     factors, images = tied()
     right = count(factors, images, n_permutations=300, form="gram")
-    monkeypatch.setattr(factor_statistics, "_FLOAT32_UNIT", 0.0)
+    monkeypatch.setattr(compiled_statistics, "_FLOAT32_UNIT", 0.0)
     assert np.any(count(factors, images, n_permutations=300, form="gram") != right)
 
 
@@ -151,9 +158,11 @@ def test_float32_sums_are_within_their_bound(shift, monkeypatch):
     pair = packing.pack(f, z, dead=np.zeros(2, dtype=bool))
     orders = np.zeros((104, 50), dtype=np.uint32)
     kernels.shuffle_columns(stream(100).key(), 0, 0, 50, 100, orders)
-    panels = [factor_statistics._panels(pair, values, size) for values, size in ((pair.f, 16), (pair.z, kernels.ROWS))]
-    found = factor_statistics._gram_part(kernels, orders, *panels, 0, 13)
-    exact = factor_statistics._exact_sums(kernels, pair, stream(100).key(), np.arange(50)).T
+    panels = [
+        compiled_statistics._panels(pair, values, size) for values, size in ((pair.f, 16), (pair.z, kernels.ROWS))
+    ]
+    found = compiled_statistics._gram_part(kernels, orders, *panels, 0, 13)
+    exact = compiled_statistics.exact_sums(kernels, pair, stream(100).key(), np.arange(50)).T
     error = np.abs(found - exact).max(axis=1)
     assert np.all(error > 0)
     assert np.all(error <= (33 + 8 + 2) * 2.0**-24 * pair.sizes)
@@ -167,7 +176,7 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
     pair = packing.pack(factors, images, dead=np.zeros(21, dtype=bool))
     numbers = np.array([kernels.IDENTITY, 0, 7, 2**40, 3])
     orders = [np.arange(19), *(stream(19).batch(number, number + 1)[0] for number in numbers[1:])]
-    found = factor_statistics._exact_sums(kernels, pair, stream(19).key(), numbers)
+    found = compiled_statistics.exact_sums(kernels, pair, stream(19).key(), numbers)
     for head in range(21):
         f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
         np.testing.assert_allclose(found[:, head], [np.sum(f[order] * z) for order in orders], rtol=1e-12, atol=1e-12)
@@ -294,8 +303,8 @@ def test_heads_know_nothing_of_each_other(path):
 @pytest.mark.parametrize(("entries", "inline"), [(2**23, 2**18), (1, 0)])
 @pytest.mark.parametrize("numba", [True, False])
 def test_cyclic_counts_are_those_of_all_shifts(n_cells, n_columns, n_heads, entries, inline, numba, monkeypatch):
-    monkeypatch.setattr(factor_statistics, "_TORCH_ENTRIES", entries)
-    monkeypatch.setattr(factor_statistics, "_INLINE_ENTRIES", inline)
+    monkeypatch.setattr(cyclic_statistics, "TORCH_ENTRIES", entries)
+    monkeypatch.setattr(cyclic_statistics, "_INLINE_ENTRIES", inline)
     if not numba:
         monkeypatch.setitem(sys.modules, "numba", None)
     factors, images = draw(n_cells, n_cells=n_cells, n_columns=n_columns, n_heads=n_heads)
@@ -311,10 +320,10 @@ def test_cyclic_counts_are_those_of_all_shifts(n_cells, n_columns, n_heads, entr
 def test_cyclic_statistics_are_the_direct_sums(n_cells, numba, monkeypatch):
     if not numba:
         monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(factor_statistics, "_INLINE_ENTRIES", 0)
+    monkeypatch.setattr(cyclic_statistics, "_INLINE_ENTRIES", 0)
     factors, images = draw(1, n_cells=n_cells, n_columns=5, n_heads=11)
     pair = packing.pack(factors, images, dead=np.zeros(11, dtype=bool))
-    found = factor_statistics.cyclic_statistics(pair, device="cpu")
+    found = cyclic_statistics.cyclic_statistics(pair, device="cpu")
     assert found.shape == (n_cells, 11)
     for head in range(11):
         f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
@@ -323,7 +332,7 @@ def test_cyclic_statistics_are_the_direct_sums(n_cells, numba, monkeypatch):
 
 
 def test_only_lengths_with_a_fast_transform_are_not_padded():
-    assert [n for n in range(3, 40) if not factor_statistics._has_fast_transform(n)] == [17, 19, 23, 29, 31, 34, 37, 38]
+    assert [n for n in range(3, 40) if not cyclic_statistics._has_fast_transform(n)] == [17, 19, 23, 29, 31, 34, 37, 38]
 
 
 def test_cyclic_ranks_are_exactly_uniform_over_the_group():
@@ -345,8 +354,8 @@ def test_cyclic_ties_count():
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_progress_adds_up_and_comes_from_the_calling_thread(path, sampling, n_threads, monkeypatch):
-    monkeypatch.setattr(factor_statistics, "_INLINE_PRODUCTS", 0)
-    monkeypatch.setattr(factor_statistics, "_GRAM_COLUMNS", 48)
+    monkeypatch.setattr(compiled_statistics, "_INLINE_PRODUCTS", 0)
+    monkeypatch.setattr(compiled_statistics, "_GRAM_COLUMNS", 48)
     factors, images = draw(2)
     factors[..., 1] = 1.0  # a dead head is work done, too
     steps, threads = [], set()
@@ -365,10 +374,10 @@ def test_progress_adds_up_and_comes_from_the_calling_thread(path, sampling, n_th
 def test_an_interrupt_drops_what_is_queued(monkeypatch):
     if compiled.kernels() is None:
         pytest.skip("numba is not installed")
-    monkeypatch.setattr(factor_statistics, "_INLINE_PRODUCTS", 0)
-    monkeypatch.setattr(factor_statistics, "_TASK_PRODUCTS", 1)
+    monkeypatch.setattr(compiled_statistics, "_INLINE_PRODUCTS", 0)
+    monkeypatch.setattr(compiled_statistics, "_TASK_PRODUCTS", 1)
     factors, images = draw(2, n_cells=500)
-    done, sums = [], factor_statistics._exact_sums
+    done, sums = [], compiled_statistics.exact_sums
 
     def slowly(*arguments):
         done.append(1)
@@ -377,7 +386,7 @@ def test_an_interrupt_drops_what_is_queued(monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(factor_statistics, "_exact_sums", slowly)
+    monkeypatch.setattr(compiled_statistics, "exact_sums", slowly)
     with pytest.raises(KeyboardInterrupt):
         count(factors, images, n_permutations=40_000, form="factor", n_threads=2, progress=interrupt)
     assert len(done) < 5_000
@@ -427,28 +436,28 @@ def test_a_device_without_memory_takes_fewer_permutations_at_once(form, room, mo
     factors, images = draw(7, n_cells=203, n_columns=7, n_heads=5, signal=0.01)
     expected = count(factors, images, n_permutations=101)
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(factor_statistics, "_STORED_INDICES", 203 * 37)
-    few, seen = factor_statistics._torch_factor, []
+    monkeypatch.setattr(torch_statistics, "STORED_INDICES", 203 * 37)
+    few, seen = torch_statistics.torch_factor, []
 
     def limited(pair, f, z, orders):
         seen.append(len(orders))
         if len(orders) > room:
-            raise factor_statistics._OutOfMemory
+            raise memory.OutOfMemory
         return few(pair, f, z, orders)
 
-    monkeypatch.setattr(factor_statistics, "_torch_factor", limited)
+    monkeypatch.setattr(torch_statistics, "torch_factor", limited)
 
     def none_at_all(*_):
-        raise factor_statistics._OutOfMemory
+        raise memory.OutOfMemory
 
-    monkeypatch.setattr(factor_statistics, "_torch_gram", none_at_all)
+    monkeypatch.setattr(torch_statistics, "_torch_gram", none_at_all)
     steps = []
     found = count(factors, images, n_permutations=101, form=form, progress=steps.append)
     np.testing.assert_array_equal(found, expected)
     assert sum(steps) == 101 * 5
     assert max(seen) > room
-    monkeypatch.setattr(factor_statistics, "_torch_factor", lambda *a: few(*a) if a[3][0, 0] == 0 else none_at_all())
-    with pytest.raises(factor_statistics._OutOfMemory):
+    monkeypatch.setattr(torch_statistics, "torch_factor", lambda *a: few(*a) if a[3][0, 0] == 0 else none_at_all())
+    with pytest.raises(memory.OutOfMemory):
         count(factors, images, n_permutations=101, form=form)
 
 
@@ -460,19 +469,19 @@ def test_a_device_without_memory_takes_fewer_columns_at_once(monkeypatch):
 
     def limited(columns, **arguments):
         if len(columns) > room:
-            raise factor_statistics._OutOfMemory
+            raise memory.OutOfMemory
         return transform(columns, **arguments)
 
     monkeypatch.setattr(torch.fft, "rfft", limited)
     np.testing.assert_array_equal(count(factors, images, sampling="cyclic"), expected)
     room = 3
-    with pytest.raises(factor_statistics._OutOfMemory):
+    with pytest.raises(memory.OutOfMemory):
         count(factors, images, sampling="cyclic")
 
 
 def test_orders_are_drawn_ahead_in_any_chunks():
     for chunk in (1, 4, 10, 99):
-        chunks = list(factor_statistics._drawn_ahead(stream(9), 10, chunk))
+        chunks = list(torch_statistics._drawn_ahead(stream(9), 10, chunk))
         assert [len(orders) for orders in chunks[:-1]] == [chunk] * (len(chunks) - 1)
         np.testing.assert_array_equal(np.concatenate(chunks), stream(9).batch(0, 10))
 
