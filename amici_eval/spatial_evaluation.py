@@ -238,7 +238,7 @@ def _within(asked: _Asked, n_permutations: int, correlation_length: float) -> _F
         width = test.tile_width or TILE_SHARE * correlation_length
         if not width > 0.0:
             reason = "expression shows no spatial correlation, so that there is no default width; set tile_width"
-            return _Found.nothing(n_heads, reason)
+            return _Found.nothing(n_heads, reason, reach=np.nan)
         strata, where = _tiles(asked.place, width), "tile"
     exchanged = _exchanged(strata)
     if exchanged < MIN_CELLS_TEST:

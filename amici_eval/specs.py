@@ -217,10 +217,10 @@ class AblationSpec:
         all with the factored engine and ``keep_one`` with the hooked one, which offers ``leave_one_out`` besides.
     baselines
         Whether predictors that know no head (types and mean expression of the neighbours, position) are fitted and
-        scored on the same cells; factored engine.
+        scored on the same cells.
     without_nearest
         Whether the evaluation is repeated with the nearest neighbour of each cell masked out, against expression that
-        segmentation put into the wrong cell; factored engine.
+        segmentation put into the wrong cell; with baselines and the factored engine.
     """
 
     engine: str = "factored"

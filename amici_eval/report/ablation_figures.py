@@ -18,7 +18,7 @@ from amici_eval.report.drawing import (
     chosen_types,
     drawn_label,
     literal,
-    new_axes,
+    opened,
 )
 
 if TYPE_CHECKING:
@@ -111,9 +111,8 @@ def plot_ablations(
     far below 0 or farther share the deepest blue.
     """
     ablations = _ablations(evaluation)
-    chosen = chosen_types(evaluation, cell_types)
-    rows = [evaluation.type_index(name) for name in chosen]
-    ax = ax if ax is not None else new_axes(ablations_size(evaluation, len(chosen)))
+    canvas = opened(evaluation, ax=ax, cell_types=cell_types, size=lambda names: ablations_size(evaluation, len(names)))
+    ax, chosen, rows = canvas.ax, canvas.names, canvas.rows
     blocks = {}
     for mode in (mode for mode in _PANELS if mode in ablations.modes):
         values = ablations.of(mode)
@@ -217,12 +216,12 @@ def plot_interactions(
     kinds = _kinds(_ablations(evaluation))
     if not has_interactions(evaluation):
         raise _missing(INTERACTIONS_STEM)
-    chosen = chosen_types(evaluation, cell_types)
-    ax = ax if ax is not None else new_axes(interactions_size(evaluation, chosen))
+    canvas = opened(evaluation, ax=ax, cell_types=cell_types, size=lambda names: interactions_size(evaluation, names))
+    ax, chosen = canvas.ax, canvas.names
     n_heads, columns = evaluation.n_heads, _grid_columns(len(chosen))
     names = tuple(kinds)
     above = np.triu(np.ones((n_heads, n_heads), dtype=bool))
-    values = np.where(above, kinds[names[0]], kinds[names[-1]])[[evaluation.type_index(name) for name in chosen]]
+    values = np.where(above, kinds[names[0]], kinds[names[-1]])[canvas.rows]
     limit = _limit(_pairs(values))
     # in heads: between panels, and above each for its title
     panel = _panel_inches(n_heads)

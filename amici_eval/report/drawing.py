@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.colors import is_color_like, to_rgb
@@ -24,6 +25,7 @@ __all__ = [
     "INK",
     "MUTED",
     "UNDEFINED",
+    "Canvas",
     "add_caption",
     "add_legend",
     "add_marks",
@@ -31,6 +33,7 @@ __all__ = [
     "drawn_label",
     "literal",
     "new_axes",
+    "opened",
     "type_colours",
 ]
 
@@ -146,6 +149,47 @@ def new_axes(size: tuple[float, float]) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Canvas:
+    """Where a figure of types is drawn, and which types it shows.
+
+    Parameters
+    ----------
+    ax
+        Axes to draw into.
+    names, rows
+        The types in sorted order, and their positions in the evaluation.
+    """
+
+    ax: Axes
+    names: tuple[str, ...]
+    rows: list[int]
+
+
+def opened(
+    evaluation: HeadEvaluation,
+    *,
+    ax: Axes | None,
+    cell_types: Sequence[str] | None,
+    size: Callable[[tuple[str, ...]], tuple[float, float]],
+) -> Canvas:
+    """Return the axes to draw into, new ones of the ``size`` that the types need unless given, and the types to show.
+
+    Raises
+    ------
+    DataError
+        If a type was not evaluated.
+    InvalidSpecError
+        If no type is left.
+    """
+    names = chosen_types(evaluation, cell_types)
+    return Canvas(
+        ax=ax if ax is not None else new_axes(size(names)),
+        names=names,
+        rows=[evaluation.type_index(name) for name in names],
+    )
 
 
 def chosen_types(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from amici_eval.errors import DataError
-from amici_eval.report.drawing import INK, MUTED, add_caption, chosen_types, drawn_label, literal, new_axes
+from amici_eval.report.drawing import INK, MUTED, add_caption, chosen_types, drawn_label, literal, opened
 from amici_eval.report.figures import significance_note
 from amici_eval.report.wording import rounded
 
@@ -76,15 +76,14 @@ def plot_effects(
     DataError
         If a type was not evaluated, or no head has an explained variance in any of them.
     """
-    chosen = chosen_types(evaluation, cell_types)
-    if not has_effects(evaluation, chosen):
+    if not has_effects(evaluation, cell_types):
         raise DataError(
             value="no head has an explained variance",
             rule="effects are drawn where they are defined",
             fix="choose types with more cells; heads() gives the reasons",
         )
-    ax = ax if ax is not None else new_axes(effects_size(evaluation, len(chosen)))
-    rows = [evaluation.type_index(name) for name in chosen]
+    canvas = opened(evaluation, ax=ax, cell_types=cell_types, size=lambda names: effects_size(evaluation, len(names)))
+    ax, chosen, rows = canvas.ax, canvas.names, canvas.rows
     points, low, high = _estimates(evaluation, rows)
     trivial = _best_trivial(evaluation, rows)
     start, stop = _scale(points, low, high, trivial)

@@ -17,13 +17,13 @@ from amici_eval.report.drawing import (
     add_caption,
     add_legend,
     add_marks,
-    chosen_types,
     drawn_label,
     literal,
     new_axes,
+    opened,
     type_colours,
 )
-from amici_eval.report.wording import VALIDITY_SHORT, type_reasons
+from amici_eval.report.wording import VALIDITY_SHORT, in_sample_text, type_reasons
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,15 +92,17 @@ def plot_barplot(
     InvalidSpecError
         If the palette is unknown, or lacks a type.
     """
-    chosen = chosen_types(evaluation, cell_types)
     colours = type_colours(evaluation.cell_types, palette)
-    ax = ax if ax is not None else new_axes(barplot_size(evaluation.n_heads, len(chosen)))
+    canvas = opened(
+        evaluation, ax=ax, cell_types=cell_types, size=lambda names: barplot_size(evaluation.n_heads, len(names))
+    )
+    ax, chosen = canvas.ax, canvas.names
     heights = _max_over_genes(evaluation)
     alpha = evaluation.spec.permutation.alpha
     tested = np.isfinite(evaluation.adjusted)
     width = _GROUP_WIDTH / max(1, len(chosen))
     heads = np.arange(evaluation.n_heads)
-    shown = heights[:, [evaluation.type_index(name) for name in chosen]]
+    shown = heights[:, canvas.rows]
     finite = shown[np.isfinite(shown)]
     low, high = min(0.0, finite.min(initial=0.0)), max(0.0, finite.max(initial=0.0))
     span = (high - low) or 1.0
@@ -147,7 +149,7 @@ def plot_barplot(
     empty = [name for name in chosen if not np.isfinite(heights[:, evaluation.type_index(name)]).any()]
     others = len(gaps) - evaluation.n_heads * len(empty)
     said = [drawn_label(name) for name in empty] + ([f"{others} single heads"] if others else [])
-    untested = bool((np.isfinite(shown) & ~tested[:, [evaluation.type_index(name) for name in chosen]]).any())
+    untested = bool((np.isfinite(shown) & ~tested[:, canvas.rows]).any())
     few = "too few cells" if evaluation.spatial is None else f"by the {evaluation.decided_by} null: too few cells"
     faint = f"pale: no test ({few}, or a head that predicts the same for all)" if untested else ""
     add_caption(
@@ -262,7 +264,8 @@ def check_n_top_genes(n_top_genes: int) -> None:
 def significance_note(evaluation: HeadEvaluation) -> str:
     """Return what a mark of significance means: the level, the null that decides, and how that fails."""
     null = evaluation.decided_by
-    return f"* adjusted p ≤ {evaluation.spec.permutation.alpha:g}; {VALIDITY_SHORT.get(null, null + ' null')}"
+    level = f"* adjusted p ≤ {evaluation.spec.permutation.alpha:g}{in_sample_text(evaluation)}"
+    return f"{level}; {VALIDITY_SHORT.get(null, null + ' null')}"
 
 
 def _cells(number: int) -> str:

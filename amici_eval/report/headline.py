@@ -11,6 +11,7 @@ from amici_eval.report.wording import (
     VALIDITY,
     adjustment_text,
     effect,
+    in_sample_text,
     interval,
     permutations_text,
     permutations_used,
@@ -22,8 +23,9 @@ from amici_eval.report.wording import (
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jaxtyping import Float64
+    from jaxtyping import Bool, Float64
 
+    from amici_eval.inference_results import SpatialTests
     from amici_eval.results import HeadEvaluation
 
 __all__ = ["best_heads", "effect_sentences", "held_out_sentences", "outcome_sentences", "spatial_sentences"]
@@ -89,7 +91,7 @@ def _gain_sentences(evaluation: HeadEvaluation) -> list[str]:
             + (
                 " Cells that the model was fitted on flatter the heads: no baseline is scored on a cell that it was "
                 "fitted on."
-                if False in evaluation.held_out
+                if not _all_held_out(evaluation)
                 else ""
             )
         )
@@ -124,12 +126,9 @@ def _held_out_sentence(evaluation: HeadEvaluation) -> str:
             "It is not known which cells the model was fitted on; read effects and p-values as in-sample, so "
             "optimistic."
         )
-    unknown = n_types - held - in_sample
-    return (
-        f"Of {n_types} types, {held} are held out, {in_sample} in-sample (their effects and p-values are "
-        "optimistic)"
-        f"{f' and {unknown} unknown' if unknown else ''}."
-    )
+    numbers = {"held out": held, "in-sample": in_sample, "unknown": n_types - held - in_sample}
+    counted = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+    return f"Of {n_types} types: {counted}. Effects and p-values of those that are not held out are optimistic."
 
 
 def _parts_sentences(evaluation: HeadEvaluation) -> list[str]:
@@ -154,7 +153,7 @@ def outcome_sentences(evaluation: HeadEvaluation) -> list[str]:
     sentences = spatial_sentences(evaluation)
     outcome = (
         f"{evaluation.n_significant_free} of {evaluation.n_tests} tested head x type pairs are significant at adjusted "
-        f"p <= {settings.alpha:g} ({settings.null} null, {permutations_text(evaluation)}, "
+        f"p <= {settings.alpha:g}{in_sample_text(evaluation)} ({settings.null} null, {permutations_text(evaluation)}, "
         f"{adjustment_text(evaluation, null=settings.null)} over all tests)."
     )
     if sentences:
@@ -185,7 +184,7 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
     untested = found.p_value.size - evaluation.n_decided
     sentences = [
         f"{evaluation.n_significant} of {evaluation.n_decided} tested head x type pairs are significant at adjusted "
-        f"p <= {settings.alpha:g}{_in_sample(evaluation)} ({found.null} null, "
+        f"p <= {settings.alpha:g}{in_sample_text(evaluation)} ({found.null} null, "
         f"{adjustment_text(evaluation, null=found.null)} over all tests)."
         + (f" {untested} of {found.p_value.size} pairs have no test." if untested else "")
     ]
@@ -202,23 +201,28 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
             f"{effect(float(np.nanmin(found.detectable)))} to {effect(float(np.nanmax(found.detectable)))}, median "
             f"{_median(found.detectable)}."
         )
-    if (lengths := _defined(found.correlation_length)).size:
-        reaches = f"; {'tiles are' if found.null == 'tile' else 'the null reaches'} {span(found.reach)}"
-        sentences.append(
-            f"Expression of a type is correlated over {span(lengths)} (correlation length, in the unit of the "
-            f"coordinates){reaches if np.isfinite(found.reach).any() else ''}"
-            f"{' wide.' if found.null == 'tile' and np.isfinite(found.reach).any() else '.'}"
-        )
+    if tested.any():
+        sentences.append(_scale_sentence(found, tested))
     if found.null in VALIDITY:
         sentences.append(VALIDITY[found.null])
     return sentences
 
 
-def _in_sample(evaluation: HeadEvaluation) -> str:
-    """Return what must stand beside a count of significant heads."""
-    if False in evaluation.held_out:
-        return ", in-sample" if True not in evaluation.held_out else ", in part in-sample"
-    return ""
+def _scale_sentence(found: SpatialTests, tested: Bool[np.ndarray, " types"]) -> str:
+    lengths = found.correlation_length[tested]
+    none = int(np.count_nonzero(np.isnan(lengths)))
+    parts = [] if none == lengths.size else [span(lengths)]
+    if none:
+        parts.append("none found" + (f" in {none} of {lengths.size} types" if parts else ""))
+    # the others reach no distance: theirs is that of the lag null
+    if found.null in ("lag", "tile") and np.isfinite(found.reach).any():
+        reach = span(found.reach)
+        parts.append(f"tiles are {reach} wide" if found.null == "tile" else f"the null reaches {reach}")
+    return f"Correlation length of expression, in the unit of the coordinates: {'; '.join(parts)}."
+
+
+def _all_held_out(evaluation: HeadEvaluation) -> bool:
+    return set(evaluation.held_out) <= {True}
 
 
 def _most_permutations(evaluation: HeadEvaluation) -> int:

@@ -27,6 +27,7 @@ from amici_eval.report.wording import (
     WHY_THIS_ORDER,
     effect,
     engine_sentence,
+    in_sample_text,
     interval,
     made_folder,
     p_text,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["write_html"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_EFFECTIVE = "Effective cells (lag)"
 _HOW_TO_READ = (
     "Each head was kept alone: the attention of all other heads was set to zero, and the model predicted the "
     "expression of every receiver cell again (keep-one ablation). Explained variance (EV) compares that prediction "
@@ -52,9 +54,9 @@ _HOW_TO_READ = (
     "below 0 is worse. Heads overlap, so the values of several heads do not add up. A p-value says how often "
     "predictions would fit at least as well by chance, as its null has it (free: handed to shuffled cells of the same "
     "type; spatial: unrelated to expression, but as smooth in the tissue); it says that a head carries "
-    "information about single cells, not that the effect is large, nor what causes it. Effects on cells that the "
-    "model was fitted on (in-sample) are optimistic, and the best of many genes is optimistic everywhere. Undefined "
-    "values are left empty and explained; they count neither for nor against a head."
+    "information about single cells, not that the effect is large, nor what causes it. Effects and p-values on cells "
+    "that the model was fitted on (in-sample) are optimistic, and the best of many genes is optimistic everywhere. "
+    "Undefined values are left empty and explained; they count neither for nor against a head."
 )
 
 
@@ -177,7 +179,7 @@ def _matrix(evaluation: HeadEvaluation) -> str:
         rows.append(row(cell_type, cells))
     caption = (
         f"Explained variance over all genes, one head kept alone. * adjusted p ≤ {alpha:g} "
-        f"({evaluation.decided_by} null). Red above 0, blue below. – undefined."
+        f"({evaluation.decided_by} null{in_sample_text(evaluation)}). Red above 0, blue below. – undefined."
     )
     return section("matrix", "Heads and cell types", table(header, rows, caption, kind="matrix"))
 
@@ -187,7 +189,7 @@ def _best(evaluation: HeadEvaluation) -> str:
     header = ["Receiver type", "Best head", "EV, all genes"]
     header += _where(evaluation.intervals, "Interval") + _where(evaluation.trivial, "Gain", "EV, nearest masked")
     header += [*_where(parts, "EV, held out"), "Best gene", "EV, best gene"]
-    header += ["Effective cells", f"Adjusted p ({evaluation.decided_by})"] if spatial else ["Adjusted p"]
+    header += [_EFFECTIVE, f"Adjusted p ({evaluation.decided_by})"] if spatial else ["Adjusted p"]
     rows = []
     for best in best_heads(evaluation).to_dict("records"):
         cells = [best["head"], effect(best["expl_var_head"])]
@@ -251,7 +253,7 @@ def _heads(evaluation: HeadEvaluation) -> str:
     )
     if spatial:
         null = evaluation.decided_by
-        header += ["Effective cells", "Detectable EV", f"p ({null})", f"Adjusted p ({null})"]
+        header += [_EFFECTIVE, "Detectable EV (lag)", f"p ({null})", f"Adjusted p ({null})"]
     free = f" ({evaluation.spec.permutation.null}, anticonservative)" if spatial else ""
     header += [f"p{free}", f"p interval{free and ' (free)'}", f"Adjusted p{free}"]
     header += [f"Significant ({evaluation.decided_by})", "Held out", "Undefined because"]

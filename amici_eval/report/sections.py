@@ -36,9 +36,9 @@ _N_GENES = 5
 _MOST_OPEN_ROWS = 30
 _HELD_OUT = (
     "Explained variance over all genes on the cells that the model was fitted on / on the others; an effect that does "
-    "not remain on the others was memorised. After a random split the others still have cells of training among their "
-    "neighbours; only a region or section that was held out as a whole shows what carries over to new tissue. – too "
-    "few cells. Intervals are in tables/held_out.csv, and show where the pointer rests."
+    "not remain on the others may have been memorised. After a random split the others still have cells of training "
+    "among their neighbours; only a region or section that was held out as a whole shows what carries over to new "
+    "tissue. – too few cells. Intervals are in tables/held_out.csv, and show where the pointer rests."
 )
 _NEAREST = (
     "Explained variance over all genes / the same with the nearest neighbour of every cell masked out. A head that "
@@ -152,8 +152,8 @@ def genes_section(evaluation: HeadEvaluation) -> str:
         f"variance. * adjusted p ≤ {alpha:g} (lag null): one family of {n_tests:,} tests, all heads x types x genes "
         f"({adjustment_text(evaluation, null='lag')}), apart from the family of heads x types. "
         + (
-            f"{unexplained:,} more genes with such a p have no explained variance above 0 and are left out: related to "
-            "the prediction, but not explained by it. "
+            f"Left out, {unexplained:,} more with such a p, but without explained variance above 0: related to the "
+            "prediction, but badly scaled. "
             if unexplained
             else ""
         )
@@ -173,9 +173,9 @@ def scale_section(evaluation: HeadEvaluation) -> str:
     columns: list[list[str]] = [[f"{number:,}" for number in evaluation.n_cells]]
     if spatial is not None:
         of_lag = "" if spatial.null == "lag" else " (lag null)"
-        reach = "Tile width" if spatial.null == "tile" else "Reach"
+        reach = "Tile width" if spatial.null == "tile" else f"Reach{of_lag}"
         tested = ~np.isnan(spatial.ess).all(axis=0)
-        header += ["Correlation length", reach, f"Effective sample size{of_lag}", "Detectable EV"]
+        header += ["Correlation length", reach, f"Effective sample size{of_lag}", f"Detectable EV{of_lag}"]
         columns += [
             [
                 "none found" if has_test and np.isnan(value) else _known(rounded(float(value)))
@@ -190,12 +190,17 @@ def scale_section(evaluation: HeadEvaluation) -> str:
             + (
                 "Tile width: side of the squares within which cells are shuffled. "
                 if spatial.null == "tile"
-                else f"Reach: distance up to which the {printable(spatial.null)} null takes correlation into account. "
+                else "Reach: distance up to which the lag null takes correlation into account. "
             )
             + "Effective sample size: as many independent cells would say as much. Detectable EV: smallest explained "
-            "variance that "
-            "the lag null would have found with 80 % power; where a head is not significant and this is large, the "
-            "tissue is too small to tell. Ranges are over heads. "
+            "variance that the lag null would have found with 80 % power; where a head is not significant and this is "
+            "large, the tissue is too small to tell. Ranges are over heads. "
+            + (
+                f"All of these{' but the tile width' if spatial.null == 'tile' else ''}, and the p of genes, come from "
+                f"the lag null, not from the {printable(spatial.null)} null. "
+                if of_lag
+                else ""
+            )
         )
     if bounds is not None:
         header.append("Tiles")

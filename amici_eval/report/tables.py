@@ -14,6 +14,7 @@ from amici_eval.report.wording import (
     WHY_THIS_ORDER,
     effect,
     engine_sentence,
+    in_sample_text,
     interval,
     made_folder,
     p_text,
@@ -152,6 +153,6 @@ def _best_head_table(evaluation: HeadEvaluation) -> list[str]:
         lines.append("  ".join(cells).rstrip())
     return [
         f"Best head per type (largest explained variance, EV, over all genes; * adjusted p <= {alpha:g}, "
-        f"{evaluation.decided_by} null):",
+        f"{evaluation.decided_by} null{in_sample_text(evaluation)}):",
         *lines,
     ]

@@ -24,6 +24,7 @@ __all__ = [
     "adjustment_text",
     "effect",
     "engine_sentence",
+    "in_sample_text",
     "interval",
     "made_folder",
     "p_text",
@@ -155,6 +156,13 @@ def adjustment_text(evaluation: HeadEvaluation, *, null: str) -> str:
     if adjustment == "maxt":
         return "step-down maxT" if null == evaluation.spec.permutation.null else "Holm"
     return adjustment.upper()
+
+
+def in_sample_text(evaluation: HeadEvaluation) -> str:
+    """Return what must stand beside a count or a mark of significant heads: empty unless cells are in-sample."""
+    if False not in evaluation.held_out:
+        return ""
+    return ", in-sample" if set(evaluation.held_out) == {False} else ", in part in-sample"
 
 
 def made_folder(directory: str | Path) -> Path:

@@ -158,8 +158,8 @@ def paired_differences(
     tile_bootstrap`), with the linearised standard error ``s^2 = sum_b (D_b - difference * T_b / S)^2``, T_b the squares
     of expression in the tile. Equivalence takes both one-sided tests from the same resamples (TOST, Schuirmann 1987).
 
-    Measured (200 pairs of models with errors of one law, 600 cells, Gaussian fields with kernel ``exp(-d^2 / (2 w^2))``,
-    w = .02, .04, .08 of the window): p at most .05 in .04, .02, .08 of them with 3 x 3 tiles and .05, .04, .17 with 6 x
+    Measured (200 pairs of models with errors of one law, 600 cells, Gaussian kernel ``exp(-d^2 / (2 w^2))``, w = .02,
+    .04, .08 of the window): p at most .05 in .04, .02, .08 of them with 3 x 3 tiles and .05, .04, .17 with 6 x
     6; the 95 % interval holds 0 in .96, .99, .95 and .95, .96, .85. Tiles two w wide are too narrow. At the margin,
     ``p_not_worse`` is at most .05 in .06 and .05 (w = .04).
 

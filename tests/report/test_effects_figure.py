@@ -65,7 +65,7 @@ def test_heads_are_filled_where_the_null_that_decides_says_so(ax, evaluation):
     (hollow,) = (c for c in ax.collections if c.get_gid() == "not_significant")
     assert filled.get_facecolor().tolist() == filled.get_edgecolor().tolist() == hollow.get_edgecolor().tolist()
     assert hollow.get_facecolor()[0].tolist() == [1.0, 1.0, 1.0, 1.0]
-    assert "adjusted p ≤ 0.05; lag null" in texts(ax).lower()
+    assert "adjusted p ≤ 0.05, in-sample; lag null" in texts(ax).lower()
 
 
 def test_intervals_run_from_bound_to_bound(ax, evaluation):

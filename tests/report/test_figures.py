@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from amici_eval.errors import DataError, InvalidSpecError, OutputError
 from amici_eval.names import slugify
-from amici_eval.report.figures import plot_barplot, plot_heatmap
+from amici_eval.report.figures import plot_barplot, plot_heatmap, significance_note
 from amici_eval.report.saving import save_figures
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
@@ -66,7 +66,7 @@ def test_asterisks_stand_above_the_significant_bars_only(ax):
     assert sorted(x for x, _ in significant.get_offsets()) == pytest.approx(expected)
     for x, y in significant.get_offsets():
         assert y > positions[min(positions, key=lambda bar: abs(bar - x))]
-    assert "* adjusted p ≤ 0.05; free null; anticonservative in spatially autocorrelated tissue" in texts(ax)
+    assert "* adjusted p ≤ 0.05, in-sample; free null; anticonservative in spatially autocorrelated tissue" in texts(ax)
 
 
 def test_asterisks_and_caption_follow_the_null_that_decides(ax):
@@ -75,7 +75,9 @@ def test_asterisks_and_caption_follow_the_null_that_decides(ax):
     plot_barplot(evaluation, ax=ax)
     (significant,) = marks(ax, "significant")
     assert len(significant.get_offsets()) == evaluation.n_significant
-    assert "* adjusted p ≤ 0.05; torus null; made for sections that are filled rectangles" in texts(ax)
+    assert "* adjusted p ≤ 0.05, in-sample; torus null; made for sections that are filled rectangles" in texts(ax)
+    held_out = make_evaluation(inferred="torus", held_out=(True,) * 7)
+    assert significance_note(held_out).startswith("* adjusted p ≤ 0.05; torus null; ")
     assert "pale: no test (by the torus null: too few cells" in texts(ax)
     for index, name in enumerate(evaluation.cell_types[:-1]):
         axes = Figure(figsize=(8, 5)).add_subplot()

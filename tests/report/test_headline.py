@@ -39,7 +39,7 @@ def test_summary_says_effects_then_the_spatial_then_the_free_test(inferred):
         "(lag null, BH over all tests)",
         "Effective sample size",
         "Smallest effect",
-        "correlation length",
+        "Correlation length",
         VALIDITY["lag"],
         "For comparison with amici-st, by the free null, which is anticonservative",
         "(free null, 999 permutations, BH over all tests)",
@@ -55,8 +55,15 @@ def test_summary_counts_by_each_null(inferred):
     assert inferred.n_significant != inferred.n_significant_free
     outcome = f"{inferred.n_significant} of 16 tested head x type pairs are significant at adjusted p <= 0.05"
     assert f"{outcome}, in-sample (lag" in text
-    for held_out, where in (((True,) * 7, ""), ((True, False) * 3 + (True,), ", in part in-sample")):
+    for held_out, where in (
+        ((True,) * 7, ""),
+        ((None,) * 7, ""),
+        ((True, False) * 3 + (True,), ", in part in-sample"),
+        ((None, False) * 3 + (None,), ", in part in-sample"),
+    ):
         assert f"{outcome}{where} (lag" in text_of(dataclasses.replace(inferred, held_out=held_out))
+    free = text_of(dataclasses.replace(inferred, spatial=None))
+    assert "significant at adjusted p <= 0.05, in-sample (free null" in free
     assert f"{inferred.n_significant_free} of 17 tested head x type pairs are significant" in text
     assert "5 of 21 pairs have no test." in text
     assert "4 of 21 pairs have no test." in text
@@ -72,6 +79,7 @@ def test_summary_says_interval_gain_and_what_remains(inferred):
     assert f"(median gain {effect(float(np.median(gain)))})" in text
     assert "(types of neighbours, expression of neighbours, position; fitted on training cells)" in text
     assert "Cells that the model was fitted on flatter the heads" in text
+    assert "flatter the heads" in text_of(dataclasses.replace(inferred, held_out=(None,) * 7))
     assert "flatter the heads" not in text_of(dataclasses.replace(inferred, held_out=(True,) * 7))
     both = inferred.expl_var > 0
     lost = (inferred.trivial.without_nearest < inferred.expl_var / 2) & both
@@ -84,8 +92,8 @@ def test_summary_says_interval_gain_and_what_remains(inferred):
 def test_summary_says_scale_and_power_in_units_of_the_data(inferred):
     text, found = text_of(inferred), inferred.spatial
     assert f"Effective sample size: {span(found.ess)} (median " in text
-    assert f"correlated over {span(found.correlation_length)} (correlation length, in the unit of the" in text
-    assert "the null reaches 400 to 405." in text
+    length = "Correlation length of expression, in the unit of the coordinates: "
+    assert f"{length}{span(found.correlation_length)}; the null reaches 400 to 405." in text
     assert f"median {effect(float(np.nanmedian(found.detectable)))}." in text
 
 
@@ -95,7 +103,7 @@ def test_the_table_of_best_heads_is_marked_by_the_null_that_decides(inferred):
     values[2, 2] = 0.9
     lines = summary_lines(dataclasses.replace(inferred, expl_var=values))
     start = next(number for number, line in enumerate(lines) if line.startswith("cell type"))
-    assert lines[start - 1].endswith("* adjusted p <= 0.05, lag null):")
+    assert lines[start - 1].endswith("* adjusted p <= 0.05, lag null, in-sample):")
     assert lines[start].split("  ")[0] == "cell type"
     for name in ("interval", "gain", "held out", "ESS"):
         assert name in lines[start]
@@ -119,16 +127,22 @@ def test_the_sentence_is_of_the_null_that_was_used(null):
     assert f"({null} null, BH over all tests)" in text
 
 
-def test_lengths_of_types_without_structure_are_left_out(inferred):
-    none = dataclasses.replace(inferred.spatial, correlation_length=np.full(7, np.nan))
-    assert "correlation length" not in text_of(dataclasses.replace(inferred, spatial=none))
+def test_it_is_said_where_no_correlation_length_was_found(inferred):
+    lengths = inferred.spatial.correlation_length.copy()
+    lengths[[0, 2]] = np.nan
+    for values, words in (
+        (lengths, f": {span(lengths)}; none found in 2 of 6 types; the null reaches"),
+        (np.full(7, np.nan), ": none found; the null reaches"),
+    ):
+        found = dataclasses.replace(inferred.spatial, correlation_length=values)
+        assert f"in the unit of the coordinates{words}" in text_of(dataclasses.replace(inferred, spatial=found))
 
 
 def test_under_other_nulls_it_is_said_what_comes_from_the_lag_null():
     text = text_of(make_evaluation(inferred="tile"))
     assert "Effective sample size (by the lag null): " in text
-    assert "; tiles are 4" in text
-    assert " wide." in text
+    assert "; tiles are 400 to 405 wide." in text
+    assert "the null reaches" not in text_of(make_evaluation(inferred="torus"))
 
 
 @pytest.mark.parametrize(

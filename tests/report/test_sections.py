@@ -71,7 +71,7 @@ def test_the_matrix_is_marked_by_the_null_that_decides(page, evaluation):
         for head, cell in enumerate(row[2:]):
             assert cell.endswith("*") == bool(evaluation.spatial.p_value_adj[head, index] <= 0.05)
     assert np.any((evaluation.spatial.p_value_adj > 0.05) & (evaluation.p_value_adj <= 0.05)), "else it says less"
-    assert "* adjusted p ≤ 0.05 (lag null)." in page.text
+    assert "* adjusted p ≤ 0.05 (lag null, in-sample)." in page.text
     low, high = (effect(bound[1, 2]) for bound in (evaluation.intervals.low, evaluation.intervals.high))
     assert any(f"({low} to {high})" in title for title in page.attributes("title"))
 
@@ -136,7 +136,7 @@ def test_genes_are_those_with_the_smallest_adjusted_p(page, evaluation):
     related = (evaluation.spatial.p_value_adj_gene <= 0.05) & ~(evaluation.expl_var_gene > 0)
     unexplained = related[evaluation.adjusted <= 0.05].sum()
     assert unexplained
-    assert f"{unexplained} more genes with such a p have no explained variance above 0 and are left out" in page.text
+    assert f"Left out, {unexplained:,} more with such a p, but without explained variance above 0" in page.text
     n_tests = np.isfinite(evaluation.spatial.p_value_gene).sum()
     assert f"one family of {n_tests} tests, all heads x types x genes (BH)" in page.text
 
@@ -171,7 +171,12 @@ def test_scale_and_power_are_in_units_of_the_data(page, evaluation):
     assert [row[2] for row in found.rows[1:]] == ["none found"] * 6 + ["–"], "the last type has no test"
     tile = scale_section(make_evaluation(inferred="tile"))
     assert "Tile width: side of the squares" in tile
-    assert "Effective sample size (lag null)" in tile
+    for null, but in (("tile", " but the tile width"), ("torus", ""), ("sample", "")):
+        shown = scale_section(make_evaluation(inferred=null))
+        assert ("Tile width" if null == "tile" else "Reach (lag null)") in Page(shown).rows[0]
+        for name in ("Effective sample size (lag null)", "Detectable EV (lag null)"):
+            assert name in Page(shown).rows[0]
+        assert f"All of these{but}, and the p of genes, come from the lag null, not from the {null} null." in shown
 
 
 def test_p_against_tile_width_is_there_only_where_there_are_widths(page, evaluation):
@@ -190,7 +195,7 @@ def test_p_against_tile_width_is_there_only_where_there_are_widths(page, evaluat
 
 def test_all_heads_have_the_spatial_p_before_the_free_one(page, evaluation):
     header, rows = rows_below(page, "Receiver type", "Head", "Cells", "EV, all genes")
-    names = ["Interval", "Gain", "Effective cells", "p (lag)", "Adjusted p (lag)", "p (free, anticonservative)"]
+    names = ["Interval", "Gain", "Effective cells (lag)", "p (lag)", "Adjusted p (lag)", "p (free, anticonservative)"]
     places = [header.index(name) for name in names]
     assert places == sorted(places)
     frame = evaluation.heads()

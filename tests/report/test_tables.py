@@ -220,11 +220,8 @@ def test_summary_says_effects_before_tests_and_everything_once():
         ((True, True), "Held out: the model was fitted on none of the evaluated cells."),
         ((False, False), "In-sample: the model was fitted on some or all"),
         ((None, None), "It is not known which cells the model was fitted on"),
-        ((True, False), "Of 2 types, 1 are held out, 1 in-sample (their effects and p-values are optimistic)."),
-        (
-            (True, None),
-            "Of 2 types, 1 are held out, 0 in-sample (their effects and p-values are optimistic) and 1 unknown.",
-        ),
+        ((True, False), "Of 2 types: 1 held out, 1 in-sample. Effects and p-values of those that are not held out are"),
+        ((True, None), "Of 2 types: 1 held out, 1 unknown. Effects and p-values of those that are not held out are"),
     ],
 )
 def test_summary_says_what_is_held_out(held_out, expected):
