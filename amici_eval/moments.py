@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +186,25 @@ class Moments:
             if target > 0.0:
                 values[:, index] = 1.0 - residual / target
         return values
+
+    def without_tiles(self) -> Moments:
+        """Return the sketch with numbers of cells alone: enough to tell how alike heads are, and small."""
+        types, place = np.unique(self.row_type, return_inverse=True)
+        unknown: dict[str, Any] = {
+            entry.name: np.full((len(types), *getattr(self, entry.name).shape[1:]), np.nan, dtype=np.float32)
+            for entry in fields(self)
+            if entry.name.startswith(("target_", "residual_", "full_"))
+        }
+        return replace(
+            self,
+            row_type=types,
+            row_tile=np.zeros(len(types), dtype=np.int64),
+            row_held_out=np.full(len(types), -1, dtype=np.int64),
+            n_cells=np.bincount(place, weights=self.n_cells, minlength=len(types)).astype(np.int64),
+            sketch_tile=np.full(len(self.sketch_names), -1, dtype=np.int64),
+            tile_center=self.tile_center[:1],
+            **unknown,
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write a compressed ``.npz`` without pickles and return its path."""

@@ -1,0 +1,568 @@
+"""Compare the heads of several versions on the same cells: who is whom, what is new, what got better or worse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.comparison_results import (
+    WHOLE_MODEL,
+    ComparedVersion,
+    HeadComparison,
+    HeadDifferences,
+    HeadMatches,
+    Lineage,
+    Overall,
+)
+from amici_eval.comparison_spec import ComparisonSpec
+from amici_eval.errors import DataError
+from amici_eval.results import HeadEvaluation
+from amici_eval.sketches import attention_of_both, blocks_of, contributions, outputs_of, shared_by
+from amici_eval.stats.alignment import (
+    assign_heads,
+    attention_divergence,
+    head_products,
+    linear_cka,
+    match_heads,
+    profile_cosine,
+)
+from amici_eval.stats.multiplicity import adjust_p_values
+from amici_eval.stats.paired import PairedDifferences, PairedRows, paired_differences, pooled_difference, verdict_of
+from amici_eval.tile_rows import kept_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from jaxtyping import Float64
+
+    from amici_eval.comparison_results import FailedVersion
+    from amici_eval.moments import Moments
+    from amici_eval.sketches import Shared
+
+__all__ = ["compare", "matched_similarity"]
+
+
+def compare(
+    evaluations: Sequence[HeadEvaluation | str | Path],
+    spec: ComparisonSpec | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    run_ids: Sequence[str | None] | None = None,
+    reused: Sequence[bool] | None = None,
+    failed: Sequence[FailedVersion] = (),
+    floor: Float64[np.ndarray, " heads"] | None = None,
+    cells: str | None = None,
+    notes: Sequence[str] = (),
+    progress: Callable[[int, int, str], None] | None = None,
+) -> HeadComparison:
+    """Learn which heads of one version are those of the next, which are new or gone, and what got better or worse.
+
+    Parameters
+    ----------
+    evaluations
+        Of the versions, oldest first, on the same cells, by the factored engine; or folders that hold one each, which
+        are read two at a time, so that memory does not grow with their number. All of one model on different data:
+        the data sets are compared.
+    spec
+        Settings.
+    labels
+        Names of the columns; by default model name and version, or the name of the data.
+    run_ids, reused, failed, cells, notes
+        To be shown with the result: where the evaluations are, whether they were there before, what could not be
+        evaluated, which cells these are, and remarks.
+    floor
+        Matched similarities of untrained models (:func:`matched_similarity`).
+    progress
+        Told how many pairs of versions are done, of how many, and which is next.
+
+    Returns
+    -------
+    HeadComparison
+        Matches and differences of consecutive versions, and heads through all of them.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than two, they are of different cells, or no moments were kept of one.
+
+    Notes
+    -----
+    Heads are matched by the correlation of their contributions, each kept alone, over cells and genes, both centred
+    within cell types: the assignment with the largest sum of similarities above ``spec.unmatched``. Lineages follow
+    these matches from version to version.
+    """
+    spec = spec or ComparisonSpec()
+    n_versions = len(evaluations)
+    if n_versions < 2:
+        raise DataError(
+            value=f"{n_versions} evaluation{'s' * (n_versions != 1)}",
+            rule="a comparison needs at least two",
+            fix="give two versions or more",
+        )
+    versions: list[ComparedVersion] = []
+    matches: list[HeadMatches] = []
+    differences: list[HeadDifferences] = []
+    overall: list[Overall] = []
+    similarity: dict[tuple[int, int], Float64[np.ndarray, "before after"]] = {}
+    more = list(notes)
+    sketches: list[Moments] = []
+    first = previous = None
+    kind = "versions"
+    for position, given in enumerate(evaluations):
+        evaluation = given if isinstance(given, HeadEvaluation) else HeadEvaluation.load(given)
+        if first is None:
+            first = evaluation
+        elif position == 1:
+            kind = _kind(first, evaluation)
+        label = labels[position] if labels is not None else _label(evaluation, kind, position)
+        if progress is not None:
+            progress(position, n_versions, label)
+        versions.append(
+            _compared(
+                evaluation,
+                label=label,
+                run_id=None if run_ids is None else run_ids[position],
+                reused=False if reused is None else reused[position],
+            )
+        )
+        if kind == "versions":
+            moments = _moments_of(evaluation, label)
+            if previous is not None:
+                _check_same_cells(previous, evaluation, versions[-2].label, label)
+                pair = (position - 1, position)
+                matches.append(_matches(previous, evaluation, pair, spec, reseeded=_same_setup(*versions[-2:])))
+                found, whole = _differences(previous, evaluation, matches[-1], spec)
+                differences.append(found)
+                overall.append(whole)
+                more += _what_differs(previous, evaluation, versions[-2].label, label)
+            sketches.append(moments.without_tiles())
+            for before in range(position):
+                similarity[before, position] = (
+                    matches[-1].similarity
+                    if before == position - 1
+                    else _similarity(sketches[before], sketches[position])
+                )
+        elif previous is not None:
+            found, whole = _unpaired(versions[-2], versions[-1], position, spec)
+            differences.append(found)
+            overall.append(whole)
+        previous = evaluation
+    if progress is not None:
+        progress(n_versions, n_versions, "done")
+    lineages = _lineages(versions, matches, similarity, kind)
+    reseeded = [
+        matched_similarity(similarity[before, after])
+        for before, after in combinations(range(n_versions), 2)
+        if kind == "versions" and _same_setup(versions[before], versions[after])
+    ]
+    known = [flag for version in versions for flag in version.held_out]
+    return HeadComparison(
+        kind=kind,
+        versions=_named_apart(versions),
+        failed=tuple(failed),
+        matches=tuple(matches),
+        differences=tuple(differences),
+        overall=tuple(overall),
+        lineages=lineages,
+        similarity=similarity,
+        floor=floor,
+        reseeded=np.concatenate(reseeded) if reseeded else np.zeros(0),
+        unmatched=spec.unmatched,
+        margin=spec.margin,
+        alpha=spec.alpha,
+        confidence=spec.confidence,
+        seed=spec.seed,
+        cells=cells or "all evaluated cells",
+        in_sample=True if False in known else None if None in known else False,
+        notes=tuple(more),
+    )
+
+
+def matched_similarity(similarity: Float64[np.ndarray, "before after"]) -> Float64[np.ndarray, " matches"]:
+    """Return how alike matched heads are if all are matched that can be, the most alike first."""
+    partner = assign_heads(similarity, unmatched=-1.0)
+    has = np.flatnonzero(partner >= 0)
+    return np.sort(similarity[has, partner[has]])[::-1]
+
+
+def _kind(first: HeadEvaluation, second: HeadEvaluation) -> str:
+    """Tell versions on the same cells from data sets seen by one model."""
+    same_data = first.data.get("digest") == second.data.get("digest")
+    names = [[one.model.get(key) for key in ("model_id", "name", "version")] for one in (first, second)]
+    return "datasets" if names[0] == names[1] and any(names[0]) and not same_data else "versions"
+
+
+def _label(evaluation: HeadEvaluation, kind: str, position: int) -> str:
+    model = evaluation.model
+    if kind == "datasets":
+        return str(evaluation.data.get("name") or f"data {position + 1}")
+    if model.get("name"):
+        return f"{model['name']} {model.get('version')}"
+    return str(model.get("model_id") or f"model {position + 1}")
+
+
+def _compared(evaluation: HeadEvaluation, *, label: str, run_id: str | None, reused: bool) -> ComparedVersion:
+    found = evaluation.intervals
+    nothing = np.full(evaluation.expl_var.shape, np.nan)
+    return ComparedVersion(
+        label=label,
+        model=dict(evaluation.model),
+        data=dict(evaluation.data),
+        run_id=run_id,
+        reused=reused,
+        setup=evaluation.model.get("setup"),
+        n_heads=evaluation.n_heads,
+        cell_types=evaluation.cell_types,
+        held_out=evaluation.held_out,
+        n_cells=evaluation.n_cells,
+        expl_var=evaluation.expl_var,
+        low=nothing if found is None else found.low,
+        high=nothing if found is None else found.high,
+        p_value_adj=evaluation.adjusted,
+        full=evaluation.expl_var_full,
+        full_low=nothing[0] if found is None else found.full_low,
+        full_high=nothing[0] if found is None else found.full_high,
+        alpha=evaluation.spec.permutation.alpha,
+        decided_by=evaluation.decided_by,
+    )
+
+
+def _named_apart(versions: Sequence[ComparedVersion]) -> tuple[ComparedVersion, ...]:
+    """Number columns of one name."""
+    labels = [version.label for version in versions]
+    return tuple(
+        replace(version, label=f"{version.label} ({labels[:position].count(version.label) + 1})")
+        if labels.count(version.label) > 1
+        else version
+        for position, version in enumerate(versions)
+    )
+
+
+def _same_setup(one: ComparedVersion, other: ComparedVersion) -> bool:
+    return one.setup is not None and one.setup == other.setup
+
+
+def _moments_of(evaluation: HeadEvaluation, label: str) -> Moments:
+    if evaluation.moments is None:
+        raise DataError(
+            value=f"{label}: no moments were kept ({evaluation.engine} engine)",
+            rule="heads are matched by what the factored engine keeps of its pass over the cells",
+            fix="evaluate it with ablation.engine=factored, on data with coordinates",
+        )
+    return evaluation.moments
+
+
+def _check_same_cells(before: HeadEvaluation, after: HeadEvaluation, *labels: str) -> None:
+    digests = [one.data.get("digest") for one in (before, after)]
+    if None not in digests and digests[0] != digests[1]:
+        raise DataError(
+            value=f"{labels[0]} was evaluated on data {digests[0]}, {labels[1]} on {digests[1]}",
+            rule="versions are compared on the same cells",
+            fix="evaluate both on the same data; several data sets are compared for one and the same model",
+        )
+    one, other = before.moments, after.moments
+    if one is not None and other is not None:
+        same = one.tile_center.shape == other.tile_center.shape
+        if not same or not np.allclose(one.tile_center, other.tile_center):
+            raise DataError(
+                value=f"{labels[0]} and {labels[1]} were cut into other tiles of tissue",
+                rule="differences are told tile by tile; tiles follow from the cells and the number of cell types",
+                fix="evaluate both on the same cells, of types that both models know",
+            )
+    there = dict(zip(after.cell_types, after.n_cells.tolist(), strict=True))
+    for cell_type, n_cells in zip(before.cell_types, before.n_cells.tolist(), strict=True):
+        if there.get(cell_type, n_cells) != n_cells:
+            raise DataError(
+                value=f"{n_cells} cells of {cell_type} in {labels[0]}, {there[cell_type]} in {labels[1]}",
+                rule="versions are compared on the same cells",
+                fix="evaluate both with the same data.subset",
+            )
+
+
+def _what_differs(before: HeadEvaluation, after: HeadEvaluation, *labels: str) -> list[str]:
+    """Say what the two do not share: it is not compared."""
+    said = []
+    for what, one, other in (
+        ("genes", before.genes, after.genes),
+        ("cell types", before.cell_types, after.cell_types),
+    ):
+        only = [[name for name in own if name not in set(others)] for own, others in ((one, other), (other, one))]
+        said += [
+            f"{len(names)} {what} of {label} are not in {unlike} and were left out of their comparison: {_some(names)}"
+            for names, label, unlike in zip(only, labels, reversed(labels), strict=True)
+            if names
+        ]
+    if before.n_heads != after.n_heads:
+        said.append(f"{labels[0]} has {before.n_heads} heads, {labels[1]} has {after.n_heads}")
+    return said
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _similarity(before: Moments, after: Moments) -> Float64[np.ndarray, "before after"]:
+    shared = shared_by(before, after)
+    blocks = blocks_of(before, shared)
+    return head_products(contributions(before, shared, 0, blocks), contributions(after, shared, 1, blocks)).similarity
+
+
+def _matches(
+    before: HeadEvaluation, after: HeadEvaluation, pair: tuple[int, int], spec: ComparisonSpec, *, reseeded: bool
+) -> HeadMatches:
+    one, other = before.moments, after.moments
+    assert one is not None  # noqa: S101, RUF100 - for the type checker
+    assert other is not None  # noqa: S101, RUF100 - for the type checker
+    shared = shared_by(one, other)
+    blocks = blocks_of(one, shared)
+    found = match_heads(
+        contributions(one, shared, 0, blocks),
+        contributions(other, shared, 1, blocks),
+        unmatched=spec.unmatched,
+        n_permutations=spec.n_permutations,
+        seed=spec.seed,
+    )
+    attention = attention_of_both(one, other)
+    return HeadMatches(
+        before=pair[0],
+        after=pair[1],
+        cell_types=shared.cell_types,
+        n_genes=len(shared.genes),
+        n_cells=len(shared.types),
+        similarity=found.similarity,
+        similarity_by_type=found.similarity_by_type,
+        partner=found.partner,
+        n_permutations=spec.n_permutations,
+        p_value=found.p_value,
+        p_value_spatial=found.p_value_spatial,
+        cka=linear_cka(outputs_of(one, shared, 0), outputs_of(other, shared, 1), shared.types, shared.weights),
+        divergence=np.full(found.similarity.shape, np.nan) if attention is None else attention_divergence(*attention),
+        profile_cosine=profile_cosine(_profiles(before, shared), _profiles(after, shared)),
+        reseeded=reseeded,
+        reason=found.reason,
+    )
+
+
+def _profiles(evaluation: HeadEvaluation, shared: Shared) -> Float64[np.ndarray, "heads genes"]:
+    """Return explained variance by gene, averaged over the cells of the shared types where it is defined."""
+    types = [evaluation.cell_types.index(name) for name in shared.cell_types]
+    genes = [evaluation.genes.index(name) for name in shared.genes]
+    values = evaluation.expl_var_gene[:, types][:, :, genes]
+    weight = evaluation.n_cells[types].astype(np.float64)[None, :, None] * ~np.isnan(values)
+    total = weight.sum(axis=1)
+    return np.divide(
+        (weight * np.nan_to_num(values)).sum(axis=1), total, out=np.full(total.shape, np.nan), where=total > 0
+    )
+
+
+def _differences(
+    before: HeadEvaluation, after: HeadEvaluation, match: HeadMatches, spec: ComparisonSpec
+) -> tuple[HeadDifferences, Overall]:
+    one, other = before.moments, after.moments
+    assert one is not None  # noqa: S101, RUF100 - for the type checker
+    assert other is not None  # noqa: S101, RUF100 - for the type checker
+    shared = shared_by(one, other)
+    kept = np.flatnonzero(match.partner >= 0)
+    heads = np.append(kept, WHOLE_MODEL), np.append(match.partner[kept], WHOLE_MODEL)
+    parts: list[PairedRows] = []
+    found: list[PairedDifferences] = []
+    reasons: list[tuple[str, str]] = []
+    for cell_type in shared.cell_types:
+        rows = [kept_rows(moments, cell_type, shared.genes) for moments in (one, other)]
+        paired = PairedRows(
+            tiles=rows[0].tiles,
+            n_cells=rows[0].n_cells,
+            target_mean=rows[0].target_mean,
+            target_m2=rows[0].target_m2,
+            before_mean=rows[0].residual_mean[:, heads[0]],
+            before_m2=rows[0].residual_m2[:, heads[0]],
+            after_mean=rows[1].residual_mean[:, heads[1]],
+            after_m2=rows[1].residual_m2[:, heads[1]],
+            varies=rows[0].varies,
+        )
+        parts.append(paired)
+        found.append(
+            paired_differences(
+                paired,
+                confidence=spec.confidence,
+                n_resamples=spec.n_bootstrap,
+                n_flips=spec.n_flips,
+                margin=spec.margin,
+                by_gene=spec.genes,
+                seed=spec.seed,
+                label=cell_type,
+            )
+        )
+        if found[-1].reason is not None:
+            reasons.append((cell_type, found[-1].reason))
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([getattr(item, name) for item in found], axis=1)
+
+    p = adjust_p_values(stacked("p_value"), method=spec.adjustment)
+    p_gene = stacked("p_value_gene") if spec.genes else None
+    whole = pooled_difference(
+        [_last_pair(part) for part in parts],
+        confidence=spec.confidence,
+        n_resamples=spec.n_bootstrap,
+        n_flips=spec.n_flips,
+        margin=spec.margin,
+        seed=spec.seed,
+    )
+    return (
+        HeadDifferences(
+            before=match.before,
+            after=match.after,
+            cell_types=shared.cell_types,
+            genes=shared.genes,
+            head_before=heads[0],
+            head_after=heads[1],
+            difference=stacked("difference"),
+            low=stacked("low"),
+            high=stacked("high"),
+            p_value=stacked("p_value"),
+            p_value_adj=p,
+            p_value_equivalence=stacked("p_equivalence"),
+            p_value_not_worse=stacked("p_not_worse"),
+            n_tiles=np.array([item.n_tiles for item in found], dtype=np.int64),
+            verdict=tuple(
+                verdict_of(
+                    difference=stacked("difference"),
+                    p_adjusted=p,
+                    p_equivalence=stacked("p_equivalence"),
+                    alpha=spec.alpha,
+                )
+                .ravel()
+                .tolist()
+            ),
+            reasons=tuple(reasons),
+            difference_gene=stacked("difference_gene") if spec.genes else None,
+            p_value_gene=p_gene,
+            p_value_adj_gene=None if p_gene is None else adjust_p_values(p_gene, method=spec.adjustment),
+        ),
+        Overall(
+            before=match.before,
+            after=match.after,
+            difference=float(whole.difference[0]),
+            low=float(whole.low[0]),
+            high=float(whole.high[0]),
+            p_value=float(whole.p_value[0]),
+            p_value_equivalence=float(whole.p_equivalence[0]),
+            p_value_not_worse=float(whole.p_not_worse[0]),
+            n_tiles=whole.n_tiles,
+            verdict=str(
+                verdict_of(
+                    difference=whole.difference,
+                    p_adjusted=whole.p_value,
+                    p_equivalence=whole.p_equivalence,
+                    alpha=spec.alpha,
+                )[0]
+            ),
+        ),
+    )
+
+
+def _last_pair(rows: PairedRows) -> PairedRows:
+    """Return the same of the last pair alone: the whole models."""
+    names = ("before_mean", "before_m2", "after_mean", "after_m2")
+    return replace(rows, **{name: getattr(rows, name)[:, -1:] for name in names})
+
+
+def _unpaired(
+    before: ComparedVersion, after: ComparedVersion, position: int, spec: ComparisonSpec
+) -> tuple[HeadDifferences, Overall]:
+    """Compare one model on two data sets, whose intervals are independent (Zou & Donner 2008)."""
+    cell_types = tuple(name for name in before.cell_types if name in set(after.cell_types))
+    places = [[version.cell_types.index(name) for name in cell_types] for version in (before, after)]
+    values, low, high = (
+        [
+            np.vstack([getattr(version, head)[:, place], getattr(version, whole)[place]])
+            for version, place in zip((before, after), places, strict=True)
+        ]
+        for head, whole in (("expl_var", "full"), ("low", "full_low"), ("high", "full_high"))
+    )
+    difference = values[1] - values[0]
+    below = difference - np.hypot(values[1] - low[1], high[0] - values[0])
+    above = difference + np.hypot(high[1] - values[1], values[0] - low[0])
+    with np.errstate(invalid="ignore"):
+        verdict = np.select(
+            [np.isnan(below), (below > -spec.margin) & (above < spec.margin), below > 0, above < 0],
+            ["undecided", "same", "better", "worse"],
+            "undecided",
+        )
+    heads = np.append(np.arange(before.n_heads), WHOLE_MODEL)
+    nothing = np.full(difference.shape, np.nan)
+    missing = float("nan")
+    return (
+        HeadDifferences(
+            before=position - 1,
+            after=position,
+            cell_types=cell_types,
+            genes=(),
+            head_before=heads,
+            head_after=heads,
+            difference=difference,
+            low=below,
+            high=above,
+            p_value=nothing,
+            p_value_adj=nothing,
+            p_value_equivalence=nothing,
+            p_value_not_worse=nothing,
+            n_tiles=np.zeros(len(cell_types), dtype=np.int64),
+            verdict=tuple(verdict.ravel().tolist()),
+        ),
+        Overall(
+            before=position - 1,
+            after=position,
+            difference=missing,
+            low=missing,
+            high=missing,
+            p_value=missing,
+            p_value_equivalence=missing,
+            p_value_not_worse=missing,
+            n_tiles=0,
+            verdict="undecided",
+        ),
+    )
+
+
+def _lineages(
+    versions: Sequence[ComparedVersion],
+    matches: Sequence[HeadMatches],
+    similarity: Mapping[tuple[int, int], Float64[np.ndarray, "before after"]],
+    kind: str,
+) -> tuple[Lineage, ...]:
+    """Follow heads from version to version."""
+    n_versions = len(versions)
+    if kind == "datasets":
+        return tuple(Lineage(heads=(head,) * n_versions, stability=1.0) for head in range(versions[0].n_heads))
+    chains: list[dict[int, int]] = [{0: head} for head in range(versions[0].n_heads)]
+    alive = dict(enumerate(chains))
+    for match in matches:
+        after = {}
+        for head, partner in enumerate(match.partner.tolist()):
+            if partner >= 0:
+                after[partner] = alive[head]
+                alive[head][match.after] = partner
+        for head in match.new:
+            after[head] = {match.after: head}
+            chains.append(after[head])
+        alive = after
+    pairs = list(combinations(range(n_versions), 2))
+
+    def stability(chain: Mapping[int, int]) -> float:
+        values = [
+            float(similarity[one, other][chain[one], chain[other]]) if one in chain and other in chain else 0.0
+            for one, other in pairs
+        ]
+        return float(np.mean(np.nan_to_num(values))) if values else math.nan
+
+    return tuple(
+        Lineage(heads=tuple(chain.get(position) for position in range(n_versions)), stability=stability(chain))
+        for chain in chains
+    )
