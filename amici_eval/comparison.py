@@ -119,7 +119,7 @@ def compare(
             first = evaluation
         elif position == 1:
             kind = _kind(first, evaluation)
-        label = labels[position] if labels is not None else _label(evaluation, kind, position)
+        label = labels[position] if labels is not None else _label(evaluation, position)
         if progress is not None:
             progress(position, n_versions, label)
         versions.append(
@@ -154,6 +154,11 @@ def compare(
         previous = evaluation
     if progress is not None:
         progress(n_versions, n_versions, "done")
+    if kind == "datasets" and labels is None:
+        versions = [
+            replace(version, label=str(version.data.get("name") or f"data {position + 1}"))
+            for position, version in enumerate(versions)
+        ]
     lineages = _lineages(versions, matches, similarity, kind)
     reseeded = [
         matched_similarity(similarity[before, after])
@@ -197,10 +202,8 @@ def _kind(first: HeadEvaluation, second: HeadEvaluation) -> str:
     return "datasets" if names[0] == names[1] and any(names[0]) and not same_data else "versions"
 
 
-def _label(evaluation: HeadEvaluation, kind: str, position: int) -> str:
+def _label(evaluation: HeadEvaluation, position: int) -> str:
     model = evaluation.model
-    if kind == "datasets":
-        return str(evaluation.data.get("name") or f"data {position + 1}")
     if model.get("name"):
         return f"{model['name']} {model.get('version')}"
     return str(model.get("model_id") or f"model {position + 1}")

@@ -1,0 +1,210 @@
+"""Heads across versions, on small AMICI models: who is whom, what changed, what is said of what differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from amici_eval.comparison import compare
+from amici_eval.comparison_results import HeadComparison
+from amici_eval.comparison_spec import ComparisonSpec
+from amici_eval.errors import DataError
+from amici_eval.evaluation import evaluate
+from amici_eval.model.untrained import untrained_like
+from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+
+pytestmark = pytest.mark.amici
+SPEC = EvaluationSpec(
+    ablation=AblationSpec(device="cpu", modes=("keep_one",), baselines=False),
+    permutation=PermutationSpec(n_permutations=19, n_bootstrap=99),
+)
+QUICK = ComparisonSpec(n_permutations=99, n_flips=99, n_bootstrap=99)
+
+
+def relabelled(trained, order):
+    """Return the same function with its heads in another order and what they bring rotated, V with O."""
+    weights = {name: tensor.clone() for name, tensor in trained.weights.items()}
+    n_heads, size = len(order), weights["attention_layer.W_V"].shape[0]
+
+    def blocks(tensor, dim=0):
+        width = tensor.shape[dim] // n_heads
+        rows = torch.cat([torch.arange(head * width, (head + 1) * width) for head in order])
+        return tensor.index_select(dim, rows).contiguous()
+
+    for name in ("W_Q", "W_K", "W_V"):
+        weights[f"attention_layer.{name}"] = weights[f"attention_layer.{name}"][:, order]
+    for name in ("b_Q", "b_K", "b_V"):
+        weights[f"attention_layer.{name}"] = weights[f"attention_layer.{name}"][order]
+    weights["attention_layer.W_O"] = blocks(weights["attention_layer.W_O"])[:, order]
+    for name in ("attention_layer.norm_o.weight", "attention_layer.norm_o.bias"):
+        weights[name] = blocks(weights[name])
+    weights["linear_head.weight"] = blocks(weights["linear_head.weight"], dim=1)
+    for name in weights:
+        if name.startswith(("query_embed.project_nn.", "kv_embed.project_nn.", "pos_coef_mlp.project_nn.")):
+            weights[name] = blocks(weights[name])
+    if "query_embed.project_nn.0.weight" not in weights:
+        # the query is the label embedding itself, which is used for distances, too
+        n_labels = weights["ct_embed.weight"].shape[1]
+        own = blocks(torch.arange(n_labels))
+        both = torch.cat([torch.arange(weights["pos_coef_mlp.nn.0.weight"].shape[1] - n_labels), own])
+        both[-n_labels:] += len(both) - n_labels
+        for network, order_of in (("query_embed", own), ("pos_coef_mlp", both)):
+            weights[f"{network}.nn.0.weight"] = weights[f"{network}.nn.0.weight"][:, order_of]
+            for name in ("nn.3.weight", "nn.3.bias", "nn.4.weight", "nn.4.bias"):
+                weights[f"{network}.{name}"] = weights[f"{network}.{name}"][order_of]
+        weights["ct_embed.weight"] = weights["ct_embed.weight"][:, own]
+        weights["pos_coef_mlp.project_nn.0.weight"] = weights["pos_coef_mlp.project_nn.0.weight"][:, both]
+    for head in range(n_heads):
+        turn = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(head))).Q
+        weights["attention_layer.W_V"][:, head] = turn @ weights["attention_layer.W_V"][:, head]
+        weights["attention_layer.b_V"][head] = turn @ weights["attention_layer.b_V"][head]
+        weights["attention_layer.W_O"][:, head] = weights["attention_layer.W_O"][:, head] @ turn.T
+    return replace(trained, weights={name: tensor.contiguous() for name, tensor in weights.items()})
+
+
+def named(evaluation, version):
+    return replace(
+        evaluation, model={"name": "m", "version": version, "model_id": f"m-{version}"}, data={"digest": "d"}
+    )
+
+
+@pytest.fixture
+def evaluated(trained, adata):
+    return named(evaluate(trained, adata, SPEC), "1")
+
+
+def test_a_version_with_its_heads_in_another_order_is_the_same(trained, adata, evaluated):
+    other = named(evaluate(relabelled(trained, [1, 0]), adata, SPEC), "2")
+    assert np.abs(other.expl_var - evaluated.expl_var[::-1]).max() < 1e-6
+    found = compare([evaluated, other], QUICK)
+    assert found.labels == ("m 1", "m 2")
+    (match,) = found.matches
+    assert match.partner.tolist() == [1, 0]
+    np.testing.assert_allclose(match.matched, 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.diag(match.cka[:, ::-1]), 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.diag(match.divergence[:, ::-1]), 0.0, atol=1e-6)
+    np.testing.assert_allclose(np.diag(match.profile_cosine[:, ::-1]), 1.0, atol=1e-6)
+    assert (match.p_value == 0.01).all()
+    assert [lineage.heads for lineage in found.lineages] == [(0, 1), (1, 0)]
+    (differences,) = found.differences
+    assert np.abs(differences.difference).max() < 1e-5
+    assert set(differences.verdict) == {"same"}
+    assert found.overall[0].verdict == "same"
+
+
+def test_a_head_that_was_replaced_is_gone_and_its_successor_new(trained, adata, evaluated):
+    fresh = untrained_like(trained, seed=1).weights
+    weights = {name: tensor.clone() for name, tensor in trained.weights.items()}
+    for name in ("W_Q", "W_K", "W_V"):
+        weights[f"attention_layer.{name}"][:, 1] = fresh[f"attention_layer.{name}"][:, 1]
+    weights["attention_layer.W_O"][:, 1] = fresh["attention_layer.W_O"][:, 1]
+    other = named(evaluate(replace(trained, weights=weights), adata, SPEC), "2")
+    found = compare([evaluated, other], QUICK)
+    assert found.matches[0].partner.tolist() == [0, -1]
+    assert found.matches[0].new == (1,)
+    assert [lineage.heads for lineage in found.lineages] == [(0, 0), (1, None), (None, 1)]
+    frame = found.matches_frame()
+    assert frame["status"].tolist() == ["matched", "gone", "new"]
+    assert frame["lineage"].tolist() == [0, 1, 2]
+    assert found.lineages[1].stability == 0.0
+    full = found.differences_frame().query("head_before == 'full'")
+    expected = other.expl_var_full - evaluated.expl_var_full
+    np.testing.assert_allclose(full["difference"], expected, atol=1e-6)
+    np.testing.assert_allclose(full["expl_var_after"] - full["expl_var_before"], expected)
+
+
+def test_several_versions_are_followed_through_their_order(trained, adata, evaluated, tmp_path):
+    folders = []
+    for version, order in (("1", [0, 1]), ("2", [1, 0]), ("3", [1, 0])):
+        folders.append(tmp_path / version)
+        named(evaluate(relabelled(trained, order), adata, SPEC), version).save(folders[-1])
+    told = []
+    found = compare(folders, QUICK, progress=lambda done, total, what: told.append((done, total, what)))
+    assert [lineage.heads for lineage in found.lineages] == [(0, 1, 1), (1, 0, 0)]
+    np.testing.assert_allclose([lineage.stability for lineage in found.lineages], 1.0, atol=1e-6)
+    assert set(found.similarity) == {(0, 1), (0, 2), (1, 2)}
+    assert told == [(0, 3, "m 1"), (1, 3, "m 2"), (2, 3, "m 3"), (3, 3, "done")]
+    assert len(found.versions_frame()) == 3 * 3 * len(evaluated.cell_types)
+
+
+def test_what_is_written_is_read_back(trained, adata, evaluated, tmp_path):
+    other = named(evaluate(relabelled(trained, [1, 0]), adata, SPEC), "2")
+    found = compare([evaluated, other], QUICK, floor=np.array([0.1, np.nan]), notes=["beware"])
+    found.save(tmp_path)
+    back = HeadComparison.load(tmp_path)
+    for name in ("matches_frame", "differences_frame", "versions_frame"):
+        assert getattr(back, name)().equals(getattr(found, name)()), name
+    assert back.to_json() == found.to_json()
+    assert back.notes == ("beware",)
+    assert len(back.gene_differences_frame()) == 0
+    genes = found.gene_differences_frame()
+    assert len(genes) == 3 * len(evaluated.cell_types) * len(evaluated.genes)
+    row = genes.iloc[len(evaluated.genes) + 2]
+    assert (row["head_before"], row["ct_name"], row["gene"]) == ("0", evaluated.cell_types[1], evaluated.genes[2])
+    expected = other.expl_var_gene[1, 1, 2] - evaluated.expl_var_gene[0, 1, 2]
+    assert row["difference_gene"] == pytest.approx(expected, abs=1e-5)
+    for damage in ("{}", "[", '{"schema_version": 99}', found.to_json().replace('"versions"', '"x"', 1)):
+        with pytest.raises(DataError):
+            HeadComparison.from_json(damage)
+
+
+def test_versions_with_other_genes_and_types_are_compared_on_what_they_share(trained, adata, evaluated):
+    names = {gene: f"new {gene}" for gene in evaluated.genes[:3]}
+    genes = tuple(names.get(gene, gene) for gene in evaluated.genes)
+    renamed = adata.copy()
+    renamed.var_names = [names.get(name, name) for name in renamed.var_names]
+    other = evaluate(replace(trained, card=replace(trained.card, genes=genes)), renamed, SPEC)
+    found = compare([evaluated, named(other, "2")], QUICK)
+    assert found.matches[0].n_genes == len(genes) - 3
+    assert found.matches[0].partner.tolist() == [0, 1]
+    assert any("3 genes of m 1 are not in m 2" in note for note in found.notes)
+    assert any("3 genes of m 2 are not in m 1" in note for note in found.notes)
+
+
+def test_one_model_on_two_data_sets_is_compared_without_matching(trained, adata):
+    halves = []
+    for name, rows in (("left", np.arange(250)), ("right", np.arange(250, 500))):
+        spec = replace(SPEC, data=DataSpec(subset=SubsetSpec(indices=tuple(rows.tolist()))))
+        halves.append(
+            replace(
+                evaluate(trained, adata, spec),
+                model={"name": "m", "version": "1"},
+                data={"name": name, "digest": name},
+            )
+        )
+    found = compare(halves, QUICK)
+    assert (found.kind, found.labels, found.matches) == ("datasets", ("left", "right"), ())
+    assert [lineage.heads for lineage in found.lineages] == [(0, 0), (1, 1)]
+    (differences,) = found.differences
+    np.testing.assert_allclose(differences.difference[:-1], halves[1].expl_var - halves[0].expl_var)
+    defined = ~np.isnan(differences.low)
+    assert defined.any()
+    assert (differences.low <= differences.difference)[defined].all()
+    assert (differences.difference <= differences.high)[defined].all()
+
+
+def test_untrained_models_are_drawn_anew_and_leave_the_random_state_alone(trained):
+    before = torch.random.get_rng_state()
+    one, again, other = (untrained_like(trained, seed=seed).weights for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, again[name])
+    assert not torch.equal(one["attention_layer.W_O"], other["attention_layer.W_O"])
+    assert not torch.equal(one["linear_head.weight"], trained.weights["linear_head.weight"])
+    assert torch.equal(one["ct_profiles"], trained.weights["ct_profiles"])
+
+
+def test_what_cannot_be_compared_is_refused(trained, adata, evaluated):
+    other = named(evaluated, "2")
+    with pytest.raises(DataError, match=r"^1 evaluation: a comparison needs at least two; give two versions or more$"):
+        compare([evaluated], QUICK)
+    with pytest.raises(DataError, match=r"^m 2: no moments were kept \(factored engine\): heads are matched by what"):
+        compare([evaluated, replace(other, moments=None)], QUICK)
+    with pytest.raises(DataError, match=r"^m 1 was evaluated on data d, m 2 on e: versions are compared on the same"):
+        compare([evaluated, replace(other, data={"digest": "e"})], QUICK)
+    spec = replace(SPEC, data=DataSpec(subset=SubsetSpec(indices=tuple(range(400)))))
+    with pytest.raises(DataError, match=r"versions are compared on the same cells|told tile by tile"):
+        compare([evaluated, named(evaluate(trained, adata, spec), "2")], QUICK)
