@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from amici_eval.moments import Moments
     from amici_eval.sketches import Shared
 
-__all__ = ["compare", "matched_similarity"]
+__all__ = ["compare", "matched_similarity", "similarity_of"]
 
 
 def compare(
@@ -145,7 +145,7 @@ def compare(
                 similarity[before, position] = (
                     matches[-1].similarity
                     if before == position - 1
-                    else _similarity(sketches[before], sketches[position])
+                    else similarity_of(sketches[before], sketches[position])
                 )
         elif previous is not None:
             found, whole = _unpaired(versions[-2], versions[-1], position, spec)
@@ -309,7 +309,8 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _similarity(before: Moments, after: Moments) -> Float64[np.ndarray, "before after"]:
+def similarity_of(before: Moments, after: Moments) -> Float64[np.ndarray, "before after"]:
+    """Return how alike the heads of two evaluations of the same cells are, shape (heads, heads)."""
     shared = shared_by(before, after)
     blocks = blocks_of(before, shared)
     return head_products(contributions(before, shared, 0, blocks), contributions(after, shared, 1, blocks)).similarity
@@ -435,7 +436,8 @@ def _differences(
             n_tiles=np.array([item.n_tiles for item in found], dtype=np.int64),
             verdict=tuple(
                 verdict_of(
-                    difference=stacked("difference"),
+                    low=stacked("low"),
+                    high=stacked("high"),
                     p_adjusted=p,
                     p_equivalence=stacked("p_equivalence"),
                     alpha=spec.alpha,
@@ -460,7 +462,8 @@ def _differences(
             n_tiles=whole.n_tiles,
             verdict=str(
                 verdict_of(
-                    difference=whole.difference,
+                    low=whole.low,
+                    high=whole.high,
                     p_adjusted=whole.p_value,
                     p_equivalence=whole.p_equivalence,
                     alpha=spec.alpha,

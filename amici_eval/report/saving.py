@@ -34,7 +34,7 @@ from amici_eval.report.figures import (
 from amici_eval.report.wording import made_folder, unwritable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from amici_eval.report.drawing import Palette
     from amici_eval.results import HeadEvaluation
 
-__all__ = ["FORMATS", "save_figures"]
+    Drawing = tuple[str, tuple[float, float], Callable[[Axes], object]]
+
+__all__ = ["FORMATS", "save_drawings", "save_figures"]
 
 FORMATS = ("png", "svg")
 
@@ -102,6 +104,26 @@ def save_figures(
     """
     chosen = chosen_types(evaluation, cell_types)
     check_n_top_genes(n_top_genes)
+    drawings = _drawings(evaluation, chosen, palette=palette, n_top_genes=n_top_genes)
+    return save_drawings(drawings, directory, formats=formats, progress=progress)
+
+
+def save_drawings(
+    drawings: Iterable[Drawing],
+    directory: str | Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Path, ...]:
+    """Write drawings as files in a folder, each in all formats; see :func:`save_figures`.
+
+    Parameters
+    ----------
+    drawings
+        Name, size in inches, and what draws into axes, of each.
+    directory, formats, progress
+        As in :func:`save_figures`.
+    """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats or isinstance(formats, str):
         raise InvalidSpecError(
@@ -116,7 +138,7 @@ def save_figures(
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_FILE_SETTINGS)  # type: ignore[arg-type]
-        for stem, size, draw in _drawings(evaluation, chosen, palette=palette, n_top_genes=n_top_genes):
+        for stem, size, draw in drawings:
             figure = Figure(figsize=size, dpi=_DPI)
             draw(figure.add_subplot())
             paths = [folder / f"{stem}.{kind}" for kind in formats]
@@ -129,7 +151,7 @@ def save_figures(
 
 def _drawings(
     evaluation: HeadEvaluation, chosen: Sequence[str], *, palette: Palette | None, n_top_genes: int
-) -> Iterator[tuple[str, tuple[float, float], Callable[[Axes], object]]]:
+) -> Iterator[Drawing]:
     """Yield name, size in inches and drawing of each figure."""
     if chosen and has_effects(evaluation, chosen):
         yield (

@@ -344,7 +344,8 @@ def _flipped(
 
 def verdict_of(
     *,
-    difference: Float64[np.ndarray, ...],
+    low: Float64[np.ndarray, ...],
+    high: Float64[np.ndarray, ...],
     p_adjusted: Float64[np.ndarray, ...],
     p_equivalence: Float64[np.ndarray, ...],
     alpha: float,
@@ -353,23 +354,20 @@ def verdict_of(
 
     Parameters
     ----------
-    difference, p_adjusted, p_equivalence
+    low, high, p_adjusted, p_equivalence
         Of one shape.
     alpha
         Level.
 
     Notes
     -----
-    A difference inside the margin is ``same`` even where it is surely not 0: it is too small to matter. What is neither
-    significant nor surely inside the margin, and what is undefined, is ``undecided``.
+    ``better`` and ``worse`` take both a significant p and an interval without 0: with few tiles one may say what the
+    other does not. A difference inside the margin is ``same`` even where it is surely not 0: it is too small to matter.
+    What is neither, and what is undefined, is ``undecided``.
     """
     with np.errstate(invalid="ignore"):
         return np.select(
-            [
-                p_equivalence <= alpha,
-                (p_adjusted <= alpha) & (difference > 0),
-                (p_adjusted <= alpha) & (difference < 0),
-            ],
+            [p_equivalence <= alpha, (p_adjusted <= alpha) & (low > 0), (p_adjusted <= alpha) & (high < 0)],
             ["same", "better", "worse"],
             "undecided",
         )

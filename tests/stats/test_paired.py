@@ -183,12 +183,13 @@ def test_what_is_better_is_found_better():
 def test_verdicts():
     nan = np.nan
     verdict = verdict_of(
-        difference=np.array([0.2, -0.2, 0.001, 0.2, 0.001, nan]),
-        p_adjusted=np.array([0.01, 0.01, 0.01, 0.5, 0.5, nan]),
-        p_equivalence=np.array([0.9, 0.9, 0.01, 0.9, 0.01, nan]),
+        low=np.array([0.1, -0.3, 0.001, -0.1, -0.001, nan, -0.1]),
+        high=np.array([0.3, -0.1, 0.003, 0.5, 0.001, nan, 0.5]),
+        p_adjusted=np.array([0.01, 0.01, 0.01, 0.5, 0.5, nan, 0.01]),
+        p_equivalence=np.array([0.9, 0.9, 0.01, 0.9, 0.01, nan, 0.9]),
         alpha=0.05,
     )
-    assert verdict.tolist() == ["better", "worse", "same", "undecided", "same", "undecided"]
+    assert verdict.tolist() == ["better", "worse", "same", "undecided", "same", "undecided", "undecided"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,285 @@
+"""Figures of a comparison: who is whom, through which versions, what changed, and explained variance by version."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from amici_eval.report.drawing import INK, MUTED, add_caption, drawn_label, literal, new_axes
+from amici_eval.report.saving import FORMATS, save_drawings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.report.saving import Drawing
+
+__all__ = ["plot_differences", "plot_lineage", "plot_similarity", "plot_versions", "save_comparison_figures"]
+
+VERDICT_COLOURS = {"better": "#1a7f37", "worse": "#b42318", "same": "#4a5568", "undecided": "#a8b0bb"}
+_ROW, _WIDTH = 0.24, 3.2
+_MOST_ROWS = 60
+_MOST_VERSIONS_SHOWN = 20
+
+
+def plot_similarity(comparison: HeadComparison, pair: int = 0, *, ax: Axes | None = None) -> Axes:
+    """Draw how alike the heads of two consecutive versions are; matched heads are framed.
+
+    Parameters
+    ----------
+    comparison
+        What to show.
+    pair
+        Which of ``comparison.matches``.
+    ax
+        Axes to draw into; ``None`` makes a new pyplot figure.
+
+    Returns
+    -------
+    Axes
+        Rows are heads of the earlier version, columns those of the later one.
+    """
+    match = comparison.matches[pair]
+    n_before, n_after = match.similarity.shape
+    ax = new_axes(_similarity_size(comparison, pair)) if ax is None else ax
+    image = ax.imshow(match.similarity, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    image.set_gid("similarity")
+    for head in range(n_before):
+        for other in range(n_after):
+            value = match.similarity[head, other]
+            shown = "–" if np.isnan(value) else f"{value:.2f}"
+            colour = "white" if abs(value) > 0.6 else INK
+            ax.text(other, head, shown, ha="center", va="center", fontsize=7, color=colour)
+    for head, partner in enumerate(match.partner.tolist()):
+        if partner >= 0:
+            frame = Rectangle((partner - 0.5, head - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.8, gid="match")
+            ax.add_patch(frame)
+    ax.set_xticks(range(n_after), [str(head) for head in range(n_after)])
+    ax.set_yticks(range(n_before), [str(head) for head in range(n_before)])
+    ax.set_xlabel(literal(f"Head of {drawn_label(comparison.labels[match.after])}"), fontsize=9)
+    ax.set_ylabel(literal(f"Head of {drawn_label(comparison.labels[match.before])}"), fontsize=9)
+    ax.set_title("How alike heads are", loc="left", fontsize=12)
+    ax.figure.colorbar(image, ax=ax, label="Similarity", shrink=0.8)
+    add_caption(
+        ax,
+        "Similarity: correlation of what heads, kept alone, contribute to predictions, over cells and genes. "
+        f"Framed: matched, which takes more than {comparison.unmatched:g}.",
+        "" if comparison.floor is None else f"Two untrained models: at most {_largest(comparison.floor)} if matched.",
+    )
+    return ax
+
+
+def plot_lineage(comparison: HeadComparison, *, ax: Axes | None = None) -> Axes:
+    """Draw which head became which, version after version.
+
+    Parameters
+    ----------
+    comparison, ax
+        As in :func:`plot_similarity`.
+
+    Returns
+    -------
+    Axes
+        A column a version, a dot a head, a line a match, as thick as heads are alike.
+    """
+    ax = new_axes(_lineage_size(comparison)) if ax is None else ax
+    most = max(version.n_heads for version in comparison.versions)
+    lines, widths, colours = [], [], []
+    for number, lineage in enumerate(comparison.lineages):
+        colour = f"C{number % 10}"
+        there = [(at, head) for at, head in enumerate(lineage.heads) if head is not None]
+        for (at, head), (then, other) in pairwise(there):
+            alike = 1.0 if comparison.kind == "datasets" else float(comparison.similarity[at, then][head, other])
+            lines.append([(at, head), (then, other)])
+            widths.append(0.6 + 4.0 * max(alike, 0.0))
+            colours.append(colour)
+        x, y = zip(*there, strict=True)
+        ax.scatter(x, y, s=150, color=colour, zorder=3, linewidths=0, gid=f"lineage-{number}")
+        for at, head in there:
+            ax.text(at, head, str(head), ha="center", va="center", fontsize=8, color="white", zorder=4)
+    ax.add_collection(LineCollection(lines, linewidths=widths, colors=colours, alpha=0.7, zorder=2, gid="matches"))
+    ax.set_xlim(-0.5, len(comparison.versions) - 0.5)
+    ax.set_ylim(most - 0.5, -0.5)
+    labels = [literal(drawn_label(label, longest=24)) for label in comparison.labels]
+    ax.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) < 6 else 45, ha="center", fontsize=8)
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    ax.set_ylabel("Heads", fontsize=9)
+    ax.set_title("Which head became which", loc="left", fontsize=12)
+    add_caption(ax, "Lines: matched heads, thicker the more alike. A dot without a line to the left is a new head.")
+    return ax
+
+
+def plot_differences(comparison: HeadComparison, pair: int = 0, *, ax: Axes | None = None) -> Axes:
+    """Draw what changed from one version to the next as a forest plot, the largest changes first.
+
+    Parameters
+    ----------
+    comparison, pair, ax
+        As in :func:`plot_similarity`; ``pair`` is one of ``comparison.differences``.
+
+    Returns
+    -------
+    Axes
+        A row a matched head and cell type, the whole model marked by a diamond, coloured by verdict.
+    """
+    rows = _difference_rows(comparison, pair)
+    found = comparison.differences[pair]
+    ax = new_axes(_differences_size(comparison, pair)) if ax is None else ax
+    ax.axvspan(-comparison.margin, comparison.margin, color="#eef1f5", linewidth=0, zorder=0, gid="margin")
+    ax.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
+    names = []
+    for height, (index, at) in enumerate(rows):
+        colour = VERDICT_COLOURS[found.verdict_of(index, at)]
+        whole = int(found.head_before[index]) < 0
+        if np.isfinite(found.low[index, at]):
+            ax.hlines(height, found.low[index, at], found.high[index, at], color=colour, linewidth=1.2, zorder=2)
+        value = found.difference[index, at]
+        ax.scatter([value], [height], marker="D" if whole else "o", s=22, color=colour, zorder=3, linewidths=0)
+        who = "all heads" if whole else f"head {found.head_before[index]} → {found.head_after[index]}"
+        names.append(literal(f"{drawn_label(found.cell_types[at], longest=30)}, {who}"))
+    ax.set_yticks(range(len(rows)), names, fontsize=7)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel("Difference of explained variance", fontsize=9)
+    before, after = (drawn_label(comparison.labels[at], longest=24) for at in (found.before, found.after))
+    ax.set_title(literal(f"{after} against {before}"), loc="left", fontsize=12)
+    handles = [
+        Line2D([], [], linestyle="none", marker="o", color=colour, label=verdict)
+        for verdict, colour in VERDICT_COLOURS.items()
+        if verdict in found.verdict
+    ]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    n_all = int(np.count_nonzero(~np.isnan(found.difference)))
+    add_caption(
+        ax,
+        f"Lines: {100 * comparison.confidence:g} % intervals over tiles of tissue. Shaded: within the margin of "
+        f"{comparison.margin:g}, too small to matter.",
+        f"The {len(rows)} largest of {n_all} differences." if len(rows) < n_all else "",
+    )
+    return ax
+
+
+def plot_versions(comparison: HeadComparison, *, ax: Axes | None = None) -> Axes:
+    """Draw explained variance of the whole model by version, a line a cell type.
+
+    Parameters
+    ----------
+    comparison, ax
+        As in :func:`plot_similarity`.
+
+    Returns
+    -------
+    Axes
+        With intervals.
+    """
+    ax = new_axes(_versions_size(comparison)) if ax is None else ax
+    types = comparison.cell_types
+    for number, cell_type in enumerate(types):
+        points = []
+        for at, version in enumerate(comparison.versions):
+            if cell_type in version.cell_types:
+                place = version.cell_types.index(cell_type)
+                points.append((at, version.full[place], version.full_low[place], version.full_high[place]))
+        x, y, low, high = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
+        colour = f"C{number % 10}"
+        style = ("-", "--", ":", "-.")[number // 10 % 4]
+        shift = 0.012 * (number - len(types) / 2)
+        ax.vlines(x + shift, low, high, color=colour, linewidth=0.8, alpha=0.6)
+        name = literal(drawn_label(cell_type, longest=30))
+        line = ax.plot(x + shift, y, style, marker="o", markersize=3.5, color=colour, linewidth=1.2)[0]
+        line.set_label(f" {name}")
+        line.set_gid(f"type-{number}")
+    ax.axhline(0.0, color=MUTED, linewidth=0.8)
+    labels = [literal(drawn_label(label, longest=24)) for label in comparison.labels]
+    ax.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) < 6 else 45, fontsize=8)
+    ax.set_xlim(-0.4, len(labels) - 0.6)
+    ax.set_ylabel("Explained variance, all heads", fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title("Explained variance by version", loc="left", fontsize=12)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7, ncols=math.ceil(len(types) / 24))
+    add_caption(ax, f"Lines up and down: {100 * comparison.confidence:g} % intervals over tiles of tissue.")
+    return ax
+
+
+def save_comparison_figures(
+    comparison: HeadComparison, directory: str | Path, *, formats: Sequence[str] = FORMATS
+) -> tuple[Path, ...]:
+    """Write all figures of a comparison into a folder and return the files.
+
+    Parameters
+    ----------
+    comparison, directory
+        What to show, and where; the folder is made if missing.
+    formats
+        Some of ``"png"`` and ``"svg"``.
+
+    Returns
+    -------
+    tuple of Path
+        ``lineage``, ``versions``, and for each pair of consecutive versions ``similarity_<n>`` and ``differences_<n>``,
+        counted from 1.
+    """
+    return save_drawings(_drawings(comparison), directory, formats=formats)
+
+
+def _drawings(comparison: HeadComparison) -> Iterator[Drawing]:
+    yield "versions", _versions_size(comparison), lambda ax: plot_versions(comparison, ax=ax)
+    if comparison.kind == "versions":
+        yield "lineage", _lineage_size(comparison), lambda ax: plot_lineage(comparison, ax=ax)
+    for pair in range(min(len(comparison.matches), _MOST_VERSIONS_SHOWN)):
+        draw = partial(_draw_similarity, comparison, pair)
+        yield f"similarity_{pair + 1}", _similarity_size(comparison, pair), draw
+    for pair in range(min(len(comparison.differences), _MOST_VERSIONS_SHOWN)):
+        if _difference_rows(comparison, pair):
+            draw = partial(_draw_differences, comparison, pair)
+            yield f"differences_{pair + 1}", _differences_size(comparison, pair), draw
+
+
+def _draw_similarity(comparison: HeadComparison, pair: int, ax: Axes) -> Axes:
+    return plot_similarity(comparison, pair, ax=ax)
+
+
+def _draw_differences(comparison: HeadComparison, pair: int, ax: Axes) -> Axes:
+    return plot_differences(comparison, pair, ax=ax)
+
+
+def _difference_rows(comparison: HeadComparison, pair: int) -> list[tuple[int, int]]:
+    """Return the matched pairs and types with the largest differences, the largest first."""
+    found = comparison.differences[pair]
+    size = np.abs(found.difference)
+    order = np.argsort(-np.nan_to_num(size, nan=-1.0), axis=None, kind="stable")
+    places = [divmod(int(place), size.shape[1]) for place in order[:_MOST_ROWS]]
+    return [(index, at) for index, at in places if not np.isnan(size[index, at])]
+
+
+def _similarity_size(comparison: HeadComparison, pair: int) -> tuple[float, float]:
+    n_before, n_after = comparison.matches[pair].similarity.shape
+    return 2.2 + 0.45 * n_after, 1.6 + 0.4 * n_before
+
+
+def _lineage_size(comparison: HeadComparison) -> tuple[float, float]:
+    most = max(version.n_heads for version in comparison.versions)
+    return 1.2 + 1.5 * len(comparison.versions), 1.4 + 0.36 * most
+
+
+def _differences_size(comparison: HeadComparison, pair: int) -> tuple[float, float]:
+    return 3.2 + _WIDTH, 1.5 + _ROW * max(len(_difference_rows(comparison, pair)), 1)
+
+
+def _versions_size(comparison: HeadComparison) -> tuple[float, float]:
+    return 2.4 + 1.1 * len(comparison.versions), 4.0
+
+
+def _largest(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    return f"{known.max():.2f}" if known.size else "undefined"
