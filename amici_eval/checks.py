@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
     from amici_eval.matrices import RowReader
-    from amici_eval.specs import ModelCard, SubsetSpec
+    from amici_eval.model_card import ModelCard
+    from amici_eval.specs import SubsetSpec
 
 __all__ = [
     "align_genes",

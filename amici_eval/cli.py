@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval import __version__
 from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
+from amici_eval.project_arguments import project_overrides, written_out
+from amici_eval.terminal import Reporter, TerminatedError, catch_signals, forget_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,7 @@ usage: amici-eval COMMAND [key=value ...] [hydra flags]
 
 commands
   evaluate  model_uri=models:/NAME/VERSION [data.uri=FILE]   evaluate the heads of a registered model, log to MLflow
+  compare   model=NAME versions=[1,2] [data.uri=FILE]        which heads are which across versions, what got better
   register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (unpickles model.pt)
   upload    DIR                                              finish a run whose tracking server failed half way
   demo                                                       simulate a tissue, train, register, evaluate
@@ -54,10 +55,9 @@ hydra flags
   --version, --help
 """
 
-COMMANDS = ("evaluate", "register", "demo")
+COMMANDS = ("evaluate", "compare", "register", "demo")
 EXIT_BAD_INPUT = 2
 SCRATCH_VARIABLE = "AMICI_EVAL_SWEEP_DIR"
-_LOG_SECONDS = 10.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if "--help" in rest or "-h" in rest:
         print(HELP)  # noqa: T201, RUF100
         sys.exit(0)
-    _interrupts.clear()
+    forget_signals()
     _set_up_process()
     try:
         code = _run(command, rest)
@@ -81,31 +81,13 @@ def main(argv: list[str] | None = None) -> None:
         _complain(error)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
-        code = 143 if isinstance(interrupt, _TerminatedError) else 130
+        code = 143 if isinstance(interrupt, TerminatedError) else 130
         sys.stderr.write("amici-eval: interrupted\n")
     sys.exit(code)
 
 
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
-
-
-_interrupts: list[type[KeyboardInterrupt]] = []
-"""Signals that came. Python drops what a handler raises while garbage is collected (JAX runs code there), so that long
-work asks again."""
-
-
-def _on_signal(signum: int, frame: object) -> None:  # noqa: ARG001, RUF100 - the signal module's signature
-    _interrupts.append(KeyboardInterrupt if signum == signal.SIGINT else _TerminatedError)
-    raise _interrupts[-1]
-
-
 def _set_up_process() -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a closed terminal must not leave a run RUNNING either
-        number = getattr(signal, name, None)
-        # a job in the background of a shell ignores Ctrl-C, and so it stays
-        if number is not None and (name != "SIGINT" or signal.getsignal(number) is not signal.SIG_IGN):
-            signal.signal(number, _on_signal)
+    catch_signals()
     # MLflow's default retries keep a user waiting for minutes when a server is gone
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -134,59 +116,6 @@ def _run(command: str, rest: list[str]) -> int:
             fix="see amici-eval --help",
         )
     return _run_hydra(command, rest)
-
-
-_PROJECT_KEYS = {
-    "data": "data.uri",
-    "device": "ablation.device",
-    "n_permutations": "permutation.n_permutations",
-}
-_SEED_KEY = {"evaluate": "permutation.seed", "demo": "seed"}
-
-
-def project_overrides(arguments: list[str], command: str = "evaluate") -> list[str]:
-    """Turn what MLflow Projects passes (``--key value``) into Hydra overrides.
-
-    An empty value means the default; ``overrides`` is split at spaces as a shell would; names that are short for a
-    setting are written out; anything else is passed on as ``key=value``.
-    """
-    import shlex
-
-    overrides: list[str] = []
-    position = 0
-    while position < len(arguments):
-        argument = arguments[position]
-        position += 1
-        if not argument.startswith("--"):
-            overrides.append(argument)
-            continue
-        key = argument[2:]
-        if "=" in key:
-            key, _, value = key.partition("=")
-        elif position < len(arguments):
-            value = arguments[position]
-            position += 1
-        else:
-            raise InvalidSpecError(value=f"parameter {argument}", rule="it needs a value", fix=f"pass -P {key}=VALUE")
-        if value == "":
-            continue
-        if key == "overrides":
-            overrides += shlex.split(value)
-        elif key == "seed":
-            overrides.append(f"{_SEED_KEY.get(command, 'seed')}={value}")
-        else:
-            overrides.append(f"{_PROJECT_KEYS.get(key, key)}={value}")
-    return overrides
-
-
-def _written_out(argument: str, command: str) -> str:
-    """Write out the short names that ``mlflow run -P`` takes too, and let users add tags of their own."""
-    key, equals, value = argument.partition("=")
-    if command == "evaluate" and key in ("device", "n_permutations", "seed"):
-        key = {**_PROJECT_KEYS, "seed": _SEED_KEY["evaluate"]}[key]
-    if key.startswith("tracking.tags."):
-        key = f"++{key}"
-    return f"{key}{equals}{value}"
 
 
 def config_directory() -> Path:
@@ -226,7 +155,7 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
         plain = argument.startswith(("~", "+", "hydra/", "hydra.")) or (
             "=" in argument and "/" in argument.split("=")[0]
         )
-        overrides.append(argument if plain else hydra_override(_written_out(argument, command), sweep=sweep))
+        overrides.append(argument if plain else hydra_override(written_out(argument, command), sweep=sweep))
         if not plain and not own_configs and not overrides[-1].startswith("++"):
             check_override(command, overrides[-1], configs=config_directory(), sweep=sweep)
     register_schemas()
@@ -277,7 +206,7 @@ def _evaluate(config: DictConfig) -> None:
     from amici_eval.report.tables import summary_lines
     from amici_eval.tracking.jobs import evaluate_job
 
-    with _reporter() as progress:
+    with Reporter() as progress:
         result = evaluate_job(
             config.model_uri,
             data_uri=config.data.uri,
@@ -288,6 +217,36 @@ def _evaluate(config: DictConfig) -> None:
             progress=progress,
         )
     _say(f"{config.model_uri}:", *summary_lines(result.evaluation), "")
+    shown = mask_secrets(result.tracking_uri)
+    _say(f"run {result.run_id} in {shown}", *_how_to_look(shown))
+    if result.folder is not None:
+        _say(f"local copy in {result.folder}")
+
+
+def _compare(config: DictConfig) -> None:
+    from amici_eval.config import comparison_spec, evaluation_spec, report_spec, resolved_yaml, tracking_spec
+
+    spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
+    comparison = comparison_spec(config)
+    _set_up_process()
+    from amici_eval.report.comparison_page import comparison_sentences
+    from amici_eval.tracking.comparing import compare_job
+
+    with Reporter() as progress:
+        result = compare_job(
+            models=list(config.model),
+            versions=list(config.versions),
+            runs=list(config.runs),
+            datasets=list(config.datasets),
+            data_uri=config.data.uri,
+            spec=spec,
+            comparison=comparison,
+            report=report,
+            tracking=tracking,
+            config_yaml=resolved_yaml(config),
+            progress=progress,
+        )
+    _say(*comparison_sentences(result.comparison), "")
     shown = mask_secrets(result.tracking_uri)
     _say(f"run {result.run_id} in {shown}", *_how_to_look(shown))
     if result.folder is not None:
@@ -337,7 +296,12 @@ def _demo(config: DictConfig) -> None:
     )
 
 
-_TASKS: dict[str, Callable[[Any], None]] = {"evaluate": _evaluate, "register": _register, "demo": _demo}
+_TASKS: dict[str, Callable[[Any], None]] = {
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "register": _register,
+    "demo": _demo,
+}
 
 
 def _upload(rest: list[str]) -> int:
@@ -357,45 +321,3 @@ def _say(*lines: str) -> None:
     for line in lines:
         sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-class _reporter:  # noqa: N801, RUF100 - used as a context manager function
-    """Progress: a bar with rate and time left in a terminal, a plain line every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        # time counts from the first report, so that loading is not taken for work
-        self._first_done: int | None = None
-        self._started = self._last = 0.0
-
-    def __enter__(self) -> Callable[[int, int, str], None]:
-        return self._report
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _report(self, done: int, total: int, what: str) -> None:
-        if _interrupts:
-            raise _interrupts[-1]
-        if sys.stderr.isatty():
-            self._show_bar(done, total, what)
-            return
-        now = time.monotonic()
-        if self._first_done is None:
-            self._first_done, self._started, self._last = done, now, now
-        elif now - self._last >= _LOG_SECONDS and done > self._first_done:
-            self._last = now
-            left = (now - self._started) / (done - self._first_done) * (total - done)
-            sys.stderr.write(f"{100 * done // total:3d} % ({what}), about {left:.0f} s left\n")
-            sys.stderr.flush()
-
-    def _show_bar(self, done: int, total: int, what: str) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None or self._bar.total != total:
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = tqdm(total=total, unit_scale=True, unit="step", file=sys.stderr, dynamic_ncols=True)
-        self._bar.set_description(what, refresh=False)
-        self._bar.update(done - self._bar.n)

@@ -12,10 +12,19 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from amici_eval.comparison_spec import ComparisonSpec
 from amici_eval.errors import InvalidSpecError, mask_secrets
 from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
 
-__all__ = ["SCHEMAS", "evaluation_spec", "register_schemas", "report_spec", "resolved_yaml", "tracking_spec"]
+__all__ = [
+    "SCHEMAS",
+    "comparison_spec",
+    "evaluation_spec",
+    "register_schemas",
+    "report_spec",
+    "resolved_yaml",
+    "tracking_spec",
+]
 
 # Hydra resolves these annotations at run time and knows Optional, List and Dict only
 # ruff: noqa: UP006, UP035, UP045
@@ -104,6 +113,7 @@ class TrackingConfig:
     output_dir: str = "amici-eval-results"
     keep_local: bool = False
     tags: Dict[str, str] = field(default_factory=dict)
+    reuse: bool = True
 
 
 @dataclass
@@ -114,6 +124,40 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     ablation: AblationConfig = field(default_factory=AblationConfig)
     permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class CompareGroupConfig:
+    """Group ``compare``."""
+
+    cells: str = "auto"
+    unmatched: float = 0.2
+    margin: float = 0.01
+    n_permutations: int = 999
+    n_flips: int = 9999
+    n_bootstrap: int = 1000
+    confidence: float = 0.95
+    alpha: float = 0.05
+    adjustment: str = "bh"
+    genes: bool = True
+    floor: bool = True
+    seed: int = 0
+
+
+@dataclass
+class CompareConfig:
+    """Command ``compare``."""
+
+    model: List[str] = field(default_factory=list)
+    versions: List[str] = field(default_factory=list)
+    runs: List[str] = field(default_factory=list)
+    datasets: List[str] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -148,7 +192,12 @@ class DemoConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-SCHEMAS: dict[str, type[Any]] = {"evaluate": EvaluateConfig, "register": RegisterConfig, "demo": DemoConfig}
+SCHEMAS: dict[str, type[Any]] = {
+    "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
+    "register": RegisterConfig,
+    "demo": DemoConfig,
+}
 
 
 def register_schemas() -> None:
@@ -169,6 +218,17 @@ def evaluation_spec(config: DictConfig) -> EvaluationSpec:
     values = _plain(config)
     data = {name: value for name, value in values["data"].items() if name != "uri"}
     return spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]})
+
+
+def comparison_spec(config: DictConfig) -> ComparisonSpec:
+    """Return the settings of a comparison.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is not allowed.
+    """
+    return ComparisonSpec(**_plain(config)["compare"])
 
 
 def report_spec(config: DictConfig) -> ReportSpec:

@@ -20,7 +20,7 @@ from amici_eval.matrices import (
     spans,
     stored_values,
 )
-from amici_eval.specs import TrainingData
+from amici_eval.model_card import TrainingData
 
 if TYPE_CHECKING:
     from anndata import AnnData

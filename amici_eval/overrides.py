@@ -28,6 +28,10 @@ _TEXT_KEYS = re.compile(
 
 
 _LIST_KEYS = (
+    "model",
+    "versions",
+    "runs",
+    "datasets",
     "ablation.modes",
     "permutation.tile_widths",
     "report.formats",

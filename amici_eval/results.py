@@ -15,6 +15,7 @@ from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import MOMENTS_FILE, Moments
+from amici_eval.permutation_spec import SAMPLINGS
 from amici_eval.result_frames import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
@@ -24,7 +25,7 @@ from amici_eval.result_frames import (
     SCALE_COLUMNS,
 )
 from amici_eval.result_json import fields_of, record_of
-from amici_eval.specs import ENGINES, SAMPLINGS
+from amici_eval.specs import ENGINES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,8 +6,6 @@ says why, so that a wrong setting stops a job before the model is opened.
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -15,73 +13,24 @@ from numbers import Integral
 from typing import Any
 
 from amici_eval.errors import InvalidSpecError
+from amici_eval.permutation_spec import PermutationSpec
+from amici_eval.spec_checks import bytes_of, require_int, require_one_of
 
 __all__ = [
     "AblationSpec",
     "DataSpec",
     "EvaluationSpec",
-    "ModelCard",
     "PermutationSpec",
     "ReportSpec",
     "SubsetSpec",
     "TrackingSpec",
-    "TrainingData",
-    "default_n_permutations",
     "spec_from_mapping",
 ]
 
 ENGINES = ("factored", "hooked")
 MODES = ("keep_one", "leave_one_out", "mean_z", "resampled_z", "frozen_norm", "shapley", "frozen_shapley")
 HOOKED_MODES = ("keep_one", "leave_one_out")
-SAMPLINGS = ("independent", "cyclic")
-NULLS = ("free",)
-SPATIAL_NULLS = ("lag", "tile", "sample", "torus", "none")
-METHODS = ("monte_carlo", "sequential", "moments")
-SPATIAL_METHODS = ("moments", "monte_carlo")
-TAILS = ("none", "gpd")
-CONVENTIONS = ("add_one", "reference")
-ADJUSTMENTS = ("bh", "by", "maxt")
-_MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
-_UNITS = {
-    f"{prefix}{binary}{unit}".upper(): base**power
-    for power, prefix in enumerate(("", "K", "M", "G", "T"))
-    for binary, base in (("", 1000), ("i", 1024))
-    for unit in ("B", "")
-    if prefix or not binary
-}
-_LEAST_MEMORY = 10**6
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-
-
-def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        raise InvalidSpecError(
-            value=f"{name}={value!r}",
-            rule=f"it must be one of {', '.join(allowed)}",
-            fix=f"set {name}={(close or allowed)[0]}",
-        )
-
-
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InvalidSpecError(
-            value=f"{name}={value!r}",
-            rule=f"it must be a whole number of at least {minimum}",
-            fix=f"set {name}={minimum}",
-        )
-
-
-def _bytes(text: str | int) -> int:
-    """Read an amount of memory."""
-    match = _MEMORY.fullmatch(str(text).strip())
-    if match is None or isinstance(text, bool) or int(float(match[1]) * _UNITS[match[2].upper()]) < _LEAST_MEMORY:
-        raise InvalidSpecError(
-            value=f"ablation.memory_budget={text!r}",
-            rule="it must be an amount of memory of at least 1MB",
-            fix="write it as 500MB, 4GB or a number of bytes, or leave it out",
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,21 +188,21 @@ class AblationSpec:
                     rule="it must be true or false",
                     fix=f"set ablation.{name}=false to leave it out",
                 )
-        _require_one_of("ablation.engine", self.engine, ENGINES)
+        require_one_of("ablation.engine", self.engine, ENGINES)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InvalidSpecError(
                 value=f"ablation.device={self.device!r}",
                 rule="it must be auto, cpu, cuda, cuda:N or mps",
                 fix="set ablation.device=auto",
             )
-        _require_int("ablation.batch_size", self.batch_size, 1)
+        require_int("ablation.batch_size", self.batch_size, 1)
         if self.memory_budget is not None:
-            _bytes(self.memory_budget)
+            bytes_of("ablation.memory_budget", self.memory_budget)
         if self.modes is None:
             return
         modes = (self.modes,) if isinstance(self.modes, str) else tuple(self.modes)
         for mode in modes:
-            _require_one_of("ablation.modes", mode, MODES)
+            require_one_of("ablation.modes", mode, MODES)
         object.__setattr__(self, "modes", tuple(mode for mode in MODES if mode in {*modes, "keep_one"}))
         beyond = [mode for mode in self.modes or () if mode not in HOOKED_MODES]
         if self.engine == "hooked" and beyond:
@@ -272,153 +221,7 @@ class AblationSpec:
     @property
     def memory_bytes(self) -> int | None:
         """The memory budget in bytes."""
-        return None if self.memory_budget is None else _bytes(self.memory_budget)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PermutationSpec:
-    """The permutation test of a head.
-
-    Parameters
-    ----------
-    n_permutations
-        Permutations per cell type; ``None`` takes ``ceil(n_heads * n_types / alpha)``.
-    alpha
-        Significance level, for the default number of permutations and for the marks in tables and figures.
-    seed
-        With the cell type and the permutation's number it determines each permutation.
-    sampling
-        ``independent``: each permutation is drawn on its own. ``cyclic``: all shifts of the cells along one random
-        order, which form a group, so that the test is exact and costs next to nothing; a type needs more cells than
-        ``n_permutations``, else its permutations are independent.
-    convention
-        ``add_one``: p = (b+1)/(m+1), valid and never 0 (Phipson & Smyth 2010). ``reference``: p = b/m as amici-st.
-    null
-        ``free``: cells of a type are exchangeable. In spatially autocorrelated tissue this is anticonservative. It
-        fills the columns that amici-st has; ``spatial_null`` fills the others.
-    method
-        Of the free null. ``monte_carlo``: count random permutations. ``sequential``: stop a head at ``stop_at``
-        exceedances (Besag & Clifford 1991). ``moments``: exact mean, variance and skewness of the
-        statistic over all permutations, none drawn (Pearson III); types of fewer than 50 cells, whose law three moments
-        do not tell, are counted over 100,000 permutations.
-    stop_at
-        Exceedances at which ``sequential`` stops.
-    tail
-        ``gpd``: p-values with fewer than 10 exceedances come from a generalised Pareto tail (Knijnenburg et al. 2009);
-        ``none``: from counts alone.
-    adjustment
-        Over all defined heads x types. ``bh``: Benjamini-Hochberg; ``by``: Benjamini-Yekutieli (any dependence);
-        ``maxt``: family-wise, step-down maxT on the shared permutations of the free null (Westfall & Young 1993), and
-        Holm for the spatial null and the genes.
-    spatial_null
-        ``lag``: analytic, prediction and expression keep the smoothness they have; ``tile``: shuffled within tiles of
-        ``tile_width``; ``sample``: within sections; ``torus``: random shifts of whole sections; ``none``.
-    spatial_method
-        Of ``tile`` and ``sample``: ``moments`` (exact, none drawn) or ``monte_carlo``.
-    reach
-        Of ``lag``: largest distance of pairs of cells, in coordinate units; ``None``: no limit.
-    tile_width
-        Of ``tile``, in coordinate units; ``None``: half the correlation length of the type.
-    tile_widths
-        Widths for p against scale, ascending, beside any spatial null; ``None``: half to four times the correlation
-        length with ``spatial_null=tile``, none otherwise.
-    n_shifts
-        Of ``torus``.
-    confidence, n_bootstrap
-        Level and number of resamples of the intervals of explained variance; 0 resamples: none.
-    """
-
-    n_permutations: int | None = None
-    alpha: float = 0.05
-    seed: int = 0
-    sampling: str = "independent"
-    convention: str = "add_one"
-    null: str = "free"
-    method: str = "monte_carlo"
-    stop_at: int = 20
-    tail: str = "none"
-    adjustment: str = "bh"
-    spatial_null: str = "lag"
-    spatial_method: str = "moments"
-    reach: float | None = None
-    tile_width: float | None = None
-    tile_widths: tuple[float, ...] | None = None
-    n_shifts: int = 999
-    confidence: float = 0.95
-    n_bootstrap: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.n_permutations is not None:
-            _require_int("permutation.n_permutations", self.n_permutations, 1)
-        _require_int("permutation.seed", self.seed, 0)
-        _require_int("permutation.stop_at", self.stop_at, 1)
-        _require_int("permutation.n_shifts", self.n_shifts, 1)
-        _require_int("permutation.n_bootstrap", self.n_bootstrap, 0)
-        for name, meaning, usual in (("alpha", "a significance level", 0.05), ("confidence", "a level", 0.95)):
-            value = getattr(self, name)
-            if not isinstance(value, float) or not 0.0 < value < 1.0:
-                raise InvalidSpecError(
-                    value=f"permutation.{name}={value!r}",
-                    rule=f"{meaning} lies strictly between 0 and 1",
-                    fix=f"set permutation.{name}={usual}",
-                )
-        _require_one_of("permutation.sampling", self.sampling, SAMPLINGS)
-        _require_one_of("permutation.convention", self.convention, CONVENTIONS)
-        _require_one_of("permutation.null", self.null, NULLS)
-        _require_one_of("permutation.method", self.method, METHODS)
-        _require_one_of("permutation.tail", self.tail, TAILS)
-        _require_one_of("permutation.adjustment", self.adjustment, ADJUSTMENTS)
-        _require_one_of("permutation.spatial_null", self.spatial_null, SPATIAL_NULLS)
-        _require_one_of("permutation.spatial_method", self.spatial_method, SPATIAL_METHODS)
-        if self.tile_widths is not None:
-            widths = self.tile_widths if isinstance(self.tile_widths, (list, tuple)) else (self.tile_widths,)
-            distinct = {_distance("tile_widths", width) for width in widths}
-            object.__setattr__(self, "tile_widths", tuple(sorted(distinct)))
-        for name in ("reach", "tile_width"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _distance(name, getattr(self, name)))
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.tile_widths and self.spatial_null == "none":
-            raise InvalidSpecError(
-                value="permutation.tile_widths with permutation.spatial_null=none",
-                rule="p against scale stands beside a spatial test",
-                fix="set permutation.spatial_null=lag, or leave permutation.tile_widths out",
-            )
-        if self.tile_width is not None and self.spatial_null != "tile":
-            raise InvalidSpecError(
-                value=f"permutation.tile_width={self.tile_width:g} with permutation.spatial_null={self.spatial_null}",
-                rule="it is the side of the squares within which the tile null shuffles cells",
-                fix="set permutation.spatial_null=tile, or permutation.tile_widths for p against scale",
-            )
-        drawn = "independent permutations that are counted"
-        for name, value, other, needed, rule in (
-            ("adjustment", "maxt", "method", "monte_carlo", f"maxT compares {drawn}"),
-            ("adjustment", "maxt", "sampling", "independent", f"maxT compares {drawn}"),
-            ("tail", "gpd", "method", "monte_carlo", f"a tail is fitted to {drawn}"),
-            ("tail", "gpd", "sampling", "independent", f"a tail is fitted to {drawn}"),
-            ("method", "sequential", "sampling", "independent", "shifts of one order cannot be stopped early"),
-            ("method", "sequential", "convention", "add_one", "amici-st stops nothing early"),
-            ("method", "moments", "convention", "add_one", "without permutations there is no b/m"),
-        ):
-            if getattr(self, name) == value and getattr(self, other) != needed:
-                raise InvalidSpecError(
-                    value=f"permutation.{name}={value} with permutation.{other}={getattr(self, other)}",
-                    rule=rule,
-                    fix=f"set permutation.{other}={needed}, or leave permutation.{name} as it is",
-                )
-
-
-def _distance(name: str, value: object) -> float:
-    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if not 0.0 < number < math.inf:
-        raise InvalidSpecError(
-            value=f"permutation.{name}={value!r}",
-            rule="a distance is a number above 0, in the unit of the coordinates",
-            fix="leave it out: the default follows from the data",
-        )
-    return number
+        return None if self.memory_budget is None else bytes_of("ablation.memory_budget", self.memory_budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,9 +262,9 @@ class ReportSpec:
     palette: str | None = None
 
     def __post_init__(self) -> None:
-        _require_int("report.n_top_genes", self.n_top_genes, 1)
+        require_int("report.n_top_genes", self.n_top_genes, 1)
         for name in self.formats:
-            _require_one_of("report.formats", name, ("png", "svg"))
+            require_one_of("report.formats", name, ("png", "svg"))
         for name in ("formats", "cell_types"):
             if getattr(self, name) == ():
                 raise InvalidSpecError(
@@ -489,6 +292,8 @@ class TrackingSpec:
         Whether that copy stays after everything was sent.
     tags
         Further tags of the run.
+    reuse
+        Whether a comparison takes evaluations that the store holds already instead of making them again.
     """
 
     uri: str | None = None
@@ -497,76 +302,7 @@ class TrackingSpec:
     output_dir: str = "amici-eval-results"
     keep_local: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
-
-
-def default_n_permutations(n_heads: int, n_types: int, alpha: float) -> int:
-    """Return a number of permutations at which one lone test of the family reaches ``alpha`` if nothing exceeds it.
-
-    Notes
-    -----
-    The same rule as amici-st: ``ceil(n_heads * n_types / alpha)``, types counted among the evaluated cells.
-    """
-    return math.ceil(n_heads * n_types / alpha)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What is remembered of the tissue a model was trained on, to notice data of another kind later.
-
-    Parameters
-    ----------
-    n_cells
-        Cells in the training AnnData (training, validation and test cells together).
-    digest
-        Content digest of the AnnData; ``None`` if it was not needed.
-    places
-        Digest of the coordinates whatever the order and the names of the cells.
-    nn_distance
-        Median distance of a cell to the nearest other cell, in the unit of the coordinates.
-    integer_valued
-        Whether all expression values were whole numbers (counts).
-    """
-
-    n_cells: int
-    digest: str | None
-    places: str
-    nn_distance: float
-    integer_valued: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """What the evaluation needs to know of a trained AMICI besides its weights.
-
-    Parameters
-    ----------
-    n_heads, n_neighbors
-        Attention heads, and neighbours a receiver attends to.
-    genes
-        Genes in the order of the model's inputs and outputs.
-    cell_types
-        Labels in the order of the model's label codes.
-    labels_key, coord_obsm_key, layer, cell_radius_key
-        How the AnnData was registered for training.
-    versions
-        Versions of the packages that trained it, by distribution name.
-    training_data
-        Facts of the training tissue; ``None`` if they were not recorded.
-    training_cells
-        Names of the cells the model was fitted on; ``None`` if they were not recorded.
-    """
-
-    n_heads: int
-    n_neighbors: int
-    genes: tuple[str, ...]
-    cell_types: tuple[str, ...]
-    labels_key: str
-    coord_obsm_key: str
-    layer: str | None = None
-    cell_radius_key: str | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    training_data: TrainingData | None = None
-    training_cells: frozenset[str] | None = None
+    reuse: bool = True
 
 
 def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:

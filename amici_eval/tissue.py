@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64, Int64
 
     from amici_eval.matrices import RowReader
-    from amici_eval.specs import DataSpec, ModelCard
+    from amici_eval.model_card import ModelCard
+    from amici_eval.specs import DataSpec
 
 __all__ = ["ExpressionBlock", "Tissue", "check_sections", "keep_away_from_training", "prepare"]
 

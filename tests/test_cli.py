@@ -10,9 +10,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from amici_eval.cli import main, project_overrides
+from amici_eval.cli import main
 from amici_eval.errors import InvalidSpecError
 from amici_eval.overrides import hydra_override
+from amici_eval.project_arguments import project_overrides
 
 
 def call(*arguments: str) -> int:
@@ -39,7 +40,7 @@ def test_help_and_version(capsys):
 
 def test_unknown_command(capsys):
     assert call("evalute") == 2
-    assert "unknown command 'evalute': commands are evaluate, register, demo, upload" in capsys.readouterr().err
+    assert "unknown command 'evalute': commands are evaluate, compare, register, demo, upload" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

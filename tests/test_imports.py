@@ -45,7 +45,17 @@ WITH_TORCH = {
     "torus",
 }
 LIGHT = sorted(
-    {"errors", "specs", "names", "moments", "ablation_results", "inference_results"}
+    {
+        "errors",
+        "specs",
+        "spec_checks",
+        "permutation_spec",
+        "model_card",
+        "names",
+        "moments",
+        "ablation_results",
+        "inference_results",
+    }
     | {path.stem for pattern in ("results.py", "result_*.py") for path in PACKAGE.glob(pattern)}
 )
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amici_eval.errors import AmiciEvalError, InvalidSpecError
+from amici_eval.permutation_spec import default_n_permutations
 from amici_eval.specs import (
     AblationSpec,
     DataSpec,
@@ -17,7 +18,6 @@ from amici_eval.specs import (
     PermutationSpec,
     ReportSpec,
     SubsetSpec,
-    default_n_permutations,
     spec_from_mapping,
 )
 

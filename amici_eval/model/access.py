@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.specs import AblationSpec, ModelCard
+    from amici_eval.model_card import ModelCard
+    from amici_eval.specs import AblationSpec
     from amici_eval.tissue import ExpressionBlock
 
 __all__ = ["HookedAccess", "ModelAccess", "neighbours", "open_access", "resolve_device"]

@@ -9,7 +9,7 @@ import numpy as np
 from amici_eval.data import describe_training_data
 from amici_eval.errors import ModelFormatError
 from amici_eval.model.checkpoint import TrainedAMICI, package_versions
-from amici_eval.specs import ModelCard
+from amici_eval.model_card import ModelCard
 
 if TYPE_CHECKING:
     from anndata import AnnData

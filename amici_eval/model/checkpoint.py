@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
 from amici_eval.model.saved_amici import read_saved_amici
 from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
 from amici_eval.model.training_tissue import check_is_training_data
-from amici_eval.specs import DataSpec, ModelCard, TrainingData
+from amici_eval.model_card import ModelCard, TrainingData
+from amici_eval.specs import DataSpec
 from amici_eval.tissue import prepare
 
 if TYPE_CHECKING:
@@ -89,6 +91,20 @@ class TrainedAMICI:
             f"TrainedAMICI({card.n_heads} heads, {card.n_neighbors} neighbours, {len(card.genes)} genes, "
             f"{len(card.cell_types)} cell types)"
         )
+
+    @property
+    def setup(self) -> str:
+        """Hash of the training set-up: versions that share it differ in seed, split and the order of data only."""
+        parts = {
+            "init_params": self.init_params,
+            "setup_args": self.registry.get("setup_args"),
+            "genes": self.card.genes,
+            "cell_types": self.card.cell_types,
+            "cells": {split: len(names) for split, names in self.cells.items()},
+            "epochs": max((len(values) for values in self.history.values()), default=0),
+        }
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
     def from_amici(cls, model: Any, *, adata: AnnData | None = None) -> TrainedAMICI:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
     from amici_eval.model.access import HookedAccess
-    from amici_eval.specs import ModelCard
+    from amici_eval.model_card import ModelCard
     from amici_eval.stats.readout import Readout
     from amici_eval.tissue import ExpressionBlock
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from amici_eval.errors import DataError
 from amici_eval.model.plain import values_of
-from amici_eval.specs import DataSpec, ModelCard
+from amici_eval.model_card import ModelCard
+from amici_eval.specs import DataSpec
 from amici_eval.tissue import Tissue, prepare
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from amici_eval.names import slugify
 from amici_eval.report.ablation_summary import ablations_section
 from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.markup import cell, row, section, table, text
+from amici_eval.report.page import write_page
 from amici_eval.report.sections import (
     genes_section,
     held_out_section,
@@ -35,7 +35,6 @@ from amici_eval.report.wording import (
     printable,
     rounded,
     undefined_sentences,
-    unwritable,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["write_html"]
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _EFFECTIVE = "Effective cells (lag)"
 _HOW_TO_READ = (
     "Each head was kept alone: the attention of all other heads was set to zero, and the model predicted the "
@@ -87,7 +85,6 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
     name = printable(evaluation.model.get("name") or "AMICI model")
     version = evaluation.model.get("version")
     title = f"Attention heads of {name}" + (f", version {printable(version)}" if version is not None else "")
-    style = files("amici_eval.report").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(
         [
             f"<h1>{text(title)}</h1>",
@@ -108,20 +105,7 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
             _identity(evaluation),
         ]
     )
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        "</body>\n</html>\n"
-    )
-    path = made_folder(directory) / "report.html"
-    try:
-        path.write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise unwritable(path, error) from error
-    return path
+    return write_page(made_folder(directory) / "report.html", title=title, body=body)
 
 
 def _summary(evaluation: HeadEvaluation) -> str:

@@ -33,6 +33,8 @@ MIN_BLOCKS = 6
 _ORDER, _SHIFTS, _FLIPS = "\0alignment order", "\0alignment shifts", "\0alignment flips"
 _ROUNDING = 1e-9
 """Similarities closer than this are tied."""
+_CONSTANT = 1e-12
+"""Factors that vary by less, relative to their size, vary by rounding alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -91,7 +93,10 @@ class HeadContributions:
         """Return the factors of one type as deviations from their mean, and what its cells weigh."""
         of_type = self.types == code
         own = self.factors[of_type]
-        return own - own.mean(axis=0), float(self.weights[of_type][0])
+        deviations = own - own.mean(axis=0)
+        # the mean of a constant is rounded: what is left would make heads without contribution alike
+        constant = np.ptp(own, axis=0) <= _CONSTANT * np.abs(own).max(axis=0)
+        return np.where(constant, 0.0, deviations), float(self.weights[of_type][0])
 
     def gram(
         self, other: HeadContributions, code: int, inner: Float64[np.ndarray, "heads size others size"]
@@ -226,8 +231,8 @@ class HeadMatching:
         How often cells of a type that change places in the other model give a head a partner as similar as its own,
         matching included, shape (heads,); NaN for heads without contribution.
     p_value_spatial
-        The same for contributions that are smooth in space, by flipping signs of whole blocks of tissue; NaN without
-        blocks enough.
+        The same for contributions that are smooth in space, by flipping signs of whole blocks of tissue, told from the
+        cells whose block is known; NaN without blocks enough.
     n_blocks
         Blocks that hold cells.
     reason
@@ -333,7 +338,8 @@ def match_heads(
         np.add.at(sums, np.searchsorted(blocks, one.blocks[known]), found.products[known])
         signs = _signs(n_permutations, len(blocks), seed)
         flipped = (signs @ sums.reshape(len(blocks), -1)).reshape(n_permutations, *similarity.shape) / scale
-        p_spatial = _p(truth, flipped, n_permutations)
+        # flips say nothing of cells without a block: the truth they are compared with leaves them out too
+        p_spatial = _p(_best(sums.sum(axis=0) / scale), flipped, n_permutations)
     return HeadMatching(
         similarity=similarity,
         similarity_by_type=found.similarity_by_type,

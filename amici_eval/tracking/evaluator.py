@@ -13,7 +13,7 @@ from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.specs import EvaluationSpec, ReportSpec, spec_from_mapping
-from amici_eval.tracking.flavor import FLAVOR_NAME
+from amici_eval.tracking.stored_model import FLAVOR_NAME
 
 __all__ = ["AMICIEvaluator", "settings_from_config"]
 
@@ -117,15 +117,9 @@ class AMICIEvaluator(ModelEvaluator):
         from amici_eval.model.access import open_access, resolve_device
         from amici_eval.tissue import prepare
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
-        from amici_eval.tracking.jobs import check_report, known_model_id, run_tags
-        from amici_eval.tracking.run_log import (
-            ARTIFACTS,
-            RunRecord,
-            deliver,
-            evaluation_metrics,
-            evaluation_params,
-            remove_local,
-        )
+        from amici_eval.tracking.registry import known_model_id
+        from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
+        from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, deliver, remove_local
 
         for name, value in (
             ("extra_metrics", extra_metrics),

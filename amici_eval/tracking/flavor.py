@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError, first_line
+from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.tracking.stored_model import FLAVOR_NAME, open_stored_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import numpy as np
     import pandas as pd
@@ -25,9 +22,8 @@ if TYPE_CHECKING:
 
     from amici_eval.model.checkpoint import TrainedAMICI
 
-__all__ = ["FLAVOR_NAME", "StoredModel", "load_model", "log_model", "open_stored_model", "save_model"]
+__all__ = ["FLAVOR_NAME", "load_model", "log_model", "save_model"]
 
-FLAVOR_NAME = "amici"
 _FOLDER = "amici"
 _PINNED = (
     "amici-eval",
@@ -188,122 +184,13 @@ def log_model(
     )
 
 
-@dataclass(frozen=True)
-class StoredModel:
-    """A model of flavor ``amici`` in a local folder.
-
-    Parameters
-    ----------
-    trained
-        The model.
-    bundled_adata
-        The AnnData stored with it, if any; it lives as long as the folder.
-    adata_uri
-        Where its AnnData was recorded to be, if so.
-    model_id
-        Id of the logged model, if it was logged.
-    data_path
-        Folder inside the model that holds its files.
-    """
-
-    trained: TrainedAMICI
-    bundled_adata: Path | None
-    adata_uri: str | None
-    model_id: str | None
-    data_path: str
-
-    def bundle_uri(self, model_uri: str) -> str:
-        """Return where the bundled AnnData stays, given the URI of the model."""
-        from amici_eval.model.checkpoint import BUNDLED_ADATA
-
-        return f"{model_uri.rstrip('/')}/{self.data_path}/{BUNDLED_ADATA}"
-
-
-@contextmanager
-def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
-    """Fetch a model and read it with amici_eval's own reader; the fetched copy is removed after the body.
-
-    Only ``MLmodel`` (YAML, read without constructors), JSON and safetensors are read. The ``loader_module`` and code
-    paths that an MLmodel file may name are never followed, so that opening a registered model runs no code of it.
-
-    Parameters
-    ----------
-    model_uri
-        ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``models:/m-...``, ``runs:/...`` or a local folder.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If nothing is there.
-    ModelFormatError
-        If it is of another flavor or damaged.
-    """
-    import mlflow.artifacts
-    from mlflow.exceptions import MlflowException
-
-    from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
-    from amici_eval.model.manifest import damaged, listed_files
-
-    with tempfile.TemporaryDirectory(prefix="amici-eval-model-") as staging:
-        if Path(model_uri).is_dir():
-            folder = Path(model_uri)
-        else:
-            try:
-                folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=staging))
-            except (MlflowException, OSError, ValueError) as error:
-                raise ModelNotFoundError(
-                    value=f"{model_uri} cannot be fetched ({first_line(error)})",
-                    rule="it must name a model in the tracking store or a local folder",
-                    fix="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID, and check tracking.uri",
-                ) from error
-        settings = _flavor_settings(folder, model_uri)
-        data = (folder / str(settings.get("data", ""))).resolve()
-        if not data.is_relative_to(folder.resolve()) or not data.is_dir():
-            raise ModelFormatError(
-                value=f"{model_uri} names {settings.get('data')!r} as its data",
-                rule="the data of a model must be a folder inside it",
-                fix="register the model again",
-            )
-        trained = TrainedAMICI.load(data)
-        bundled = data / BUNDLED_ADATA if settings.get("bundled_adata") else None
-        if bundled is not None and bundled.name not in listed_files(data):
-            raise damaged(data, f"the manifest lacks {bundled.name}")
-        yield StoredModel(
-            trained=trained,
-            bundled_adata=bundled,
-            adata_uri=settings.get("adata_uri"),
-            model_id=settings.get("model_id"),
-            data_path=str(settings["data"]),
-        )
-
-
-def _flavor_settings(folder: Path, model_uri: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
-        flavors = content["flavors"]
-        names = sorted(flavors)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ModelFormatError(
-            value=f"{model_uri} has no readable MLmodel file ({first_line(error)})",
-            rule="it must be a model that MLflow logged",
-            fix="check the URI, or register the model again",
-        ) from error
-    if FLAVOR_NAME not in flavors or not isinstance(flavors[FLAVOR_NAME], dict):
-        raise ModelFormatError(
-            value=f"{model_uri} is a model of flavor {', '.join(names) or 'none'}",
-            rule=f"it must have the flavor {FLAVOR_NAME!r}",
-            fix="register it with amici-eval register model_dir=... name=... data.uri=...",
-        )
-    return {**flavors[FLAVOR_NAME], "model_id": content.get("model_id")}
-
-
 def load_model(model_uri: str) -> TrainedAMICI:
     """Load a model of flavor ``amici``; nothing in it can run code.
 
     Parameters
     ----------
     model_uri
-        As for :func:`open_stored_model`.
+        As for :func:`~amici_eval.tracking.stored_model.open_stored_model`.
 
     Returns
     -------

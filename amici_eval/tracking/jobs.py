@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
-from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, resolve_model
-from amici_eval.tracking.run_log import (
-    RunRecord,
-    check_writable,
-    deliver,
-    evaluation_metrics,
-    evaluation_params,
-    remove_local,
-)
+from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
+from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint
+from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
+from amici_eval.tracking.run_log import RunRecord, check_writable, deliver, remove_local
+from amici_eval.tracking.tracked_run import tracked_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from amici_eval.results import HeadEvaluation
     from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.dataset import AnnDataDataset
 
-__all__ = ["PARENT_RUN_VARIABLE", "EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job", "tracked_run"]
+__all__ = ["EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job"]
 
 logger = logging.getLogger(__name__)
 
-PARENT_RUN_VARIABLE = "AMICI_EVAL_PARENT_RUN_ID"
 _ALIAS = re.compile(r"[\w-]+")
 
 
@@ -82,59 +73,6 @@ class RegisteredVersion:
         return f"models:/{self.name}/{self.version}"
 
 
-@contextmanager
-def tracked_run(tracking: TrackingSpec, *, name: str | None, tags: dict[str, str]) -> Iterator[Any]:
-    """Run a body inside an MLflow run that never stays RUNNING: FINISHED, FAILED, or KILLED when interrupted.
-
-    Takes over the run that ``mlflow run`` opened, becomes a child in a sweep, else starts a run of its own.
-    """
-    import mlflow
-
-    parent = os.environ.get(PARENT_RUN_VARIABLE)
-    if parent is not None:
-        # the parent belongs to the sweep; each job starts a child of its own
-        os.environ.pop("MLFLOW_RUN_ID", None)
-    if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
-        mlflow.set_experiment(tracking.experiment)
-    run = mlflow.start_run(run_name=tracking.run_name or name, parent_run_id=parent, tags={**tags, **tracking.tags})
-    status = "FAILED"
-    try:
-        yield run
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        _end_run(status)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let no further signal interrupt a body that must finish."""
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        names = []
-    before = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
-
-
-def _end_run(status: str) -> None:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
-    try:
-        with _undisturbed():
-            mlflow.end_run(status)
-    except (MlflowException, RequestException, OSError) as error:
-        # the body's own error matters more and says how to go on
-        logger.error("the run could not be closed as %s: %s", status, error)
-
-
 def evaluate_job(
     model_uri: str,
     *,
@@ -168,7 +106,7 @@ def evaluate_job(
     """
     from amici_eval.model.access import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
-    from amici_eval.tracking.flavor import open_stored_model
+    from amici_eval.tracking.stored_model import open_stored_model
 
     resolve_device(spec.ablation.device)
     output = Path(tracking.output_dir).absolute()
@@ -220,6 +158,7 @@ def _evaluate(
 
     model_id = known_model_id(model.model_id or stored.model_id)
     info = {**model.describe(), "model_id": model_id, "versions": dict(stored.trained.card.versions)}
+    info["setup"] = stored.trained.setup
     tissue = prepare(dataset.adata, stored.trained.card, spec.data)
     source = dataset.to_dict()
     data_info = {
@@ -229,6 +168,7 @@ def _evaluate(
         "n_cells": tissue.n_cells,
     }
     tags = run_tags(model_uri=model.asked, model_id=model_id, model_name=model.name, model_version=model.version)
+    tags[FINGERPRINT_TAG] = fingerprint(model=model_id or model.uri, digest=dataset.digest, spec=spec)
     title = f"evaluate {model.name} {model.version}" if model.name else "evaluate"
     # everything that can be refused is refused before the run starts
     with open_access(stored.trained, tissue, spec.ablation) as access:
@@ -264,43 +204,8 @@ def _evaluate(
     )
 
 
-def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
-    """Refuse types that are not evaluated and palettes that do not exist, before anything is computed."""
-    for cell_type in report.cell_types or ():
-        if cell_type not in cell_types:
-            raise InvalidSpecError(
-                value=f"report.cell_types names {cell_type!r}",
-                rule=f"the evaluated cells are of type {', '.join(cell_types)}",
-                fix="choose among these",
-            )
-    if report.figures and report.palette is not None:
-        from amici_eval.report.drawing import type_colours
-
-        type_colours(cell_types, report.palette)
-
-
-def known_model_id(model_id: str | None) -> str | None:
-    """Return the id of a logged model if this store holds it: a folder may come from another one."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    if model_id is not None:
-        try:
-            MlflowClient().get_logged_model(model_id)
-        except MlflowException:
-            logger.warning("logged model %s is not in this tracking store; the run will not be linked to it", model_id)
-            return None
-    return model_id
-
-
 def _note(lines: list[str]) -> str:
     return "```\n" + "\n".join(lines) + "\n```"
-
-
-def run_tags(**model: str | None) -> dict[str, str]:
-    """Return the tags by which a run of an evaluation names its model."""
-    named = {f"amici_eval.{key}": value for key, value in model.items() if value is not None}
-    return {"amici_eval.kind": "evaluation", **named}
 
 
 def register_job(

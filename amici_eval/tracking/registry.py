@@ -13,9 +13,9 @@ from urllib.parse import urlparse
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
 
 if TYPE_CHECKING:
-    from amici_eval.tracking.flavor import StoredModel
+    from amici_eval.tracking.stored_model import StoredModel
 
-__all__ = ["ResolvedModel", "connect", "find_dataset", "keep_artifacts_in", "resolve_model"]
+__all__ = ["ResolvedModel", "connect", "find_dataset", "keep_artifacts_in", "known_model_id", "resolve_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,20 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
             fix="name one of these",
         )
     return client.get_model_version(name, version)
+
+
+def known_model_id(model_id: str | None) -> str | None:
+    """Return the id of a logged model if this store holds it: a folder may come from another one."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if model_id is not None:
+        try:
+            MlflowClient().get_logged_model(model_id)
+        except MlflowException:
+            logger.warning("logged model %s is not in this tracking store; the run will not be linked to it", model_id)
+            return None
+    return model_id
 
 
 def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> str | Path:

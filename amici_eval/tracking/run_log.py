@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from amici_eval.errors import DataError, OutputError, TrackingError, first_line, mask_secrets
 from amici_eval.moments import MOMENTS_FILE
-from amici_eval.names import slugify
+from amici_eval.tracking.run_contents import write_artifacts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from amici_eval.results import HeadEvaluation
@@ -27,11 +26,8 @@ __all__ = [
     "RunRecord",
     "check_writable",
     "deliver",
-    "evaluation_metrics",
-    "evaluation_params",
     "send",
     "upload",
-    "write_artifacts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -40,7 +36,6 @@ RECORD_FILE = "upload.json"
 ARTIFACTS = "artifacts"
 _METRICS_PER_BATCH = 1000
 _PARAMS_PER_BATCH = 100
-_LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
 
 
@@ -62,6 +57,8 @@ class RunRecord:
         Registered version that gets tags pointing back to the run.
     timestamp_ms
         Time of the metrics.
+    series
+        Metrics with a value for several steps, as (step, value).
     """
 
     tracking_uri: str
@@ -74,6 +71,7 @@ class RunRecord:
     model_name: str | None = None
     model_version: str | None = None
     timestamp_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the record beside the artifacts, without the credentials of the tracking URI."""
@@ -113,114 +111,6 @@ def check_writable(folder: Path) -> None:
             rule="results are kept there until they are sent",
             fix="choose another folder with tracking.output_dir=...",
         ) from error
-
-
-def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
-    """Return the metrics of a run; undefined values are left out and counted.
-
-    Returns
-    -------
-    dict
-        Per type and head, ``<name>/<type>/head_<h>`` with types as slugs (see ``tables/labels.csv``): ``ev``, its
-        interval ``ev_ci_low`` and ``ev_ci_high``, ``ev_held_out``, ``gain`` (over the best predictor without heads),
-        ``p_adj_spatial``, ``ess``, ``p_adj`` (free null) and ``shapley``, where they were computed. Per type:
-        ``ev_full_model/<type>``, ``ev_full_model_held_out/<type>``, ``ev_no_head/<type>``. Besides,
-        ``parity/max_abs_difference`` where engines were compared, and ``summary/...``: ``n_significant`` is by the
-        null that decides, ``n_significant_free`` by the free one.
-    """
-    metrics: dict[str, float] = {}
-    ablations, spatial, bounds = evaluation.ablations, evaluation.spatial, evaluation.intervals
-    parts, trivial = evaluation.parts, evaluation.trivial
-    of_heads = {"ev": evaluation.expl_var, "p_adj": evaluation.p_value_adj}
-    of_types = {"ev_full_model": evaluation.expl_var_full, "ev_no_head": evaluation.expl_var_none}
-    if ablations is not None and "shapley" in ablations.modes:
-        of_heads["shapley"] = ablations.of("shapley")
-    if spatial is not None:
-        of_heads |= {"p_adj_spatial": spatial.p_value_adj, "ess": spatial.ess}
-    if bounds is not None:
-        of_heads |= {"ev_ci_low": bounds.low, "ev_ci_high": bounds.high}
-    if parts is not None:
-        of_heads["ev_held_out"], of_types["ev_full_model_held_out"] = parts.expl_var[1], parts.full[1]
-    if trivial is not None:
-        of_heads["gain"] = trivial.gain
-    for index, cell_type in enumerate(evaluation.cell_types):
-        slug = slugify(cell_type)
-        metrics |= {f"{name}/{slug}": float(values[index]) for name, values in of_types.items()}
-        for head in range(evaluation.n_heads):
-            metrics |= {f"{name}/{slug}/head_{head}": float(values[head, index]) for name, values in of_heads.items()}
-    if evaluation.parity is not None:
-        metrics["parity/max_abs_difference"] = float(evaluation.parity)
-    finite = [float(value) for value in evaluation.expl_var.ravel() if math.isfinite(value)]
-    metrics["summary/n_cells"] = float(evaluation.n_cells.sum())
-    metrics["summary/n_tests"] = float(evaluation.n_tests)
-    metrics["summary/n_significant"] = float(evaluation.n_significant)
-    metrics["summary/n_significant_free"] = float(evaluation.n_significant_free)
-    metrics["summary/n_undefined"] = float(evaluation.n_undefined)
-    metrics["summary/n_permutations"] = float(evaluation.n_permutations)
-    metrics["summary/max_ev"] = max(finite, default=math.nan)
-    # MLflow would store NaN as 0 and infinity as a number
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def evaluation_params(evaluation: HeadEvaluation) -> dict[str, str]:
-    """Return the settings that determined the numbers, as ``cfg/...`` params."""
-    params = {f"cfg/{name}": value[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
-    # the number that was used, also where the setting left it to the default
-    return {**params, "cfg/permutation.n_permutations": str(evaluation.n_permutations)}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((f"{prefix}{name}", "" if value is None else str(value)))
-    return rows
-
-
-def write_artifacts(
-    evaluation: HeadEvaluation,
-    folder: Path,
-    *,
-    report: ReportSpec,
-    config_yaml: str,
-) -> None:
-    """Write the tables, figures and report of an evaluation, as a run holds them, into a folder.
-
-    Parameters
-    ----------
-    evaluation, folder
-        What to write, and where.
-    report, config_yaml
-        What to draw, and the settings to keep with it.
-    """
-    from amici_eval.report.html import write_html
-    from amici_eval.report.significance import write_significance
-    from amici_eval.report.tables import write_tables
-
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation.save(folder)
-    write_tables(evaluation, folder)
-    write_significance(evaluation, folder)
-    (folder / "config").mkdir(exist_ok=True)
-    (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
-    figures: dict[str, Path] = {}
-    if report.figures:
-        from amici_eval.report.saving import save_figures
-
-        paths = save_figures(
-            evaluation,
-            folder / "figures",
-            cell_types=report.cell_types,
-            palette=report.palette,
-            n_top_genes=report.n_top_genes,
-            formats=report.formats,
-        )
-        figures = {path.stem: path for path in paths if path.suffix == ".svg"} or {
-            path.stem: path for path in paths if path.suffix == ".png"
-        }
-    write_html(evaluation, folder, figures=figures)
 
 
 def deliver(
@@ -309,6 +199,12 @@ def _send(folder: Path, record: RunRecord) -> None:
         )
         for key, value in record.metrics.items()
         if key not in run.data.metrics
+    ]
+    metrics += [
+        Metric(key, value, record.timestamp_ms, step)
+        for key, values in record.series.items()
+        if key not in run.data.metrics
+        for step, value in values
     ]
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
-from amici_eval.tracking.jobs import PARENT_RUN_VARIABLE
+from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

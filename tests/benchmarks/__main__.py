@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from tests.benchmarks import floor, million, reference, report, scaling
-from tests.benchmarks.common import Options, machine, say, write_table
+from tests.benchmarks.common import Options, machine, parse_parts, say, write_table
 
 PARTS = {
     "reference": reference.run,
@@ -24,11 +24,7 @@ def parse(arguments: list[str] | None = None) -> tuple[list[str], Options]:
         description="Measure speed and memory and write the page about them. The GPU has a command of its own: "
         "python -m tests.benchmarks.gpu",
     )
-    known = [*PARTS, "report"]
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(known)}; default: all")
     parser.add_argument("--real", nargs=2, action="append", default=[], metavar=("MODEL_DIR", "DATA.h5ad"))
-    parser.add_argument("--results", type=Path, help="folder of the tables (default benchmark-results)")
-    parser.add_argument("--docs", type=Path, help="folder of performance.md (default docs)")
     parser.add_argument("--workdir", type=Path, help="where simulated data are written (default: a temporary folder)")
     parser.add_argument("--keep", action="store_true", help="keep simulated data")
     parser.add_argument("--threads", type=int, default=2, help="cores each measurement may use (default 2)")
@@ -40,15 +36,10 @@ def parse(arguments: list[str] | None = None) -> tuple[list[str], Options]:
     parser.add_argument("--million", action="store_true", help="scaling up to a million cells")
     parser.add_argument("--million-cells", type=int, default=1_000_000, help="size of the part `million`")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    given = parser.parse_args(arguments)
-    for part in given.parts:
-        if part not in known:
-            parser.error(f"{part!r} is no part; choose from {', '.join(known)}")
-    # numbers of tiny sizes must not land on the page
-    results = given.results or Path("benchmark-results", *(["quick"] if given.quick else []))
-    return given.parts or known, Options(
-        results=results,
-        docs=given.docs or (results if given.quick else Path("docs")),
+    given = parse_parts(parser, arguments, parts=PARTS, results="benchmark-results", page="performance.md")
+    return given.parts, Options(
+        results=given.results,
+        docs=given.docs,
         workdir=given.workdir,
         keep=given.keep,
         threads=given.threads,

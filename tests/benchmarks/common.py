@@ -1,4 +1,4 @@
-"""What all parts share: options, tables on disk, the machine, and measurements in processes of their own."""
+"""What all parts share: options, tables and page on disk, the machine, measurements in processes of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import argparse
+    from collections.abc import Callable, Iterable, Iterator
 
     Row = dict[str, Any]
     Emit = Callable[[Row], None]
@@ -75,6 +76,25 @@ class Options:
         else:
             with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.workdir) as scratch:
                 yield Path(scratch)
+
+
+def parse_parts(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, *, parts: Iterable[str], results: str, page: str
+) -> argparse.Namespace:
+    """Parse a command that has ``--quick``, its parts and its folders besides, with their defaults filled in."""
+    known = [*parts, "report"]
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(known)}; default: all")
+    parser.add_argument("--results", type=Path, help=f"folder of the tables (default {results})")
+    parser.add_argument("--docs", type=Path, help=f"folder of {page} (default docs)")
+    given = parser.parse_args(arguments)
+    for part in given.parts:
+        if part not in known:
+            parser.error(f"{part!r} is no part; choose from {', '.join(known)}")
+    given.parts = given.parts or known
+    # numbers of a quick run must not land on the page
+    given.results = given.results or Path(results, *(["quick"] if given.quick else []))
+    given.docs = given.docs or (given.results if given.quick else Path("docs"))
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +172,17 @@ def _parsed(text: str) -> Any:
         except ValueError:
             continue
     return {"": None, "True": True, "False": False}.get(text, text)
+
+
+def read_tables(results: Path) -> dict[str, list[Row]]:
+    """Read all tables of a folder, by name."""
+    return {path.stem: read_table(path) for path in sorted(results.glob("*.csv"))}
+
+
+def write_page(path: Path, sections: Iterable[str]) -> Path:
+    """Write sections in Markdown, and return the page's path."""
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
 
 
 def machine(options: Options) -> Row:

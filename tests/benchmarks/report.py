@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.common import read_table
+from tests.benchmarks.common import read_tables, write_page
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ _EVEN = 1.1  # ratios closer to 1 than this are no gain
 
 def write(results: Path, docs: Path) -> Path:
     """Write the page and the figure, and return the page's path."""
-    tables = {path.stem: read_table(path) for path in sorted(results.glob("*.csv"))}
+    tables = read_tables(results)
     (docs / "images").mkdir(parents=True, exist_ok=True)
     if tables.get("scaling"):
         draw_scaling(tables["scaling"], docs / "images" / FIGURE)
@@ -38,9 +38,7 @@ def write(results: Path, docs: Path) -> Path:
         _million(tables.get("million", [])),
         _gpu(tables.get("gpu", [])),
     ]
-    page = docs / "performance.md"
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return page
+    return write_page(docs / "performance.md", sections)
 
 
 def _head(machines: list[Row]) -> str:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.common import read_table, say, write_table
+from tests.benchmarks.common import parse_parts, read_table, say, write_table
 from tests.calibration import exact, families, intervals, power, real_null, report, type_one
 from tests.calibration.common import Options
 
@@ -33,24 +33,15 @@ def parse(arguments: list[str] | None = None) -> tuple[list[str], Options]:
         description="Simulate tissue in which nothing is to be found, or something is, and write the page about what "
         "the tests found",
     )
-    known = [*PARTS, "report"]
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(known)}; default: all")
     parser.add_argument("--data", type=Path, help="folder with real tissue (default ../shared/data where present)")
-    parser.add_argument("--results", type=Path, help="folder of the tables (default calibration-results)")
-    parser.add_argument("--docs", type=Path, help="folder of validity.md (default docs)")
     parser.add_argument("--seed", type=int, default=0, help="of all simulations (default 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--quick", action="store_true", help="three simulations each, to see that everything runs")
-    given = parser.parse_args(arguments)
-    for part in given.parts:
-        if part not in known:
-            parser.error(f"{part!r} is no part; choose from {', '.join(known)}")
+    given = parse_parts(parser, arguments, parts=PARTS, results="calibration-results", page="validity.md")
     beside = Path("..", "shared", "data")
-    # numbers of few simulations must not land on the page
-    results = given.results or Path("calibration-results", *(["quick"] if given.quick else []))
-    return given.parts or known, Options(
-        results=results,
-        docs=given.docs or (results if given.quick else Path("docs")),
+    return given.parts, Options(
+        results=given.results,
+        docs=given.docs,
         data=given.data or (beside if beside.is_dir() else None),
         seed=given.seed,
         workers=given.workers,

@@ -9,8 +9,8 @@ import numpy as np
 
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread, summary
-from tests.calibration.fields import Place, Smooth, real_places, simulate, uniform_place
-from tests.calibration.nulls import apply_nulls
+from tests.calibration.fields import Place, real_places
+from tests.calibration.simulations import simulations
 
 if TYPE_CHECKING:
     from tests.calibration.common import Options, Row
@@ -25,7 +25,6 @@ _SHAPES = (
     ("exponential", 0.05, 0.0),
     ("gaussian", 0.1, 0.0),
 )
-_N_UNIFORM = 600
 _REAL = "Oligodendrocyte"
 
 
@@ -65,19 +64,8 @@ def one_setting(
     seed: int,
 ) -> list[Row]:
     """Test one head that knows some of expression, by every null."""
-    setting: Row = {}
-    p: dict[str, list[np.ndarray]] = {}
-    ess = []
-    for number in range(n):
-        # the same fields for each effect, so that power grows with it
-        rng = np.random.default_rng([seed, 3, number, round(1000 * length), kernel == "gaussian", nugget > 0.0])
-        here = uniform_place(rng, _N_UNIFORM) if place is None else place
-        smooth = Smooth(kernel=kernel, length=length * here.extent, nugget=nugget)
-        data = simulate(rng, here, smooth, n_heads=1, effect=effect)
-        found = apply_nulls(data, here, length=smooth.length, tiles=TILES, torus=number < n_torus, number=number)
-        setting = {"place": here.name, "kernel": kernel, "length": length, "nugget": nugget, "effect": effect}
-        ess.append(found.ess)
-        for name, values in found.p.items():
-            p.setdefault(name, []).append(values)
-    median = float(np.median(np.concatenate(ess)))
-    return [{**setting, "null": name, "ess": median, **summary(values)} for name, values in p.items()]
+    smooth = {"kernel": kernel, "length": length, "nugget": nugget, "effect": effect}
+    found = simulations(place=place, **smooth, n=n, n_torus=n_torus, seed=seed, stream=3, tiles=TILES, n_heads=1)
+    setting: Row = {"place": found.place, **smooth}
+    median = float(np.median(found.ess))
+    return [{**setting, "null": name, "ess": median, **summary(values)} for name, values in found.p.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def one_training(*, path: Path, way: str, number: int, seed: int, max_epochs: in
     import anndata
 
     from amici_eval.evaluation import evaluate
-    from amici_eval.model.training import train_amici
+    from amici_eval.model.training import DEMO_TRAINING, train_amici
     from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 
     adata = moved(anndata.read_h5ad(path), way, np.random.default_rng([seed, 11, number]))
@@ -63,26 +64,8 @@ def one_training(*, path: Path, way: str, number: int, seed: int, max_epochs: in
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = train_amici(
-            adata,
-            n_neighbors=14,
-            seed=seed + number,
-            max_epochs=max_epochs,
-            batch_size=128,
-            learning_rate=3e-3,
-            train_indices=train,
-            model_params={
-                "n_heads": 4,
-                "n_head_size": 8,
-                "n_query_dim": 64,
-                "n_kv_dim": 64,
-                "n_nn_embed": 64,
-                "n_nn_embed_hidden": 64,
-                "n_query_embed_hidden": 64,
-                "n_pos_coef_mlp_hidden": 64,
-                "distance_kernel_unit_scale": 10.0,
-            },
-        )
+        recipe = replace(DEMO_TRAINING, max_epochs=max_epochs)
+        model = train_amici(adata, seed=seed + number, train_indices=train, **recipe.kwargs())
         for held_out in (False, True):
             spec = EvaluationSpec(
                 data=DataSpec(subset=SubsetSpec(held_out=held_out)),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.benchmarks.common import read_table
+from tests.benchmarks.common import read_tables, write_page
 from tests.calibration import figures
 from tests.calibration import report_checks as checks
 from tests.calibration.figures import MARKED, NULLS
@@ -24,7 +24,7 @@ WITHIN = 0.85
 
 def write(results: Path, docs: Path) -> Path:
     """Write the page and the figures, and return the page's path."""
-    tables = {path.stem: read_table(path) for path in sorted(results.glob("*.csv"))}
+    tables = read_tables(results)
     folder = docs / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     if tables.get("type_one"):
@@ -46,9 +46,7 @@ def write(results: Path, docs: Path) -> Path:
         *checks.intervals(tables.get("intervals", [])),
         *checks.real_null(tables.get("real_null", [])),
     ]
-    page = docs / "validity.md"
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return page
+    return write_page(docs / "validity.md", sections)
 
 
 def _head(runs: list[Row]) -> str:

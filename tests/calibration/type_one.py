@@ -11,6 +11,7 @@ from tests.benchmarks.common import write_table
 from tests.calibration.common import spread, summary
 from tests.calibration.fields import Place, Smooth, real_places, simulate, uniform_place
 from tests.calibration.nulls import apply_nulls
+from tests.calibration.simulations import simulations
 
 if TYPE_CHECKING:
     from tests.calibration.common import Options, Row
@@ -21,7 +22,6 @@ TILES = (0.5, 1.0, 2.0)
 NUGGET = 0.7
 N_BINS = 20
 ESS_EDGES = (5, 6, 7, 8, 10, 12, 15, 20, 30, 50, 100_000)
-_N_UNIFORM = 600
 
 
 def run(options: Options) -> None:
@@ -49,22 +49,12 @@ def one_setting(
     *, place: Place | None, kernel: str, length: float, nugget: float, n: int, n_torus: int, seed: int
 ) -> list[Row]:
     """Simulate one kind of tissue ``n`` times; ``place=None`` draws cells anew each time."""
-    setting: Row = {}
-    p: dict[str, list[np.ndarray]] = {}
-    ess = []
-    for number in range(n):
-        rng = np.random.default_rng([seed, 1, number, round(1000 * length), kernel == "gaussian", nugget > 0.0])
-        here = uniform_place(rng, _N_UNIFORM) if place is None else place
-        smooth = Smooth(kernel=kernel, length=length * here.extent, nugget=nugget)
-        data = simulate(rng, here, smooth)
-        found = apply_nulls(data, here, length=smooth.length, tiles=TILES, torus=number < n_torus, number=number)
-        setting = {"place": here.name, "kernel": kernel, "length": length, "nugget": nugget}
-        ess.append(found.ess)
-        for name, values in found.p.items():
-            p.setdefault(name, []).append(values)
-    cells = np.quantile(np.concatenate(ess), [0.05, 0.5, 0.95])
+    smooth = {"kernel": kernel, "length": length, "nugget": nugget}
+    found = simulations(place=place, **smooth, n=n, n_torus=n_torus, seed=seed, stream=1, tiles=TILES)
+    setting: Row = {"place": found.place, **smooth}
+    cells = np.quantile(found.ess, [0.05, 0.5, 0.95])
     rows = []
-    for name, by_simulation in p.items():
+    for name, by_simulation in found.p.items():
         spread_of = dict(zip(("ess_05", "ess", "ess_95"), cells.tolist(), strict=True))
         rows.append({**setting, "null": name, **spread_of, **summary(by_simulation)})
         flat = np.concatenate([np.ravel(one) for one in by_simulation])

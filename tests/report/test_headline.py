@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from amici_eval.permutation_spec import NULLS, SPATIAL_NULLS
 from amici_eval.report.tables import summary_lines
 from amici_eval.report.wording import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, effect, span
-from amici_eval.specs import NULLS, SPATIAL_NULLS
 from tests.builders import make_evaluation
 
 

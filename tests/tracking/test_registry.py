@@ -7,8 +7,8 @@ import mlflow
 import pytest
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.flavor import open_stored_model
 from amici_eval.tracking.registry import connect, find_dataset, resolve_model
+from amici_eval.tracking.stored_model import open_stored_model
 
 pytestmark = pytest.mark.amici
 

@@ -1,0 +1,71 @@
+"""What the evaluation needs to know of a trained model, and of the tissue it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ModelCard", "TrainingData"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What is remembered of the tissue a model was trained on, to notice data of another kind later.
+
+    Parameters
+    ----------
+    n_cells
+        Cells in the training AnnData (training, validation and test cells together).
+    digest
+        Content digest of the AnnData; ``None`` if it was not needed.
+    places
+        Digest of the coordinates whatever the order and the names of the cells.
+    nn_distance
+        Median distance of a cell to the nearest other cell, in the unit of the coordinates.
+    integer_valued
+        Whether all expression values were whole numbers (counts).
+    """
+
+    n_cells: int
+    digest: str | None
+    places: str
+    nn_distance: float
+    integer_valued: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the evaluation needs to know of a trained AMICI besides its weights.
+
+    Parameters
+    ----------
+    n_heads, n_neighbors
+        Attention heads, and neighbours a receiver attends to.
+    genes
+        Genes in the order of the model's inputs and outputs.
+    cell_types
+        Labels in the order of the model's label codes.
+    labels_key, coord_obsm_key, layer, cell_radius_key
+        How the AnnData was registered for training.
+    versions
+        Versions of the packages that trained it, by distribution name.
+    training_data
+        Facts of the training tissue; ``None`` if they were not recorded.
+    training_cells
+        Names of the cells the model was fitted on; ``None`` if they were not recorded.
+    """
+
+    n_heads: int
+    n_neighbors: int
+    genes: tuple[str, ...]
+    cell_types: tuple[str, ...]
+    labels_key: str
+    coord_obsm_key: str
+    layer: str | None = None
+    cell_radius_key: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    training_data: TrainingData | None = None
+    training_cells: frozenset[str] | None = None

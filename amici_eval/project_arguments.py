@@ -1,0 +1,59 @@
+"""What MLflow Projects passes, and the short names it has for settings, as overrides."""
+
+from __future__ import annotations
+
+from amici_eval.errors import InvalidSpecError
+
+__all__ = ["project_overrides", "written_out"]
+
+_PROJECT_KEYS = {
+    "data": "data.uri",
+    "device": "ablation.device",
+    "n_permutations": "permutation.n_permutations",
+}
+_SEED_KEY = {"evaluate": "permutation.seed", "compare": "permutation.seed", "demo": "seed"}
+
+
+def project_overrides(arguments: list[str], command: str = "evaluate") -> list[str]:
+    """Turn what MLflow Projects passes (``--key value``) into Hydra overrides.
+
+    An empty value means the default; ``overrides`` is split at spaces as a shell would; names that are short for a
+    setting are written out; anything else is passed on as ``key=value``.
+    """
+    import shlex
+
+    overrides: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            overrides.append(argument)
+            continue
+        key = argument[2:]
+        if "=" in key:
+            key, _, value = key.partition("=")
+        elif position < len(arguments):
+            value = arguments[position]
+            position += 1
+        else:
+            raise InvalidSpecError(value=f"parameter {argument}", rule="it needs a value", fix=f"pass -P {key}=VALUE")
+        if value == "":
+            continue
+        if key == "overrides":
+            overrides += shlex.split(value)
+        elif key == "seed":
+            overrides.append(f"{_SEED_KEY.get(command, 'seed')}={value}")
+        else:
+            overrides.append(f"{_PROJECT_KEYS.get(key, key)}={value}")
+    return overrides
+
+
+def written_out(argument: str, command: str) -> str:
+    """Write out the short names that ``mlflow run -P`` takes too, and let users add tags of their own."""
+    key, equals, value = argument.partition("=")
+    if command in ("evaluate", "compare") and key in ("device", "n_permutations", "seed"):
+        key = {**_PROJECT_KEYS, "seed": _SEED_KEY["evaluate"]}[key]
+    if key.startswith("tracking.tags."):
+        key = f"++{key}"
+    return f"{key}{equals}{value}"
