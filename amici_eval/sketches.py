@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Shared", "attention_of_both", "blocks_of", "contributions", "outputs_of", "shared_by"]
 
 _HALVINGS = 3
-"""Eight blocks of tissue: wide enough to be about independent, enough for a p of 1/128."""
+"""Eight blocks of tissue: wide enough to be about independent, enough for a p of 1/256."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -40,7 +40,8 @@ def test_help_and_version(capsys):
 
 def test_unknown_command(capsys):
     assert call("evalute") == 2
-    assert "unknown command 'evalute': commands are evaluate, compare, register, demo, upload" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "unknown command 'evalute': commands are evaluate, compare, register, demo, upload" in told
 
 
 @pytest.mark.parametrize(
