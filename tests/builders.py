@@ -287,3 +287,142 @@ def make_moments(n_heads: int = 2, n_types: int = 3, n_genes: int = 4, n_tiles: 
         readout_offset=rng.normal(size=(n_types, n_genes)),
         readout_epsilon=np.array([1e-5]),
     )
+
+
+def make_comparison(
+    n_versions: int = 3, n_heads: int = 3, seed: int = 0, *, kind: str = "versions", with_genes: bool = True
+):
+    """Return a comparison of made-up numbers: in each step one head is gone and one new; the last type has no tests."""
+    from amici_eval.comparison_results import (
+        WHOLE_MODEL,
+        ComparedVersion,
+        FailedVersion,
+        HeadComparison,
+        HeadDifferences,
+        HeadMatches,
+        Lineage,
+        Overall,
+    )
+
+    rng = np.random.default_rng(seed)
+    types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")
+    n_types, n_genes = len(types), len(genes)
+
+    def values(*shape: int) -> np.ndarray:
+        found = rng.normal(0.02, 0.02, shape)
+        found[..., -1] = np.nan
+        return found
+
+    versions, matches, differences, overall = [], [], [], []
+    for position in range(n_versions):
+        effect, whole = values(n_heads, n_types), values(n_types)
+        versions.append(
+            ComparedVersion(
+                label=f"m<i> {position + 1}" if kind == "versions" else f"data $x$ {position + 1}",
+                model={"name": "m<i>", "version": str(position + 1)},
+                data={"name": "tissue", "digest": "d"},
+                run_id=f"run{position}",
+                reused=position == 0,
+                setup="s",
+                n_heads=n_heads,
+                cell_types=types,
+                held_out=(False, True, None, True),
+                n_cells=rng.integers(5, 500, n_types),
+                expl_var=effect,
+                low=effect - 0.01,
+                high=effect + 0.01,
+                p_value_adj=np.where(np.isnan(effect), np.nan, rng.uniform(0, 0.2, effect.shape)),
+                full=whole,
+                full_low=whole - 0.01,
+                full_high=whole + 0.01,
+                alpha=0.05,
+                decided_by="lag",
+            )
+        )
+        if not position:
+            continue
+        between = {"before": position - 1, "after": position}
+        heads = np.append(np.arange(1, n_heads), WHOLE_MODEL)
+        if kind == "versions":
+            similarity = rng.uniform(-0.2, 0.9, (n_heads, n_heads))
+            matches.append(
+                HeadMatches(
+                    **between,
+                    cell_types=types,
+                    n_genes=n_genes,
+                    n_cells=100,
+                    similarity=similarity,
+                    similarity_by_type=np.stack([similarity] * n_types),
+                    partner=np.array([-1, *range(1, n_heads)]),
+                    n_permutations=99,
+                    p_value=rng.uniform(size=n_heads),
+                    p_value_spatial=np.full(n_heads, np.nan),
+                    cka=similarity,
+                    divergence=np.full((n_heads, n_heads), np.nan),
+                    profile_cosine=similarity,
+                    reseeded=True,
+                    reason="cells in 3 blocks of tissue; at least 6 are needed to flip their signs",
+                )
+            )
+        changed = values(n_heads, n_types)
+        by_gene = rng.normal(0, 0.01, (n_heads, n_types, n_genes))
+        differences.append(
+            HeadDifferences(
+                **between,
+                cell_types=types,
+                genes=genes,
+                head_before=heads,
+                head_after=heads,
+                difference=changed,
+                low=changed - 0.01,
+                high=changed + 0.01,
+                p_value=np.where(np.isnan(changed), np.nan, 0.01),
+                p_value_adj=np.where(np.isnan(changed), np.nan, 0.02),
+                p_value_equivalence=np.where(np.isnan(changed), np.nan, 0.5),
+                p_value_not_worse=np.where(np.isnan(changed), np.nan, 0.5),
+                n_tiles=np.array([9, 9, 9, 2]),
+                verdict=tuple(rng.choice(["better", "worse", "same"], n_heads * n_types).tolist()),
+                reasons=((types[-1], "cells in 2 tiles; at least 5 are needed to tell differences"),),
+                difference_gene=by_gene if with_genes else None,
+                p_value_gene=np.full(by_gene.shape, 0.001) if with_genes else None,
+                p_value_adj_gene=np.where(by_gene > 0, 0.01, 0.5) if with_genes else None,
+            )
+        )
+        overall.append(
+            Overall(
+                **between,
+                difference=0.012,
+                low=0.004,
+                high=0.02,
+                p_value=0.01,
+                p_value_equivalence=0.6,
+                p_value_not_worse=0.01,
+                n_tiles=9,
+                verdict="better",
+            )
+        )
+    same = [Lineage(heads=(head,) * n_versions, stability=0.5) for head in range(1, n_heads)]
+    alone = [
+        Lineage(heads=tuple(0 if at == position else None for at in range(n_versions)), stability=0.0)
+        for position in range(n_versions)
+    ]
+    return HeadComparison(
+        kind=kind,
+        versions=tuple(versions),
+        failed=(FailedVersion(label="m<i> 9", reason="it <broke>: mend it"),),
+        matches=tuple(matches),
+        differences=tuple(differences),
+        overall=tuple(overall),
+        lineages=(*same, *alone) if kind == "versions" else tuple(same),
+        similarity={
+            (one, other): rng.uniform(0.2, 0.9, (n_heads, n_heads))
+            for one in range(n_versions)
+            for other in range(one + 1, n_versions)
+        }
+        if kind == "versions"
+        else {},
+        floor=np.array([0.15, 0.1, np.nan]),
+        reseeded=np.array([0.7, 0.4]),
+        in_sample=True,
+        notes=("1 genes of <a> left out",),
+    )
