@@ -292,10 +292,10 @@ def _crowded(
     near = int(fitted[access.neighbour_rows[held_out]].any(axis=1).sum())
     if not near or spec.data.subset.buffer:
         return ()
+    rim = " (data.subset.buffer=true leaves out its rim)" if near < len(held_out) else ""
     return (
         f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, as "
-        "after any random split; a region or section that was held out as a whole says more (data.subset.buffer=true "
-        "leaves out its rim)",
+        f"after any random split; a region or section that was held out as a whole says more{rim}",
     )
 
 

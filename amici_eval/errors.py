@@ -56,8 +56,12 @@ def mask_secrets(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the class and the first line of another library's error, for a message of ours."""
-    text = str(error).strip()
-    return mask_secrets(f"{type(error).__name__}: {text.splitlines()[0][:300]}") if text else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # a line that only announces the next one says nothing
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return mask_secrets(f"{type(error).__name__}: {said[:300]}")
 
 
 def _rebuild(cls: type[AmiciEvalError], value: str, rule: str, fix: str) -> AmiciEvalError:

@@ -151,7 +151,8 @@ class PermutationSpec:
                 raise InvalidSpecError(
                     value=f"permutation.{name}={value} with permutation.{other}={getattr(self, other)}",
                     rule=rule,
-                    fix=f"set permutation.{other}={needed}, or leave permutation.{name} as it is",
+                    fix=f"set permutation.{other}={needed}, or leave permutation.{name} out for the default, "
+                    f"{getattr(type(self), name)}",
                 )
 
 

@@ -93,7 +93,7 @@ INTERACTION_COLUMNS = ("head_a", "head_b", "ct_name", "interaction", "interactio
 
 # in words of the method column: independent permutations are plain Monte Carlo
 _METHODS = {"independent": "monte_carlo", "": None}
-_NO_GENE_TEST = "lag null: effective sample size below 5 or no variation"
+_NO_GENE_TEST = "no p of the gene: effective sample size below 5 under the lag null, or the prediction does not vary"
 
 
 def genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
@@ -250,6 +250,8 @@ def held_out_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
                         reasons.append(f"predictions are not finite {where}")
                     else:
                         reasons.append(f"no gene varies {where}")
+                elif head != "full" and found.n_cells[part].any() and math.isnan(found.low[part, head, index]):
+                    reasons.append(f"no interval {name.replace('_', '-')}: cells in too few tiles")
             rows.append({**row, "undefined_reason": "; ".join(reasons)})
     return pd.DataFrame(rows, columns=list(HELD_OUT_COLUMNS))
 

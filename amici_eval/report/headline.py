@@ -165,10 +165,14 @@ def outcome_sentences(evaluation: HeadEvaluation) -> list[str]:
     counted = set(samplings(evaluation)) <= {"independent", "cyclic", "sequential", "none"}
     if settings.convention == "reference":
         sentences.append(f"{free}p = b/m as in amici-st: 0 stands for fewer than one in m, and is no valid p-value.")
-    elif counted and (most := _most_permutations(evaluation)) < 1 / settings.alpha - 1:
-        sentences.append(
-            f"With {most:,} permutations no {free}p-value can be below {1 / (most + 1):.2g}: nothing can be "
-            "significant; draw more."
+    elif counted:
+        sentences += _out_of_reach(
+            f"{free}p-value",
+            n_drawn=_most_permutations(evaluation),
+            what="permutations",
+            n_tests=evaluation.n_tests,
+            adjustment="" if settings.adjustment == "maxt" else settings.adjustment,
+            alpha=settings.alpha,
         )
     if settings.null in VALIDITY:
         sentences.append(VALIDITY[settings.null])
@@ -188,6 +192,16 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
         f"{adjustment_text(evaluation, null=found.null)} over all tests)."
         + (f" {untested} of {found.p_value.size} pairs have no test." if untested else "")
     ]
+    if set(found.method) - {""} == {"monte_carlo"}:
+        shifts = found.null == "torus"
+        sentences += _out_of_reach(
+            f"{found.null} p-value",
+            n_drawn=settings.n_shifts if shifts else evaluation.n_permutations,
+            what="shifts (permutation.n_shifts)" if shifts else "permutations",
+            n_tests=evaluation.n_decided,
+            adjustment=adjustment_text(evaluation, null=found.null).lower(),
+            alpha=settings.alpha,
+        )
     tested = ~np.isnan(found.ess).all(axis=0)
     if tested.any():
         cells = evaluation.n_cells[tested]
@@ -197,7 +211,8 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
         )
     if not np.all(np.isnan(found.detectable)):
         sentences.append(
-            f"Smallest effect that the lag null would have found with 80 % power: explained variance of "
+            f"Smallest effect that the lag null would have found with 80 % power before any adjustment: explained "
+            f"variance of "
             f"{effect(float(np.nanmin(found.detectable)))} to {effect(float(np.nanmax(found.detectable)))}, median "
             f"{_median(found.detectable)}."
         )
@@ -223,6 +238,18 @@ def _scale_sentence(found: SpatialTests, tested: Bool[np.ndarray, " types"]) -> 
 
 def _all_held_out(evaluation: HeadEvaluation) -> bool:
     return set(evaluation.held_out) <= {True}
+
+
+def _out_of_reach(name: str, *, n_drawn: int, what: str, n_tests: int, adjustment: str, alpha: float) -> list[str]:
+    """Say so where too little was drawn for any test to become significant, however small its p."""
+    least = 1 / (n_drawn + 1)
+    factor = {"holm": float(n_tests), "by": float(np.sum(1 / np.arange(1, n_tests + 1)))}.get(adjustment, 1.0)
+    if not n_tests or least * factor <= alpha:
+        return []
+    adjusted = f", nor below {min(least * factor, 1.0):.2g} once adjusted" if factor > 1 else ""
+    return [
+        f"With {n_drawn:,} {what} no {name} can be below {least:.2g}{adjusted}: nothing can be significant; draw more."
+    ]
 
 
 def _most_permutations(evaluation: HeadEvaluation) -> int:

@@ -193,8 +193,8 @@ def scale_section(evaluation: HeadEvaluation) -> str:
                 else "Reach: distance up to which the lag null takes correlation into account. "
             )
             + "Effective sample size: as many independent cells would say as much. Detectable EV: smallest explained "
-            "variance that the lag null would have found with 80 % power; where a head is not significant and this is "
-            "large, the tissue is too small to tell. Ranges are over heads. "
+            "variance that the lag null would have found with 80 % power before any adjustment; where a "
+            "head is not significant and this is large, the tissue is too small to tell. Ranges are over heads. "
             + (
                 f"All of these{' but the tile width' if spatial.null == 'tile' else ''}, and the p of genes, come from "
                 f"the lag null, not from the {printable(spatial.null)} null. "

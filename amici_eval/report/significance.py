@@ -77,7 +77,7 @@ def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Pat
                                                   same keys under the spatial null
                            genes                  heads x types x genes; null if there is no spatial test, else
                              null           lag, whatever the null of the heads
-                             adjustment, n_tests, n_significant
+                             adjustment, n_tests, n_significant, n_undefined
         undefined_genes  number of genes without explained variance by reason, summed over types (and heads, where
                          the reason is a head's)
         parity           comparison of the factored with the hooked engine; null where none was made
@@ -140,6 +140,7 @@ def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Pat
                 "adjustment": adjustment_text(evaluation, null="lag").lower(),
                 "n_tests": int(np.count_nonzero(~np.isnan(spatial.p_value_gene))),
                 "n_significant": int(np.count_nonzero(spatial.p_value_adj_gene <= settings.alpha)),
+                "n_undefined": int(np.count_nonzero(np.isnan(spatial.p_value_gene))),
             },
         },
         "undefined_genes": _counts(gene_reasons),

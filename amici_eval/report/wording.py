@@ -96,7 +96,7 @@ BASELINE_MEANINGS = {
 _DRAWN = {
     "independent": "",
     "cyclic": " as cyclic shifts of one random order",
-    "sequential": ", stopped early,",
+    "sequential": " at most, stopped once enough exceeded,",
     "gpd": " with a fitted tail",
     "moments": "exact moments of all permutations",
 }

@@ -53,6 +53,13 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
             rule=f"known here are {', '.join(ReportSpec.__dataclass_fields__)}",
             fix="correct the name or drop it",
         )
+    strange = sorted(set(nested) - {"data", "ablation", "permutation"})
+    if strange:
+        raise InvalidSpecError(
+            value=f"unknown setting {strange[0]}",
+            rule=f"known here are the groups data, ablation, permutation and report, and {', '.join(_SHORTHANDS)}",
+            fix="correct the name, as permutation.alpha, or drop it",
+        )
     for name in ("formats", "cell_types"):
         if report.get(name) is not None:
             report[name] = tuple(report[name])

@@ -30,8 +30,8 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
         interval ``ev_ci_low`` and ``ev_ci_high``, ``ev_held_out``, ``gain`` (over the best predictor without heads),
         ``p_adj_spatial``, ``ess``, ``p_adj`` (free null) and ``shapley``, where they were computed. Per type:
         ``ev_full_model/<type>``, ``ev_full_model_held_out/<type>``, ``ev_no_head/<type>``. Besides,
-        ``parity/max_abs_difference`` where engines were compared, and ``summary/...``: ``n_significant`` is by the
-        null that decides, ``n_significant_free`` by the free one.
+        ``parity/max_abs_difference`` where engines were compared, and ``summary/...``: ``n_tests``, ``n_significant``
+        and ``n_undefined`` are by the null that decides, ``n_tests_free`` and ``n_significant_free`` by the free one.
     """
     metrics: dict[str, float] = {}
     ablations, spatial, bounds = evaluation.ablations, evaluation.spatial, evaluation.intervals
@@ -57,10 +57,11 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
         metrics["parity/max_abs_difference"] = float(evaluation.parity)
     finite = [float(value) for value in evaluation.expl_var.ravel() if math.isfinite(value)]
     metrics["summary/n_cells"] = float(evaluation.n_cells.sum())
-    metrics["summary/n_tests"] = float(evaluation.n_tests)
+    metrics["summary/n_tests"] = float(evaluation.n_decided)
+    metrics["summary/n_tests_free"] = float(evaluation.n_tests)
     metrics["summary/n_significant"] = float(evaluation.n_significant)
     metrics["summary/n_significant_free"] = float(evaluation.n_significant_free)
-    metrics["summary/n_undefined"] = float(evaluation.n_undefined)
+    metrics["summary/n_undefined"] = float(evaluation.p_value.size - evaluation.n_decided)
     metrics["summary/n_permutations"] = float(evaluation.n_permutations)
     metrics["summary/max_ev"] = max(finite, default=math.nan)
     # MLflow would store NaN as 0 and infinity as a number

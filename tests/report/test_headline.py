@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from amici_eval.permutation_spec import NULLS, SPATIAL_NULLS
+from amici_eval.permutation_spec import NULLS, SPATIAL_NULLS, PermutationSpec
 from amici_eval.report.tables import summary_lines
 from amici_eval.report.wording import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, effect, span
+from amici_eval.specs import EvaluationSpec
 from tests.builders import make_evaluation
 
 
@@ -138,6 +139,23 @@ def test_it_is_said_where_no_correlation_length_was_found(inferred):
         assert f"in the unit of the coordinates{words}" in text_of(dataclasses.replace(inferred, spatial=found))
 
 
+@pytest.mark.parametrize(
+    ("adjustment", "n_shifts", "said"),
+    [
+        ("bh", 99, None),
+        ("bh", 9, "With 9 shifts (permutation.n_shifts) no torus p-value can be below 0.1: nothing can be significant"),
+        ("maxt", 99, "no torus p-value can be below 0.01, nor below 0.16 once adjusted: nothing can be significant"),
+        ("by", 59, "no torus p-value can be below 0.017, nor below 0.056 once adjusted"),
+    ],
+)
+def test_where_too_little_was_drawn_for_any_test_to_be_significant_that_is_said(adjustment, n_shifts, said):
+    evaluation = make_evaluation(inferred="torus")
+    test = PermutationSpec(spatial_null="torus", n_shifts=n_shifts, adjustment=adjustment)
+    found = dataclasses.replace(evaluation.spatial, method=("monte_carlo",) * 6 + ("",))
+    text = text_of(dataclasses.replace(evaluation, spec=EvaluationSpec(permutation=test), spatial=found))
+    assert (said in text) if said else ("no torus p-value can be below" not in text)
+
+
 def test_under_other_nulls_it_is_said_what_comes_from_the_lag_null():
     text = text_of(make_evaluation(inferred="tile"))
     assert "Effective sample size (by the lag null): " in text
@@ -148,7 +166,11 @@ def test_under_other_nulls_it_is_said_what_comes_from_the_lag_null():
 @pytest.mark.parametrize(
     ("sampling", "n_permutations", "words"),
     [
-        ("sequential", [40, 900], "40 to 900 permutations, stopped early, in 2 types"),
+        (
+            "sequential",
+            [40, 900],
+            "40 to 900 permutations at most, stopped once enough exceeded, in 2 types",
+        ),
         ("gpd", [999, 999], "999 permutations with a fitted tail in 2 types"),
         ("moments", [0, 0], "exact moments of all permutations in 2 types"),
     ],

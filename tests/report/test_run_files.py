@@ -62,7 +62,13 @@ def test_what_is_inferred_is_a_metric_where_it_is_defined():
     assert len(expected) == 16 + 18 + 15 + 15 + 15 + 18 + 5
     plain = evaluation_metrics(make_evaluation())
     assert metrics["summary/n_significant"] == evaluation.n_significant != plain["summary/n_significant"]
-    assert metrics == {**plain, **expected, "summary/n_significant": evaluation.n_significant}
+    counted = {
+        "summary/n_significant": evaluation.n_significant,
+        "summary/n_tests": evaluation.n_decided,
+        "summary/n_undefined": evaluation.p_value.size - evaluation.n_decided,
+    }
+    assert metrics == {**plain, **expected, **counted}
+    assert metrics["summary/n_tests_free"] == evaluation.n_tests != evaluation.n_decided
 
 
 @pytest.mark.parametrize("parity", [None, math.nan, math.inf])

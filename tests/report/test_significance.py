@@ -116,6 +116,7 @@ def test_significance_says_what_the_spatial_test_was_and_found(tmp_path):
         "adjustment": "bh",
         "n_tests": int(np.isfinite(found.p_value_gene).sum()),
         "n_significant": int((found.p_value_adj_gene <= 0.1).sum()),
+        "n_undefined": int(np.isnan(found.p_value_gene).sum()),
     }
     assert record["intervals"] == {
         "confidence": 0.95,

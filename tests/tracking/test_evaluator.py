@@ -98,7 +98,10 @@ def test_settings_nested_dotted_and_short():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"n_perm": 3}, "unknown setting n_perm: known here are data, ablation, permutation"),
+        (
+            {"n_perm": 3},
+            "unknown setting n_perm: known here are the groups data, ablation, permutation and report, and alpha",
+        ),
         (
             {"permutation": {"n_perm": 3}},
             r"unknown setting permutation\.n_perm: known here are permutation\.n_permutations",
