@@ -293,16 +293,16 @@ def make_comparison(
     n_versions: int = 3, n_heads: int = 3, seed: int = 0, *, kind: str = "versions", with_genes: bool = True
 ):
     """Return a comparison of made-up numbers: in each step one head is gone and one new; the last type has no tests."""
-    from amici_eval.comparison_results import (
+    from amici_eval.comparison_parts import (
         WHOLE_MODEL,
         ComparedVersion,
         FailedVersion,
-        HeadComparison,
         HeadDifferences,
         HeadMatches,
         Lineage,
         Overall,
     )
+    from amici_eval.comparison_results import HeadComparison
 
     rng = np.random.default_rng(seed)
     types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")

@@ -1,4 +1,4 @@
-"""Which head of one model is which head of another: similarities, assignment, and how alike chance would make them."""
+"""Which head of one model is which head of another: similarity, assignment, and how alike chance would make them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from amici_eval.stats.likeness import product_scale
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float64, Int64, UInt64
+    from jaxtyping import Float64, Int64, UInt64
 
 __all__ = [
     "MIN_BLOCKS",
@@ -20,11 +21,8 @@ __all__ = [
     "HeadMatching",
     "HeadProducts",
     "assign_heads",
-    "attention_divergence",
     "head_products",
-    "linear_cka",
     "match_heads",
-    "profile_cosine",
 ]
 
 MIN_BLOCKS = 6
@@ -146,7 +144,7 @@ class HeadProducts:
     @property
     def scale(self) -> Float64[np.ndarray, "heads others"]:
         """What sums of products are divided by to be similarities; NaN for heads without contribution."""
-        return _scale(self.size.sum(axis=0), self.size_other.sum(axis=0))
+        return product_scale(self.size.sum(axis=0), self.size_other.sum(axis=0))
 
     @property
     def similarity(self) -> Float64[np.ndarray, "heads others"]:
@@ -159,14 +157,9 @@ class HeadProducts:
         """The same within each type, shape (types, heads, others)."""
         sums = np.zeros((len(self.size), *self.products.shape[1:]))
         np.add.at(sums, self.types, self.products)
-        scales = [_scale(one, other) for one, other in zip(self.size, self.size_other, strict=True)]
+        scales = [product_scale(one, other) for one, other in zip(self.size, self.size_other, strict=True)]
         similarity: Float64[np.ndarray, "types heads others"] = sums / np.stack(scales)
         return similarity
-
-
-def _scale(size: Float64[np.ndarray, " heads"], other: Float64[np.ndarray, " others"]) -> Float64[np.ndarray, "h o"]:
-    scale = np.sqrt(np.outer(size, other))
-    return np.where(scale > 0.0, scale, np.nan)
 
 
 def head_products(one: HeadContributions, other: HeadContributions) -> HeadProducts:
@@ -396,79 +389,6 @@ def _signs(n_permutations: int, n_blocks: int, seed: int) -> Float64[np.ndarray,
 def _words(number: int, seed: int, label: str, what: str) -> UInt64[np.ndarray, " words"]:
     key = PermutationStream(seed=seed, cell_type=label, stratum=what, n_cells=1).key()
     return np.random.Philox(key=key).random_raw(number)
-
-
-def linear_cka(
-    one: Float[np.ndarray, "cells heads size"],
-    other: Float[np.ndarray, "cells others size"],
-    types: Int64[np.ndarray, " cells"],
-    weights: Float64[np.ndarray, " cells"],
-) -> Float64[np.ndarray, "heads others"]:
-    """Return linear centred kernel alignment of what heads bring: 1 if one is a rotated and scaled copy of the other.
-
-    Parameters
-    ----------
-    one, other
-        Attention outputs of the same cells, shape (cells, heads, head_size); sizes may differ.
-    types, weights
-        Of the cells: outputs are centred within types.
-
-    References
-    ----------
-    Kornblith et al. (2019), Similarity of neural network representations revisited, ICML; the RV coefficient of Robert
-    & Escoufier (1976).
-    """
-    centred = []
-    for outputs in (one, other):
-        wide = outputs.astype(np.float64)
-        for code in np.unique(types):
-            wide[types == code] -= wide[types == code].mean(axis=0)
-        centred.append(wide * np.sqrt(weights)[:, None, None])
-    between, within, beside = (
-        np.square(np.tensordot(left, right, axes=(0, 0))).sum(axis=(1, 3))
-        for left, right in ((centred[0], centred[1]), (centred[0], centred[0]), (centred[1], centred[1]))
-    )
-    alike: Float64[np.ndarray, "heads others"] = between / _scale(np.diag(within), np.diag(beside))
-    return alike
-
-
-def attention_divergence(
-    one: Float[np.ndarray, "cells heads places"], other: Float[np.ndarray, "cells others places"]
-) -> Float64[np.ndarray, "heads others"]:
-    """Return how differently heads share their attention out: the mean Jensen-Shannon divergence in bits, 0 to 1.
-
-    Parameters
-    ----------
-    one, other
-        Attention of the same cells to the same places, the dummy among them.
-    """
-    first, second = one.astype(np.float64), other.astype(np.float64)
-    found = np.empty((first.shape[1], second.shape[1]))
-    for head in range(first.shape[1]):
-        for partner in range(second.shape[1]):
-            p, q = first[:, head], second[:, partner]
-            middle = (p + q) / 2.0
-            found[head, partner] = np.mean((_relative(p, middle) + _relative(q, middle)) / 2.0)
-    return found
-
-
-def _relative(p: Float64[np.ndarray, "cells places"], q: Float64[np.ndarray, "cells places"]) -> np.ndarray:
-    ratio = np.divide(p, q, out=np.ones_like(p), where=p > 0.0)
-    return np.asarray((p * np.log2(ratio)).sum(axis=1))
-
-
-def profile_cosine(
-    one: Float64[np.ndarray, "heads genes"], other: Float64[np.ndarray, "others genes"]
-) -> Float64[np.ndarray, "heads others"]:
-    """Return the cosine between gene profiles of explained variance; genes undefined in either are left out."""
-    found = np.full((len(one), len(other)), np.nan)
-    for head, ours in enumerate(one):
-        for partner, theirs in enumerate(other):
-            both = ~np.isnan(ours) & ~np.isnan(theirs)
-            length = np.linalg.norm(ours[both]) * np.linalg.norm(theirs[both])
-            if length > 0.0:
-                found[head, partner] = ours[both] @ theirs[both] / length
-    return found
 
 
 def _check_same(one: HeadContributions, other: HeadContributions) -> None:

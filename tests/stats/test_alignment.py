@@ -12,12 +12,10 @@ from amici_eval.stats import alignment
 from amici_eval.stats.alignment import (
     HeadContributions,
     assign_heads,
-    attention_divergence,
     head_products,
-    linear_cka,
     match_heads,
-    profile_cosine,
 )
+from amici_eval.stats.likeness import attention_divergence, linear_cka, profile_cosine
 from amici_eval.stats.spatial import balanced_blocks
 
 

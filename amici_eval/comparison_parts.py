@@ -1,0 +1,353 @@
+"""What a comparison of heads is made of: versions, matches, differences, lineages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from amici_eval.named_arrays import NamedArrays
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import Float64, Int64
+
+__all__ = [
+    "WHOLE_MODEL",
+    "ComparedVersion",
+    "FailedVersion",
+    "HeadDifferences",
+    "HeadMatches",
+    "Lineage",
+    "Overall",
+]
+
+WHOLE_MODEL = -1
+"""Stands for all heads together where a head is named by its number."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ComparedVersion(NamedArrays):
+    """One column of a comparison: a model version on a data set.
+
+    Parameters
+    ----------
+    label
+        Short name, unique within the comparison.
+    model, data
+        What was evaluated on what, as in the evaluation.
+    run_id
+        The run that holds the evaluation, if there is one.
+    reused
+        Whether the evaluation was there already.
+    setup
+        Hash of the model's training set-up; versions that share it differ in seed and data order only. ``None``: not
+        known.
+    cell_types
+        Of the evaluated cells.
+    held_out
+        By type, as in the evaluation.
+    n_cells
+        Shape (C,).
+    expl_var, low, high
+        Explained variance of each head kept alone, with its interval, shape (H, C).
+    p_value_adj
+        Of the null that decides, shape (H, C).
+    full, full_low, full_high
+        The same of the whole model, shape (C,).
+    alpha
+        Level at which heads are significant.
+    decided_by
+        The null that decides.
+    """
+
+    shapes: ClassVar[Mapping[str, str]] = {
+        "n_cells": "C",
+        "expl_var": "HC",
+        "low": "HC",
+        "high": "HC",
+        "p_value_adj": "HC",
+        "full": "C",
+        "full_low": "C",
+        "full_high": "C",
+    }
+
+    label: str
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    run_id: str | None
+    reused: bool
+    setup: str | None
+    n_heads: int
+    cell_types: tuple[str, ...]
+    held_out: tuple[bool | None, ...]
+    n_cells: Int64[np.ndarray, " types"]
+    expl_var: Float64[np.ndarray, "heads types"]
+    low: Float64[np.ndarray, "heads types"]
+    high: Float64[np.ndarray, "heads types"]
+    p_value_adj: Float64[np.ndarray, "heads types"]
+    full: Float64[np.ndarray, " types"]
+    full_low: Float64[np.ndarray, " types"]
+    full_high: Float64[np.ndarray, " types"]
+    alpha: float
+    decided_by: str
+
+    @property
+    def own_sizes(self) -> dict[str, int]:
+        """Sizes that the record itself decides."""
+        return {"H": self.n_heads, "C": len(self.cell_types)}
+
+    @classmethod
+    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes that plain values decide."""
+        return {"H": values["n_heads"], "C": len(values["cell_types"])}
+
+    @property
+    def n_significant(self) -> int:
+        """Number of head x type pairs that are significant."""
+        return int(np.count_nonzero(self.p_value_adj <= self.alpha))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedVersion:
+    """A version that could not be evaluated.
+
+    Parameters
+    ----------
+    label
+        Its name.
+    reason
+        In words.
+    """
+
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadMatches(NamedArrays):
+    """Which head of one version is which head of another.
+
+    Parameters
+    ----------
+    before, after
+        The two versions, as positions in the comparison.
+    cell_types, n_genes, n_cells
+        Types and genes that both have, and sketched cells: similarity is measured on these.
+    similarity
+        Correlation of contributions in output space over cells and genes, shape (A, B); A heads of ``before``, B of
+        ``after``; between -1 and 1; NaN for dead heads.
+    similarity_by_type
+        The same within each type, shape (C, A, B).
+    partner
+        Head of ``after`` that each head of ``before`` is, shape (A,); -1: gone.
+    n_permutations
+        Permutations behind ``p_value``, and flips behind ``p_value_spatial``.
+    p_value
+        That a matched similarity this large arises where cells of a type are exchangeable, matching included, shape
+        (A,).
+    p_value_spatial
+        The same where contributions are smooth in space: signs of whole tiles are flipped; shape (A,); NaN without
+        tiles enough.
+    cka
+        Linear centred kernel alignment of what heads bring, shape (A, B).
+    divergence
+        Mean Jensen-Shannon divergence of attention, in bits, shape (A, B); NaN where no attention was kept.
+    profile_cosine
+        Cosine of explained variance by gene, shape (A, B).
+    reseeded
+        Whether both were trained by one set-up.
+    reason
+        Why there is no spatial p, if that is so.
+    """
+
+    shapes: ClassVar[Mapping[str, str]] = {
+        "similarity": "AB",
+        "similarity_by_type": "CAB",
+        "partner": "A",
+        "p_value": "A",
+        "p_value_spatial": "A",
+        "cka": "AB",
+        "divergence": "AB",
+        "profile_cosine": "AB",
+    }
+
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"partner"})
+
+    before: int
+    after: int
+    cell_types: tuple[str, ...]
+    n_genes: int
+    n_cells: int
+    similarity: Float64[np.ndarray, "before after"]
+    similarity_by_type: Float64[np.ndarray, "types before after"]
+    partner: Int64[np.ndarray, " before"]
+    n_permutations: int
+    p_value: Float64[np.ndarray, " before"]
+    p_value_spatial: Float64[np.ndarray, " before"]
+    cka: Float64[np.ndarray, "before after"]
+    divergence: Float64[np.ndarray, "before after"]
+    profile_cosine: Float64[np.ndarray, "before after"]
+    reseeded: bool
+    reason: str | None = None
+
+    @property
+    def own_sizes(self) -> dict[str, int]:
+        """Sizes that the record itself decides."""
+        n_before, n_after = self.similarity.shape
+        return {"A": n_before, "B": n_after, "C": len(self.cell_types)}
+
+    @classmethod
+    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes that plain values decide."""
+        n_before = len(values["partner"])
+        n_after = len(values["similarity"][0]) if n_before else 0
+        return {"A": n_before, "B": n_after, "C": len(values["cell_types"])}
+
+    @property
+    def matched(self) -> Float64[np.ndarray, " before"]:
+        """Similarity of each head of ``before`` to its partner; NaN if it is gone."""
+        found = np.full(len(self.partner), np.nan)
+        has = self.partner >= 0
+        found[has] = self.similarity[np.flatnonzero(has), self.partner[has]]
+        return found
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """Heads of ``after`` that are no head of ``before``."""
+        return tuple(sorted(set(range(self.similarity.shape[1])) - set(self.partner.tolist())))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadDifferences(NamedArrays):
+    """What changed from one version to the next: matched heads and the whole model, on the same cells.
+
+    Parameters
+    ----------
+    before, after
+        The two versions, as positions in the comparison.
+    cell_types, genes
+        That both have.
+    head_before, head_after
+        The matched heads, shape (M,); the last is the whole model, :data:`WHOLE_MODEL` in both.
+    difference, low, high
+        Explained variance in ``after`` minus that in ``before``, with its interval over tiles, shape (M, C).
+    p_value, p_value_adj
+        Two-sided, signs of tiles flipped, shape (M, C); adjusted over all of them.
+    p_value_equivalence
+        That the difference lies outside the margin, shape (M, C): small where versions are the same for all purposes.
+    p_value_not_worse
+        That ``after`` is worse by the margin or more, shape (M, C).
+    n_tiles
+        Tiles with cells of the type, shape (C,).
+    verdict
+        ``better``, ``worse``, ``same`` or ``undecided``, one for each of M x C, row after row.
+    difference_gene, p_value_gene, p_value_adj_gene
+        Shape (M, C, G), adjusted over all of them; kept in a table of their own, not in JSON.
+    reasons
+        Why a type has no interval and no p, as ``(ct_name, reason)``.
+    """
+
+    shapes: ClassVar[Mapping[str, str]] = {
+        "head_before": "M",
+        "head_after": "M",
+        "difference": "MC",
+        "low": "MC",
+        "high": "MC",
+        "p_value": "MC",
+        "p_value_adj": "MC",
+        "p_value_equivalence": "MC",
+        "p_value_not_worse": "MC",
+        "n_tiles": "C",
+    }
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"head_before", "head_after"})
+    apart: ClassVar[tuple[str, ...]] = ("difference_gene", "p_value_gene", "p_value_adj_gene")
+
+    before: int
+    after: int
+    cell_types: tuple[str, ...]
+    genes: tuple[str, ...]
+    head_before: Int64[np.ndarray, " matched"]
+    head_after: Int64[np.ndarray, " matched"]
+    difference: Float64[np.ndarray, "matched types"]
+    low: Float64[np.ndarray, "matched types"]
+    high: Float64[np.ndarray, "matched types"]
+    p_value: Float64[np.ndarray, "matched types"]
+    p_value_adj: Float64[np.ndarray, "matched types"]
+    p_value_equivalence: Float64[np.ndarray, "matched types"]
+    p_value_not_worse: Float64[np.ndarray, "matched types"]
+    n_tiles: Int64[np.ndarray, " types"]
+    verdict: tuple[str, ...]
+    reasons: tuple[tuple[str, str], ...] = ()
+    difference_gene: Float64[np.ndarray, "matched types genes"] | None = None
+    p_value_gene: Float64[np.ndarray, "matched types genes"] | None = None
+    p_value_adj_gene: Float64[np.ndarray, "matched types genes"] | None = None
+
+    @property
+    def own_sizes(self) -> dict[str, int]:
+        """Sizes that the record itself decides."""
+        return {"M": len(self.head_before), "C": len(self.cell_types)}
+
+    @classmethod
+    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes that plain values decide."""
+        return {"M": len(values["head_before"]), "C": len(values["cell_types"])}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> HeadDifferences:
+        """Read what :meth:`to_record` gave."""
+        reasons = tuple((str(name), str(why)) for name, why in record["reasons"])
+        made: HeadDifferences = super().from_record({**record, "reasons": []}, sizes)
+        return replace(made, reasons=reasons)
+
+    def verdict_of(self, index: int, cell_type: int) -> str:
+        """Return the verdict on one matched pair in one cell type."""
+        return self.verdict[index * len(self.cell_types) + cell_type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overall:
+    """What changed from one version to the next in the whole model, all cell types together.
+
+    Parameters
+    ----------
+    before, after
+        The two versions, as positions in the comparison.
+    difference, low, high
+        Of explained variance over all cells and genes, with its interval over tiles; NaN where undefined.
+    p_value, p_value_equivalence, p_value_not_worse
+        As in :class:`HeadDifferences`.
+    n_tiles
+        Tiles with cells.
+    verdict
+        ``better``, ``worse``, ``same`` or ``undecided``.
+    """
+
+    before: int
+    after: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_value_equivalence: float
+    p_value_not_worse: float
+    n_tiles: int
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """One head through the versions.
+
+    Parameters
+    ----------
+    heads
+        Its number in each version of the comparison; ``None`` where it is not there.
+    stability
+        Mean similarity over all pairs of versions, a pair where it is missing counting 0; NaN with one version.
+    """
+
+    heads: tuple[int | None, ...]
+    stability: float
