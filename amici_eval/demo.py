@@ -108,7 +108,12 @@ def run_demo(
         run_id = next(line.split()[1] for line in out.splitlines() if line.startswith("run "))
         evaluations[registered] = _evaluation_of(uri, run_id)
 
-    say("", "4. What was planted and what was found")
+    say("", "4. Which heads of version 1 are those of version 2, and what changed")
+    versions = ",".join(registered.split("/")[1] for registered in evaluations)
+    of_both = [f"model={MODEL_NAME}", f"versions=[{versions}]", f"data.uri={data}"]
+    _command(["compare", *of_both, *test, *common, f"tracking.output_dir={folder / 'results'}"], say)
+
+    say("", "5. What was planted and what was found")
     for registered, evaluation in evaluations.items():
         cells = "held-out cells of a region never trained on" if all(evaluation.held_out) else "all cells, in-sample"
         say("", f"{registered}, {cells}:", *planted_table(evaluation, tissue.effects))

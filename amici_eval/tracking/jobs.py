@@ -294,6 +294,8 @@ def register_job(
             training_adata=None if dataset is None else dataset.adata,
         )
         version = str(info.registered_model_version)
+        client = mlflow.MlflowClient()
+        client.set_model_version_tag(name, version, "amici_eval.setup", trained.setup)
         if alias is not None:
-            mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
+            client.set_registered_model_alias(name, alias, version)
         return RegisteredVersion(name=name, version=version, model_id=info.model_id, run_id=run.info.run_id)

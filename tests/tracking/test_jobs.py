@@ -113,7 +113,9 @@ def test_a_run_holds_the_contract(registry, tmp_path):
     assert [model.model_id for model in logged.inputs.model_inputs] == [registry.model_id]
     assert logged.data.tags["amici_eval.model_version"] == "1"
     assert "2 attention heads x 5 cell types" in logged.data.tags["mlflow.note.content"]
-    assert client.get_model_version("tiny", "1").tags["amici_eval.evaluation_run_id"] == result.run_id
+    of_version = client.get_model_version("tiny", "1").tags
+    assert of_version["amici_eval.evaluation_run_id"] == result.run_id
+    assert of_version["amici_eval.setup"] == result.evaluation.model["setup"]
     assert client.get_logged_model(registry.model_id).tags["amici_eval.evaluation_run_id"] == result.run_id
     assert not (tmp_path / "amici-eval-results").exists()
     assert load_evaluation(result.run_id).to_json() == result.evaluation.to_json()
