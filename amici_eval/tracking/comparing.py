@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.comparison import compare, matched_similarity
 from amici_eval.comparison_parts import FailedVersion
 from amici_eval.errors import AmiciEvalError, DataError, first_line
+from amici_eval.moments import MOMENTS_FILE
 from amici_eval.report.comparison_page import comparison_sentences
 from amici_eval.results import FILE_NAME
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
@@ -140,6 +141,12 @@ def compare_job(
                         config_yaml=config_yaml,
                         progress=progress,
                     )
+                    if not datasets and not (place / MOMENTS_FILE).is_file():
+                        raise DataError(
+                            value=f"run {own_run} holds no {MOMENTS_FILE}",
+                            rule="heads are matched by what the factored engine keeps of its pass over the cells",
+                            fix="evaluate it with ablation.engine=factored, on data with coordinates",
+                        )
                 except AmiciEvalError as error:
                     logger.error("%s could not be evaluated and is left out: %s", column.label, error)
                     failed.append(FailedVersion(label=column.label, reason=str(error)))

@@ -180,6 +180,15 @@ def test_a_version_that_fails_is_named_and_the_others_go_on(pair, monkeypatch):
     assert newest.info.status == "FAILED"
 
 
+def test_a_version_without_moments_is_left_out(pair):
+    models = ("models:/pair/1", "models:/pair/2", "models:/tiny/1")
+    hooked = replace(SPEC, ablation=replace(SPEC.ablation, engine="hooked"))
+    with pytest.raises(
+        DataError, match=r"^0 of 3 evaluations are there \(pair 1: run \w+ holds no moments.npz: h"
+    ):
+        job(pair, models=models, versions=(), spec=hooked)
+
+
 def test_one_version_on_two_data_sets(pair, adata, tmp_path):
     places = []
     for name, rows in (("left", slice(0, 250)), ("right", slice(250, 500))):
