@@ -183,9 +183,7 @@ def test_a_version_that_fails_is_named_and_the_others_go_on(pair, monkeypatch):
 def test_a_version_without_moments_is_left_out(pair):
     models = ("models:/pair/1", "models:/pair/2", "models:/tiny/1")
     hooked = replace(SPEC, ablation=replace(SPEC.ablation, engine="hooked"))
-    with pytest.raises(
-        DataError, match=r"^0 of 3 evaluations are there \(pair 1: run \w+ holds no moments.npz: h"
-    ):
+    with pytest.raises(DataError, match=r"^0 of 3 evaluations are there \(pair 1: run \w+ holds no moments.npz: h"):
         job(pair, models=models, versions=(), spec=hooked)
 
 
