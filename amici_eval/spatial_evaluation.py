@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,6 +117,7 @@ def spatial_test(
         place=place,
         test=test,
         cell_type=cell_type,
+        n_permutations=n_permutations,
         device=device,
         heartbeat=heartbeat,
     )
@@ -141,7 +142,7 @@ def spatial_test(
     elif test.spatial_null == "torus":
         found = _by_torus(asked)
     else:
-        found = _within(asked, n_permutations, lag.correlation_length)
+        found = _within(asked, lag.correlation_length)
     widths = _widths(test, place, lag.correlation_length)
     return TypeSpatial(
         p=found.p.p,
@@ -155,7 +156,7 @@ def spatial_test(
         reach=lag.reach if found.reach is None else found.reach,
         method=found.method,
         widths=widths,
-        p_by_width=np.array([_by_width(asked, width) for width in widths]).reshape(len(widths), len(dead)),
+        p_by_width=np.array([_by_width(asked, width, found) for width in widths]).reshape(len(widths), len(dead)),
         reasons=found.reasons,
     )
 
@@ -170,6 +171,7 @@ class _Asked:
     place: Place
     test: PermutationSpec
     cell_type: str
+    n_permutations: int
     device: str
     heartbeat: Callable[[int], None] | None
 
@@ -229,36 +231,44 @@ def _by_torus(asked: _Asked) -> _Found:
     )
 
 
-def _within(asked: _Asked, n_permutations: int, correlation_length: float) -> _Found:
+def _within(asked: _Asked, correlation_length: float) -> _Found:
     """Shuffle within sections, or within tiles of them."""
-    test, n_heads, by_tile = asked.test, len(asked.dead), asked.test.spatial_null == "tile"
-    width: float | None = None
-    strata, where = asked.place.grid.section, "section"
-    if by_tile:
-        width = test.tile_width or TILE_SHARE * correlation_length
-        if not width > 0.0:
-            reason = "expression shows no spatial correlation, so that there is no default width; set tile_width"
-            return _Found.nothing(n_heads, reason, reach=np.nan)
-        strata, where = _tiles(asked.place, width), "tile"
-    exchanged = _exchanged(strata)
+    test, n_heads = asked.test, len(asked.dead)
+    if test.spatial_null != "tile":
+        return _shuffled(asked, asked.place.grid.section, where="section", shared="sections")
+    width = test.tile_width or TILE_SHARE * correlation_length
+    if not width > 0.0:
+        reason = "expression shows no spatial correlation, so that there is no default width; set tile_width"
+        return _Found.nothing(n_heads, reason, reach=np.nan)
+    return _shuffled_in_tiles(asked, width)
+
+
+def _shuffled_in_tiles(asked: _Asked, width: float) -> _Found:
+    shared = f"tiles of width {width:.4g}"
+    return replace(_shuffled(asked, _tiles(asked.place, width), where="tile", shared=shared), reach=width)
+
+
+def _shuffled(asked: _Asked, strata: Int64[np.ndarray, " cells"], *, where: str, shared: str) -> _Found:
+    """Shuffle cells within strata."""
+    test, exchanged = asked.test, _exchanged(strata)
     if exchanged < MIN_CELLS_TEST:
-        shared = f"tiles of width {width:.4g}" if by_tile else "sections"
         reason = f"{exchanged} of {len(strata)} cells share {shared} with others of the type; at least {MIN_CELLS_TEST}"
-        return _Found.nothing(n_heads, reason, reach=width)
+        return _Found.nothing(len(asked.dead), reason)
     moments = asked.within(strata)
-    # of few cells, three moments do not tell the law
-    few = len(strata) < FEW_CELLS
+    # of few cells that change places, three moments do not tell the law
+    few = exchanged < FEW_CELLS
     if test.spatial_method == "moments" and not few:
         p, method = exact(moments.p_values()), "moments"
     else:
+        n_permutations = asked.n_permutations
         counts = stratified_exceedances(
             asked.factors,
             asked.images,
             strata=strata,
-            labels=[f"{test.spatial_null} {number}" for number in range(int(strata.max()) + 1)],
+            labels=[f"{where} {number}" for number in range(int(strata.max()) + 1)],
             seed=test.seed,
             cell_type=asked.cell_type,
-            n_permutations=max(n_permutations, DRAWN_FOR_FEW) if few else n_permutations,
+            n_permutations=max(n_permutations, DRAWN_FOR_FEW) if test.spatial_method == "moments" else n_permutations,
             dead=asked.dead,
             device=asked.device,
             progress=asked.heartbeat,
@@ -273,7 +283,6 @@ def _within(asked: _Asked, n_permutations: int, correlation_length: float) -> _F
         p=p,
         statistic=np.where(np.isnan(p.p), np.nan, moments.standardised),
         method=method,
-        reach=width,
         reasons={int(head): f"varies in no {where}" for head in untested},
     )
 
@@ -291,14 +300,18 @@ def _widths(test: PermutationSpec, place: Place, correlation_length: float) -> t
     if test.tile_widths is not None:
         return test.tile_widths
     if test.spatial_null == "tile" and correlation_length > 0.0:
-        extent = float(np.ptp(place.coordinates[:, :2], axis=0).max())
+        # the longer side of the largest section: between sections there is nothing
+        sections = place.grid.section
+        extent = max(
+            float(np.ptp(place.coordinates[sections == number, :2], axis=0).max())
+            for number in range(place.grid.n_sections)
+        )
         return tuple(default_widths(correlation_length, extent))
     return ()
 
 
-def _by_width(asked: _Asked, width: float) -> Float64[np.ndarray, " heads"]:
-    """Return p within tiles of a width; NaN where too few cells share one."""
-    strata = _tiles(asked.place, width)
-    if _exchanged(strata) < MIN_CELLS_TEST:
-        return np.full(len(asked.dead), np.nan)
-    return np.where(asked.dead, np.nan, asked.within(strata).p_values())
+def _by_width(asked: _Asked, width: float, found: _Found) -> Float64[np.ndarray, " heads"]:
+    """Return p within tiles of a width, which the test itself may have given; NaN where too few cells share one."""
+    if asked.test.spatial_null == "tile" and found.reach == width:
+        return found.p.p
+    return _shuffled_in_tiles(asked, width).p.p

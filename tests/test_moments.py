@@ -270,4 +270,9 @@ def test_tiles_are_squares_within_sections():
     # one place, one line
     assert square_tiles(np.zeros((5, 2)), n_tiles=9).tolist() == [0] * 5
     line = square_tiles(np.column_stack([np.arange(90.0), np.zeros(90)]), n_tiles=9)
-    assert 9 <= line.max() + 1 <= 10
+    assert line.max() + 1 == 9
+    # the cells at the far edge are in the last tile, not in one of their own
+    square = square_tiles(rng.uniform(size=(3000, 2)), n_tiles=9)
+    assert np.bincount(square).min() > 200
+    lattice = np.stack(np.meshgrid(np.arange(40.0), np.arange(40.0)), axis=-1).reshape(-1, 2)
+    assert square_tiles(lattice, n_tiles=9).max() + 1 == 9

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from amici_eval import spatial_evaluation
 from amici_eval.spatial_evaluation import spatial_test
 from amici_eval.specs import PermutationSpec
 from amici_eval.stats.place import Place
@@ -62,3 +63,35 @@ def test_a_head_that_differs_between_sections_alone_has_no_test_and_a_reason(nul
 def test_shifts_that_leave_nothing_to_compare_stay_out_of_the_spread():
     found = spatial_by("torus", n_cells=6)
     assert np.isfinite(found.statistic[0])
+
+
+def test_at_one_width_there_is_one_p():
+    found = spatial_by("tile", tile_width=30.0, tile_widths=(30.0, 60.0))
+    np.testing.assert_array_equal(found.p_by_width[0], found.p)
+    assert not np.array_equal(found.p_by_width[1], found.p)
+    beside = spatial_by("lag", tile_widths=(30.0,))
+    np.testing.assert_array_equal(beside.p_by_width[0], found.p)
+
+
+@pytest.mark.parametrize(("method", "n_drawn"), [("moments", 100_000), ("monte_carlo", 99)])
+def test_few_cells_that_change_places_are_counted_and_what_was_asked_for_is_drawn(method, n_drawn):
+    # 90 cells, but hardly any shares its tile
+    found = spatial_by("tile", tile_width=4.0, spatial_method=method)
+    assert found.method == "monte_carlo"
+    counted = found.p[0] * (n_drawn + 1)
+    assert counted == pytest.approx(round(counted), abs=1e-6)
+    large = spatial_by("tile", tile_width=60.0, spatial_method=method)
+    assert large.method == method
+
+
+def test_default_widths_span_a_section_and_not_what_lies_between():
+    rng = np.random.default_rng(3)
+    xy = rng.uniform(0.0, 100.0, (400, 2))
+    samples = np.repeat(["a", "b"], 200)
+    apart = xy + np.where(samples == "a", 0.0, 1000.0)[:, None]
+    test = PermutationSpec(spatial_null="tile")
+    one, other = (
+        spatial_evaluation._widths(test, Place.of(where, samples=samples, n_genes=2), 22.0) for where in (xy, apart)
+    )
+    assert one == other
+    assert max(one) <= 51.0

@@ -192,12 +192,11 @@ def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
         f"{adjustment_text(evaluation, null=found.null)} over all tests)."
         + (f" {untested} of {found.p_value.size} pairs have no test." if untested else "")
     ]
-    if set(found.method) - {""} == {"monte_carlo"}:
-        shifts = found.null == "torus"
+    if found.null == "torus":
         sentences += _out_of_reach(
-            f"{found.null} p-value",
-            n_drawn=settings.n_shifts if shifts else evaluation.n_permutations,
-            what="shifts (permutation.n_shifts)" if shifts else "permutations",
+            "torus p-value",
+            n_drawn=settings.n_shifts,
+            what="shifts (permutation.n_shifts)",
             n_tests=evaluation.n_decided,
             adjustment=adjustment_text(evaluation, null=found.null).lower(),
             alpha=settings.alpha,
@@ -253,7 +252,9 @@ def _out_of_reach(name: str, *, n_drawn: int, what: str, n_tests: int, adjustmen
 
 
 def _most_permutations(evaluation: HeadEvaluation) -> int:
-    return max(permutations_used(evaluation), default=0) or evaluation.n_permutations
+    used = max(permutations_used(evaluation), default=0) or evaluation.n_permutations
+    # heads that stopped early say nothing of how small a p could have been
+    return max(used, evaluation.n_permutations) if "sequential" in samplings(evaluation) else used
 
 
 def _defined(values: Float64[np.ndarray, ...]) -> Float64[np.ndarray, " defined"]:

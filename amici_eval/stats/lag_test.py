@@ -113,8 +113,8 @@ def lag_test(
     alpha
         Level of ``detectable``.
     reach
-        Largest distance of pairs; ``None``: no limit, which keeps the level also where fields vary over as much as
-        half of the window.
+        Largest distance of pairs; ``None``: up to the longer side of the window, which keeps the level also where
+        fields vary over as much as half of it.
     device
         Torch device with float64.
 
@@ -145,7 +145,8 @@ def lag_test(
         # what varies between sections alone, or not at all, leaves rounding
         own_products[own.diagonal(dim1=1, dim2=2).sum(dim=1) <= _SAME**2 * size] = 0.0
     free = own_products.cpu().numpy()
-    at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy()
+    left_out = 0.0 if reach is None else _of_pairs_left_out(grid, float(pairs.sum()))
+    at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy() + left_out * free
 
     a = torch.from_numpy(weights).to(device)
     within = _within_sections(genes, grid, f_means, a)
@@ -153,6 +154,7 @@ def lag_test(
     target_lags = _lag_squares(genes, grid, near, device)
     free_gene = within.predicted_ss * within.target_ss / max(n_cells, 1)
     at_lags_gene = np.einsum("k,khg,kg->hg", pairs, predicted_lags.cpu().numpy(), target_lags)
+    at_lags_gene += left_out * free_gene
 
     # as large as the sum of products can be, so that their ratio is a correlation
     scale = np.sqrt(within.predicted_ss.sum(axis=1) * within.target_ss.sum())
@@ -174,6 +176,19 @@ def lag_test(
         correlation_length=_correlation_length(distances, every_pair, correlation),
         reach=float(distances[used & (every_pair > 0)].max(initial=0.0)),
     )
+
+
+def _of_pairs_left_out(grid: LagGrid, n_used: float) -> float:
+    """Return what pairs beyond the reach add to the variance, as a share of that of independent cells.
+
+    Centring makes any two of a section's n cells covary by -1 / (n - 1) of their variance, which counts twice in a
+    product: little in a large section, a third in one of four cells.
+    """
+    counts = grid.section_counts[grid.section_counts > 1].astype(np.float64)
+    n_pairs = float((counts * (counts - 1.0)).sum())
+    if not n_pairs:
+        return 0.0
+    return max(1.0 - n_used / n_pairs, 0.0) * float((counts / (counts - 1.0)).sum() / counts.sum())
 
 
 @dataclass(frozen=True)

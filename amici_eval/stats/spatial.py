@@ -15,7 +15,7 @@ __all__ = ["balanced_blocks", "default_widths", "morton_codes", "square_tiles", 
 def square_tiles(
     coordinates: Float64[np.ndarray, "cells dimensions"], *, n_tiles: int, samples: np.ndarray | None = None
 ) -> Int64[np.ndarray, " cells"]:
-    """Return the number of the square tile in which each cell lies, counted from 0 without gaps.
+    """Return the number of the tile, about a square, in which each cell lies, counted from 0 without gaps.
 
     Parameters
     ----------
@@ -34,7 +34,12 @@ def square_tiles(
         rows = np.flatnonzero(groups == group)
         xy = coordinates[rows, :2] - coordinates[rows, :2].min(axis=0)
         side = _side(xy, n_tiles)
-        steps = np.zeros(xy.shape, dtype=np.int64) if side == 0.0 else (xy / side).astype(np.int64)
+        steps = np.zeros(xy.shape, dtype=np.int64)
+        if side > 0.0:
+            # a whole number of columns and rows: no slivers at the far edges
+            extent = xy.max(axis=0)
+            n_along = np.maximum(np.round(extent / side).astype(np.int64), 1)
+            steps = np.minimum((xy * (n_along / np.where(extent > 0.0, extent, 1.0))).astype(np.int64), n_along - 1)
         tile[rows] = tile.max(initial=0) + 1 + steps[:, 0] * (steps[:, 1].max() + 1) + steps[:, 1]
     return np.unique(tile, return_inverse=True)[1].astype(np.int64)
 

@@ -315,7 +315,9 @@ def test_a_part_that_was_not_asked_for_is_no_shortcoming(trained, adata):
     found = evaluate(trained, adata, spec_of(data=DataSpec(subset=SubsetSpec(held_out=True)))).held_out_frame()
     defined = found["expl_var_held_out"].notna()
     assert defined.any()
-    assert (found.loc[defined, "undefined_reason"] == "").all()
+    # a type in few tiles has no interval, which is another matter
+    reasons = found.loc[defined, "undefined_reason"]
+    assert reasons.isin(["", "no interval held-out: cells in too few tiles"]).all()
 
 
 def test_drawing_shifts_can_be_interrupted(trained, adata):

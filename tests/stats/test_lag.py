@@ -247,3 +247,15 @@ def test_a_larger_reach_takes_more_pairs_into_account():
     near, far = (ask(factors, targets, weights, xy, reach=reach) for reach in (0.02, 0.3))
     assert near.reach < 0.05 < far.reach <= 0.3
     assert near.ess[0] > far.ess[0]
+
+
+def test_the_level_holds_where_pairs_of_small_sections_are_left_out():
+    n_sections, rejected, n_repeats = 50, 0, 250
+    for seed in range(n_repeats):
+        rng = np.random.default_rng(seed)
+        xy = rng.uniform(0.0, 100.0, (4 * n_sections, 2))
+        samples = np.repeat(np.arange(n_sections), 4).astype(str)
+        factors, targets = rng.normal(size=(len(xy), 1, 1)), rng.normal(size=(len(xy), 2))
+        found = ask(factors, targets, weights_of(rng, 1, 2, 1), xy, samples=samples, reach=3.0)
+        rejected += found.p[0] <= 0.1
+    assert rejected <= binom.ppf(0.98, n_repeats, 0.12)
