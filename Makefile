@@ -8,11 +8,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: help install demo test lint bench calibrate clean
+.PHONY: help install demo test browser lint bench calibrate clean
 
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
-	@echo "make test   install and run the tests"
+	@echo "make test   install and run the tests; with CI=true, make browser first"
+	@echo "make browser  install Chromium and its driver with apt-get, for the tests that open pages: else they are skipped"
 	@echo "make lint   install and run ruff, mypy and import-linter"
 	@echo "make bench  measure speed and memory beside amici-st and write docs/performance.md: about 25 min"
 	@echo "make calibrate  measure type I error, power and coverage and write docs/validity.md: about 18 min"
@@ -31,8 +32,18 @@ demo: install
 	$(BIN)/amici-eval demo
 	@echo "(amici-eval and mlflow are in $(BIN); activate it with: source $(BIN)/activate)"
 
-test: install
+test: install $(if $(filter true,$(CI)),browser)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# selenium and axe-core come with the dev extra; without a browser the tests that need one are skipped and say so
+SUDO = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+BROWSER = $(if $(wildcard /usr/bin/chromium),,chromium) $(if $(wildcard /usr/bin/chromedriver),,chromium-driver)
+browser: install
+	@if [ -z "$(strip $(BROWSER))" ]; then echo "Chromium and its driver are there"; \
+	elif command -v apt-get >/dev/null; then \
+	  { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER); } \
+	  || echo "$(strip $(BROWSER)) could not be installed: tests that open pages are skipped" >&2; \
+	else echo "no apt-get to install $(strip $(BROWSER)) with: tests that open pages are skipped" >&2; fi
 
 lint: install
 	$(BIN)/ruff check

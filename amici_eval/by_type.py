@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from threading import Lock
@@ -16,10 +16,11 @@ from amici_eval.kept_moments import Sketch, kept_moments
 from amici_eval.progress import Meter, PermutationMeter, Progress
 from amici_eval.protocols import FactorAccess, LocatedAccess, TissueAccess
 from amici_eval.results import Undefined
+from amici_eval.sender_evaluation import WHY_NOT, evaluate_senders
 from amici_eval.side_by_side import run_side_by_side
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.place import Place
-from amici_eval.tiling import Tiling
+from amici_eval.tiling import Tiling, tile_of
 from amici_eval.type_evaluation import TypeEvaluation, evaluate_type_by_factors, evaluate_type_by_hooks
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from amici_eval.model.access import ModelAccess
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.moments import Moments
+    from amici_eval.sender_results import Senders
     from amici_eval.specs import EvaluationSpec
 
 __all__ = ["Types", "evaluate_types"]
@@ -53,6 +55,8 @@ class Types:
         From the factored engine.
     baselines
         If they were asked for, and it is known where cells lie.
+    senders
+        From the factored engine, if they were asked for.
     tile_width
         Side of the tiles, in coordinate units; ``None``: it is not known where cells lie.
     held_out
@@ -65,6 +69,7 @@ class Types:
     undefined: list[Undefined]
     moments: Moments | None = None
     baselines: Baselines | None = None
+    senders: Senders | None = None
     tile_width: float | None = None
     held_out: tuple[bool | None, ...] = ()
     notes: tuple[str, ...] = ()
@@ -101,11 +106,17 @@ def evaluate_types(
     test_work = n_permutations / 1000 if factors is not None else float(n_heads)
     tissue = access if isinstance(access, TissueAccess) else None
     with_baselines = spec.ablation.baselines and tissue is not None
-    meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines))
+    batches: list[tuple[int, ...]] = []
+    if spec.ablation.senders and factors is not None:
+        batches = factors.sender_batches(len(everyone))
+    # each mask is another look at all receivers and their expression
+    mask_work = len(everyone) * sum(map(len, batches))
+    meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines) + mask_work)
     outputs, sketch = None, Sketch.of(usable)
     if factors is not None:
         outputs = factors.attend(
             everyone,
+            without_senders=batches[0] if batches else (),
             without_nearest=spec.ablation.baselines and spec.ablation.without_nearest,
             attention_of=sketch.places[sketch.attended],
             progress=meter.cells("attention", len(everyone)),
@@ -116,6 +127,20 @@ def evaluate_types(
     tiling = None
     if isinstance(access, LocatedAccess) and len(everyone):
         tiling = Tiling.of(access, everyone, fitted=fitted, n_types=len(usable))
+    senders = None
+    if batches and factors is not None and outputs is not None and tiling is not None:
+        senders = evaluate_senders(
+            factors,
+            receivers,
+            usable,
+            outputs,
+            batches,
+            tile_of(tiling.keys),
+            test=spec.permutation,
+            progress=lambda more: meter.add(more, "senders masked out"),
+        )
+        # an array of each sender type: not to be held while types are tested
+        outputs = replace(outputs, without_senders=None)
     found = _each(
         access,
         receivers,
@@ -156,13 +181,17 @@ def evaluate_types(
         undefined=_undefined(access, receivers, found),
         moments=moments,
         baselines=baselines,
+        senders=senders,
         tile_width=None if tiling is None else tiling.width,
         held_out=tuple(
             None if (own := _fitted_cells(access, rows)) is None else not own.any() for rows in receivers.values()
         )
         if all_fitted is None
         else tuple(not all_fitted[rows].any() for rows in receivers.values()),
-        notes=() if tissue is None or all_fitted is None else _crowded(tissue, everyone, all_fitted, spec),
+        notes=(
+            *(() if tissue is None or all_fitted is None else _crowded(tissue, everyone, all_fitted, spec)),
+            *((WHY_NOT,) if spec.ablation.senders and senders is None else ()),
+        ),
     )
 
 

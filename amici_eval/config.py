@@ -66,6 +66,7 @@ class AblationConfig:
     modes: Optional[List[str]] = None
     baselines: bool = True
     without_nearest: bool = True
+    senders: bool = False
 
 
 @dataclass

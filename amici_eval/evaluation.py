@@ -174,6 +174,7 @@ def evaluate_access(
         if access.card.training_cells is None or found.tile_width is None
         else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
         trivial=found.baselines,
+        senders=found.senders,
         moments=found.moments,
     )
 

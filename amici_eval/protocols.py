@@ -68,10 +68,15 @@ class FactorAccess(TissueAccess, Protocol):
         rows: Int64[np.ndarray, " cells"],
         *,
         without_nearest: bool = False,
+        without_senders: Sequence[int] = (),
         attention_of: Int64[np.ndarray, " attended"] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
         """Return what attention brings to some receivers, and what else is asked for."""
+        ...
+
+    def sender_batches(self, n_receivers: int) -> list[tuple[int, ...]]:
+        """Return the codes of the cell types in the tissue, as many at a time as outputs without them fit in memory."""
         ...
 
     def predict_literally(

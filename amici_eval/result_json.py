@@ -9,6 +9,7 @@ import numpy as np
 
 from amici_eval.ablation_results import HeadAblations, array_shapes
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.sender_results import Senders
 from amici_eval.specs import spec_from_mapping
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ _NEW_IN_2: dict[str, Any] = {
     "sampling": [],
     "ablations": None,
 }
-_PARTS: dict[str, Any] = {"spatial": SpatialTests, "intervals": Intervals, "parts": HeldOutParts, "trivial": Baselines}
+_PARTS: dict[str, Any] = {
+    "spatial": SpatialTests,
+    "intervals": Intervals,
+    "parts": HeldOutParts,
+    "trivial": Baselines,
+    "senders": Senders,
+}
+_NEW_IN_4: dict[str, Any] = {"senders": None}
 # settings of now would claim that these were computed
 _OLD_SETTINGS: dict[str, dict[str, Any]] = {
     "permutation": {"spatial_null": "none", "n_bootstrap": 0},
@@ -94,6 +102,8 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
         for group, settings in _OLD_SETTINGS.items():
             spec[group] = {**settings, **spec[group]}
         record = {**dict.fromkeys(_PARTS), **record, "spec": spec}
+    if record["schema_version"] < 4:
+        record = {**_NEW_IN_4, **record}
     n_heads, n_types, by_type = record["n_heads"], len(record["cell_types"]), record["n_permutations_by_type"]
     held_out = tuple(record["held_out"])
     if len(held_out) != n_types:

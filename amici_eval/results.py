@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval import result_frames
+from amici_eval import result_frames, result_senders
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
@@ -25,6 +25,8 @@ from amici_eval.result_frames import (
     SCALE_COLUMNS,
 )
 from amici_eval.result_json import fields_of, record_of
+from amici_eval.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
+from amici_eval.sender_results import Senders
 from amici_eval.specs import ENGINES
 
 if TYPE_CHECKING:
@@ -43,16 +45,19 @@ __all__ = [
     "INTERACTION_COLUMNS",
     "SCALE_COLUMNS",
     "SCHEMA_VERSION",
+    "SENDER_COLUMNS",
+    "SENDER_GENE_COLUMNS",
     "Baselines",
     "HeadAblations",
     "HeadEvaluation",
     "HeldOutParts",
     "Intervals",
+    "Senders",
     "SpatialTests",
     "Undefined",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FILE_NAME = "evaluation.json"
 _DRAWN = (*SAMPLINGS, "sequential", "gpd", "moments")
 
@@ -139,6 +144,8 @@ class HeadEvaluation:
         In-sample and held-out cells side by side; ``None`` if it is not known which cells the model was fitted on.
     trivial
         Predictors that know no head; ``None`` if they were not computed.
+    senders
+        Who talks to whom, per head; ``None`` if it was not computed.
     moments
         Moments per tile and a sketch of the heads, from the factored engine; kept in a file of their own, not in JSON.
     schema_version
@@ -181,6 +188,7 @@ class HeadEvaluation:
     intervals: Intervals | None = None
     parts: HeldOutParts | None = None
     trivial: Baselines | None = None
+    senders: Senders | None = None
     moments: Moments | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -200,7 +208,7 @@ class HeadEvaluation:
             msg = f"ablations are of (heads, types) {found.expl_var.shape[1:]}, not {(self.n_heads, n_types)}"
             raise ValueError(msg)
         sizes = {"H": self.n_heads, "C": n_types, "G": len(self.genes)}
-        for one in (self.spatial, self.intervals, self.parts, self.trivial):
+        for one in (self.spatial, self.intervals, self.parts, self.trivial, self.senders):
             if one is not None:
                 one.check({**sizes, **one.own_sizes})
         if self.moments is not None and (difference := self._difference(self.moments)):
@@ -329,6 +337,20 @@ class HeadEvaluation:
         Above 0 two heads explain more together than the sum of what each adds, below 0 they explain partly the same.
         """
         return result_frames.interactions_frame(self)
+
+    def senders_frame(self) -> pd.DataFrame:
+        """Return a row per head x receiver type x sender type: attention, what is lost without the sender, distance."""
+        return result_senders.senders_frame(self)
+
+    def sender_genes_frame(self) -> pd.DataFrame:
+        """Return a row per head x receiver type x sender type x gene: what is lost without the sender.
+
+        Notes
+        -----
+        No rows if senders were not computed, or the evaluation was read back: single genes are in
+        ``tables/sender_genes.parquet`` of the run.
+        """
+        return result_senders.sender_genes_frame(self)
 
     def to_json(self) -> str:
         """Return the whole evaluation as JSON text; undefined numbers are ``null``."""

@@ -170,6 +170,9 @@ class AblationSpec:
     without_nearest
         Whether the evaluation is repeated with the nearest neighbour of each cell masked out, against expression that
         segmentation put into the wrong cell; with baselines and the factored engine.
+    senders
+        Whether the evaluation of each head is repeated with each type of sender masked out, which tells who talks to
+        whom; with the factored engine. Takes time and memory in proportion to the number of cell types.
     """
 
     engine: str = "factored"
@@ -179,9 +182,10 @@ class AblationSpec:
     modes: tuple[str, ...] | None = None
     baselines: bool = True
     without_nearest: bool = True
+    senders: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("baselines", "without_nearest"):
+        for name in ("baselines", "without_nearest", "senders"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidSpecError(
                     value=f"ablation.{name}={getattr(self, name)!r}",

@@ -10,6 +10,7 @@ from amici_eval.ablation_results import HeadAblations
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import Moments
 from amici_eval.results import HeadEvaluation, Undefined
+from amici_eval.sender_results import Senders
 from amici_eval.specs import MODES, EvaluationSpec, PermutationSpec
 from amici_eval.stats.multiplicity import adjust_p_values
 
@@ -48,6 +49,7 @@ def make_evaluation(
     sampling: Sequence[str] = (),
     inferred: str | None = None,
     n_widths: int = 0,
+    senders: Sequence[str] | None = None,
 ) -> HeadEvaluation:
     """Return an evaluation whose numbers are consistent with each other (means, best genes, BH) but made up.
 
@@ -55,7 +57,8 @@ def make_evaluation(
     and the last head has no test in the second type. With few types, the later ones of these are left
     out. ``modes`` adds these ablations; a type without explained variance has none of their numbers either.
     ``inferred`` names a spatial null and adds its tests (with ``n_widths`` tile widths, fewer in the first type),
-    intervals, held-out cells and baselines; the last head has no spatial test in the third type.
+    intervals, held-out cells and baselines; the last head has no spatial test in the third type. ``senders`` names the
+    sender types and adds what they say (:func:`make_senders`).
     """
     rng = np.random.default_rng(seed)
     types = tuple(sorted(cell_types))
@@ -96,6 +99,8 @@ def make_evaluation(
     inference = {}
     if inferred is not None:
         inference = make_inference(inferred, types, n_cells, per_gene, aggregate, full, p, n_widths=n_widths, seed=seed)
+    if senders is not None:
+        inference["senders"] = make_senders(types, senders, per_gene, seed=seed)
     return HeadEvaluation(
         n_heads=n_heads,
         cell_types=types,
@@ -247,6 +252,50 @@ def make_inference(
             full_without_nearest=full * 0.9,
         ),
     }
+
+
+def make_senders(types: Sequence[str], senders: Sequence[str], per_gene: np.ndarray, *, seed: int = 0) -> Senders:
+    """Return made-up links: none from a type to itself or into a type without explained variance.
+
+    The first type lies in too few tiles for intervals and p-values.
+    """
+    rng = np.random.default_rng(seed + 3)
+    n_heads, n_types, n_genes = per_gene.shape
+    shape = n_heads, n_types, len(senders)
+    some = np.array([[one != other for other in senders] for one in types], dtype=bool).reshape(shape[1:])
+    some = some & ~np.isnan(per_gene).all(axis=2)[..., None]
+    certain = some & (np.arange(n_types) > 0)[:, None]
+    genes = np.where(some[..., None], rng.normal(0.02, 0.03, (*shape, n_genes)), np.nan)
+    lost = genes.mean(axis=3)
+    p, p_gene = (np.where(np.isnan(one), np.nan, rng.uniform(1e-4, 0.3, one.shape)) for one in (lost, genes))
+    p, p_gene = np.where(certain, p, np.nan), np.where(certain[..., None], p_gene, np.nan)
+    return Senders(
+        senders=tuple(senders),
+        confidence=0.95,
+        n_resamples=1000,
+        n_receivers=np.where(some.any(axis=0), rng.integers(1, 20, shape[1:]), 0).astype(np.int64),
+        attention=np.where(some, rng.dirichlet(np.ones(len(senders) + 1), shape[:2])[:, :, : len(senders)], 0.0),
+        effect=lost,
+        low=np.where(certain, lost - 0.015, np.nan),
+        high=np.where(certain, lost + 0.015, np.nan),
+        p_value=p,
+        p_value_adj=adjust_p_values(p),
+        distance=np.where(some, rng.uniform(10.0, 90.0, shape), np.nan),
+        best_gene=np.where(some, np.nan_to_num(genes, nan=-np.inf).argmax(axis=3), -1).astype(np.int64),
+        effect_best_gene=np.where(some, np.nan_to_num(genes, nan=-np.inf).max(axis=3), np.nan),
+        effect_gene=genes,
+        low_gene=np.where(certain[..., None], genes - 0.02, np.nan),
+        high_gene=np.where(certain[..., None], genes + 0.02, np.nan),
+        p_value_gene=p_gene,
+        p_value_adj_gene=adjust_p_values(p_gene),
+        reasons=tuple(
+            (one, other, "no evaluated cell of the type has such a neighbour")
+            for at, one in enumerate(types)
+            for place, other in enumerate(senders)
+            if not some[:, at, place].any()
+        )
+        + tuple((one, "", "cells in 3 tiles; at least 5 are needed to tell differences") for one in types[:1]),
+    )
 
 
 def make_moments(n_heads: int = 2, n_types: int = 3, n_genes: int = 4, n_tiles: int = 5, seed: int = 0) -> Moments:

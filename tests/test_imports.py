@@ -31,6 +31,7 @@ WITH_TORCH = {
     "head_sums",
     "lag",
     "lag_test",
+    "masked_moments",
     "memory",
     "moment_sums",
     "moments",
@@ -55,6 +56,7 @@ LIGHT = sorted(
         "moments",
         "ablation_results",
         "inference_results",
+        "sender_results",
     }
     | {path.stem for pattern in ("results.py", "result_*.py") for path in PACKAGE.glob(pattern)}
 )

@@ -28,6 +28,7 @@ from amici_eval.results import (
     HeadEvaluation,
     Undefined,
 )
+from amici_eval.sender_results import Senders
 from amici_eval.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 
@@ -41,7 +42,7 @@ def assert_equal(left: Any, right: Any) -> None:
     assert type(left) is type(right)
     for field in dataclasses.fields(left):
         one, other = getattr(left, field.name), getattr(right, field.name)
-        if isinstance(one, (HeadAblations, SpatialTests, Intervals, HeldOutParts, Baselines)):
+        if isinstance(one, (HeadAblations, SpatialTests, Intervals, HeldOutParts, Baselines, Senders)):
             assert_equal(one, other)
         elif isinstance(one, np.ndarray):
             assert one.dtype == other.dtype, field.name
@@ -121,7 +122,7 @@ def test_json_is_plain_and_readable():
     assert "Infinity" not in text
     assert "β cell" in text
     record = json.loads(text)
-    assert record["schema_version"] == SCHEMA_VERSION == 3
+    assert record["schema_version"] == SCHEMA_VERSION == 4
     assert record["expl_var"][0][-1] is None
     assert record["exceedances"][0][-1] == -1
     assert evaluation.to_json() == text
@@ -146,7 +147,7 @@ def test_another_schema_version_is_refused(version):
     with pytest.raises(DataError) as caught:
         HeadEvaluation.from_json(json.dumps(record))
     assert caught.value.value == f"evaluation of schema version {version!r}"
-    assert caught.value.rule == "this version of amici_eval reads schema versions 1 to 3"
+    assert caught.value.rule == "this version of amici_eval reads schema versions 1 to 4"
     assert caught.value.fix == "install the version of amici_eval that wrote it"
 
 
@@ -248,6 +249,45 @@ def test_an_evaluation_from_before_spatial_tests_claims_none(version):
     assert evaluation.n_significant == evaluation.n_significant_free
     assert evaluation.held_out_frame().empty
     assert evaluation.scales_frame().empty
+
+
+def test_an_evaluation_of_schema_version_3_is_read_and_knows_no_senders():
+    evaluation = HeadEvaluation.from_json((ARCHIVES / "evaluation_v3.json").read_bytes())
+    assert evaluation.cell_types == ("A", "B+/T", "β cell")
+    assert evaluation.expl_var_gene[1, 1, 0] == 0.009212886258411582
+    assert evaluation.spatial.p_value[0, 1] == 0.6
+    assert evaluation.spatial.widths.shape == (2, 3)
+    assert evaluation.ablations.modes == MODES
+    assert evaluation.senders is None
+    assert evaluation.spec.ablation.senders is False
+    assert evaluation.senders_frame().empty
+    assert evaluation.sender_genes_frame().empty
+    assert evaluation.schema_version == json.loads(evaluation.to_json())["schema_version"] == SCHEMA_VERSION
+    assert_equal(HeadEvaluation.from_json(evaluation.to_json()), evaluation)
+
+
+@seeded
+@given(n_heads=st.integers(1, 4), n_types=st.integers(0, 4), n_senders=st.integers(0, 4), seed=st.integers(0, 99))
+def test_senders_come_back_from_json_but_for_single_genes(n_heads, n_types, n_senders, seed):
+    types = [f"t{i}" for i in range(n_types)]
+    evaluation = make_evaluation(n_heads, types, seed=seed, senders=[f"t{i}" for i in range(n_senders)])
+    again = HeadEvaluation.from_json(evaluation.to_json())
+    nothing = dict.fromkeys(Senders.apart)
+    assert_equal(again.senders, dataclasses.replace(evaluation.senders, **nothing))
+    assert again.sender_genes_frame().empty
+    pd.testing.assert_frame_equal(again.senders_frame(), evaluation.senders_frame())
+
+
+def test_senders_of_other_sizes_or_genes_are_refused():
+    evaluation = make_evaluation(senders=("A", "B"))
+    found = evaluation.senders
+    for changed, message in (
+        ({"effect": found.effect[:, :, :1]}, r"Senders.effect has shape \(3, 7, 1\), not \(3, 7, 2\)"),
+        ({"effect_gene": found.effect_gene[..., :2]}, r"Senders.effect_gene has shape \(3, 7, 2, 2\), not"),
+        ({"best_gene": found.best_gene + 9}, "Senders.best_gene holds .* for 5 genes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(evaluation, senders=dataclasses.replace(found, **changed))
 
 
 def test_a_difference_of_engines_that_is_no_number_is_kept_apart_from_none():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from amici_eval.model.encoder import SenderTables
 
-__all__ = ["attend", "attention_weights", "compiled_attention"]
+__all__ = ["GATHERED_ENTRIES", "attend", "attention_weights", "compiled_attention", "softmax_weights"]
 
 FAINT = 80.0
 """A neighbour whose score lies this far below the strongest has weight 0: exp(-80) is 2e-35. Far ones would have
@@ -31,7 +31,8 @@ EXP_5, EXP_4, EXP_3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), 
 EXP_2, EXP_1 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1)
 
 _ROWS_PER_TASK = 4096
-_GATHERED_ENTRIES = 2**24
+GATHERED_ENTRIES = 2**24
+"""Numbers that plain torch gathers at a time."""
 
 
 def attend(
@@ -102,13 +103,13 @@ def _attend_torch(
     n_heads = tables.pairs.shape[3]
     n_neighbours, n_outputs = slots.shape[1], tables.values.shape[1]
     out = np.empty((len(slots), n_outputs), dtype=np.float32)
-    step = max(1, _GATHERED_ENTRIES // (n_neighbours * n_outputs))
+    step = max(1, GATHERED_ENTRIES // (n_neighbours * n_outputs))
     for start in range(0, len(slots), step):
         rows = slice(start, start + step)
         index = torch.from_numpy(slots[rows].astype(np.int64)).to(device)
         codes = torch.from_numpy(types[rows]).to(device)
         distance = torch.from_numpy(np.ascontiguousarray(distances[rows])).to(device)
-        weights = _softmax(tables, index, distance, codes, dummy_score)
+        weights = softmax_weights(tables, index, distance, codes, dummy_score)
         values = tables.values[index].view(len(index), n_neighbours, n_heads, -1)
         out[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(index), n_outputs).cpu().numpy()
     return out
@@ -130,7 +131,7 @@ def attention_weights(
         As for :func:`attend`.
     """
     device = tables.values.device
-    weights = _softmax(
+    weights = softmax_weights(
         tables,
         torch.from_numpy(slots.astype(np.int64)).to(device),
         torch.from_numpy(np.ascontiguousarray(distances)).to(device),
@@ -143,7 +144,7 @@ def attention_weights(
     return shared
 
 
-def _softmax(
+def softmax_weights(
     tables: SenderTables, slots: torch.Tensor, distances: torch.Tensor, types: torch.Tensor, dummy_score: float
 ) -> torch.Tensor:
     """Return the weights of neighbours, shape (receivers, neighbours, heads); what lacks to 1 is the dummy's."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SenderTables", "embed_senders"]
 
+_NO_SCORE = -1e30
+"""Below any score by more than attention counts; not infinite, so that differences of scores stay numbers."""
+
 
 @dataclass(frozen=True, eq=False)
 class SenderTables:
@@ -49,6 +52,12 @@ class SenderTables:
             values=_empty((n_senders, weights.n_outputs), device=device),
             pairs=_empty((n_senders, weights.n_types, 2, weights.n_heads), device=device).zero_(),
         )
+
+    def mask(self, slot: int) -> None:
+        """Make a row one that nobody attends to: neighbours that are to be left out are sent there."""
+        self.values[slot] = 0.0
+        self.pairs[slot, :, 0] = _NO_SCORE
+        self.pairs[slot, :, 1] = 0.0
 
 
 def _empty(shape: tuple[int, ...], *, device: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,12 @@ from amici_eval.model.attention import attend, attention_weights
 from amici_eval.model.budget import memory_budget
 from amici_eval.model.encoder import SenderTables, embed_senders
 from amici_eval.model.folding import fold_encoder
+from amici_eval.model.masked_attention import (
+    SenderSums,
+    outputs_without_nearest,
+    outputs_without_senders,
+    sums_by_sender,
+)
 from amici_eval.side_by_side import run_on_single_threads
 from amici_eval.stats.spatial import morton_codes
 
@@ -58,11 +64,18 @@ class HeadOutputs:
     attention
         Attention to each neighbour and, last, the dummy, of the cells it was asked for, shape (attended, heads,
         neighbours + 1).
+    without_senders
+        ``whole`` where attention to all neighbours of one type is masked, shape (sender types asked for, cells, heads *
+        head_size); the other neighbours and the dummy share it.
+    by_sender
+        Attention summed by type of receiver and of sender, if sender types were asked for.
     """
 
     whole: Float32[np.ndarray, "cells outputs"]
     without_nearest: Float32[np.ndarray, "cells outputs"] | None = None
     attention: Float32[np.ndarray, "attended heads places"] | None = None
+    without_senders: Float32[np.ndarray, "senders cells outputs"] | None = None
+    by_sender: SenderSums | None = None
 
 
 class FactoredAccess:
@@ -100,7 +113,7 @@ class FactoredAccess:
         )
         # cells that are close on the curve are close in the tissue: small rims around tiles, tables that stay in cache
         self._curve = morton_codes(self._tissue.coordinates[:, :2])
-        self._memory = memory_budget(memory_bytes, self._device)
+        self._asked_memory, self._memory = memory_bytes, memory_budget(memory_bytes, self._device)
         n_genes, for_chunks = self._weights.n_genes, self._memory // _SHARE_OF_CHUNKS
         largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
         self._chunk = int(np.clip(for_chunks // self._weights.bytes_per_embedding, _LEAST_CHUNK, largest))
@@ -206,6 +219,7 @@ class FactoredAccess:
         rows: Int64[np.ndarray, " cells"],
         *,
         without_nearest: bool = False,
+        without_senders: Sequence[int] = (),
         attention_of: Int64[np.ndarray, " attended"] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
@@ -218,6 +232,9 @@ class FactoredAccess:
         without_nearest
             Also without the nearest neighbour of each: what segmentation puts into the wrong cell mostly comes from
             there. Senders are embedded once, so it costs no more than its attention.
+        without_senders
+            Codes of cell types: also without all neighbours of each of them. Every one takes an array as large as
+            ``whole``; :meth:`sender_batches` says how many fit at a time.
         attention_of
             Places in ``rows`` of cells whose attention itself is wanted.
         """
@@ -231,7 +248,11 @@ class FactoredAccess:
             else np.empty(
                 (len(attention_of), self._weights.n_heads, self.neighbour_rows.shape[1] + 1), dtype=np.float32
             ),
+            without_senders=np.empty((len(without_senders), len(rows), self._weights.n_outputs), dtype=np.float32)
+            if len(without_senders)
+            else None,
         )
+        by_sender = SenderSums.zeros(self._weights.n_types, self._weights.n_heads) if len(without_senders) else None
         slot = np.full(len(rows), -1, dtype=np.int64)
         if attention_of is not None:
             slot[attention_of] = np.arange(len(attention_of))
@@ -242,7 +263,8 @@ class FactoredAccess:
             # receivers that lie scattered have more senders around them than a tile of the tissue
             while len(part) > 1 and np.count_nonzero(self._are_senders(rows[part])) > self._most_senders:
                 part = part[: len(part) // 2]
-            found = self._attempt(rows[part], np.flatnonzero(slot[part] >= 0), without_nearest=without_nearest)
+            asked = _Asked(attended=np.flatnonzero(slot[part] >= 0), nearest=without_nearest, senders=without_senders)
+            found = self._attempt(rows[part], asked)
             if found is None:
                 self._halve()
                 continue
@@ -251,10 +273,33 @@ class FactoredAccess:
                 outputs.without_nearest[part] = found.without_nearest
             if outputs.attention is not None and found.attention is not None:
                 outputs.attention[slot[part][slot[part] >= 0]] = found.attention
+            if outputs.without_senders is not None and found.without_senders is not None:
+                outputs.without_senders[:, part] = found.without_senders
+            if by_sender is not None and found.by_sender is not None:
+                by_sender = by_sender.plus(found.by_sender)
             start += len(part)
             if progress is not None:
                 progress(len(part))
-        return outputs
+        return replace(outputs, by_sender=by_sender)
+
+    def sender_batches(self, n_receivers: int) -> list[tuple[int, ...]]:
+        """Return the codes of the cell types in the tissue, as many at a time as outputs without them fit in memory.
+
+        Parameters
+        ----------
+        n_receivers
+            Cells whose outputs are wanted.
+
+        Notes
+        -----
+        Outputs without a sender type are as large as those of the whole model, and all of a receiver type are needed
+        at once, for moments are taken in the order of storage and not of tiles. So sender types are taken in turn where
+        not all fit in as much memory as tables may take; senders are embedded again for each batch.
+        """
+        codes = np.unique(self._tissue.label_codes).tolist()
+        room = self._memory if torch.device(self._device).type == "cpu" else memory_budget(self._asked_memory, "cpu")
+        step = max(1, room // max(1, 4 * n_receivers * self._weights.n_outputs))
+        return [tuple(codes[start : start + step]) for start in range(0, len(codes), step)]
 
     def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
         """Return which cells of the tissue some receivers attend to."""
@@ -262,12 +307,10 @@ class FactoredAccess:
         found[self.hooked.neighbour_rows[rows]] = True
         return found
 
-    def _attempt(
-        self, rows: Int64[np.ndarray, " cells"], attended: Int64[np.ndarray, " attended"], *, without_nearest: bool
-    ) -> HeadOutputs | None:
+    def _attempt(self, rows: Int64[np.ndarray, " cells"], asked: _Asked) -> HeadOutputs | None:
         """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
         try:
-            return self._tile_outputs(rows, attended, without_nearest=without_nearest)
+            return self._tile_outputs(rows, asked)
         except _OutOfMemory:
             if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
                 raise
@@ -280,9 +323,7 @@ class FactoredAccess:
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
 
-    def _tile_outputs(
-        self, rows: Int64[np.ndarray, " cells"], attended: Int64[np.ndarray, " attended"], *, without_nearest: bool
-    ) -> HeadOutputs:
+    def _tile_outputs(self, rows: Int64[np.ndarray, " cells"], asked: _Asked) -> HeadOutputs:
         """Embed the senders around some receivers and let these attend to them."""
         weights, tissue = self._weights, self._tissue
         around = self.hooked.neighbour_rows[rows]
@@ -294,7 +335,11 @@ class FactoredAccess:
         codes = tissue.label_codes[rows]
         needed = np.zeros((len(senders), weights.n_types), dtype=bool)
         needed[slots, codes[:, None]] = True
-        tables = SenderTables.empty(weights, len(senders), device=self._device)
+        with_senders = len(asked.senders) > 0
+        # one row more: that of neighbours that are left out
+        tables = SenderTables.empty(weights, len(senders) + with_senders, device=self._device)
+        if with_senders:
+            tables.mask(len(senders))
 
         def embed(places: Int64[np.ndarray, " senders"], values: Float32[np.ndarray, "senders genes"]) -> None:
             embed_senders(
@@ -315,29 +360,34 @@ class FactoredAccess:
                     yield partial(embed, block.positions[part], block.values[part])
 
         run_on_single_threads(chunks(), n_threads=self._n_threads)
-        distances, dummy_score = self.hooked.distances[rows], weights.dummy_score
-        others = None
-        if without_nearest:
-            kept = _all_but_nearest(distances)
-            far = slots[kept].reshape(len(rows), -1), distances[kept].reshape(len(rows), -1)
-            # with one neighbour all attention goes to the dummy, whose value is 0
-            others = np.zeros((len(rows), weights.n_outputs), dtype=np.float32)
-            if slots.shape[1] > 1:
-                others = attend(tables, *far, codes, dummy_score=dummy_score)
+        distances, score, attended = self.hooked.distances[rows], weights.dummy_score, asked.attended
+        whole = attend(tables, slots, distances, codes, dummy_score=score)
+        without_senders = by_sender = None
+        if with_senders:
+            types = tissue.label_codes[around]
+            without_senders = outputs_without_senders(
+                tables, slots, distances, codes, types, whole=whole, senders=asked.senders, dummy_score=score
+            )
+            by_sender = sums_by_sender(
+                tables, slots, distances, codes, types, n_types=weights.n_types, dummy_score=score
+            )
         return HeadOutputs(
-            whole=attend(tables, slots, distances, codes, dummy_score=dummy_score),
-            without_nearest=others,
+            whole=whole,
+            without_nearest=outputs_without_nearest(tables, slots, distances, codes, dummy_score=score)
+            if asked.nearest
+            else None,
             attention=attention_weights(
-                tables, slots[attended], distances[attended], codes[attended], dummy_score=dummy_score
+                tables, slots[attended], distances[attended], codes[attended], dummy_score=score
             ),
+            without_senders=without_senders,
+            by_sender=by_sender,
         )
 
 
-def _all_but_nearest(
-    distances: Float32[np.ndarray, "receivers neighbours"],
-) -> Bool[np.ndarray, "receivers neighbours"]:
-    """Return which neighbours are not the nearest of a receiver, the first one where several are."""
-    kept = np.ones(distances.shape, dtype=bool)
-    # with radii, distances between outlines need not rise from column to column
-    kept[np.arange(len(kept)), distances.argmin(axis=1)] = False
-    return kept
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """What is wanted of a tile besides its outputs: attention of some cells, outputs without some neighbours."""
+
+    attended: Int64[np.ndarray, " attended"]
+    nearest: bool
+    senders: Sequence[int]

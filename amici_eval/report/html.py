@@ -1,20 +1,19 @@
-"""One page that shows an evaluation: a single file that needs no network and runs no script."""
+"""One page that shows an evaluation: a single file that needs no network."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from amici_eval.names import slugify
 from amici_eval.report.ablation_summary import ablations_section
+from amici_eval.report.head_sections import head_sections, verdict_sentence
 from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
-from amici_eval.report.markup import cell, row, section, table, text
+from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
 from amici_eval.report.page import write_page
+from amici_eval.report.provenance import identity_line, provenance_section
 from amici_eval.report.sections import (
     genes_section,
     held_out_section,
@@ -22,6 +21,7 @@ from amici_eval.report.sections import (
     width_section,
     without_heads_section,
 )
+from amici_eval.report.senders_section import senders_section
 from amici_eval.report.svg import inline_figure
 from amici_eval.report.wording import (
     WHY_THIS_ORDER,
@@ -31,13 +31,13 @@ from amici_eval.report.wording import (
     interval,
     made_folder,
     p_text,
-    permutations_text,
     printable,
-    rounded,
     undefined_sentences,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
     from pathlib import Path
 
     from amici_eval.results import HeadEvaluation
@@ -58,7 +58,14 @@ _HOW_TO_READ = (
 )
 
 
-def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Mapping[str, Path] | None = None) -> Path:
+def write_html(
+    evaluation: HeadEvaluation,
+    directory: str | Path,
+    *,
+    figures: Mapping[str, Path] | None = None,
+    run: Mapping[str, object] | None = None,
+    written: datetime | None = None,
+) -> Path:
     """Write ``directory/report.html``, one self-contained file, and return it.
 
     Parameters
@@ -70,6 +77,10 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
     figures
         PNG or SVG files by name, shown in this order. Names of figures by ``save_figures`` (file names without ending)
         are captioned in words; any other name is its own caption.
+    run
+        What else is known about the run, shown with versions and settings: ``{"device used": "cuda:0"}``.
+    written
+        When the page was written; ``None`` is now. The same evaluation and time give the same file.
 
     Raises
     ------
@@ -80,7 +91,8 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
 
     Notes
     -----
-    All that comes from the model, the data or a file is escaped, and the page forbids scripts and network itself.
+    All that comes from the model, the data or a file is escaped, and the page itself forbids network and any script
+    but its own, which sorts and filters tables.
     """
     name = printable(evaluation.model.get("name") or "AMICI model")
     version = evaluation.model.get("version")
@@ -88,7 +100,7 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
     body = "\n".join(
         [
             f"<h1>{text(title)}</h1>",
-            _identity_line(evaluation),
+            identity_line(evaluation),
             _summary(evaluation),
             _matrix(evaluation),
             _best(evaluation),
@@ -96,44 +108,39 @@ def write_html(evaluation: HeadEvaluation, directory: str | Path, *, figures: Ma
             without_heads_section(evaluation),
             ablations_section(evaluation),
             genes_section(evaluation),
+            senders_section(evaluation),
             scale_section(evaluation),
             width_section(evaluation),
             _undefined(evaluation),
             _figures(evaluation, figures or {}),
             section("read", "How to read this", f"<p>{text(_HOW_TO_READ)}</p>"),
+            head_sections(evaluation),
             _heads(evaluation),
-            _identity(evaluation),
+            provenance_section(evaluation, run=run, written=written),
         ]
     )
     return write_page(made_folder(directory) / "report.html", title=title, body=body)
 
 
 def _summary(evaluation: HeadEvaluation) -> str:
-    effects = effect_sentences(evaluation)
-    paragraphs = [
-        f'<p class="lead">{text(" ".join(effects[:2]))}</p>',
-        *(
-            f"<p>{text(' '.join(sentences))}</p>"
-            for sentences in (
-                [*effects[2:], *held_out_sentences(evaluation)],
-                [WHY_THIS_ORDER],
-                outcome_sentences(evaluation),
-                [engine_sentence(evaluation)],
-            )
-        ),
-    ]
+    effects, held_out = effect_sentences(evaluation), held_out_sentences(evaluation)
+    in_full = "".join(
+        f"<p>{text(' '.join(sentences))}</p>"
+        for sentences in (
+            [*effects[2:], *held_out[1:]],
+            [WHY_THIS_ORDER],
+            outcome_sentences(evaluation),
+            [engine_sentence(evaluation)],
+        )
+        if sentences
+    )
     notes = "".join(f"<li>{text(note)}</li>" for note in evaluation.notes)
-    return "".join(paragraphs) + (f'<div class="notes"><h2>Notes</h2><ul>{notes}</ul></div>' if notes else "")
-
-
-def _identity_line(evaluation: HeadEvaluation) -> str:
-    lines = [
-        f"{heading}: "
-        + " · ".join(f"{key} {_plain(value)}" for key, value in values.items() if len(_plain(value)) <= 80)
-        for heading, values in (("Model", evaluation.model), ("Data", evaluation.data))
-        if values
-    ]
-    return "".join(f'<p class="identity">{text(line)}</p>' for line in lines)
+    return (
+        f'<p class="lead">{text(" ".join(effects[:2]))}</p>'
+        f'<p class="lead">{text(verdict_sentence(evaluation))}</p><p>{text(held_out[0])}</p>'
+        + (f'<div class="notes"><h2>Notes</h2><ul>{notes}</ul></div>' if notes else "")
+        + folded(in_full, "The outcome in full: effects, tests, and what they take for granted")
+    )
 
 
 def _matrix(evaluation: HeadEvaluation) -> str:
@@ -151,21 +158,27 @@ def _matrix(evaluation: HeadEvaluation) -> str:
                 continue
             hue = "178,24,43" if value > 0 else "33,102,172"
             strength = 0.55 * min(1.0, abs(value) / largest)
-            mark = '<span class="mark">*</span>' if adjusted <= alpha else '<span class="mark"></span>'
+            mark = f'<span class="mark">{"*" if adjusted <= alpha else ""}</span>'
             bounds = evaluation.intervals
             between = "" if bounds is None else interval(bounds.low[head, index], bounds.high[head, index])
-            tip = text(
-                f"head {head}: EV {effect(value)}{f' ({between})' if between else ''}, adjusted p {p_text(adjusted)}"
-            )
+            tip = text(f"head {head}: EV {effect(value)}, adjusted p {p_text(adjusted)}")
+            below = f"<br><small>{text(between)}</small>" if between else ""
             cells.append(
-                f'<td style="background:rgba({hue},{strength:.2f})" title="{tip}">{text(effect(value))}{mark}</td>'
+                f'<td style="background:rgba({hue},{strength:.2f})" title="{tip}">'
+                f"{text(effect(value))}{mark}{below}</td>"
             )
         rows.append(row(cell_type, cells))
     caption = (
         f"Explained variance over all genes, one head kept alone. * adjusted p ≤ {alpha:g} "
-        f"({evaluation.decided_by} null{in_sample_text(evaluation)}). Red above 0, blue below. – undefined."
+        f"({evaluation.decided_by} null{in_sample_text(evaluation)}). Red above 0, blue below. – undefined. "
+        + (
+            ""
+            if evaluation.intervals is None
+            else f"Below an effect, its {100 * evaluation.intervals.confidence:g} % interval, given enough tiles. "
+        )
+        + "The number of a head leads to its genes and tests."
     )
-    return section("matrix", "Heads and cell types", table(header, rows, caption, kind="matrix"))
+    return section("matrix", "Heads and cell types", table(header, rows, caption, kind="matrix", linked=True))
 
 
 def _best(evaluation: HeadEvaluation) -> str:
@@ -184,7 +197,7 @@ def _best(evaluation: HeadEvaluation) -> str:
         shown = [cell(value) for value in cells]
         shown += [cell(best["best_gene"], words=True), cell(effect(best["expl_var_best_gene"]))]
         if spatial:
-            shown += [cell(_cells(best["ess"])), cell(p_text(best["p_value_adj_spatial"]))]
+            shown += [cell(cells_text(best["ess"])), cell(p_text(best["p_value_adj_spatial"]))]
         else:
             shown.append(cell(p_text(best["p_value_adj_head"])))
         rows.append(row(best["ct_name"], shown))
@@ -213,6 +226,12 @@ def _figures(evaluation: HeadEvaluation, figures: Mapping[str, Path]) -> str:
     captions["head_interactions"] = (
         "Interaction of heads per receiver type: red pairs explain more together than the sum of what each adds, blue "
         "pairs explain partly the same"
+    )
+    captions["senders"] = (
+        "Who talks to whom: explained variance that each head loses without each sender type, by receiver type"
+    )
+    captions["sender_graph"] = (
+        "Who talks to whom: the strongest links from sender to receiver types as arrows, coloured by head"
     )
     for cell_type in evaluation.cell_types:
         captions[f"expl_variance_heatmap_{slugify(cell_type)}"] = f"Explained variance of genes per head in {cell_type}"
@@ -249,52 +268,19 @@ def _heads(evaluation: HeadEvaluation) -> str:
         cells += _where(trivial, cell(effect(entry["gain"])), cell(effect(entry["expl_var_without_nearest"])))
         cells += [cell(entry["best_gene"] or "", words=True), cell(effect(entry["expl_var_best_gene"]))]
         if spatial:
-            cells += [cell(_cells(entry["ess"])), cell(effect(entry["detectable_expl_var"]))]
+            cells += [cell(cells_text(entry["ess"])), cell(effect(entry["detectable_expl_var"]))]
             cells += [cell(p_text(entry[name])) for name in ("p_value_spatial", "p_value_adj_spatial")]
         cells += [cell(p_text(entry["p_value_head"])), cell(between), cell(p_text(entry["p_value_adj_head"]))]
-        cells += [cell(_yes_no(entry["significant"]), words=True)]
-        cells += [cell(_yes_no(entry["held_out"], missing="unknown"), words=True)]
-        rows.append(row(entry["ct_name"], [*cells, cell(entry["undefined_reason"], words=True)]))
+        cells += [cell(yes_no(entry["significant"]), words=True)]
+        cells += [cell(yes_no(entry["held_out"], missing="unknown"), words=True)]
+        rows.append(row(entry["ct_name"], [*cells, cell(entry["undefined_reason"], words=True, long=True)]))
     caption = (
         "Every head and type; p interval: Monte Carlo uncertainty of the free p. All columns are in tables/heads.csv."
     )
     content = table(header, rows, caption)
-    return section("heads", "All heads", f"<details><summary>{len(rows)} rows</summary>{content}</details>")
-
-
-def _identity(evaluation: HeadEvaluation) -> str:
-    def listed(values: Mapping[str, Any]) -> str:
-        rows = [row(key, [cell(_plain(value), words=True)]) for key, value in values.items()]
-        return "".join(rows)
-
-    settings = {
-        "engine used": evaluation.engine,
-        "permutations used": permutations_text(evaluation),
-        **evaluation.spec.to_dict(),
-    }
-    parts = [
-        f'<h3>{heading}</h3><div class="scroll" tabindex="0" role="region" aria-label="{heading}">'
-        f'<table class="facts"><tbody>{listed(values)}</tbody></table></div>'
-        for heading, values in (("Model", evaluation.model), ("Data", evaluation.data), ("Settings", settings))
-        if values
-    ]
-    return section("identity", "What was evaluated", "".join(parts))
-
-
-def _plain(value: object) -> str:
-    return (
-        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (Mapping, list, tuple)) else str(value)
-    )
-
-
-def _yes_no(value: object, *, missing: str = "") -> str:
-    return missing if value is None or value is pd.NA else ("yes" if value else "no")
+    return section("heads", "All heads", folded(content, f"{len(rows)} rows"))
 
 
 def _where(computed: object, *values: Any) -> list[Any]:
     """Return the values, or none where what they are of was not computed."""
     return [] if computed is None else list(values)
-
-
-def _cells(number: float) -> str:
-    return "undefined" if np.isnan(number) else rounded(number)

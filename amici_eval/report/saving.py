@@ -31,6 +31,15 @@ from amici_eval.report.figures import (
     plot_heatmap,
     top_genes,
 )
+from amici_eval.report.senders_figure import (
+    SENDER_GRAPH_STEM,
+    SENDERS_STEM,
+    graph_size,
+    has_senders,
+    plot_sender_graph,
+    plot_senders,
+    senders_size,
+)
 from amici_eval.report.wording import made_folder, unwritable
 
 if TYPE_CHECKING:
@@ -63,7 +72,7 @@ def save_figures(
     formats: Sequence[str] = FORMATS,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write the forest plot of effects, the bar plot, a heatmap of every type, and what the ablations found.
+    """Write the forest plot of effects, the bar plot, a heatmap of every type, ablations, and who talks to whom.
 
     Parameters
     ----------
@@ -86,7 +95,8 @@ def save_figures(
     -------
     tuple of Path
         ``effects`` (where any is defined), ``expl_variance_barplot_per_head``, ``expl_variance_heatmap_<slug of the
-        type>`` and, where they were computed, ``ablations`` and ``head_interactions``, each in all formats.
+        type>`` and, where they were computed, ``ablations``, ``head_interactions``, ``senders`` and
+        ``sender_graph``, each in all formats.
 
     Raises
     ------
@@ -182,6 +192,17 @@ def _drawings(
             INTERACTIONS_STEM,
             interactions_size(evaluation, chosen),
             lambda ax: plot_interactions(evaluation, ax=ax, cell_types=chosen),
+        )
+    if chosen and has_senders(evaluation, chosen):
+        yield (
+            SENDERS_STEM,
+            senders_size(evaluation, len(chosen)),
+            lambda ax: plot_senders(evaluation, ax=ax, cell_types=chosen),
+        )
+        yield (
+            SENDER_GRAPH_STEM,
+            graph_size(evaluation),
+            lambda ax: plot_sender_graph(evaluation, ax=ax, cell_types=chosen),
         )
 
 

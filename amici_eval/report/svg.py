@@ -13,6 +13,7 @@ from amici_eval.errors import DataError
 __all__ = ["inline_figure"]
 
 _URL = re.compile(r"url\(\s*#")
+_URL_ID = re.compile(r"url\(\s*#([^)\s]+)")
 _MATPLOTLIB_STYLE = "stroke-linejoin:round;stroke-linecap:butt"
 # drawing only: no script, no metadata with addresses, no foreign content; style sheets would leak into the page
 _DROPPED = frozenset({"script", "metadata", "foreignObject", "style", "a", "animate", "set"})
@@ -26,8 +27,8 @@ def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
     path
         A PNG or SVG file. An SVG is taken in as elements, so that its text can be searched and stays sharp.
     prefix
-        Put before each ``id`` of an SVG and each reference to one: drawings of one program share their ids, which
-        must be unique in a page. Letters, digits, ``-`` and ``_`` only.
+        Put before each ``id`` of an SVG that it refers to, and each reference to one: drawings of one program share
+        their ids, which must be unique in a page. Letters, digits, ``-`` and ``_`` only.
     alt
         What the figure shows, for those who cannot see it.
 
@@ -51,7 +52,7 @@ def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
             rule="figures of a report are PNG or SVG files",
             fix="draw it again with save_figures()",
         ) from error
-    _clean(root, prefix)
+    _clean(root, prefix, _referenced(root))
     view_box = root.get("viewBox")
     root.attrib.clear()
     if view_box is not None:
@@ -63,7 +64,18 @@ def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _clean(element: ElementTree.Element, prefix: str) -> None:
+def _referenced(root: ElementTree.Element) -> frozenset[str]:
+    """Return the ids that the drawing itself refers to; others serve nothing in a page, and may be there twice."""
+    found: set[str] = set()
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            found.update(_URL_ID.findall(value))
+            if _bare(name) == "href":
+                found.add(value[1:])
+    return frozenset(found)
+
+
+def _clean(element: ElementTree.Element, prefix: str, referenced: frozenset[str]) -> None:
     # without namespaces: HTML knows the elements of SVG by their names
     element.tag = _bare(element.tag)
     attributes = {_bare(name): value for name, value in element.attrib.items()}
@@ -72,7 +84,8 @@ def _clean(element: ElementTree.Element, prefix: str) -> None:
         if name.lower().startswith("on"):
             continue
         if name == "id":
-            element.set(name, prefix + value)
+            if value in referenced:
+                element.set(name, prefix + value)
         elif name == "href":
             if value.startswith("#"):
                 element.set(name, f"#{prefix}{value[1:]}")
@@ -84,7 +97,7 @@ def _clean(element: ElementTree.Element, prefix: str) -> None:
         if not isinstance(child.tag, str) or _bare(child.tag) in _DROPPED:
             element.remove(child)
         else:
-            _clean(child, prefix)
+            _clean(child, prefix, referenced)
 
 
 def _bare(name: str) -> str:

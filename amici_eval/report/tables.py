@@ -46,8 +46,10 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
         (:meth:`HeadEvaluation.heads`), ``baselines.csv`` (:meth:`HeadEvaluation.baselines`), ``held_out.csv``
         (:meth:`HeadEvaluation.held_out_frame`), ``scales.csv`` (:meth:`HeadEvaluation.scales_frame`),
         ``ablations.csv`` (:meth:`HeadEvaluation.ablations_frame`), ``head_interactions.csv``
-        (:meth:`HeadEvaluation.interactions_frame`) and ``labels.csv`` (columns ``kind, slug, label``: the names that
-        stand for cell types in metric keys and file names). A table of what was not computed has its header only.
+        (:meth:`HeadEvaluation.interactions_frame`), ``senders.csv`` (:meth:`HeadEvaluation.senders_frame`),
+        ``sender_genes.parquet`` (:meth:`HeadEvaluation.sender_genes_frame`) and ``labels.csv`` (columns ``kind, slug,
+        label``: the names that stand for cell types in metric keys and file names). A table of what
+        was not computed has its header only.
 
     Raises
     ------
@@ -75,6 +77,8 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
         "scales.csv": evaluation.scales_frame(),
         "ablations.csv": evaluation.ablations_frame(),
         "head_interactions.csv": evaluation.interactions_frame(),
+        "senders.csv": evaluation.senders_frame(),
+        "sender_genes.parquet": evaluation.sender_genes_frame(),
         "labels.csv": labels,
     }
     for name, frame in tables.items():

@@ -22,7 +22,7 @@ def test_files_have_the_names_of_the_contract(tmp_path):
     files = write_tables(make_evaluation(), tmp_path / "run")
     names = [
         *("explained_variance.csv", "explained_variance.parquet", "heads.csv", "baselines.csv", "held_out.csv"),
-        *("scales.csv", "ablations.csv", "head_interactions.csv", "labels.csv"),
+        *("scales.csv", "ablations.csv", "head_interactions.csv", "senders.csv", "sender_genes.parquet", "labels.csv"),
     ]
     assert files == tuple(tmp_path / "run" / "tables" / name for name in names)
     assert sorted((tmp_path / "run" / "tables").iterdir()) == sorted(files)
@@ -34,7 +34,7 @@ def test_columns_are_those_of_the_contract(tmp_path):
         name: (tmp_path / "tables" / f"{name}.csv").read_text(encoding="utf-8").splitlines()[0]
         for name in (
             *("explained_variance", "heads", "baselines", "held_out", "scales", "ablations", "head_interactions"),
-            "labels",
+            *("senders", "labels"),
         )
     }
     assert first_lines == {
@@ -50,6 +50,8 @@ def test_columns_are_those_of_the_contract(tmp_path):
         "scales": "head,ct_name,tile_width,p_value",
         "ablations": "head,ct_name,mode,expl_var,delta_full",
         "head_interactions": "head_a,head_b,ct_name,interaction,interaction_frozen_norm",
+        "senders": "head,ct_name,sender,attention,expl_var_lost,ci_low,ci_high,p_value,p_value_adj,best_gene,"
+        "expl_var_lost_best_gene,distance_tenth,n_receivers,undefined_reason",
         "labels": "kind,slug,label",
     }
     assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 29)
@@ -125,6 +127,44 @@ def test_ablations_read_back_equal_and_are_empty_where_not_computed(tmp_path):
     write_tables(make_evaluation(), tmp_path / "empty")
     for name in ("ablations", "head_interactions"):
         assert read(tmp_path / "empty" / "tables" / f"{name}.csv").empty
+
+
+def test_senders_read_back_equal_and_are_empty_where_not_computed(tmp_path):
+    evaluation = make_evaluation(senders=("CD8+_T_Cells", "other", "β cell"))
+    write_tables(evaluation, tmp_path / "full")
+    frame, genes = evaluation.senders_frame(), evaluation.sender_genes_frame()
+    assert len(frame) == 3 * 7 * 3
+    read_back = read(tmp_path / "full" / "tables" / "senders.csv", keep_default_na=False, na_values=[""])
+    for name in frame:
+        left, right = (one[name].astype(object).where(one[name].notna(), "").tolist() for one in (read_back, frame))
+        assert left == right, name
+    # none from a type to itself, none into the type of one cell
+    assert len(genes) == 3 * (7 * 3 - 1 - 3) * 5
+    assert_frame_equal(pd.read_parquet(tmp_path / "full" / "tables" / "sender_genes.parquet"), genes, check_exact=True)
+    one = genes[(genes["head"] == 1) & (genes["ct_name"] == "_hidden") & (genes["sender"] == "other")]
+    at = 1, evaluation.type_index("_hidden"), 1
+    np.testing.assert_array_equal(one["expl_var_lost"], evaluation.senders.effect_gene[at])
+    row = frame[(frame["head"] == 1) & (frame["ct_name"] == "_hidden") & (frame["sender"] == "other")].iloc[0]
+    assert row["expl_var_lost"] == evaluation.senders.effect[at]
+    assert row["best_gene"] == one["gene"].iloc[int(one["expl_var_lost"].argmax())]
+    assert row["undefined_reason"] == ""
+    write_tables(make_evaluation(), tmp_path / "empty")
+    assert read(tmp_path / "empty" / "tables" / "senders.csv").empty
+    empty = pd.read_parquet(tmp_path / "empty" / "tables" / "sender_genes.parquet")
+    assert empty.empty
+    assert empty.dtypes.to_dict() == genes.dtypes.to_dict()
+
+
+def test_links_without_a_value_say_why():
+    frame = make_evaluation(senders=("CD8+_T_Cells", "other")).senders_frame().set_index(["head", "ct_name", "sender"])
+    assert frame.loc[(0, "CD8+_T_Cells", "CD8+_T_Cells"), "undefined_reason"] == (
+        "no evaluated cell of the type has such a neighbour"
+    )
+    assert frame.loc[(0, "$x$_1", "other"), "undefined_reason"] == (
+        "cells in 3 tiles; at least 5 are needed to tell differences"
+    )
+    missing = frame[["expl_var_lost", "ci_low", "ci_high", "p_value"]].isna().any(axis=1)
+    assert (frame["undefined_reason"] != "").eq(missing).all()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +282,7 @@ def test_an_evaluation_without_any_value_has_a_summary(tmp_path):
     lines = summary_lines(evaluation)
     assert "0 of 0 tested head x type pairs are significant at adjusted p <= 0.05" in "\n".join(lines)
     assert "Undefined: only, all heads: 1 cell; at least 3 needed." in lines
-    assert len(write_tables(evaluation, tmp_path)) == 9
+    assert len(write_tables(evaluation, tmp_path)) == 11
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

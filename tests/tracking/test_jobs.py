@@ -62,6 +62,8 @@ def test_a_run_holds_the_contract(registry, tmp_path):
         "tables/labels.csv",
         "tables/ablations.csv",
         "tables/head_interactions.csv",
+        "tables/senders.csv",
+        "tables/sender_genes.parquet",
         "moments.npz",
         "significance.json",
         "config/resolved.yaml",
