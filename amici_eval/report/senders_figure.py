@@ -39,7 +39,7 @@ MOST_ARROWS = 30
 
 _LONGEST = 18
 _MOST_COLUMNS = 4
-_CELL, _LABELS, _HEADING = 0.24, 1.45, 1.6
+_CELL, _LABELS, _HEADING = 0.24, 1.75, 1.6
 """Inches: side of a cell of the heat map, room for the names of receivers, room for those of senders and the head."""
 _LARGEST = 1.0
 """Losses beyond have the colour of this: explained variance has no lower bound, and one bad head would take all."""
@@ -116,7 +116,7 @@ def plot_senders(
         sure = [(rows.index(at), sender) for one, at, sender in links if one == head]
         if sure:
             places = left + _CELL * (np.array(sure)[:, 1] + 0.5), top + _CELL * (np.array(sure)[:, 0] + 0.5)
-            ax.scatter(*places, s=7, color=INK, linewidths=0, zorder=3, gid="sure")
+            ax.scatter(*places, s=13, color=INK, edgecolors="white", linewidths=0.6, zorder=3, gid="sure")
     ax.set_xlim(0, columns * step_x)
     ax.set_ylim(math.ceil(evaluation.n_heads / columns) * step_y, 0)
     _without_frame(ax)
