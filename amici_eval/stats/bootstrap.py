@@ -12,13 +12,21 @@ from amici_eval.stats.permutations import PermutationStream
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-__all__ = ["MIN_TILES_INTERVAL", "TileBootstrap", "TileSquares", "tile_bootstrap", "tile_draws"]
+__all__ = [
+    "LEAST_ERROR",
+    "MIN_TILES_INTERVAL",
+    "TileBootstrap",
+    "TileSquares",
+    "tile_bootstrap",
+    "tile_draws",
+    "widening",
+]
 
 MIN_TILES_INTERVAL = 5
 """How much tiles differ cannot be told from fewer."""
 
 _LABEL = "\0bootstrap"
-_LEAST_ERROR = 0.25
+LEAST_ERROR = 0.25
 """Share of the standard error below which that of a resample is not believed: it holds few different tiles."""
 _ROUNDING = 1e-12
 """Numbers below this share of those that they are computed from are zeros that float64 rounded."""
@@ -140,15 +148,14 @@ def tile_bootstrap(
     if np.count_nonzero(defined) < 2:
         reason = f"expression varies in none of {n_resamples} resamples of {n_tiles} tiles"
         return TileBootstrap(low=low, high=high, n_tiles=n_tiles, reason=reason)
-    effective = cells.sum() ** 2 / np.square(cells).sum()
-    widened = np.sqrt(effective / (effective - 1.0) * (n_tiles - 1) / n_tiles)
+    widened = widening(cells)
     for model in range(n_models):
         residual = TileSquares.of(cells, residual_mean[present, model], residual_m2[present, model], counts)
         logs = np.log(np.maximum(residual.total[defined] / target.total[defined], _ROUNDING))
         influence = residual.shares[defined] - target.shares[defined]
         errors = np.sqrt((counts[defined] * np.square(influence)).sum(axis=1))
         # constant predictions leave all of expression unexplained, without error but that of rounding
-        least = max(_LEAST_ERROR * errors[0], _ROUNDING)
+        least = max(LEAST_ERROR * errors[0], _ROUNDING)
         off = np.abs(logs[1:] - logs[0]) / np.maximum(errors[1:], least)
         reach = float(np.quantile(off, confidence)) * errors[0] * widened
         with np.errstate(over="ignore"):
@@ -198,6 +205,12 @@ class TileSquares:
         means = np.divide(counts @ linear, drawn, out=np.zeros((len(counts), linear.shape[1])), where=drawn > 0.0)
         about = squares - 2.0 * means @ linear.T + np.square(means).sum(axis=1)[:, None] * n_cells
         return cls(total=(counts * about).sum(axis=1), about=about)
+
+
+def widening(cells: Float64[np.ndarray, " tiles"]) -> float:
+    """Return what half-widths are multiplied by, for few tiles may hold most cells; see :func:`tile_bootstrap`."""
+    n_tiles, effective = len(cells), cells.sum() ** 2 / np.square(cells).sum()
+    return float(np.sqrt(effective / (effective - 1.0) * (n_tiles - 1) / n_tiles))
 
 
 def tile_draws(n_tiles: int, n_resamples: int, *, seed: int, label: str) -> Float64[np.ndarray, "resamples tiles"]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.bootstrap import MIN_TILES_INTERVAL, TileSquares, tile_draws
+from amici_eval.stats.bootstrap import LEAST_ERROR, MIN_TILES_INTERVAL, TileSquares, tile_draws, widening
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["PairedDifferences", "PairedRows", "paired_differences", "pooled_difference", "verdict_of"]
 
 _FLIPS = "\0paired flips"
-_LEAST_ERROR = 0.25
-"""Share of the standard error below which that of a resample is not believed: it holds few different tiles."""
 _ROUNDING = 1e-12
 _TIED = 1e-9
 
@@ -299,14 +297,13 @@ def _differences(
             reason=reason,
         )
     low, high, above, below = (np.full(n_pairs, np.nan) for _ in range(4))
-    effective = cells.sum() ** 2 / np.square(cells).sum()
-    widened = float(np.sqrt(effective / (effective - 1.0) * (n_tiles - 1) / n_tiles))
+    widened = widening(cells)
     for pair in range(n_pairs):
         total = (counts * change[pair]).sum(axis=1)[defined] / target[defined]
         influence = change[pair][defined] - total[:, None] * target_share[defined]
         errors = np.sqrt((counts[defined] * np.square(influence)).sum(axis=1)) / target[defined]
         # two models that are the same leave no error but that of rounding
-        least = max(_LEAST_ERROR * errors[0], _ROUNDING)
+        least = max(LEAST_ERROR * errors[0], _ROUNDING)
         off = (total[1:] - total[0]) / np.maximum(errors[1:], least)
         error = max(float(errors[0]) * widened, _ROUNDING)
         reach = float(np.quantile(np.abs(off), confidence)) * error
