@@ -37,6 +37,7 @@ _EXPORTS = {
     "plot_heatmap": "amici_eval.report.figures",
     "plot_interactions": "amici_eval.report.ablation_figures",
     "plot_lineage": "amici_eval.report.comparison_figures",
+    "plot_sender_differences": "amici_eval.report.sender_changes",
     "plot_sender_graph": "amici_eval.report.senders_figure",
     "plot_senders": "amici_eval.report.senders_figure",
     "plot_similarity": "amici_eval.report.comparison_figures",

@@ -136,6 +136,7 @@ def evaluate_types(
             outputs,
             batches,
             tile_of(tiling.keys),
+            n_tiles=len(tiling.centers),
             test=spec.permutation,
             progress=lambda more: meter.add(more, "senders masked out"),
         )
@@ -157,7 +158,7 @@ def evaluate_types(
     evaluated = [found.get(cell_type) for cell_type in receivers]
     moments = baselines = None
     if factors is not None and outputs is not None and tiling is not None:
-        moments = kept_moments(factors, receivers, everyone, evaluated, outputs, sketch, tiling)
+        moments = kept_moments(factors, receivers, everyone, evaluated, outputs, sketch, tiling, senders)
     if with_baselines and tissue is not None:
         baselines = evaluate_baselines(
             tissue,

@@ -14,6 +14,7 @@ from amici_eval.comparison_results import HeadComparison
 from amici_eval.comparison_spec import ComparisonSpec
 from amici_eval.errors import DataError
 from amici_eval.results import HeadEvaluation
+from amici_eval.sender_pairs import sender_differences_between, unpaired_sender_differences
 from amici_eval.stats.alignment import assign_heads
 from amici_eval.version_pairs import differences_between, matches_between, similarity_of, unpaired_differences
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.comparison_parts import FailedVersion
+    from amici_eval.comparison_senders import SenderDifferences
     from amici_eval.moments import Moments
 
 __all__ = ["compare", "matched_similarity"]
@@ -90,6 +92,7 @@ def compare(
     matches: list[HeadMatches] = []
     differences: list[HeadDifferences] = []
     overall: list[Overall] = []
+    talk: list[SenderDifferences | None] = []
     similarity: dict[tuple[int, int], Float64[np.ndarray, "before after"]] = {}
     more = list(notes)
     sketches: list[Moments] = []
@@ -121,6 +124,7 @@ def compare(
                 found, whole = differences_between(previous, evaluation, matches[-1], spec)
                 differences.append(found)
                 overall.append(whole)
+                talk.append(sender_differences_between(previous, evaluation, matches[-1], spec))
                 more += _what_differs(previous, evaluation, versions[-2].label, label)
             sketches.append(moments.without_tiles())
             for before in range(position):
@@ -133,6 +137,7 @@ def compare(
             found, whole = unpaired_differences(versions[-2], versions[-1], position, spec)
             differences.append(found)
             overall.append(whole)
+            talk.append(unpaired_sender_differences(previous, evaluation, position, spec))
         previous = evaluation
     if progress is not None:
         progress(n_versions, n_versions, "done")
@@ -155,6 +160,7 @@ def compare(
         matches=tuple(matches),
         differences=tuple(differences),
         overall=tuple(overall),
+        senders=tuple(one for one in talk if one is not None),
         lineages=lineages,
         similarity=similarity,
         floor=floor,

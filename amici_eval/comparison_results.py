@@ -11,6 +11,7 @@ import numpy as np
 
 from amici_eval import comparison_frames
 from amici_eval.comparison_parts import ComparedVersion, FailedVersion, HeadDifferences, HeadMatches, Lineage, Overall
+from amici_eval.comparison_senders import SenderDifferences, sender_differences_frame
 from amici_eval.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["COMPARISON_FILE", "HeadComparison"]
 
 COMPARISON_FILE = "comparison.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -41,6 +42,8 @@ class HeadComparison:
         Of consecutive versions, in order; empty for data sets, where a head is itself.
     differences, overall
         Of consecutive versions, in order.
+    senders
+        What changed in who talks to whom, of consecutive versions for which senders were computed.
     lineages
         Heads through all versions.
     similarity
@@ -68,6 +71,7 @@ class HeadComparison:
     matches: tuple[HeadMatches, ...] = ()
     differences: tuple[HeadDifferences, ...] = ()
     overall: tuple[Overall, ...] = ()
+    senders: tuple[SenderDifferences, ...] = ()
     lineages: tuple[Lineage, ...] = ()
     similarity: Mapping[tuple[int, int], Float64[np.ndarray, "before after"]] = field(default_factory=dict)
     floor: Float64[np.ndarray, " heads"] | None = None
@@ -86,11 +90,12 @@ class HeadComparison:
         if self.kind not in ("versions", "datasets"):
             msg = f"kind {self.kind!r} must be versions or datasets"
             raise ValueError(msg)
-        for one in (*self.versions, *self.matches, *self.differences):
+        for one in (*self.versions, *self.matches, *self.differences, *self.senders):
             one.check(one.own_sizes)
         pairs = [(one.before, one.after) for one in self.matches]
         pairs += [(one.before, one.after) for one in self.differences]
         pairs += [(one.before, one.after) for one in self.overall]
+        pairs += [(one.before, one.after) for one in self.senders]
         for before, after in (*pairs, *self.similarity):
             if not 0 <= before < after < len(self.versions):
                 msg = f"pair ({before}, {after}) does not fit {len(self.versions)} versions"
@@ -122,6 +127,13 @@ class HeadComparison:
         """Return a row per matched pair x type x gene; no rows in a comparison that was read back from JSON."""
         return comparison_frames.gene_differences_frame(self)
 
+    def senders_frame(self) -> pd.DataFrame:
+        """Return a row per matched head x receiver type x sender type: what changed in who talks to whom.
+
+        No rows unless senders were computed (``ablation.senders=true``).
+        """
+        return sender_differences_frame(self.labels, self.senders)
+
     def versions_frame(self) -> pd.DataFrame:
         """Return a row per version x head x type: explained variance, significance, lineage."""
         return comparison_frames.versions_frame(self)
@@ -134,6 +146,7 @@ class HeadComparison:
         plain["matches"] = [one.to_record() for one in self.matches]
         plain["differences"] = [one.to_record() for one in self.differences]
         plain["overall"] = [_finite(vars(one)) for one in self.overall]
+        plain["senders"] = [one.to_record() for one in self.senders]
         plain["lineages"] = [_finite(vars(one)) for one in self.lineages]
         plain["similarity"] = [
             {"before": before, "after": after, "values": _list_of(values)}
@@ -173,6 +186,9 @@ class HeadComparison:
             record["failed"] = tuple(FailedVersion(**one) for one in record["failed"])
             record["matches"] = tuple(HeadMatches.from_record(one, {}) for one in record["matches"])
             record["differences"] = tuple(HeadDifferences.from_record(one, {}) for one in record["differences"])
+            # new in 2
+            record["senders"] = tuple(SenderDifferences.from_record(one, {}) for one in record.get("senders", ()))
+            record["schema_version"] = SCHEMA_VERSION
             record["overall"] = tuple(Overall(**_with_nan(one)) for one in record["overall"])
             record["lineages"] = tuple(
                 Lineage(heads=tuple(one["heads"]), stability=_nan_if_none(one["stability"]))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.protocols import FactorAccess
+    from amici_eval.sender_results import Senders
     from amici_eval.tiling import Tiling
     from amici_eval.type_evaluation import TypeEvaluation
 
@@ -68,6 +69,7 @@ def kept_moments(
     outputs: HeadOutputs,
     sketch: Sketch,
     tiling: Tiling,
+    senders: Senders | None = None,
 ) -> Moments:
     """Return what is kept of an evaluation for later questions.
 
@@ -83,6 +85,8 @@ def kept_moments(
         By type, in the order of ``receivers``.
     outputs, sketch, tiling
         Of the cells of ``everyone``.
+    senders
+        If they were asked for.
     """
     types = tuple(receivers)
     parts = [
@@ -123,6 +127,10 @@ def kept_moments(
             (crc32(name.encode()) for name in names), dtype=np.int64, count=len(names)
         ).reshape(neighbours.shape),
         tile_center=tiling.centers,
+        senders=() if senders is None else senders.senders,
+        lost_squares=np.zeros((access.card.n_heads, len(types), 0, len(tiling.centers)), dtype=np.float32)
+        if senders is None or senders.lost_squares is None
+        else senders.lost_squares.astype(np.float32),
         query_weights=np.stack([readout.weights[:, 0] for readout in readouts]).astype(np.float32),
         head_weights=readouts[0].weights[:, 1:].astype(np.float32),
         query_gram=np.stack([readout.gram[0] for readout in readouts]),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MOMENTS_FILE", "Moments"]
 
 MOMENTS_FILE = "moments.npz"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _DAMAGE = (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -58,6 +58,10 @@ class Moments:
         CRC-32 of the names of these neighbours, shape (attended, neighbours), so that other evaluations know them.
     tile_center
         Mean position of each tile's evaluated cells, in coordinate units, shape (tiles, 2); row t is tile number t.
+    senders, lost_squares
+        Types of senders, if they were asked for, and what a head, kept alone, leaves more of each tile's squares where
+        these senders are masked out (:class:`~amici_eval.sender_results.Senders`), shape (heads, types, senders,
+        tiles), float32; NaN where undefined.
     query_weights, head_weights
         How attention outputs become expression (:class:`amici_eval.stats.readout.Readout`): its first column, which
         depends on the type, shape (types, genes), and the others, shape (genes, heads * head_size); float32.
@@ -88,6 +92,8 @@ class Moments:
     attention: Float32[np.ndarray, "attended heads places"]
     attended_neighbours: Int64[np.ndarray, "attended neighbours"]
     tile_center: Float64[np.ndarray, "tiles two"]
+    senders: tuple[str, ...]
+    lost_squares: Float32[np.ndarray, "heads types senders tiles"]
     query_weights: Float32[np.ndarray, "types genes"]
     head_weights: Float32[np.ndarray, "genes outputs"]
     query_gram: Float64[np.ndarray, "types columns"]
@@ -123,6 +129,7 @@ class Moments:
             "attention": (n_attended, n_heads, n_neighbours + 1),
             "attended_neighbours": (n_attended, n_neighbours),
             "tile_center": (n_tiles, 2),
+            "lost_squares": (n_heads, n_types, len(self.senders), n_tiles),
             "query_weights": (n_types, n_genes),
             "head_weights": (n_genes, n_outputs),
             "query_gram": (n_types, 1 + n_outputs),
@@ -203,6 +210,8 @@ class Moments:
             n_cells=np.bincount(place, weights=self.n_cells, minlength=len(types)).astype(np.int64),
             sketch_tile=np.full(len(self.sketch_names), -1, dtype=np.int64),
             tile_center=self.tile_center[:1],
+            senders=(),
+            lost_squares=np.zeros((self.n_heads, len(self.cell_types), 0, 1), dtype=np.float32),
             **unknown,
         )
 
@@ -247,7 +256,11 @@ class Moments:
                 arrays |= _new_in_2(arrays)
             if version < 3:
                 arrays |= _new_in_3(arrays, texts)
-            for name in ("cell_types", "genes", "sketch_names"):
+            if version < 4:
+                texts["senders"] = []
+                shape = (texts["n_heads"], len(texts["cell_types"]), 0, len(arrays["tile_center"]))
+                arrays["lost_squares"] = np.zeros(shape, dtype=np.float32)
+            for name in ("cell_types", "genes", "sketch_names", "senders"):
                 texts[name] = tuple(texts[name])
             return cls(**texts, **arrays)
         except DataError:

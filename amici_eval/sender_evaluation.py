@@ -14,11 +14,12 @@ from amici_eval.stats.gene_intervals import gene_intervals
 from amici_eval.stats.masked_moments import masked_moments
 from amici_eval.stats.multiplicity import adjust_p_values
 from amici_eval.stats.paired import PairedRows, paired_differences
+from amici_eval.stats.tile_changes import squares_about
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from jaxtyping import Float32, Int64
+    from jaxtyping import Float32, Float64, Int64
 
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.permutation_spec import PermutationSpec
@@ -43,6 +44,7 @@ def evaluate_senders(
     batches: Sequence[tuple[int, ...]],
     tiles: Int64[np.ndarray, " all_cells"],
     *,
+    n_tiles: int,
     test: PermutationSpec,
     progress: Callable[[int], None] | None = None,
 ) -> Senders:
@@ -60,6 +62,8 @@ def evaluate_senders(
         Codes of the sender types, as many at a time as memory holds.
     tiles
         Tile of each of these cells.
+    n_tiles
+        Tiles there are.
     test
         Confidence, resamples, adjustment and seed.
     progress
@@ -71,7 +75,7 @@ def evaluate_senders(
     :func:`~amici_eval.stats.paired.paired_differences`, on the same tiles, resamples and flips for all senders.
     """
     types, n_heads = tuple(receivers), access.card.n_heads
-    found = _Found.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes))
+    found = _Found.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes), n_tiles)
     reasons: dict[tuple[str, str], str] = {}
     sums = outputs.by_sender
     assert sums is not None  # noqa: S101, RUF100 - the first batch was asked for
@@ -124,16 +128,18 @@ def evaluate_senders(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _Found:
-    """Arrays that are filled type after type: over all genes, shape (H, C, S), and of each gene."""
+    """Arrays that are filled type after type: over all genes, shape (H, C, S), of each gene, and of each tile."""
 
     overall: dict[str, Any]
     genes: dict[str, Any]
+    lost_squares: Float64[np.ndarray, "heads types senders tiles"]
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], n_genes: int) -> _Found:
+    def empty(cls, shape: tuple[int, int, int], n_genes: int, n_tiles: int) -> _Found:
         return cls(
             overall={name: np.full(shape, np.nan) for name in _OF_GENES},
             genes={name: np.full((*shape, n_genes), np.nan) for name in _OF_GENES},
+            lost_squares=np.full((*shape, n_tiles), np.nan),
         )
 
     def fill(
@@ -154,6 +160,11 @@ class _Found:
         finite = np.isfinite(moments.residual_m2).all(axis=(0, 1, 3))
         heads = np.flatnonzero(finite & np.isfinite(moments.residual_mean).all(axis=(0, 1, 3)))
         reason = "the predictions of some heads are not finite" if len(heads) < len(finite) else None
+        cells = moments.n_cells.astype(np.float64)
+        squares = [
+            squares_about(cells, mean[:, heads], m2[:, heads]).sum(axis=2).T
+            for mean, m2 in zip(moments.residual_mean, moments.residual_m2, strict=True)
+        ]
         for model, sender in enumerate(senders, start=1):
             pair = PairedRows(
                 tiles=moments.tiles,
@@ -175,6 +186,9 @@ class _Found:
                 label=label,
             )
             place = (heads, at, sender)
+            lost = np.zeros((len(heads), self.lost_squares.shape[-1]))
+            lost[:, moments.tiles] = squares[model] - squares[0]
+            self.lost_squares[place] = lost
             self.overall["effect"][place] = difference.difference
             self.overall["p_value"][place] = difference.p_value
             self.genes["effect"][place] = difference.difference_gene
@@ -203,6 +217,7 @@ class _Found:
             effect_best_gene=np.where(some, of_best, np.nan),
             **{f"{name}_gene": values for name, values in self.genes.items()},
             p_value_adj_gene=adjust_p_values(self.genes["p_value"], method=method),
+            lost_squares=self.lost_squares,
             **others,
         )
 

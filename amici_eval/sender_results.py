@@ -51,6 +51,10 @@ class Senders(NamedArrays):
         Of each gene, shape (H, C, S, G); the interval is linearised (:func:`~amici_eval.stats.gene_intervals.
         gene_intervals`); adjusted over all heads x receiver types x sender types x genes. They are kept in
         ``tables/sender_genes.parquet`` alone: ``None`` in an evaluation that was read back.
+    lost_squares
+        Squared residuals of the masked head minus those of the whole one, over all genes, about their means over all
+        tiles, by tile, shape (H, C, S, tiles); NaN where undefined. They are kept in ``moments.npz`` alone: ``None`` in
+        an evaluation that was read back.
     reasons
         Why something has no value, as ``(ct_name, sender, reason)``; an empty sender means all.
     """
@@ -68,7 +72,8 @@ class Senders(NamedArrays):
         "effect_best_gene": "HCS",
     }
     whole_numbers: ClassVar[frozenset[str]] = frozenset({"best_gene"})
-    apart: ClassVar[tuple[str, ...]] = ("effect_gene", "low_gene", "high_gene", "p_value_gene", "p_value_adj_gene")
+    of_genes: ClassVar[tuple[str, ...]] = ("effect_gene", "low_gene", "high_gene", "p_value_gene", "p_value_adj_gene")
+    apart: ClassVar[tuple[str, ...]] = (*of_genes, "lost_squares")
 
     senders: tuple[str, ...]
     confidence: float
@@ -88,6 +93,7 @@ class Senders(NamedArrays):
     high_gene: Float64[np.ndarray, "heads types senders genes"] | None = None
     p_value_gene: Float64[np.ndarray, "heads types senders genes"] | None = None
     p_value_adj_gene: Float64[np.ndarray, "heads types senders genes"] | None = None
+    lost_squares: Float64[np.ndarray, "heads types senders tiles"] | None = None
     reasons: tuple[tuple[str, str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,11 +104,16 @@ class Senders(NamedArrays):
         """Raise ``ValueError`` if an array has another shape than these sizes ask for, or there is no such gene."""
         super().check(sizes)
         expected = tuple(sizes[letter] for letter in "HCSG")
-        for name in self.apart:
+        for name in self.of_genes:
             values = getattr(self, name)
             if values is not None and values.shape != expected:
                 msg = f"{type(self).__name__}.{name} has shape {values.shape}, not {expected}"
                 raise ValueError(msg)
+        if self.lost_squares is not None and self.lost_squares.shape[:-1] != expected[:-1]:
+            msg = (
+                f"{type(self).__name__}.lost_squares has shape {self.lost_squares.shape}, not {expected[:-1]} and tiles"
+            )
+            raise ValueError(msg)
         if self.best_gene.size and not -1 <= self.best_gene.min() <= self.best_gene.max() < sizes["G"]:
             msg = f"{type(self).__name__}.best_gene holds {self.best_gene.max()} for {sizes['G']} genes"
             raise ValueError(msg)

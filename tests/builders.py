@@ -329,6 +329,8 @@ def make_moments(n_heads: int = 2, n_types: int = 3, n_genes: int = 4, n_tiles: 
         attention=rng.dirichlet(np.ones(4), size=(n_types, n_heads)).astype(np.float32),
         attended_neighbours=rng.integers(0, 2**32, (n_types, 3)),
         tile_center=rng.normal(size=(n_tiles, 2)),
+        senders=("type 0", "β"),
+        lost_squares=positive(n_heads, n_types, 2, n_tiles),
         query_weights=positive(n_types, n_genes),
         head_weights=positive(n_genes, columns - 1),
         query_gram=rng.normal(size=(n_types, columns)),
@@ -352,6 +354,7 @@ def make_comparison(
         Overall,
     )
     from amici_eval.comparison_results import HeadComparison
+    from amici_eval.comparison_senders import SenderDifferences
 
     rng = np.random.default_rng(seed)
     types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")
@@ -362,7 +365,7 @@ def make_comparison(
         found[..., -1] = np.nan
         return found
 
-    versions, matches, differences, overall = [], [], [], []
+    versions, matches, differences, overall, senders = [], [], [], [], []
     for position in range(n_versions):
         effect, whole = values(n_heads, n_types), values(n_types)
         versions.append(
@@ -450,6 +453,33 @@ def make_comparison(
                 verdict="better",
             )
         )
+        named = [name for name in types if name != types[0]]
+        taken = {name: rng.uniform(0, 0.1, (n_heads - 1, n_types, len(named))) for name in ("before", "after")}
+        more = taken["after"] - taken["before"]
+        more[:, -1] = np.nan
+        sure = np.where(
+            np.isnan(more), "undecided", np.where(more > 0.02, "more", np.where(more < -0.02, "less", "same"))
+        )
+        senders.append(
+            SenderDifferences(
+                **between,
+                cell_types=types,
+                senders=tuple(named),
+                head_before=heads[:-1],
+                head_after=heads[:-1],
+                **{f"{what}_{when}": values for what in ("lost", "attention") for when, values in taken.items()},
+                distance_before=np.full(more.shape, 31.5),
+                distance_after=np.full(more.shape, np.nan),
+                difference=more,
+                low=more - 0.01,
+                high=more + 0.01,
+                p_value=np.where(np.isnan(more), np.nan, 0.01),
+                p_value_adj=np.where(np.isnan(more), np.nan, 0.02),
+                p_value_equivalence=np.where(np.isnan(more), np.nan, 0.5),
+                verdict=tuple(sure.ravel().tolist()),
+                reasons=((types[-1], "", "cells in 2 tiles; at least 5 are needed to tell differences"),),
+            )
+        )
     same = [Lineage(heads=(head,) * n_versions, stability=0.5) for head in range(1, n_heads)]
     alone = [
         Lineage(heads=tuple(0 if at == position else None for at in range(n_versions)), stability=0.0)
@@ -462,6 +492,7 @@ def make_comparison(
         matches=tuple(matches),
         differences=tuple(differences),
         overall=tuple(overall),
+        senders=tuple(senders),
         lineages=(*same, *alone) if kind == "versions" else tuple(same),
         similarity={
             (one, other): rng.uniform(0.2, 0.9, (n_heads, n_heads))

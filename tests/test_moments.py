@@ -171,13 +171,13 @@ def changed(path, folder, *, arrays=None, **texts):
     return folder / "changed.npz"
 
 
-@pytest.mark.parametrize("version", [0, 4, 99, "1", 1.0, True, [1]])
+@pytest.mark.parametrize("version", [0, 5, 99, "1", 1.0, True, [1]])
 def test_another_schema_is_told_whether_older_or_newer(tmp_path, version):
     path = changed(make_moments().save(tmp_path / "moments.npz"), tmp_path, schema_version=version)
     with pytest.raises(DataError) as caught:
         Moments.load(path)
     assert caught.value.value == f"{path} is of schema version {version!r}"
-    assert caught.value.rule == "this version of amici_eval reads moments of schema versions up to 3"
+    assert caught.value.rule == "this version of amici_eval reads moments of schema versions up to 4"
     assert caught.value.fix == "read it with the version of amici_eval that wrote it, or evaluate again"
 
 
@@ -237,6 +237,7 @@ def test_tiles_drawn_with_replacement_are_cells_drawn_with_their_tiles():
             "row_type": np.zeros(4, dtype=np.int64),
             "row_tile": found.tiles,
             "tile_center": np.zeros((4, 2)),
+            "lost_squares": np.zeros((3, 1, 2, 4), dtype=np.float32),
             "n_cells": found.n_cells,
             "target_mean": found.target_mean.astype(np.float32),
             "target_m2": found.target_m2.astype(np.float32),

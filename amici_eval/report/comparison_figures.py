@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.collections import LineCollection
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from amici_eval.report.drawing import INK, MUTED, add_caption, drawn_label, literal, new_axes
+from amici_eval.report.forest import ForestRow, draw_forest, forest_size, largest
 from amici_eval.report.saving import FORMATS, save_drawings
+from amici_eval.report.sender_changes import plot_sender_differences, sender_differences_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_differences", "plot_lineage", "plot_similarity", "plot_versions", "save_comparison_figures"]
 
-VERDICT_COLOURS = {"better": "#1a7f37", "worse": "#b42318", "same": "#4a5568", "undecided": "#a8b0bb"}
-_ROW, _WIDTH = 0.24, 3.2
-_MOST_ROWS = 60
 _MOST_VERSIONS_SHOWN = 20
 
 
@@ -133,32 +131,26 @@ def plot_differences(comparison: HeadComparison, pair: int = 0, *, ax: Axes | No
     Axes
         A row a matched head and cell type, the whole model marked by a diamond, coloured by verdict.
     """
-    rows = _difference_rows(comparison, pair)
     found = comparison.differences[pair]
-    ax = new_axes(_differences_size(comparison, pair)) if ax is None else ax
-    ax.axvspan(-comparison.margin, comparison.margin, color="#eef1f5", linewidth=0, zorder=0, gid="margin")
-    ax.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
-    names = []
-    for height, (index, at) in enumerate(rows):
-        colour = VERDICT_COLOURS[found.verdict_of(index, at)]
+    places = largest(found.difference)
+    ax = new_axes(forest_size(len(places))) if ax is None else ax
+    rows = []
+    for index, at in places:
         whole = int(found.head_before[index]) < 0
-        if np.isfinite(found.low[index, at]):
-            ax.hlines(height, found.low[index, at], found.high[index, at], color=colour, linewidth=1.2, zorder=2)
-        value = found.difference[index, at]
-        ax.scatter([value], [height], marker="D" if whole else "o", s=22, color=colour, zorder=3, linewidths=0)
         who = "all heads" if whole else f"head {found.head_before[index]} → {found.head_after[index]}"
-        names.append(literal(f"{drawn_label(found.cell_types[at], longest=30)}, {who}"))
-    ax.set_yticks(range(len(rows)), names, fontsize=7)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("Difference of explained variance", fontsize=9)
+        rows.append(
+            ForestRow(
+                name=f"{drawn_label(found.cell_types[at], longest=30)}, {who}",
+                value=float(found.difference[index, at]),
+                low=float(found.low[index, at]),
+                high=float(found.high[index, at]),
+                verdict=found.verdict_of(index, at),
+                marker="D" if whole else "o",
+            )
+        )
+    draw_forest(rows, ax, margin=comparison.margin, label="Difference of explained variance", verdicts=found.verdict)
     before, after = (drawn_label(comparison.labels[at], longest=24) for at in (found.before, found.after))
     ax.set_title(literal(f"{after} against {before}"), loc="left", fontsize=12)
-    handles = [
-        Line2D([], [], linestyle="none", marker="o", color=colour, label=verdict)
-        for verdict, colour in VERDICT_COLOURS.items()
-        if verdict in found.verdict
-    ]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     n_all = int(np.count_nonzero(~np.isnan(found.difference)))
     add_caption(
         ax,
@@ -226,8 +218,8 @@ def save_comparison_figures(
     Returns
     -------
     tuple of Path
-        ``lineage``, ``versions``, and for each pair of consecutive versions ``similarity_<n>`` and ``differences_<n>``,
-        counted from 1.
+        ``lineage``, ``versions``, and for each pair of consecutive versions, counted from 1, ``similarity_<n>``,
+        ``differences_<n>`` and, if senders were computed, ``senders_<n>``.
     """
     return save_drawings(_drawings(comparison), directory, formats=formats)
 
@@ -240,9 +232,13 @@ def _drawings(comparison: HeadComparison) -> Iterator[Drawing]:
         draw = partial(_draw_similarity, comparison, pair)
         yield f"similarity_{pair + 1}", _similarity_size(comparison, pair), draw
     for pair in range(min(len(comparison.differences), _MOST_VERSIONS_SHOWN)):
-        if _difference_rows(comparison, pair):
+        n_rows = len(largest(comparison.differences[pair].difference))
+        if n_rows:
             draw = partial(_draw_differences, comparison, pair)
-            yield f"differences_{pair + 1}", _differences_size(comparison, pair), draw
+            yield f"differences_{pair + 1}", forest_size(n_rows), draw
+    for pair in range(min(len(comparison.senders), _MOST_VERSIONS_SHOWN)):
+        draw = partial(_draw_sender_differences, comparison, pair)
+        yield f"senders_{pair + 1}", sender_differences_size(comparison, pair), draw
 
 
 def _draw_similarity(comparison: HeadComparison, pair: int, ax: Axes) -> Axes:
@@ -253,13 +249,8 @@ def _draw_differences(comparison: HeadComparison, pair: int, ax: Axes) -> Axes:
     return plot_differences(comparison, pair, ax=ax)
 
 
-def _difference_rows(comparison: HeadComparison, pair: int) -> list[tuple[int, int]]:
-    """Return the matched pairs and types with the largest differences, the largest first."""
-    found = comparison.differences[pair]
-    size = np.abs(found.difference)
-    order = np.argsort(-np.nan_to_num(size, nan=-1.0), axis=None, kind="stable")
-    places = [divmod(int(place), size.shape[1]) for place in order[:_MOST_ROWS]]
-    return [(index, at) for index, at in places if not np.isnan(size[index, at])]
+def _draw_sender_differences(comparison: HeadComparison, pair: int, ax: Axes) -> Axes:
+    return plot_sender_differences(comparison, pair, ax=ax)
 
 
 def _similarity_size(comparison: HeadComparison, pair: int) -> tuple[float, float]:
@@ -270,10 +261,6 @@ def _similarity_size(comparison: HeadComparison, pair: int) -> tuple[float, floa
 def _lineage_size(comparison: HeadComparison) -> tuple[float, float]:
     most = max(version.n_heads for version in comparison.versions)
     return 1.2 + 1.5 * len(comparison.versions), 1.4 + 0.36 * most
-
-
-def _differences_size(comparison: HeadComparison, pair: int) -> tuple[float, float]:
-    return 3.2 + _WIDTH, 1.5 + _ROW * max(len(_difference_rows(comparison, pair)), 1)
 
 
 def _versions_size(comparison: HeadComparison) -> tuple[float, float]:

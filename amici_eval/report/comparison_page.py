@@ -8,6 +8,7 @@ import numpy as np
 
 from amici_eval.report.markup import cell, row, section, table, text
 from amici_eval.report.page import write_page
+from amici_eval.report.sender_changes import sender_changes_section
 from amici_eval.report.svg import inline_figure
 from amici_eval.report.wording import effect, interval, made_folder, p_text, printable, unwritable
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from amici_eval.comparison_parts import HeadDifferences, HeadMatches
     from amici_eval.comparison_results import HeadComparison
+    from amici_eval.comparison_senders import SenderDifferences
 
 __all__ = ["comparison_sentences", "write_comparison_html", "write_comparison_tables"]
 
@@ -131,6 +134,7 @@ def write_comparison_html(
             _lineages(comparison),
             _differences(comparison),
             _genes(comparison),
+            sender_changes_section(comparison),
             _failed(comparison),
             _figures(comparison, figures or {}),
             section("read", "How to read this", f"<p>{text(_HOW_TO_READ)}</p>"),
@@ -140,7 +144,8 @@ def write_comparison_html(
 
 
 def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -> tuple[Path, ...]:
-    """Write ``tables/head_matches.csv``, ``head_differences.csv``, ``versions.csv`` and, of genes, a ``.parquet``.
+    """Write ``tables/head_matches.csv``, ``head_differences.csv``, ``sender_differences.csv``, ``versions.csv`` and, of
+    genes, a ``.parquet``.
 
     Raises
     ------
@@ -152,6 +157,7 @@ def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -
     for name, frame in (
         ("head_matches.csv", comparison.matches_frame()),
         ("head_differences.csv", comparison.differences_frame()),
+        ("sender_differences.csv", comparison.senders_frame()),
         ("versions.csv", comparison.versions_frame()),
         ("gene_differences.parquet", comparison.gene_differences_frame()),
     ):
@@ -336,12 +342,18 @@ def _figures(comparison: HeadComparison, figures: Mapping[str, Path]) -> str:
 def _alternative(comparison: HeadComparison, name: str) -> str:
     """Return what a figure shows, in words."""
     kind, _, number = name.partition("_")
-    pairs: Sequence[object] = comparison.matches if kind == "similarity" else comparison.differences
-    if kind in ("similarity", "differences") and number.isdigit() and 0 < int(number) <= len(pairs):
-        pair = comparison.differences[int(number) - 1]
+    of_pairs: Mapping[str, Sequence[HeadMatches | HeadDifferences | SenderDifferences]] = {
+        "similarity": comparison.matches,
+        "differences": comparison.differences,
+        "senders": comparison.senders,
+    }
+    if kind in of_pairs and number.isdigit() and 0 < int(number) <= len(of_pairs[kind]):
+        pair = of_pairs[kind][int(number) - 1]
         before, after = printable(comparison.labels[pair.before]), printable(comparison.labels[pair.after])
         if kind == "similarity":
             return f"How alike the heads of {before} (rows) and {after} (columns) are; matched heads are framed."
+        if kind == "senders":
+            return f"Differences of what heads lose without a type of sender, {after} against {before}, with intervals."
         return f"Differences of explained variance, {after} against {before}, with intervals, the largest first."
     return {
         "lineage": "Which head became which, version after version.",

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.bootstrap import LEAST_ERROR, MIN_TILES_INTERVAL, TileSquares, tile_draws, widening
-from amici_eval.stats.permutations import PermutationStream
-from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.bootstrap import MIN_TILES_INTERVAL, TileSquares, tile_draws, widening
+from amici_eval.stats.tile_changes import ROUNDING, flipped_p, squares_about, studentised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,10 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
 __all__ = ["PairedDifferences", "PairedRows", "paired_differences", "pooled_difference", "verdict_of"]
-
-_FLIPS = "\0paired flips"
-_ROUNDING = 1e-12
-_TIED = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -257,10 +252,10 @@ def _differences(
             after = TileSquares.of(weight, part.after_mean[:, pair], part.after_m2[:, pair], drawn)
             change[pair][:, own] += before.about - after.about
         if by_gene:
-            gene_target = _about(weight, part.target_mean, part.target_m2).sum(axis=0)
+            gene_target = squares_about(weight, part.target_mean, part.target_m2).sum(axis=0)
             gene_target[~part.varies] = np.nan
-            gene_share[:, own] += _about(weight, part.before_mean, part.before_m2).transpose(1, 0, 2)
-            gene_share[:, own] -= _about(weight, part.after_mean, part.after_m2).transpose(1, 0, 2)
+            gene_share[:, own] += squares_about(weight, part.before_mean, part.before_m2).transpose(1, 0, 2)
+            gene_share[:, own] -= squares_about(weight, part.after_mean, part.after_m2).transpose(1, 0, 2)
     undefined = np.full(n_pairs, np.nan)
     if not n_tiles or not target[0] > 0.0:
         none = np.full((n_pairs, n_genes if by_gene else 0), np.nan)
@@ -280,7 +275,7 @@ def _differences(
     difference = shares.sum(axis=1)
     difference_gene = gene_share.sum(axis=1) / gene_target if by_gene else np.zeros((n_pairs, 0))
     # all tiles drawn may be one tile of one cell
-    defined = target > _ROUNDING * target[0]
+    defined = target > ROUNDING * target[0]
     if not few and np.count_nonzero(defined) < 2:
         reason = f"expression varies in none of {n_resamples} resamples of {n_tiles} tiles"
     if reason is not None:
@@ -297,77 +292,30 @@ def _differences(
             reason=reason,
         )
     low, high, above, below = (np.full(n_pairs, np.nan) for _ in range(4))
-    widened = widening(cells)
     for pair in range(n_pairs):
-        total = (counts * change[pair]).sum(axis=1)[defined] / target[defined]
-        influence = change[pair][defined] - total[:, None] * target_share[defined]
-        errors = np.sqrt((counts[defined] * np.square(influence)).sum(axis=1)) / target[defined]
-        # two models that are the same leave no error but that of rounding
-        least = max(LEAST_ERROR * errors[0], _ROUNDING)
-        off = (total[1:] - total[0]) / np.maximum(errors[1:], least)
-        error = max(float(errors[0]) * widened, _ROUNDING)
-        reach = float(np.quantile(np.abs(off), confidence)) * error
-        low[pair], high[pair] = total[0] - reach, total[0] + reach
-        # the difference would have to be off by as much as it lies inside the margin
-        below[pair] = _tail(np.abs(off), (total[0] + margin) / error)
-        above[pair] = _tail(np.abs(off), (margin - total[0]) / error)
+        found = studentised(
+            counts[defined],
+            change[pair][defined],
+            target_share[defined],
+            target[defined],
+            widened=widening(cells),
+            confidence=confidence,
+            margin=margin,
+        )
+        low[pair], high[pair], below[pair], above[pair] = found.low, found.high, found.p_below, found.p_above
     return PairedDifferences(
         difference=difference,
         low=low,
         high=high,
-        p_value=_flipped(shares[:, :, None], n_flips, seed, label)[:, 0],
+        p_value=flipped_p(shares[:, :, None], n_flips, seed=seed, label=label)[:, 0],
         p_equivalence=np.maximum(below, above),
         p_not_worse=below,
         difference_gene=difference_gene,
-        p_value_gene=_flipped(gene_share / gene_target, n_flips, seed, label) if by_gene else np.zeros((n_pairs, 0)),
+        p_value_gene=flipped_p(gene_share / gene_target, n_flips, seed=seed, label=label)
+        if by_gene
+        else np.zeros((n_pairs, 0)),
         n_tiles=n_tiles,
     )
-
-
-def _tail(off: Float64[np.ndarray, " resamples"], needed: float) -> float:
-    """Return the one-sided p of lying ``needed`` standard errors inside a bound, by the symmetric resamples."""
-    if np.isnan(needed):
-        return np.nan
-    half = float(p_values(np.count_nonzero(off >= abs(needed), keepdims=True), n_permutations=len(off)).p[0]) / 2.0
-    return half if needed > 0.0 else 1.0 - half
-
-
-def _about(
-    n_cells: Float64[np.ndarray, " tiles"],
-    mean: Float64[np.ndarray, "tiles ..."],
-    m2: Float64[np.ndarray, "tiles ..."],
-) -> Float64[np.ndarray, "tiles ..."]:
-    """Return each tile's squares about the mean of all tiles."""
-    weight = n_cells.reshape(-1, *(1,) * (mean.ndim - 1))
-    about: Float64[np.ndarray, "tiles ..."] = m2 + weight * (mean - (weight * mean).sum(axis=0) / n_cells.sum()) ** 2
-    return about
-
-
-def _flipped(
-    shares: Float64[np.ndarray, "pairs tiles genes"], n_flips: int, seed: int, label: str
-) -> Float64[np.ndarray, "pairs genes"]:
-    """Return two-sided p of sums over tiles whose signs are flipped."""
-    n_tiles = shares.shape[1]
-    # the first tile keeps its sign: the other half of the patterns says the same of the absolute value
-    every = 2.0 ** (n_tiles - 1) - 1 <= n_flips
-    if every:
-        patterns = np.arange(1, 2 ** (n_tiles - 1))
-        signs = 1.0 - 2.0 * ((patterns[:, None] >> np.arange(n_tiles - 1)) & 1)
-        signs = np.hstack([np.ones((len(signs), 1)), signs])
-    else:
-        key = PermutationStream(seed=seed, cell_type=label, stratum=_FLIPS, n_cells=n_tiles).key()
-        words = np.random.Philox(key=key).random_raw(n_flips * n_tiles).reshape(n_flips, n_tiles)
-        signs = 1.0 - 2.0 * (words >> np.uint64(63)).astype(np.float64)
-    found = np.full((shares.shape[0], shares.shape[2]), np.nan)
-    for pair, own in enumerate(shares):
-        truth = np.abs(own.sum(axis=0))
-        tied = truth - _TIED * np.abs(own).sum(axis=0)
-        counts = np.zeros(own.shape[1], dtype=np.int64)
-        step = max(1, 2**22 // max(1, own.shape[1]))
-        for first in range(0, len(signs), step):
-            counts += np.count_nonzero(np.abs(signs[first : first + step] @ own) >= tied, axis=0)
-        found[pair] = np.where(np.isnan(truth), np.nan, p_values(counts, n_permutations=len(signs)).p)
-    return found
 
 
 def verdict_of(

@@ -15,6 +15,8 @@ from amici_eval.errors import DataError
 from amici_eval.evaluation import evaluate
 from amici_eval.model.untrained import untrained_like
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.stats.tile_changes import squares_about
+from amici_eval.tile_rows import kept_rows
 
 pytestmark = pytest.mark.amici
 SPEC = EvaluationSpec(
@@ -208,3 +210,85 @@ def test_what_cannot_be_compared_is_refused(trained, adata, evaluated):
     spec = replace(SPEC, data=DataSpec(subset=SubsetSpec(indices=tuple(range(400)))))
     with pytest.raises(DataError, match=r"versions are compared on the same cells|told tile by tile"):
         compare([evaluated, named(evaluate(trained, adata, spec), "2")], QUICK)
+
+
+TALKING = replace(SPEC, ablation=replace(SPEC.ablation, senders=True))
+
+
+def test_who_talks_to_whom_is_compared_head_by_head(trained, adata, tmp_path):
+    one = named(evaluate(trained, adata, TALKING), "1")
+    same = named(evaluate(relabelled(trained, [1, 0]), adata, TALKING), "2")
+    # what tiles lose adds up to what the type loses
+    for evaluation in (one, same):
+        moments = evaluation.moments
+        for at, cell_type in enumerate(evaluation.cell_types):
+            rows = kept_rows(moments, cell_type, moments.genes)
+            target = squares_about(rows.n_cells.astype(float), rows.target_mean, rows.target_m2)[:, rows.varies].sum()
+            lost = moments.lost_squares[:, at].sum(axis=2) / target
+            np.testing.assert_allclose(lost, evaluation.senders.effect[:, at], atol=1e-5)
+    found = compare([one, same], QUICK)
+    (talk,) = found.senders
+    assert (talk.head_before.tolist(), talk.head_after.tolist()) == ([0, 1], [1, 0])
+    known = ~np.isnan(talk.lost_before)
+    assert known.any()
+    assert np.abs(talk.difference[known]).max() < 1e-5
+    assert np.abs(talk.attention_after - talk.attention_before).max() < 1e-5
+    assert set(np.array(talk.verdict)[known.ravel() & ~np.isnan(talk.low.ravel())]) == {"same"}
+    # with the other model's heads in its place, the frame holds the losses of both evaluations
+    fresh = named(evaluate(untrained_like(trained, seed=1), adata, TALKING), "3")
+    other = compare([one, fresh], replace(QUICK, unmatched=0.0, margin=1e-6))
+    if not len(other.senders[0].head_before):
+        pytest.fail("no head was matched, so that nothing is compared")
+    frame = other.senders_frame()
+    for entry in frame.to_dict("records"):
+        receiver = one.cell_types.index(entry["ct_name"])
+        sender = one.senders.senders.index(entry["sender"])
+        was = one.senders.effect[entry["head_before"], receiver, sender]
+        became = fresh.senders.effect[entry["head_after"], receiver, sender]
+        np.testing.assert_allclose(
+            [entry["expl_var_lost_before"], entry["expl_var_lost_after"], entry["difference"]],
+            [was, became, became - was],
+        )
+        assert (entry["undefined_reason"] != "") == bool(np.isnan(became - was) or np.isnan(entry["p_value"]))
+        if entry["p_value"] <= 0.05 and entry["verdict"] in ("more", "less"):
+            assert (entry["verdict"] == "more") == (entry["ci_low"] > 0)
+    assert (frame["p_value"] > 0).any()
+    other.save(tmp_path)
+    back = HeadComparison.load(tmp_path)
+    assert back.senders_frame().equals(frame)
+    assert back.to_json() == other.to_json()
+
+
+def test_losses_are_compared_on_the_same_genes_only_and_where_both_were_computed(trained, adata):
+    one = named(evaluate(trained, adata, TALKING), "1")
+    plain = named(evaluate(trained, adata, SPEC), "2")
+    assert compare([one, plain], QUICK).senders == ()
+    assert compare([one, plain], QUICK).senders_frame().empty
+    # from an evaluation whose moments hold no losses
+    old = replace(one, moments=replace(one.moments, senders=(), lost_squares=one.moments.lost_squares[:, :, :0]))
+    (talk,) = compare([one, named(old, "2")], QUICK).senders
+    assert np.isnan(talk.p_value).all()
+    assert not np.isnan(talk.difference).all()
+    assert "no losses by tile were kept" in talk.reason(one.cell_types[0], talk.senders[0])
+    # as of a model with other genes: differences stand without p
+    others = (*one.genes[:-1], "other")
+    unlike = named(replace(one, genes=others, moments=replace(one.moments, genes=others)), "2")
+    (talk,) = compare([one, unlike], QUICK).senders
+    assert np.isnan(talk.p_value).all()
+    assert not np.isnan(talk.difference).all()
+    assert "the versions have other genes" in talk.reason(one.cell_types[0], talk.senders[0])
+
+
+def test_on_other_data_losses_have_independent_intervals(trained, adata):
+    one = replace(named(evaluate(trained, adata, TALKING), "1"), data={"name": "a", "digest": "a"})
+    half = replace(TALKING, data=DataSpec(subset=SubsetSpec(indices=tuple(range(0, adata.n_obs, 2)))))
+    other = replace(named(evaluate(trained, adata, half), "1"), data={"name": "b", "digest": "b"})
+    (talk,) = compare([one, other], QUICK).senders
+    known = np.isfinite(talk.low)
+    assert known.any()
+    assert (talk.low[known] <= talk.difference[known]).all()
+    assert (talk.difference[known] <= talk.high[known]).all()
+    widths = [(found.senders.high - found.senders.low)[known] for found in (one, other)]
+    np.testing.assert_allclose((talk.high - talk.low)[known], np.hypot(*widths), atol=1e-9)
+    assert np.isnan(talk.p_value).all()
+    assert "there is no p" in talk.reason(one.cell_types[0], talk.senders[0])

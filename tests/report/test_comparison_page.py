@@ -12,6 +12,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from amici_eval.comparison_results import HeadComparison
+from amici_eval.comparison_senders import SENDER_DIFFERENCE_COLUMNS
 from amici_eval.comparison_spec import ComparisonSpec
 from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.report.comparison_figures import (
@@ -22,6 +23,7 @@ from amici_eval.report.comparison_figures import (
     save_comparison_figures,
 )
 from amici_eval.report.comparison_page import comparison_sentences, write_comparison_html, write_comparison_tables
+from amici_eval.report.sender_changes import plot_sender_differences, sender_changes_section
 from tests.builders import make_comparison
 from tests.report.test_html import Page
 
@@ -79,7 +81,7 @@ def test_all_figures_are_there_with_words(comparison, figures, source):
     assert set(figures) == {
         "versions",
         "lineage",
-        *(f"{kind}_{number}" for kind in ("similarity", "differences") for number in (1, 2)),
+        *(f"{kind}_{number}" for kind in ("similarity", "differences", "senders") for number in (1, 2)),
     }
     page = Page(source)
     labels = [attributes.get("aria-label") for tag, attributes in page.elements if tag == "svg"]
@@ -102,26 +104,55 @@ def test_drawings_hold_what_they_show(comparison):
     plt.close("all")
 
 
+def test_sure_changes_of_senders_stand_in_a_table_and_all_in_a_figure(comparison, source):
+    rows = Page(source).rows
+    start = next(i for i, row in enumerate(rows) if row[:2] == ["Receiver type", "Sender type"])
+    frame = comparison.senders_frame()
+    sure = frame[frame["verdict"].isin(["more", "less"])]
+    shown = rows[start + 1 : start + 1 + min(30, len(sure))]
+    assert {row[13] for row in shown} <= {"more", "less"}
+    expected = sure["difference"].abs().sort_values(ascending=False)[: len(shown)]
+    np.testing.assert_allclose([abs(float(row[10].replace("−", "-"))) for row in shown], expected, rtol=0.06, atol=6e-4)
+    ax = plot_sender_differences(comparison, 1)
+    dots = [dots.get_offsets()[0][0] for dots in ax.collections if isinstance(dots, PathCollection)]
+    size = np.abs(comparison.senders[1].difference)
+    np.testing.assert_allclose(np.abs(dots), np.sort(size[~np.isnan(size)])[::-1])
+    plt.close("all")
+    quiet = dataclasses.replace(
+        comparison,
+        senders=tuple(
+            dataclasses.replace(one, verdict=("undecided",) * one.difference.size) for one in comparison.senders
+        ),
+    )
+    assert "No change is sure: 48 undecided." in sender_changes_section(quiet)
+    assert sender_changes_section(dataclasses.replace(comparison, senders=())) == ""
+
+
 def test_tables_are_the_frames(comparison, tmp_path):
     paths = write_comparison_tables(comparison, tmp_path)
     assert [path.name for path in paths] == [
         "head_matches.csv",
         "head_differences.csv",
+        "sender_differences.csv",
         "versions.csv",
         "gene_differences.parquet",
     ]
     assert len(pd.read_csv(paths[0])) == len(comparison.matches_frame()) == 2 * 4
     assert pd.read_csv(paths[1])["undefined_reason"].notna().sum() == 2 * 3
-    versions = pd.read_csv(paths[2], dtype={"head": str})
+    talk = pd.read_csv(paths[2])
+    assert list(talk.columns) == list(SENDER_DIFFERENCE_COLUMNS)
+    assert len(talk) == 2 * 2 * 4 * 3
+    assert (talk["undefined_reason"].notna() == talk["difference"].isna()).all()
+    versions = pd.read_csv(paths[3], dtype={"head": str})
     assert versions.groupby("version", sort=False)["lineage"].count().tolist() == [12, 12, 12]
-    genes = pd.read_parquet(paths[3])
+    genes = pd.read_parquet(paths[4])
     assert len(genes) == 2 * 3 * 4 * 3
 
 
 def test_data_sets_have_no_matches(tmp_path):
     comparison = make_comparison(2, kind="datasets", with_genes=False)
     figures = save_comparison_figures(comparison, tmp_path, formats=("png",))
-    assert [path.stem for path in figures] == ["versions", "differences_1"]
+    assert [path.stem for path in figures] == ["versions", "differences_1", "senders_1"]
     page = Page(write_comparison_html(comparison, tmp_path).read_text(encoding="utf-8"))
     assert page.title.startswith("Attention heads across data sets: data $x$ 1")
     assert "Which head is which" not in page.text
@@ -130,8 +161,14 @@ def test_data_sets_have_no_matches(tmp_path):
 
 def test_json_gives_everything_back_but_genes(comparison):
     back = HeadComparison.from_json(comparison.to_json())
-    for name in ("matches_frame", "differences_frame", "versions_frame"):
+    for name in ("matches_frame", "differences_frame", "senders_frame", "versions_frame"):
         assert getattr(back, name)().equals(getattr(comparison, name)())
+    # as version 1 wrote it: without senders
+    record = {**json.loads(comparison.to_json()), "schema_version": 1}
+    del record["senders"]
+    older = HeadComparison.from_json(json.dumps(record))
+    assert older.senders == ()
+    assert older.differences_frame().equals(comparison.differences_frame())
     assert back.similarity.keys() == comparison.similarity.keys()
     assert len(back.gene_differences_frame()) == 0
     record = json.loads(comparison.to_json())

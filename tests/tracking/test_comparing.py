@@ -115,7 +115,7 @@ def test_a_run_holds_page_tables_figures_and_metrics_by_version(pair, tmp_path):
         "comparison.json",
         "report.html",
         "config/resolved.yaml",
-        *(f"tables/{name}.csv" for name in ("head_matches", "head_differences", "versions")),
+        *(f"tables/{name}.csv" for name in ("head_matches", "head_differences", "sender_differences", "versions")),
         "tables/gene_differences.parquet",
         *(f"figures/{name}.svg" for name in ("lineage", "versions", "similarity_1", "differences_1")),
     }
