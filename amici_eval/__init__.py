@@ -19,6 +19,7 @@ _EXPORTS = {
     "EvaluationSpec": "amici_eval.specs",
     "HeadComparison": "amici_eval.comparison_results",
     "HeadAblations": "amici_eval.ablation_results",
+    "HeadEvaluationCallback": "amici_eval.tracking.training_callback",
     "HeadEvaluation": "amici_eval.results",
     "Moments": "amici_eval.moments",
     "PermutationSpec": "amici_eval.specs",

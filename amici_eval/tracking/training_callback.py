@@ -1,0 +1,273 @@
+"""Head metrics in an MLflow run while AMICI trains: a Lightning callback that leaves training as it is."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import Callback
+
+from amici_eval.checks import check_type
+from amici_eval.errors import InvalidSpecError, ModelFormatError, first_line
+from amici_eval.evaluation import evaluate
+from amici_eval.spec_checks import require_int, require_one_of
+from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.tracking.run_contents import evaluation_metrics
+from amici_eval.tracking.training_cells import CELLS, TrainingCells, cells_to_evaluate
+from amici_eval.tracking.training_run import ModelInTraining, Once, RunInTraining, generators_untouched, split_of
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+    from mlflow.entities import Metric
+
+__all__ = ["HeadEvaluationCallback"]
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "train_heads"
+CELLS_TAG = "amici_eval.train_heads.cells"
+_LOGGED = ("ev/", "ev_full_model/", "p_adj/", "p_adj_spatial/", "summary/n_significant", "summary/n_tests")
+_FAILURES = 3
+"""So many in a row, and it is tried no more."""
+_REPEATING = ("amici_eval.evaluation", "amici_eval.tissue", "amici_eval.model.access", "amici_eval.model.factored")
+
+
+def _cheap() -> EvaluationSpec:
+    return EvaluationSpec(
+        ablation=AblationSpec(modes=("keep_one",), baselines=False, without_nearest=False),
+        permutation=PermutationSpec(n_bootstrap=0),
+    )
+
+
+class HeadEvaluationCallback(Callback):
+    """Learn while AMICI trains which heads come to explain which cell types, as curves in an MLflow run.
+
+    Parameters
+    ----------
+    model
+        The ``amici.AMICI`` (or a subclass) that is trained.
+    every_n_epochs
+        Heads are evaluated after each so many epochs, and after the last one.
+    adata
+        The tissue to evaluate; ``None``: the model's own. All its cells stay neighbours.
+    cells
+        ``"validation"``: cells that the model is not fitted on; if there are none, or none is known, all cells.
+        ``"train"``: those that it is fitted on. ``"all"``.
+    n_cells
+        At most so many are evaluated, the same ones each time, with equal shares for all cell types.
+    spec
+        Settings. ``None``: each head alone, the free and the lag test, without baselines, senders, intervals and other
+        ablations. Its device does not matter (the model is evaluated where it trains), and its subset is drawn from.
+    run_id
+        The run that gets the metrics; ``None``: the one that is active when training begins. If there is none, nothing
+        is done.
+    max_share
+        Evaluations are skipped while those so far took more than this share of the time spent on training itself;
+        that after the last epoch is not skipped. ``math.inf`` skips none.
+
+    Raises
+    ------
+    InvalidSpecError
+        If an option is outside what it may be.
+    ModelFormatError
+        If the model is not a live AMICI.
+    DataError
+        If ``adata`` is not an AnnData.
+
+    Notes
+    -----
+    Metrics, with the epoch as step, counted from 0 as Lightning does: ``train_heads/ev/<type>/head_<h>``,
+    ``train_heads/ev_full_model/<type>``, ``train_heads/p_adj/...`` (free null) and ``train_heads/p_adj_spatial/...``,
+    ``train_heads/summary/n_significant``, ``train_heads/seconds``. Undefined values are left out. The tag
+    ``amici_eval.train_heads.cells`` says which cells they are of.
+
+    Numbers of ``cells="train"``, and of all cells, are in-sample. Validation cells enter neither gradients nor weights,
+    but after a random split most of their neighbours are training cells, AMICI takes the mean profile of a type from
+    all cells, and early stopping looks at them.
+
+    Nothing that goes wrong here ends training: it is logged as a warning, and after three failures in a row no more is
+    tried. Weights come out as without the callback, bit for bit: no generator, gradient, training flag or hook changes.
+
+    Examples
+    --------
+    >>> with mlflow.start_run():
+    ...     model.train(max_epochs=100, callbacks=[HeadEvaluationCallback(model, every_n_epochs=5)])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        every_n_epochs: int = 5,
+        adata: AnnData | None = None,
+        cells: str = "validation",
+        n_cells: int = 2000,
+        spec: EvaluationSpec | None = None,
+        run_id: str | None = None,
+        max_share: float = 0.2,
+    ) -> None:
+        require_int("every_n_epochs", every_n_epochs, 1)
+        require_int("n_cells", n_cells, 2)
+        require_one_of("cells", cells, CELLS)
+        if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not max_share > 0:
+            raise InvalidSpecError(
+                value=f"max_share={max_share!r}",
+                rule="it must be a number above 0: time for evaluation per time for training",
+                fix="set max_share=0.2, or math.inf to skip no evaluation",
+            )
+        if spec is not None and not isinstance(spec, EvaluationSpec):
+            raise InvalidSpecError(
+                value=f"spec is a {type(spec).__name__}",
+                rule="it must be an EvaluationSpec",
+                fix="build one with amici_eval.EvaluationSpec(...), or leave it out",
+            )
+        if run_id is not None and (not isinstance(run_id, str) or not run_id):
+            raise InvalidSpecError(
+                value=f"run_id={run_id!r}",
+                rule="it must be the id of an MLflow run",
+                fix="give run.info.run_id, or leave it out for the active run",
+            )
+        if not hasattr(model, "registry_") or not hasattr(getattr(model, "module", None), "attention_layer"):
+            raise ModelFormatError(
+                value=f"the model is a {type(model).__module__}.{type(model).__name__}",
+                rule="it must be the live amici.AMICI that is trained",
+                fix="pass the object whose train() gets this callback",
+            )
+        if adata is not None:
+            check_type(adata)
+        self.every_n_epochs, self.max_share = every_n_epochs, max_share
+        self.n_cells, self.cells = n_cells, cells
+        self.spec = _cheap() if spec is None else spec
+        self._model, self._adata, self._run_id = model, adata, run_id
+        self._begin()
+
+    def _begin(self) -> None:
+        self._run: RunInTraining | None = None
+        self._chosen: TrainingCells | None = None
+        self._epoch: int | None = None
+        self._evaluated: int | None = None
+        self._unsent: list[Metric] = []
+        self._tags: dict[str, str] = {}
+        self._failures, self._kinds = 0, set[type]()
+        self._began, self._spent, self._told_of_skipping = perf_counter(), 0.0, False
+        self._once = Once()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the run."""
+        self._begin()
+        if not trainer.is_global_zero:
+            return
+        try:
+            self._check_trained(pl_module)
+            self._run = RunInTraining.find(self._run_id)
+        except Exception as error:  # noqa: BLE001 - training must go on
+            logger.warning("heads are not evaluated while the model trains: %s", first_line(error))
+            return
+        if self._run is None:
+            logger.warning("no MLflow run is active: heads are not evaluated while the model trains")
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluate if it is time."""
+        self._epoch = int(trainer.current_epoch)
+        if self._run is None or (self._epoch + 1) % self.every_n_epochs:
+            return
+        trained = perf_counter() - self._began - self._spent
+        if self._spent > self.max_share * trained:
+            if not self._told_of_skipping:
+                self._told_of_skipping = True
+                logger.warning(
+                    "epoch %d: heads are not evaluated, for that took %.3g s of %.3g s of training (max_share=%g); "
+                    "further epochs are skipped without a word until it is less",
+                    self._epoch, self._spent, trained, self.max_share,
+                )  # fmt: skip
+            return
+        self._attempt(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluate the last epoch if that was not done."""
+        if self._run is not None and self._epoch is not None and self._evaluated != self._epoch:
+            self._attempt(trainer)
+
+    def _check_trained(self, pl_module: Any) -> None:
+        own = {id(parameter) for parameter in self._model.module.parameters()}
+        if own.isdisjoint(id(parameter) for parameter in pl_module.parameters()):
+            raise ModelFormatError(
+                value="the callback was given another model than the one that is trained",
+                rule="it evaluates the model that it was given",
+                fix="pass the object whose train() gets this callback",
+            )
+
+    def _attempt(self, trainer: Any) -> None:
+        """Evaluate and send; whatever fails, training goes on."""
+        began = perf_counter()
+        self._evaluated = self._epoch
+        try:
+            with generators_untouched(self._home), self._once.on(_REPEATING):
+                self._evaluate(trainer)
+            self._failures = 0
+        except Exception as error:
+            # training must go on
+            self._failures += 1
+            if type(error) not in self._kinds:
+                self._kinds.add(type(error))
+                logger.warning("epoch %s: no metrics of heads: %s", self._epoch, first_line(error))
+            logger.debug("epoch %s", self._epoch, exc_info=True)
+            if self._failures == _FAILURES:
+                self._run = None
+                logger.warning("that failed %d times in a row: heads are evaluated no more in this training", _FAILURES)
+        finally:
+            self._spent += perf_counter() - began
+
+    def _evaluate(self, trainer: Any) -> None:
+        assert self._run is not None
+        assert self._epoch is not None
+        from mlflow.entities import Metric
+
+        began = perf_counter()
+        model = self._model
+        adata = model.adata if self._adata is None else self._adata
+        split = split_of(trainer)
+        if self._chosen is None:
+            self._chosen = cells_to_evaluate(
+                adata,
+                fitted_to=model.adata,
+                split=split,
+                cells=self.cells,
+                subset=self.spec.data.subset,
+                labels_key=self.spec.data.labels_key or model.registry_["setup_args"]["labels_key"],
+                n_cells=self.n_cells,
+                seed=self.spec.permutation.seed,
+            )
+            self._tags = {CELLS_TAG: self._chosen.described}
+            level = logging.INFO if self._chosen.as_asked else logging.WARNING
+            logger.log(level, "heads are evaluated on %s", self._chosen.described)
+        evaluation = evaluate(ModelInTraining.of(model, split), adata, self._settings(self._chosen))
+        seconds = perf_counter() - began
+        logger.info("epoch %d: heads evaluated in %.3g s", self._epoch, seconds)
+        metrics = {name: value for name, value in evaluation_metrics(evaluation).items() if name.startswith(_LOGGED)}
+        metrics["seconds"] = seconds
+        now = int(time.time() * 1000)
+        self._unsent += [Metric(f"{PREFIX}/{name}", value, now, self._epoch) for name, value in metrics.items()]
+        # what a failed attempt left goes along with the next
+        self._run.send(self._unsent, self._tags)
+        self._unsent, self._tags = [], {}
+
+    def _settings(self, chosen: TrainingCells) -> EvaluationSpec:
+        subset = replace(self.spec.data.subset, key=None, value=None, indices=chosen.rows)
+        home = self._home
+        return replace(
+            self.spec,
+            data=replace(self.spec.data, subset=subset),
+            # moving a module would move its gradients, too
+            ablation=replace(self.spec.ablation, device=home.type if home.type == "mps" else str(home)),
+        )
+
+    @property
+    def _home(self) -> torch.device:
+        """Where the model is now."""
+        device: torch.device = next(self._model.module.parameters()).device
+        return device

@@ -1,0 +1,146 @@
+"""Which cells are evaluated while a model trains: the same ones each time, by split and cell type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from amici_eval.checks import chosen_cells, obs_column
+from amici_eval.errors import DataError
+from amici_eval.stats.permutations import PermutationStream
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from jaxtyping import Bool, Int64
+
+    from amici_eval.specs import SubsetSpec
+
+__all__ = ["CELLS", "Split", "TrainingCells", "cells_to_evaluate"]
+
+CELLS = ("validation", "train", "all")
+_STRATUM = "train_heads"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """Rows of a model's AnnData that are trained on and those that validate; ``None``: not known."""
+
+    train: Int64[np.ndarray, " train"] | None = None
+    validation: Int64[np.ndarray, " validation"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCells:
+    """The cells that are evaluated again and again.
+
+    Parameters
+    ----------
+    rows
+        Rows of the evaluated AnnData, ascending.
+    described
+        How many of which cells they are.
+    as_asked
+        Whether they are of the part of the split that was asked for; else of all cells, which is in-sample.
+    """
+
+    rows: tuple[int, ...]
+    described: str
+    as_asked: bool
+
+
+def cells_to_evaluate(
+    adata: AnnData,
+    *,
+    fitted_to: AnnData,
+    split: Split,
+    cells: str,
+    subset: SubsetSpec,
+    labels_key: str,
+    n_cells: int,
+    seed: int,
+) -> TrainingCells:
+    """Choose cells: as many of each type as there are, up to an equal share.
+
+    Parameters
+    ----------
+    adata
+        The tissue to evaluate.
+    fitted_to
+        The model's AnnData, to whose rows ``split`` refers; in another tissue cells are found again by name.
+    split, cells
+        ``"validation"``, ``"train"`` or ``"all"`` of them; where none of the validation cells is known, all.
+    subset
+        Cells that the settings allow, by column or row.
+    labels_key
+        Column of ``adata.obs`` with the cell type.
+    n_cells, seed
+        At most so many; with the cell type the seed determines which.
+
+    Raises
+    ------
+    DataError
+        If no cell is both allowed and of that part of the split.
+
+    Notes
+    -----
+    Equal shares, not proportional ones: a curve is drawn for each type, and each needs cells enough.
+    """
+    names = np.asarray(adata.obs_names.astype(str), dtype=object)
+    part = _part_of_split(adata, names, fitted_to, split, cells)
+    members = np.ones(len(names), dtype=bool) if part is None else part
+    kind = f"{cells} cells"
+    if cells == "all":
+        kind = "cells of both training and validation"
+    elif part is None:
+        kind = f"cells of both training and validation, for no {cells} cell is known or there"
+    chosen = np.flatnonzero(members & chosen_cells(adata, subset))
+    if not len(chosen):
+        raise DataError(
+            value=f"none of {int(members.sum())} {kind} is among the cells that spec.data.subset allows",
+            rule="there must be cells to evaluate",
+            fix="leave spec.data.subset out, or set cells='all'",
+        )
+    labels = obs_column(adata, labels_key, "cell types").astype(str).to_numpy(dtype=object)
+    # by name, so that the order of rows does not matter
+    chosen = chosen[np.argsort(names[chosen], kind="stable")]
+    numbers, texts = pd.factorize(labels[chosen], sort=True)
+    kept = []
+    for number, quota in enumerate(_quotas(np.bincount(numbers), n_cells)):
+        own = chosen[numbers == number]
+        stream = PermutationStream(seed=seed, cell_type=str(texts[number]), stratum=_STRATUM, n_cells=len(own))
+        kept.append(own[stream.batch(0, 1)[0][:quota]] if quota < len(own) else own)
+    rows = np.sort(np.concatenate(kept))
+    return TrainingCells(
+        rows=tuple(rows.tolist()),
+        described=f"{len(rows)} of {len(chosen)} {kind}",
+        as_asked=cells == "all" or part is not None,
+    )
+
+
+def _part_of_split(
+    adata: AnnData, names: np.ndarray, fitted_to: AnnData, split: Split, cells: str
+) -> Bool[np.ndarray, " cells"] | None:
+    """Return which cells are of a part of the split; ``None``: all were asked for, or it is not known, or none is."""
+    rows = {"validation": split.validation, "train": split.train}.get(cells)
+    if rows is None or not len(rows):
+        return None
+    members = np.zeros(len(names), dtype=bool)
+    if adata is fitted_to:
+        members[rows] = True
+    else:
+        members = pd.Index(names).isin(fitted_to.obs_names.astype(str)[rows])
+    return members if members.any() else None
+
+
+def _quotas(counts: Int64[np.ndarray, " types"], n_cells: int) -> Int64[np.ndarray, " types"]:
+    """Return how many cells of each type are kept: as equal as their counts allow."""
+    quotas = np.zeros_like(counts)
+    left = min(n_cells, int(counts.sum()))
+    order = np.argsort(counts, kind="stable")
+    for done, which in enumerate(order):
+        quotas[which] = min(int(counts[which]), left // (len(order) - done))
+        left -= int(quotas[which])
+    return quotas
