@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import mlflow
+import numpy as np
 import pytest
 import requests
 
@@ -150,3 +153,25 @@ def test_register_run_evaluate_and_a_lost_server(server, amici_dir, adata, tmp_p
     assert finished.info.status == "FINISHED"
     assert finished.data.metrics == logged.data.metrics
     assert {entry.path for entry in client.list_artifacts(folder.name)} >= {"tables", "figures", "report.html"}
+
+
+def test_training_goes_on_while_the_server_is_away_and_nothing_is_lost(server, native, adata, caplog):
+    validation = np.flatnonzero((adata.obs["region"] != "rest").to_numpy())
+    split = SimpleNamespace(train_idx=np.setdiff1d(np.arange(adata.n_obs), validation), val_idx=validation)
+    trainer = SimpleNamespace(current_epoch=0, is_global_zero=True, datamodule=split)
+    mlflow.set_tracking_uri(server.uri)
+    callback = amici_eval.HeadEvaluationCallback(native, every_n_epochs=1, n_cells=50, max_share=math.inf)
+    with mlflow.start_run() as run:
+        callback.on_train_start(trainer, native.module)
+        for epoch in range(3):
+            trainer.current_epoch = epoch
+            if epoch == 1:
+                server.stop()
+            if epoch == 2:
+                server.start()
+            callback.on_train_epoch_end(trainer, native.module)
+        callback.on_train_end(trainer, native.module)
+    client = mlflow.MlflowClient(server.uri)
+    for name in ("train_heads/ev/Tumor/head_1", "train_heads/summary/n_significant"):
+        assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [0, 1, 2]
+    assert "epoch 1: no metrics of heads: " in caplog.text
