@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from amici_eval import __version__
 from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
@@ -31,6 +31,8 @@ usage: amici-eval COMMAND [key=value ...] [hydra flags]
 commands
   evaluate  model_uri=models:/NAME/VERSION [data.uri=FILE]   evaluate the heads of a registered model, log to MLflow
   compare   model=NAME versions=[1,2] [data.uri=FILE]        which heads are which across versions, what got better
+  watch     model=NAME [--once]                              judge each new version, as gate does, share the work
+  rollback  model=NAME [alias=champion] [--dry-run]          take the last promotion back
   register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (unpickles model.pt)
   upload    DIR                                              finish a run whose tracking server failed half way
   demo                                                       simulate a tissue, train, register, evaluate
@@ -45,6 +47,7 @@ settings (show all with: amici-eval COMMAND --cfg job)
   permutation.n_permutations, .alpha, .seed, .convention     the test
   permutation.sampling=independent|cyclic                    how permutations are drawn
   report.figures, .formats, .n_top_genes, .cell_types        what is drawn
+  watch.interval, .max_interval, .lease                      seconds between rounds; until a dead watcher is replaced
   tracking.uri, .experiment, .output_dir, .keep_local        where it is logged
 
 hydra flags
@@ -55,7 +58,8 @@ hydra flags
   --version, --help
 """
 
-COMMANDS = ("evaluate", "compare", "register", "demo")
+COMMANDS = ("evaluate", "compare", "watch", "rollback", "register", "demo")
+FLAGS = {"watch": "--once", "rollback": "--dry-run"}
 EXIT_BAD_INPUT = 2
 SCRATCH_VARIABLE = "AMICI_EVAL_SWEEP_DIR"
 
@@ -115,7 +119,9 @@ def _run(command: str, rest: list[str]) -> int:
             rule=f"commands are {', '.join((*COMMANDS, 'upload'))}",
             fix="see amici-eval --help",
         )
-    return _run_hydra(command, rest)
+    flag = FLAGS.get(command)
+    flags = {} if flag is None else {flag.strip("-").replace("-", "_"): flag in rest}
+    return _run_hydra(command, [argument for argument in rest if argument != flag], flags)
 
 
 def config_directory() -> Path:
@@ -125,7 +131,7 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def _run_hydra(command: str, arguments: list[str]) -> int:
+def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -> int:
     import hydra
 
     from amici_eval.config import register_schemas
@@ -155,7 +161,9 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
         plain = argument.startswith(("~", "+", "hydra/", "hydra.")) or (
             "=" in argument and "/" in argument.split("=")[0]
         )
-        overrides.append(argument if plain else hydra_override(written_out(argument, command), sweep=sweep))
+        overrides.append(
+            argument if plain else hydra_override(written_out(argument, command), sweep=sweep, command=command)
+        )
         if not plain and not own_configs and not overrides[-1].startswith("++"):
             check_override(command, overrides[-1], configs=config_directory(), sweep=sweep)
     register_schemas()
@@ -164,7 +172,7 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     def task(config: DictConfig) -> None:
         jobs.append(command)
         try:
-            _TASKS[command](config)
+            codes[0] = _TASKS[command](config, **own_flags) or codes[0]
         except AmiciEvalError as error:
             if sweep:
                 # Hydra notes which job failed and goes on with the others
@@ -296,9 +304,23 @@ def _demo(config: DictConfig) -> None:
     )
 
 
-_TASKS: dict[str, Callable[[Any], None]] = {
+def _watch(config: DictConfig, *, once: bool) -> int:
+    from amici_eval.registry_commands import run_watch
+
+    return run_watch(config, once=once, say=_say)
+
+
+def _rollback(config: DictConfig, *, dry_run: bool) -> int:
+    from amici_eval.registry_commands import run_rollback
+
+    return run_rollback(config, dry_run=dry_run, say=_say)
+
+
+_TASKS: dict[str, Callable[..., int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
+    "watch": _watch,
+    "rollback": _rollback,
     "register": _register,
     "demo": _demo,
 }

@@ -164,6 +164,39 @@ class CompareConfig:
 
 
 @dataclass
+class WatchGroupConfig:
+    """Group ``watch``."""
+
+    interval: float = 60.0
+    max_interval: float = 900.0
+    lease: float = 900.0
+
+
+@dataclass
+class WatchConfig:
+    """Command ``watch``."""
+
+    model: str = MISSING
+    baseline: Optional[str] = None
+    data: DataConfig = field(default_factory=DataConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    watch: WatchGroupConfig = field(default_factory=WatchGroupConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class RollbackConfig:
+    """Command ``rollback``."""
+
+    model: str = MISSING
+    alias: str = "champion"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
 class RegisterGroupConfig:
     """Group ``register``."""
 
@@ -196,6 +229,8 @@ class DemoConfig:
 SCHEMAS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
+    "watch": WatchConfig,
+    "rollback": RollbackConfig,
     "register": RegisterConfig,
     "demo": DemoConfig,
 }

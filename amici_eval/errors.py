@@ -9,6 +9,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "InvalidSpecError",
+    "LeaseHeldError",
     "ModelFormatError",
     "ModelNotFoundError",
     "OutputError",
@@ -94,6 +95,10 @@ class DeviceError(AmiciEvalError, RuntimeError):
 
 class TrackingError(AmiciEvalError, RuntimeError):
     """The tracking server cannot be reached or refused a write."""
+
+
+class LeaseHeldError(AmiciEvalError, RuntimeError):
+    """Another process is at work on the same thing."""
 
 
 class OutputError(AmiciEvalError, OSError):

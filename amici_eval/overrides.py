@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["check_override", "hydra_override"]
 
 _TEXT_KEYS = re.compile(
-    r"(model_uri|model_dir|name|output_dir|ablation\.(device|memory_budget)|report\.palette"
+    r"(model_uri|model_dir|name|alias|output_dir|ablation\.(device|memory_budget)|report\.palette"
     r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
     r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
 )
 
+
+_ONE_MODEL = ("watch", "rollback")
+"""Commands whose ``model`` is one name."""
 
 _LIST_KEYS = (
     "model",
@@ -103,7 +106,7 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
         return
 
 
-def hydra_override(text: str, *, sweep: bool = False) -> str:
+def hydra_override(text: str, *, sweep: bool = False, command: str | None = None) -> str:
     """Return an override that Hydra reads as the user meant it.
 
     Parameters
@@ -112,6 +115,8 @@ def hydra_override(text: str, *, sweep: bool = False) -> str:
         ``key=value`` as typed.
     sweep
         Whether a comma separates the values of a sweep.
+    command
+        Whose settings: ``model`` is one name for some, a list for others.
 
     Returns
     -------
@@ -129,10 +134,11 @@ def hydra_override(text: str, *, sweep: bool = False) -> str:
         raise InvalidSpecError(
             value=f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
         )
-    if key in _LIST_KEYS and not sweep and value not in ("", "null") and value[0] not in "[$":
+    one_model = key == "model" and command in _ONE_MODEL
+    if key in _LIST_KEYS and not one_model and not sweep and value not in ("", "null") and value[0] not in "[$":
         return hydra_override(f"{key}=[{value}]")
     quoted = f"{key}='{_escape(value)}'"
-    is_text = _TEXT_KEYS.fullmatch(key) and value not in ("", "null") and value[0] not in "'\"[{$"
+    is_text = (one_model or _TEXT_KEYS.fullmatch(key)) and value not in ("", "null") and value[0] not in "'\"[{$"
     if is_text and not (sweep and "," in value):
         return quoted
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Reporter", "TerminatedError", "catch_signals", "forget_signals"]
+__all__ = ["Reporter", "TerminatedError", "catch_signals", "forget_signals", "pause"]
 
 _LOG_SECONDS = 10.0
 
@@ -41,6 +41,15 @@ def catch_signals() -> None:
 def forget_signals() -> None:
     """Forget signals that came to an earlier command of this process."""
     _interrupts.clear()
+
+
+def pause(seconds: float) -> None:
+    """Wait; an interrupt ends it."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if _interrupts:
+            raise _interrupts[-1]
+        time.sleep(min(left, 1.0))
 
 
 class Reporter:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from amici_eval.specs import TrackingSpec
 
-__all__ = ["PARENT_RUN_VARIABLE", "tracked_run"]
+__all__ = ["PARENT_RUN_VARIABLE", "tracked_run", "undisturbed"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def tracked_run(tracking: TrackingSpec, *, name: str | None, tags: dict[str, str
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Let no further signal interrupt a body that must finish."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
@@ -72,7 +72,7 @@ def _end_run(status: str) -> None:
     from requests import RequestException
 
     try:
-        with _undisturbed():
+        with undisturbed():
             mlflow.end_run(status)
     except (MlflowException, RequestException, OSError) as error:
         # the body's own error matters more and says how to go on

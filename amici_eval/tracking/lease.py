@@ -1,0 +1,299 @@
+"""Mutual exclusion of processes that share nothing but a model registry, which has tags and no compare-and-swap."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Protocol
+
+from amici_eval.errors import AmiciEvalError, InvalidSpecError, LeaseHeldError, first_line
+from amici_eval.tracking.tracked_run import undisturbed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["LEASE_TAG", "Lease", "Tags", "held", "this_process"]
+
+logger = logging.getLogger(__name__)
+
+LEASE_TAG = "amici_eval.lease"
+_SLACK = 0.2
+"""Share of the time to live by which a holder gives up earlier than others take over: room for clocks that differ."""
+_SETTLE_S = 10.0
+"""How long to wait until it is clear which of several that ask at once gets the lease, even with ``wait_s=0``."""
+_RETRY_S = (0.05, 0.2)
+_LONGEST_RETRY_S = 3.0
+_JOIN_S = 10.0
+
+
+class Tags(Protocol):
+    """Where markers lie: tags of ``where``, and how to read all, set one, and delete one that may be gone."""
+
+    @property
+    def where(self) -> str: ...  # noqa: D102
+    def read(self) -> dict[str, str]: ...  # noqa: D102
+    def write(self, key: str, value: str) -> None: ...  # noqa: D102
+    def remove(self, key: str) -> None: ...  # noqa: D102
+
+
+def this_process() -> str:
+    """Return what names this process to others: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Marker:
+    key: str
+    owner: str
+    expires: float
+    holds: bool
+
+
+def _markers(tags: dict[str, str], prefix: str) -> list[_Marker]:
+    found = []
+    for key, text in tags.items():
+        # the name of a lease may have dots itself; the nonce has none
+        if key.rpartition(".")[0] != prefix:
+            continue
+        try:
+            value = json.loads(text)
+            marker = _Marker(
+                key=key,
+                owner=str(value["owner"]),
+                expires=float(value["expires"]),
+                holds=bool(value.get("holds", False)),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # not written by us: counted as run out, else it would block for ever
+            marker = _Marker(key=key, owner="unknown", expires=float("-inf"), holds=False)
+        found.append(marker)
+    return found
+
+
+def _patience(rival: _Marker, wait_s: float) -> float:
+    """Return how long to wait: who only asks, as we do, is through soon."""
+    return wait_s if rival.holds else max(wait_s, _SETTLE_S)
+
+
+class Lease:
+    """A marker among the tags of a model, renewed while it is held; `held` makes them.
+
+    Parameters
+    ----------
+    tags
+        Where markers lie.
+    what
+        Name of what is leased.
+    owner
+        Who asks, for others to read.
+    ttl_s
+        Seconds after which others may take over a marker that is not renewed.
+    clock
+        Returns seconds since 1970.
+    """
+
+    def __init__(self, tags: Tags, *, what: str, owner: str, ttl_s: float, clock: Callable[[], float]) -> None:
+        self._tags, self._owner, self._ttl, self._clock = tags, owner, ttl_s, clock
+        self._prefix = f"{LEASE_TAG}.{what}"
+        # never used again: a late removal of this marker can hit no other
+        self.key = f"{self._prefix}.{secrets.token_hex(8)}"
+        self._safe_until = float("inf")
+        self._holds = self._lost = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def mark(self, *, holds: bool) -> bool:
+        """Write or renew the marker; False if it had run out before that was done, and is lost for good."""
+        expires = self._clock() + self._ttl
+        self._tags.write(self.key, json.dumps({"owner": self._owner, "expires": round(expires, 3), "holds": holds}))
+        if self._lost or self._clock() >= min(self._safe_until, expires - _SLACK * self._ttl):
+            # somebody may have removed the marker before it was written again, and hold the lease now
+            self._lost = True
+            return False
+        self._safe_until = expires - _SLACK * self._ttl
+        self._holds = holds
+        return True
+
+    def others(self) -> list[_Marker] | None:
+        """Return the markers of others that have not run out, smallest key first; None if one's own is not there."""
+        # before the read: a marker that is renewed between the read and a later look at the clock has not run out
+        now = self._clock()
+        there = _markers(self._tags.read(), self._prefix)
+        for marker in there:
+            if marker.expires <= now and marker.key != self.key:
+                logger.info("%s: removing a lease of %s that ran out", self._tags.where, marker.owner)
+                self._tags.remove(marker.key)
+        if self._clock() >= self._safe_until or not any(marker.key == self.key for marker in there):
+            return None
+        alive = [marker for marker in there if marker.expires > now and marker.key != self.key]
+        return sorted(alive, key=lambda marker: marker.key)
+
+    def contend(self, *, begun: float, wait_s: float, sleep: Callable[[float], None]) -> _Marker | None:
+        """Write a marker and read until it is alone (None: the lease is held) or must be withdrawn for a rival."""
+        lost = _Marker(key="", owner="somebody else", expires=self._clock(), holds=False)
+        marked = self._clock()
+        if not self.mark(holds=False):
+            return lost
+        while True:
+            others = self.others()
+            if others is None:
+                return lost
+            if not others:
+                return None if self.mark(holds=True) else lost
+            rival = next((other for other in others if other.holds), others[0])
+            behind = any(not other.holds and other.key < self.key for other in others)
+            if behind or _patience(rival, wait_s) <= self._clock() - begun:
+                return rival
+            sleep(random.uniform(*_RETRY_S))  # noqa: S311, RUF100 - only to fall out of step
+            if self._clock() - marked > self._ttl / 3:
+                marked = self._clock()
+                if not self.mark(holds=False):
+                    return lost
+
+    @property
+    def held_until(self) -> float:
+        """Until when, by one's own clock, nobody else can hold the lease; minus infinity if it is not held."""
+        return self._safe_until if self._holds and not self._lost else float("-inf")
+
+    def still_mine(self) -> bool:
+        """Return whether the lease is held at this moment, by what the registry says."""
+        return self._clock() < self.held_until and self.key in self._tags.read() and self._clock() < self.held_until
+
+    def keep_renewed(self) -> None:
+        """Renew the marker from a thread until the lease is released."""
+        self._thread = threading.Thread(target=self._renew, name=f"renew {self._prefix}", daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        wait = self._ttl / 3
+        while not self._stop.wait(wait):
+            try:
+                if not self.mark(holds=True):
+                    logger.warning("%s: lease %s ran out before it was renewed", self._tags.where, self._prefix)
+                    self._tags.remove(self.key)
+                    return
+                wait = self._ttl / 3
+            except AmiciEvalError as error:
+                logger.warning("%s: lease %s could not be renewed: %s", self._tags.where, self._prefix, error)
+                wait = self._ttl / 12
+            if self._stop.is_set():
+                self._try_to_remove()
+
+    def release(self) -> None:
+        """Stop renewing and remove the marker; where that fails it runs out by itself."""
+        with undisturbed():
+            self._stop.set()
+            if self._thread is not None:
+                self._thread.join(_JOIN_S)
+            self._holds = False
+            self._try_to_remove()
+
+    def _try_to_remove(self) -> None:
+        try:
+            self._tags.remove(self.key)
+        except AmiciEvalError as error:
+            logger.warning("a lease stays until it runs out, in at most %g s: %s", self._ttl, first_line(error))
+
+
+@contextmanager
+def held(
+    tags: Tags,
+    what: str,
+    *,
+    ttl_s: float,
+    wait_s: float = 0.0,
+    owner: str | None = None,
+    renew: bool = True,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Lease]:
+    """Hold a lease while a body runs; whoever asks for the same one meanwhile waits or is refused.
+
+    Parameters
+    ----------
+    tags
+        Of the registered model or the version that the lease is about.
+    what
+        Name of the lease.
+    ttl_s
+        Seconds that a marker counts after it was last renewed: how soon the lease of a dead process is taken over.
+    wait_s
+        Seconds to wait for a holder; 0 asks once.
+    owner
+        Named to those who are refused; by default host and process.
+    renew
+        Whether a thread renews the marker every third of ``ttl_s``.
+    clock, sleep
+        For tests.
+
+    Raises
+    ------
+    LeaseHeldError
+        If somebody else holds it; says who, and until when.
+    AmiciEvalError
+        If the registry does not answer.
+
+    Notes
+    -----
+    Everybody writes a marker of their own, then reads all markers, and holds the lease if no other marker that has not
+    run out is there. Of two processes, each of which writes before it reads, the one that reads last sees the other's
+    marker: so never do two find themselves alone. Both may see each other; then the smallest marker stays and reads
+    again until it is alone, and the others withdraw theirs and come back later under a new name. Once alone, a holder
+    needs to look no more, for all who come later see its marker.
+
+    This assumes that the registry shows a finished write to every later read, that the clocks of the machines agree to
+    within a fifth of ``ttl_s``, and that the holder is not stopped for longer than that: a process that sleeps past
+    ``ttl_s`` has lost the lease, and its own clock tells it so. Ask ``Lease.still_mine()`` before a step that must not
+    be done twice; between the answer and the step there remains a moment that no lease can guard.
+    """
+    lease = _take(tags, what, ttl_s=ttl_s, wait_s=wait_s, owner=owner or this_process(), clock=clock, sleep=sleep)
+    try:
+        if renew:
+            lease.keep_renewed()
+        yield lease
+    finally:
+        lease.release()
+
+
+def _take(
+    tags: Tags,
+    what: str,
+    *,
+    ttl_s: float,
+    wait_s: float,
+    owner: str,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> Lease:
+    if not ttl_s > 0:
+        raise InvalidSpecError(value=f"a lease of {ttl_s!r} s", rule="it must last", fix="give it some seconds")
+    begun, pause = clock(), _RETRY_S[1]
+    while True:
+        lease = Lease(tags, what=what, owner=owner, ttl_s=ttl_s, clock=clock)
+        try:
+            rival = lease.contend(begun=begun, wait_s=wait_s, sleep=sleep)
+        except BaseException:
+            lease.release()
+            raise
+        if rival is None:
+            return lease
+        lease.release()
+        if _patience(rival, wait_s) <= clock() - begun:
+            until = datetime.fromtimestamp(rival.expires, timezone.utc) if rival.expires < 1e11 else None
+            raise LeaseHeldError(
+                value=f"{what} of {tags.where} is held by {rival.owner} until "
+                f"{'further notice' if until is None else until.isoformat(timespec='seconds')}",
+                rule="one process at a time works on it",
+                fix="wait until it is done, or until then if it died",
+            )
+        sleep(random.uniform(pause / 4, pause))  # noqa: S311, RUF100 - only to fall out of step
+        pause = min(2 * pause, _LONGEST_RETRY_S)

@@ -1,0 +1,297 @@
+"""Move an alias of a registered model only from where it was seen, note what it replaced, and take that back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
+from amici_eval.tracking.lease import held
+from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+
+if TYPE_CHECKING:
+    from amici_eval.tracking.lease import Lease
+
+__all__ = ["PROMOTIONS_TAG", "Promotion", "promote", "promotions", "rollback"]
+
+logger = logging.getLogger(__name__)
+
+PROMOTIONS_TAG = "amici_eval.promotions"
+_RECORD_CHARACTERS = 5000
+_LEASE_S = 60.0
+_WAIT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """What became of an alias.
+
+    Parameters
+    ----------
+    name, alias
+        Registered model and its alias.
+    version
+        The version that the alias was to point to; ``None``: to none.
+    replaced
+        The version that it pointed to before, if any.
+    moved
+        Whether it was moved.
+    reason
+        In a sentence, what was done or why not.
+    """
+
+    name: str
+    alias: str
+    version: str | None
+    replaced: str | None
+    moved: bool
+    reason: str
+
+
+def promotions(name: str, alias: str) -> list[dict[str, Any]]:
+    """Return the record of promotions to an alias, newest last.
+
+    Returns
+    -------
+    list
+        Of ``version``, ``replaced``, ``run_id`` and ``time``.
+    """
+    return _record(RegistryTags(name=name), alias)
+
+
+def promote(
+    name: str,
+    version: str,
+    *,
+    alias: str,
+    expected: str | None,
+    run_id: str | None = None,
+    dry_run: bool = False,
+    wait_s: float = _WAIT_S,
+) -> Promotion:
+    """Let an alias point to a version, if it still points to the one that this version was judged against.
+
+    Parameters
+    ----------
+    name, version
+        Registered model and the version to promote.
+    alias
+        The alias to move.
+    expected
+        Where it must point now; ``None``: nowhere.
+    run_id
+        The run that holds the reasons, for the record.
+    dry_run
+        Say what would be done, and change nothing.
+    wait_s
+        How long to wait for others that move the same alias.
+
+    Returns
+    -------
+    Promotion
+        ``moved=False`` with a reason if the alias points elsewhere by now, or if this version is there already.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If there is no such model or version.
+    LeaseHeldError
+        If somebody else holds the alias for longer than ``wait_s``.
+    TrackingError
+        If the registry does not answer.
+
+    Notes
+    -----
+    The promotion is written to the record, a tag of the registered model, before the alias is moved: a process that
+    dies in between leaves an entry that was never carried out, which the next promotion drops, and no unnoted move.
+    """
+    tags = RegistryTags(name=name)
+    _version_must_exist(tags, version)
+    if dry_run:
+        now = _points_to(tags, alias)
+        told = _refusal(tags, alias, version, expected, now)
+        if told is None:
+            told = f"dry run: {_move(alias, now, version)} would be done"
+        return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=told)
+    with held(tags, f"alias.{alias}", ttl_s=_LEASE_S, wait_s=wait_s) as lease:
+        now = _points_to(tags, alias)
+        refused = _refusal(tags, alias, version, expected, now)
+        if refused is not None:
+            return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=refused)
+        before = _record(tags, alias)
+        if before and _was_undone(before[-1], now):
+            before = before[:-1]
+        entry = {
+            "version": version,
+            "replaced": now,
+            "run_id": run_id,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        _must_be_mine(lease, tags, alias)
+        _write_record(tags, alias, [*before, entry])
+        done = _moved(tags, alias, version, now)
+        if not done.moved:
+            _write_record(tags, alias, before)
+        return done
+
+
+def rollback(name: str, alias: str, *, dry_run: bool = False, wait_s: float = _WAIT_S) -> Promotion:
+    """Take the last promotion back: the alias points again to what it replaced, or is deleted if that was nothing.
+
+    Parameters
+    ----------
+    name, alias
+        Registered model and its alias.
+    dry_run
+        Say what would be done, and change nothing.
+    wait_s
+        How long to wait for others that move the same alias.
+
+    Raises
+    ------
+    DataError
+        If no promotion is on record, or the alias does not point to what the last one set.
+    ModelNotFoundError
+        If there is no such model, or the version that was replaced is gone.
+    LeaseHeldError
+        If somebody else holds the alias for longer than ``wait_s``.
+    TrackingError
+        If the registry does not answer.
+    """
+    tags = RegistryTags(name=name)
+    if dry_run:
+        entry = _last(tags, alias)
+        told = f"dry run: {_move(alias, entry['version'], entry['replaced'])} would be done"
+        return Promotion(
+            name=name, alias=alias, version=entry["replaced"], replaced=entry["version"], moved=False, reason=told
+        )
+    with held(tags, f"alias.{alias}", ttl_s=_LEASE_S, wait_s=wait_s) as lease:
+        entry = _last(tags, alias)
+        _must_be_mine(lease, tags, alias)
+        done = _moved(tags, alias, entry["replaced"], entry["version"])
+        if done.moved:
+            _write_record(tags, alias, _record(tags, alias)[:-1])
+        return done
+
+
+def _last(tags: RegistryTags, alias: str) -> dict[str, Any]:
+    """Return the promotion to take back, if it can be."""
+    now, record = _points_to(tags, alias), _record(tags, alias)
+    if not record:
+        raise DataError(
+            value=f"no promotion of {tags.name} to {alias} is on record",
+            rule="a rollback takes back what amici-eval gate promoted",
+            fix="set the alias by hand",
+        )
+    entry = record[-1]
+    if now != entry["version"]:
+        raise DataError(
+            value=f"{alias} of {tags.name} {_pointing(now)}, the last promotion set it to version {entry['version']}",
+            rule="a rollback takes back only what is still so",
+            fix=f"set {alias} to version {entry['version']} first, or set it by hand to what it should be",
+        )
+    if entry["replaced"] is not None:
+        _version_must_exist(tags, entry["replaced"], f"{alias} pointed to it before version {entry['version']}; ")
+    return entry
+
+
+def _refusal(tags: RegistryTags, alias: str, version: str, expected: str | None, now: str | None) -> str | None:
+    if now == version:
+        return f"{alias} is version {version} already"
+    if now != expected:
+        against = "no version" if expected is None else expected
+        is_now = f"{alias} is now version {now}" if now is not None else f"{alias} is now not set"
+        return f"{is_now}, this version was judged against {against}: judge it again"
+    return None
+
+
+def _moved(tags: RegistryTags, alias: str, version: str | None, before: str | None) -> Promotion:
+    with registry_errors(tags.where):
+        if version is None:
+            tags.client.delete_registered_model_alias(tags.name, alias)
+        else:
+            tags.client.set_registered_model_alias(tags.name, alias, version)
+    now = _points_to(tags, alias)
+    moved = now == version
+    reason = _move(alias, before, version)
+    if not moved:
+        reason = f"{alias} {_pointing(now)}, though it was just set to {_named(version)}: somebody else moves it, too"
+    logger.info("%s: %s", tags.name, reason)
+    return Promotion(name=tags.name, alias=alias, version=version, replaced=before, moved=moved, reason=reason)
+
+
+def _move(alias: str, before: str | None, after: str | None) -> str:
+    return f"{alias} from {_named(before)} to {_named(after)}"
+
+
+def _named(version: str | None) -> str:
+    return "no version" if version is None else f"version {version}"
+
+
+def _pointing(version: str | None) -> str:
+    return "is not set" if version is None else f"is version {version}"
+
+
+def _points_to(tags: RegistryTags, alias: str) -> str | None:
+    with registry_errors(tags.where):
+        aliases = tags.client.get_registered_model(tags.name).aliases
+    return str(aliases[alias]) if alias in aliases else None
+
+
+def _version_must_exist(tags: RegistryTags, version: str, why: str = "") -> None:
+    try:
+        with registry_errors(f"{tags.name} version {version}"):
+            tags.client.get_model_version(tags.name, version)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            value=f"{tags.name} has no version {version}",
+            rule=f"{why}an alias points to a version that is there",
+            fix="name another version; one that was deleted does not come back",
+        ) from error
+
+
+def _must_be_mine(lease: Lease, tags: RegistryTags, alias: str) -> None:
+    if not lease.still_mine():
+        raise TrackingError(
+            value=f"the lease on {alias} of {tags.name} ran out before the alias was moved",
+            rule="only its holder moves the alias; nothing was changed",
+            fix="try again; if it happens again, the registry is very slow",
+        )
+
+
+def _was_undone(entry: dict[str, Any], now: str | None) -> bool:
+    """Return whether a promotion was never carried out, or taken back by hand."""
+    return bool(entry["replaced"] == now and entry["version"] != now)
+
+
+def _record(tags: RegistryTags, alias: str) -> list[dict[str, Any]]:
+    text = tags.read().get(f"{PROMOTIONS_TAG}.{alias}")
+    if text is None:
+        return []
+    try:
+        record = json.loads(text)
+        return [
+            {
+                "version": str(entry["version"]),
+                "replaced": None if entry["replaced"] is None else str(entry["replaced"]),
+                "run_id": entry.get("run_id"),
+                "time": entry.get("time"),
+            }
+            for entry in record
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            value=f"tag {PROMOTIONS_TAG}.{alias} of {tags.name} is no record of promotions",
+            rule="it is a JSON list that amici-eval writes",
+            fix="mend or delete the tag",
+        ) from error
+
+
+def _write_record(tags: RegistryTags, alias: str, record: list[dict[str, Any]]) -> None:
+    kept = list(record)
+    while len(json.dumps(kept)) > _RECORD_CHARACTERS:
+        kept.pop(0)
+    tags.write(f"{PROMOTIONS_TAG}.{alias}", json.dumps(kept))

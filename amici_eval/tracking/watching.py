@@ -1,0 +1,290 @@
+"""Judge every version of a registered model once, together with other watchers, for ever or one round."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import (
+    AmiciEvalError,
+    InvalidSpecError,
+    LeaseHeldError,
+    ModelNotFoundError,
+    TrackingError,
+    first_line,
+)
+from amici_eval.tracking.lease import held
+from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ERROR_TAG", "VERDICT_TAG", "WatchResult", "Watched", "watch"]
+
+logger = logging.getLogger(__name__)
+
+VERDICT_TAG = "amici_eval.verdict"
+ERROR_TAG = "amici_eval.watch_error"
+_TRIES = 3
+_REASON_CHARACTERS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What a watcher has to say about a version.
+
+    Parameters
+    ----------
+    version
+        Its number.
+    state
+        ``judged``; ``skipped``: another watcher judges it or has judged it meanwhile; ``failed``: it could not be
+        judged; ``left``: nor in three earlier rounds, and it is not tried again.
+    said
+        The outcome, who judges it, or why it could not be judged.
+    """
+
+    version: str
+    state: str
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchResult:
+    """What one round over the versions of a model did.
+
+    Parameters
+    ----------
+    versions
+        Those that had no verdict when the round began, oldest first.
+    """
+
+    versions: tuple[Watched, ...] = ()
+
+    def _in(self, *states: str) -> tuple[Watched, ...]:
+        return tuple(one for one in self.versions if one.state in states)
+
+    @property
+    def judged(self) -> tuple[Watched, ...]:
+        """Versions that were judged, with the outcome."""
+        return self._in("judged")
+
+    @property
+    def skipped(self) -> tuple[Watched, ...]:
+        """Versions that were left to other watchers."""
+        return self._in("skipped")
+
+    @property
+    def failed(self) -> tuple[Watched, ...]:
+        """Versions that could not be judged, now or in three earlier rounds."""
+        return self._in("failed", "left")
+
+    @property
+    def worked(self) -> bool:
+        """Whether there was anything to do."""
+        return bool(self._in("judged", "failed"))
+
+
+def watch(
+    name: str,
+    *,
+    key: str,
+    judge: Callable[[str], str],
+    once: bool,
+    lease_s: float,
+    interval_s: float = 60.0,
+    max_interval_s: float = 900.0,
+    pause: Callable[[float], None] = time.sleep,
+    owner: str | None = None,
+) -> WatchResult:
+    """Judge the versions of a registered model that have no verdict yet, oldest first.
+
+    Parameters
+    ----------
+    name
+        Registered model.
+    key
+        Names the configuration: a version has a verdict if it has the tag ``amici_eval.verdict.<key>``.
+    judge
+        Judges ``models:/NAME/VERSION``, writes that tag, and returns the outcome.
+    once
+        One round; else round after round until an exception, such as that of Ctrl-C, ends it.
+    lease_s
+        Seconds after which other watchers take over the version of a watcher that died.
+    interval_s, max_interval_s
+        Seconds between rounds: doubled from the first to the second while there is nothing to do.
+    pause
+        Waits for some seconds.
+    owner
+        Named to other watchers; by default host and process.
+
+    Returns
+    -------
+    WatchResult
+        Of the round.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a time is not allowed.
+    ModelNotFoundError
+        If there is no such model.
+    TrackingError
+        With ``once``: if the registry does not answer.
+
+    Notes
+    -----
+    A version is judged under a lease on it (see `amici_eval.tracking.lease.held`), and its tags are read again once
+    the lease is there: watchers share the work, and none judges what another has judged. A watcher that is stopped for
+    longer than ``lease_s`` while it judges is taken for dead; then two may judge a version, both with the same
+    configuration.
+    """
+    _check_times(lease_s=lease_s, interval_s=interval_s, max_interval_s=max_interval_s)
+    given_up: set[str] = set()
+    if once:
+        return _one_round(name, key=key, judge=judge, lease_s=lease_s, owner=owner, given_up=given_up)
+    wait = interval_s
+    while True:
+        try:
+            done = _one_round(name, key=key, judge=judge, lease_s=lease_s, owner=owner, given_up=given_up)
+            busy = done.worked
+        except TrackingError as error:
+            logger.warning("%s; trying again in %g s", error, wait)
+            busy = False
+        if busy:
+            wait = interval_s
+        pause(wait)
+        if not busy:
+            wait = min(2 * wait, max_interval_s)
+
+
+def _check_times(*, lease_s: float, interval_s: float, max_interval_s: float) -> None:
+    for setting, value, least in (
+        ("lease", lease_s, 0.0),
+        ("interval", interval_s, 0.0),
+        ("max_interval", max_interval_s, interval_s),
+    ):
+        if not value > 0 or value < least:
+            raise InvalidSpecError(
+                value=f"watch.{setting}={value!r}",
+                rule="it must be a number of seconds above 0"
+                + (f" and at least watch.interval={interval_s:g}" if setting == "max_interval" else ""),
+                fix=f"leave watch.{setting} out for the default",
+            )
+
+
+def _one_round(
+    name: str,
+    *,
+    key: str,
+    judge: Callable[[str], str],
+    lease_s: float,
+    owner: str | None,
+    given_up: set[str],
+) -> WatchResult:
+    found = []
+    for version, tags in _versions(name):
+        if f"{VERDICT_TAG}.{key}" in tags:
+            continue
+        earlier = _failure(tags, key)
+        if earlier.n < _TRIES:
+            given_up.discard(version)
+            found.append(_one_version(name, version, key=key, judge=judge, lease_s=lease_s, owner=owner))
+            continue
+        if version not in given_up:
+            given_up.add(version)
+            logger.warning(
+                "version %s of %s is left: it could not be judged %d times, at last because of %s; delete its tag "
+                "%s.%s to try again",
+                *(version, name, earlier.n, earlier.reason, ERROR_TAG, key),
+            )
+        found.append(Watched(version=version, state="left", said=earlier.reason))
+    return WatchResult(versions=tuple(found))
+
+
+def _one_version(
+    name: str, version: str, *, key: str, judge: Callable[[str], str], lease_s: float, owner: str | None
+) -> Watched:
+    tags = RegistryTags(name=name, version=version)
+    try:
+        with held(tags, f"verdict.{key}", ttl_s=lease_s, owner=owner) as lease:
+            if f"{VERDICT_TAG}.{key}" in tags.read():
+                return Watched(version=version, state="skipped", said="another watcher has judged it meanwhile")
+            logger.info("judging version %s of %s", version, name)
+            done = _judged(tags, version, key, judge)
+            if not lease.still_mine():
+                logger.warning("the lease on version %s ran out meanwhile: it may have been judged twice", version)
+            return done
+    except LeaseHeldError as error:
+        logger.info("version %s is left to another watcher: %s", version, error.value)
+        return Watched(version=version, state="skipped", said=error.value)
+    except ModelNotFoundError as error:
+        # deleted since the versions were listed
+        return Watched(version=version, state="skipped", said=_reason(error))
+
+
+def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], str]) -> Watched:
+    """Judge a version; an error that this raises is written to its tags, so that it is not tried for ever."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        outcome = judge(f"models:/{tags.name}/{version}")
+    except (AmiciEvalError, MlflowException, RequestException) as error:
+        return _failed(tags, version, key, _reason(error))
+    except Exception as error:
+        # unforeseen: it ends this watcher, and must not end its successors more than a few times
+        _failed(tags, version, key, _reason(error))
+        raise
+    now = tags.read()
+    if f"{VERDICT_TAG}.{key}" not in now:
+        return _failed(tags, version, key, f"judged ({outcome}), but its tag {VERDICT_TAG}.{key} is not there")
+    if f"{ERROR_TAG}.{key}" in now:
+        tags.remove(f"{ERROR_TAG}.{key}")
+    logger.info("version %s of %s: %s", version, tags.name, outcome)
+    return Watched(version=version, state="judged", said=outcome)
+
+
+def _failed(tags: RegistryTags, version: str, key: str, reason: str) -> Watched:
+    logger.error("version %s of %s could not be judged: %s", version, tags.name, reason)
+    n = _failure(tags.read(), key).n + 1
+    tags.write(f"{ERROR_TAG}.{key}", json.dumps({"n": n, "reason": reason}, ensure_ascii=False))
+    return Watched(version=version, state="failed", said=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    n: int
+    reason: str
+
+
+def _failure(tags: dict[str, str], key: str) -> _Failure:
+    try:
+        value: Any = json.loads(tags[f"{ERROR_TAG}.{key}"])
+        return _Failure(n=int(value["n"]), reason=str(value["reason"]))
+    except (KeyError, ValueError, TypeError):
+        return _Failure(n=0, reason="")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if isinstance(error, AmiciEvalError) else first_line(error)
+    return next(iter(text.splitlines()), type(error).__name__)[:_REASON_CHARACTERS]
+
+
+def _versions(name: str) -> list[tuple[str, dict[str, str]]]:
+    """Return the versions of a model with their tags, oldest first."""
+    registered = RegistryTags(name=name)
+    with registry_errors(name):
+        client = registered.client
+        client.get_registered_model(name)
+        found, token = [], None
+        while True:
+            page = client.search_model_versions(f"name='{name}'", page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                break
+    return [(str(one.version), dict(one.tags)) for one in sorted(found, key=lambda one: int(one.version))]
