@@ -31,6 +31,7 @@ usage: amici-eval COMMAND [key=value ...] [hydra flags]
 commands
   evaluate  model_uri=models:/NAME/VERSION [data.uri=FILE]   evaluate the heads of a registered model, log to MLflow
   compare   model=NAME versions=[1,2] [data.uri=FILE]        which heads are which across versions, what got better
+  gate      model_uri=models:/NAME/VERSION [--dry-run]       judge it by rules and against the champion, promote it
   watch     model=NAME [--once]                              judge each new version, as gate does, share the work
   rollback  model=NAME [alias=champion] [--dry-run]          take the last promotion back
   register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (unpickles model.pt)
@@ -47,6 +48,8 @@ settings (show all with: amici-eval COMMAND --cfg job)
   permutation.n_permutations, .alpha, .seed, .convention     the test
   permutation.sampling=independent|cyclic                    how permutations are drawn
   report.figures, .formats, .n_top_genes, .cell_types        what is drawn
+  gate=default|strict|better, gate.rules.NAME.margin, ...    what is asked of a version
+  gate.promote=ALIAS, gate.bootstrap=pass|fail               what happens then; while there is no champion
   watch.interval, .max_interval, .lease                      seconds between rounds; until a dead watcher is replaced
   tracking.uri, .experiment, .output_dir, .keep_local        where it is logged
 
@@ -58,14 +61,18 @@ hydra flags
   --version, --help
 """
 
-COMMANDS = ("evaluate", "compare", "watch", "rollback", "register", "demo")
-FLAGS = {"watch": "--once", "rollback": "--dry-run"}
+COMMANDS = ("evaluate", "compare", "gate", "watch", "rollback", "register", "demo")
+FLAGS = {"gate": "--dry-run", "watch": "--once", "rollback": "--dry-run"}
 EXIT_BAD_INPUT = 2
 SCRATCH_VARIABLE = "AMICI_EVAL_SWEEP_DIR"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; exits 0 on success, 2 on bad input, 130 or 143 when interrupted, 1 on anything unforeseen."""
+    """Run a command, and exit.
+
+    0: success, or a version passed; 1: anything unforeseen; 2: bad input; 3: a version is refused; 4: it is undecided;
+    130 or 143: interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)  # noqa: T201, RUF100
@@ -304,6 +311,12 @@ def _demo(config: DictConfig) -> None:
     )
 
 
+def _gate(config: DictConfig, *, dry_run: bool) -> int:
+    from amici_eval.registry_commands import run_gate
+
+    return run_gate(config, dry_run=dry_run, say=_say)
+
+
 def _watch(config: DictConfig, *, once: bool) -> int:
     from amici_eval.registry_commands import run_watch
 
@@ -319,6 +332,7 @@ def _rollback(config: DictConfig, *, dry_run: bool) -> int:
 _TASKS: dict[str, Callable[..., int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
+    "gate": _gate,
     "watch": _watch,
     "rollback": _rollback,
     "register": _register,

@@ -14,12 +14,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from amici_eval.comparison_spec import ComparisonSpec
 from amici_eval.errors import InvalidSpecError, mask_secrets
+from amici_eval.gate_spec import GateSpec, gate_spec_from
 from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
 
 __all__ = [
     "SCHEMAS",
     "comparison_spec",
     "evaluation_spec",
+    "gate_spec",
     "register_schemas",
     "report_spec",
     "resolved_yaml",
@@ -164,6 +166,50 @@ class CompareConfig:
 
 
 @dataclass
+class RuleConfig:
+    """One entry of ``gate.rules``."""
+
+    kind: str = MISSING
+    at_least: Optional[float] = None
+    at_most: Optional[float] = None
+    metric: Optional[str] = None
+    table: Optional[str] = None
+    column: Optional[str] = None
+    where: Optional[Dict[str, str]] = None
+    types: Optional[List[str]] = None
+    genes: Optional[List[str]] = None
+    min_cells: Optional[int] = None
+    need: Optional[str] = None
+    of: Optional[str] = None
+    margin: Optional[float] = None
+
+
+@dataclass
+class GateGroupConfig:
+    """Group ``gate``."""
+
+    bootstrap: str = "pass"
+    allow_in_sample: bool = False
+    promote: Optional[str] = None
+    rules: Dict[str, Optional[RuleConfig]] = field(default_factory=dict)
+
+
+@dataclass
+class GateConfig:
+    """Command ``gate``."""
+
+    model_uri: str = MISSING
+    baseline: Optional[str] = "@champion"
+    data: DataConfig = field(default_factory=DataConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
+    gate: GateGroupConfig = field(default_factory=GateGroupConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
 class WatchGroupConfig:
     """Group ``watch``."""
 
@@ -177,11 +223,12 @@ class WatchConfig:
     """Command ``watch``."""
 
     model: str = MISSING
-    baseline: Optional[str] = None
+    baseline: Optional[str] = "@champion"
     data: DataConfig = field(default_factory=DataConfig)
     ablation: AblationConfig = field(default_factory=AblationConfig)
     permutation: PermutationConfig = field(default_factory=PermutationConfig)
     compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
+    gate: GateGroupConfig = field(default_factory=GateGroupConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     watch: WatchGroupConfig = field(default_factory=WatchGroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -229,6 +276,7 @@ class DemoConfig:
 SCHEMAS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
+    "gate": GateConfig,
     "watch": WatchConfig,
     "rollback": RollbackConfig,
     "register": RegisterConfig,
@@ -265,6 +313,17 @@ def comparison_spec(config: DictConfig) -> ComparisonSpec:
         If a value is not allowed.
     """
     return ComparisonSpec(**_plain(config)["compare"])
+
+
+def gate_spec(config: DictConfig) -> GateSpec:
+    """Return the rules of a gate.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a rule is not allowed.
+    """
+    return gate_spec_from(_plain(config)["gate"])
 
 
 def report_spec(config: DictConfig) -> ReportSpec:

@@ -10,8 +10,15 @@ _PROJECT_KEYS = {
     "data": "data.uri",
     "device": "ablation.device",
     "n_permutations": "permutation.n_permutations",
+    "promote": "gate.promote",
 }
-_SEED_KEY = {"evaluate": "permutation.seed", "compare": "permutation.seed", "watch": "permutation.seed", "demo": "seed"}
+_SEED_KEY = {
+    "evaluate": "permutation.seed",
+    "compare": "permutation.seed",
+    "gate": "permutation.seed",
+    "watch": "permutation.seed",
+    "demo": "seed",
+}
 
 
 def project_overrides(arguments: list[str], command: str = "evaluate") -> list[str]:
@@ -52,7 +59,7 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
 def written_out(argument: str, command: str) -> str:
     """Write out the short names that ``mlflow run -P`` takes too, and let users add tags of their own."""
     key, equals, value = argument.partition("=")
-    if command in ("evaluate", "compare", "watch") and key in ("device", "n_permutations", "seed"):
+    if command in ("evaluate", "compare", "gate", "watch") and key in ("device", "n_permutations", "promote", "seed"):
         key = {**_PROJECT_KEYS, "seed": _SEED_KEY["evaluate"]}[key]
     if key.startswith("tracking.tags."):
         key = f"++{key}"

@@ -1,12 +1,13 @@
-"""Commands that act on the registry: ``watch`` judges versions as they come, ``rollback`` takes a promotion back."""
+"""Commands that act on the registry: ``gate`` judges a version, ``watch`` each new one, ``rollback`` takes one back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
-from amici_eval.config import comparison_spec, evaluation_spec, report_spec, resolved_yaml, tracking_spec
+from amici_eval.config import comparison_spec, evaluation_spec, gate_spec, report_spec, resolved_yaml, tracking_spec
 from amici_eval.errors import mask_secrets
 from amici_eval.terminal import Reporter, pause
 
@@ -15,9 +16,74 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-__all__ = ["run_rollback", "run_watch"]
+__all__ = ["run_gate", "run_rollback", "run_watch"]
 
-_BAD = 2
+logger = logging.getLogger(__name__)
+
+_BAD, _REFUSED, _UNDECIDED = 2, 3, 4
+_AGAIN = 3
+"""How often a watcher judges a version whose baseline is replaced meanwhile."""
+
+
+def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> int:
+    """Judge a version, print the verdict in Markdown, and promote the version if that is asked for.
+
+    Parameters
+    ----------
+    config
+        Of the command ``gate``.
+    dry_run
+        Move no alias.
+    say
+        Prints lines.
+
+    Returns
+    -------
+    int
+        The exit code: 0 pass, 3 refused, 4 undecided or judged against a baseline that was replaced meanwhile.
+    """
+    settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
+    from amici_eval.report.verdict_files import verdict_markdown
+    from amici_eval.tracking.gating import gate_job
+
+    with Reporter() as progress:
+        run = gate_job(
+            model_uri=config.model_uri,
+            **settings,
+            report=report,
+            tracking=tracking,
+            config_yaml=resolved_yaml(config),
+            progress=progress,
+            dry_run=dry_run,
+        )
+    text = verdict_markdown(run.verdict)
+    if run.promotion is not None:
+        text += f"\n{run.promotion.reason}\n"
+    say(text)
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        try:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            logger.warning("the verdict could not be appended to GITHUB_STEP_SUMMARY: %s", error)
+    say(f"run {run.run_id} in {mask_secrets(run.tracking_uri)}")
+    if run.folder is not None:
+        say(f"local copy in {run.folder}")
+    if run.outdated and not dry_run:
+        return _UNDECIDED
+    return {"pass": 0, "fail": _REFUSED, "undecided": _UNDECIDED}[run.verdict.outcome]
+
+
+def _gate_settings(config: DictConfig) -> dict[str, Any]:
+    """Return what a verdict depends on besides the version."""
+    return {
+        "baseline": config.baseline,
+        "data_uri": config.data.uri,
+        "spec": evaluation_spec(config),
+        "comparison": comparison_spec(config),
+        "gate": gate_spec(config),
+    }
 
 
 def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> int:
@@ -64,15 +130,8 @@ def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> in
     int
         The exit code: 2 if a version could not be judged.
     """
-    spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
-    settings = {
-        "baseline": config.baseline,
-        "data_uri": config.data.uri,
-        "spec": spec,
-        "comparison": comparison_spec(config),
-        "gate": OmegaConf.select(config, "gate"),
-    }
-    from amici_eval.tracking.gating import gate_key
+    settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
+    from amici_eval.gate_spec import gate_key
     from amici_eval.tracking.registry import connect
     from amici_eval.tracking.watching import watch
 
@@ -82,15 +141,20 @@ def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> in
     def judge(model_uri: str) -> str:
         from amici_eval.tracking.gating import gate_job
 
-        with Reporter() as progress:
-            run = gate_job(
-                model_uri=model_uri,
-                **settings,
-                report=report,
-                tracking=tracking,
-                config_yaml=resolved_yaml(config),
-                progress=progress,
-            )
+        for _ in range(_AGAIN):
+            with Reporter() as progress:
+                run = gate_job(
+                    model_uri=model_uri,
+                    **settings,
+                    report=report,
+                    tracking=tracking,
+                    config_yaml=resolved_yaml(config),
+                    progress=progress,
+                )
+            if run.promotion is not None:
+                say(f"{model_uri}: {run.promotion.reason}")
+            if not run.outdated:
+                break
         say(f"{model_uri}: {run.verdict.outcome} (run {run.run_id})")
         return str(run.verdict.outcome)
 

@@ -41,7 +41,7 @@ def test_help_and_version(capsys):
 def test_unknown_command(capsys):
     assert call("evalute") == 2
     told = capsys.readouterr().err
-    assert "unknown command 'evalute': commands are evaluate, compare, watch, rollback, register, demo, upload" in told
+    assert "unknown command 'evalute': commands are evaluate, compare, gate, watch, rollback, register, demo, upload" in told
 
 
 @pytest.mark.parametrize(

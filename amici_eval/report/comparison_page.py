@@ -101,7 +101,11 @@ def _range(values: np.ndarray) -> str:
 
 
 def write_comparison_html(
-    comparison: HeadComparison, directory: str | Path, *, figures: Mapping[str, Path] | None = None
+    comparison: HeadComparison,
+    directory: str | Path,
+    *,
+    figures: Mapping[str, Path] | None = None,
+    first: str = "",
 ) -> Path:
     """Write ``directory/report.html``, one self-contained file, and return it.
 
@@ -128,6 +132,7 @@ def write_comparison_html(
     body = "\n".join(
         [
             f"<h1>{text(title)}</h1>",
+            first,
             section("summary", "Summary", f"<ul>{lines}</ul>{f'<h3>Notes</h3><ul>{notes}</ul>' if notes else ''}"),
             _versions(comparison),
             _matches(comparison),

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from amici_eval.comparison import compare, matched_similarity
-from amici_eval.comparison_parts import FailedVersion
 from amici_eval.errors import AmiciEvalError, DataError, first_line
-from amici_eval.moments import MOMENTS_FILE
 from amici_eval.report.comparison_page import comparison_sentences
-from amici_eval.results import FILE_NAME
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.comparison_contents import comparison_params, comparison_series, write_comparison
-from amici_eval.tracking.jobs import evaluate_job
-from amici_eval.tracking.registry import connect, find_dataset, known_model_id
-from amici_eval.tracking.reuse import download_evaluation, find_evaluation, fingerprint
+from amici_eval.tracking.gathering import gather_evaluations
+from amici_eval.tracking.registry import connect, find_dataset
 from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, check_writable, remove_local, send
 from amici_eval.tracking.stored_model import open_stored_model
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.tracked_run import tracked_run
 from amici_eval.version_pairs import similarity_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from jaxtyping import Float64
@@ -37,7 +31,6 @@ if TYPE_CHECKING:
     from amici_eval.comparison_spec import ComparisonSpec
     from amici_eval.specs import ReportSpec, TrackingSpec
     from amici_eval.tracking.compared_cells import Column, ComparedCells
-    from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.tracking.registry import ResolvedModel
 
 __all__ = ["ComparisonRun", "compare_job"]
@@ -117,59 +110,33 @@ def compare_job(
         run_id, experiment_id = run.info.run_id, run.info.experiment_id
         folder = output / run_id
         check_writable(folder)
-        found: list[Path] = []
-        kept: list[Column] = []
-        run_ids: list[str] = []
-        reused: list[bool] = []
-        failed = list(cells.failed)
-        gone = {one.label for one in failed}
-        with (
-            tempfile.TemporaryDirectory(prefix="evaluations-", dir=folder) as staging,
-            _children_of(run_id, experiment_id),
-        ):
-            for number, column in enumerate(columns):
-                if column.label in gone:
-                    continue
-                place = Path(staging) / str(number)
-                try:
-                    own_run, was_there = _evaluation_in(
-                        place,
-                        column,
-                        cells,
-                        report=report,
-                        tracking=tracking,
-                        config_yaml=config_yaml,
-                        progress=progress,
-                    )
-                    if not datasets and not (place / MOMENTS_FILE).is_file():
-                        raise DataError(
-                            value=f"run {own_run} holds no {MOMENTS_FILE}",
-                            rule="heads are matched by what the factored engine keeps of its pass over the cells",
-                            fix="evaluate it with ablation.engine=factored, on data with coordinates",
-                        )
-                except AmiciEvalError as error:
-                    logger.error("%s could not be evaluated and is left out: %s", column.label, error)
-                    failed.append(FailedVersion(label=column.label, reason=str(error)))
-                    continue
-                found.append(place)
-                kept.append(column)
-                run_ids.append(own_run)
-                reused.append(was_there)
-            if len(found) < 2:
-                reasons = "; ".join(f"{one.label}: {one.reason}" for one in failed)
+        with tempfile.TemporaryDirectory(prefix="evaluations-", dir=folder) as staging:
+            found = gather_evaluations(
+                columns,
+                cells,
+                Path(staging),
+                parent=(run_id, experiment_id),
+                need_moments=not datasets,
+                report=report,
+                tracking=tracking,
+                config_yaml=config_yaml,
+                progress=progress,
+            )
+            if len(found.folders) < 2:
+                reasons = "; ".join(f"{one.label}: {one.reason}" for one in found.failed)
                 raise DataError(
-                    value=f"{len(found)} of {len(columns)} evaluations are there ({reasons})",
+                    value=f"{len(found.folders)} of {len(columns)} evaluations are there ({reasons})",
                     rule="a comparison needs at least two",
                     fix="mend what failed, or compare other versions",
                 )
             result = compare(
-                found,
+                found.folders,
                 comparison,
-                labels=[column.label for column in kept],
-                run_ids=run_ids,
-                reused=reused,
-                failed=failed,
-                floor=_floor(kept, cells, data_uri) if comparison.floor and not datasets else None,
+                labels=[column.label for column in found.columns],
+                run_ids=found.run_ids,
+                reused=found.reused,
+                failed=found.failed,
+                floor=_floor(found.columns, cells, data_uri) if comparison.floor and not datasets else None,
                 cells=cells.text,
                 notes=cells.notes,
                 progress=progress,
@@ -184,68 +151,12 @@ def compare_job(
         write_comparison(result, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
         record.save(folder)
         send(folder, record)
-        _tag_versions([column.model for column in kept if column.model is not None], run_id)
+        _tag_versions([column.model for column in found.columns if column.model is not None], run_id)
     if not tracking.keep_local:
         remove_local(folder, with_parent=made_output)
     return ComparisonRun(
         comparison=result, run_id=run_id, tracking_uri=tracking_uri, folder=folder if tracking.keep_local else None
     )
-
-
-def _evaluation_in(
-    place: Path,
-    column: Column,
-    cells: ComparedCells,
-    *,
-    report: ReportSpec,
-    tracking: TrackingSpec,
-    config_yaml: str,
-    progress: Callable[[int, int, str], None] | None,
-) -> tuple[str, bool]:
-    """Put an evaluation into a folder; return its run and whether it was there already."""
-    place.mkdir()
-    if column.run_id is not None:
-        download_evaluation(column.run_id, place)
-        if not (place / FILE_NAME).is_file():
-            raise DataError(
-                value=f"run {column.run_id} holds no {FILE_NAME}",
-                rule="it must be a run of amici-eval evaluate that ended well",
-                fix="give the id of such a run",
-            )
-        return column.run_id, True
-    model = column.model
-    assert model is not None  # noqa: S101, RUF100 - for the type checker
-    if tracking.reuse:
-        digest = cells.digest if cells.digest is not None else _digest(column, cells.spec)
-        key = fingerprint(model=known_model_id(model.model_id) or model.uri, digest=digest, spec=cells.spec)
-        there = find_evaluation(key)
-        if there is not None:
-            download_evaluation(there, place)
-            if (place / FILE_NAME).is_file():
-                logger.info("%s: evaluated before, taken from run %s", column.label, there)
-                return there, True
-    result = evaluate_job(
-        model.uri,
-        data_uri=column.data_uri,
-        spec=cells.spec,
-        report=report,
-        tracking=replace(tracking, run_name=None, keep_local=False, output_dir=str(place / "run")),
-        config_yaml=config_yaml,
-        progress=progress,
-    )
-    result.evaluation.save(place)
-    return result.run_id, False
-
-
-def _digest(column: Column, spec: EvaluationSpec) -> str:
-    from amici_eval.tracking.dataset import from_anndata
-
-    assert column.model is not None  # noqa: S101, RUF100 - for the type checker
-    with open_stored_model(column.model.uri) as stored:
-        dataset: AnnDataDataset = from_anndata(
-            find_dataset(column.model, stored, column.data_uri), backed=spec.data.backed
-        )
-        return dataset.digest
 
 
 def _floor(
@@ -297,18 +208,3 @@ def _tag_versions(models: Sequence[ResolvedModel], run_id: str) -> None:
         except MlflowException as error:
             # a user may read a model and not write to it; the run itself is complete
             logger.warning("version %s could not be tagged with its comparison: %s", model.version, first_line(error))
-
-
-@contextmanager
-def _children_of(run_id: str, experiment_id: str) -> Iterator[None]:
-    """Let runs that are started meanwhile be children of a run, in its experiment."""
-    values = {PARENT_RUN_VARIABLE: run_id, "MLFLOW_EXPERIMENT_ID": experiment_id}
-    before: dict[str, Any] = {name: os.environ.get(name) for name in (*values, "MLFLOW_RUN_ID")}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

@@ -65,7 +65,9 @@ def comparison_series(comparison: HeadComparison) -> dict[str, list[tuple[int, f
     return series
 
 
-def write_comparison(comparison: HeadComparison, folder: Path, *, report: ReportSpec, config_yaml: str) -> None:
+def write_comparison(
+    comparison: HeadComparison, folder: Path, *, report: ReportSpec, config_yaml: str, first: str = ""
+) -> None:
     """Write the tables, figures and page of a comparison, as a run holds them, into a folder.
 
     Parameters
@@ -74,6 +76,8 @@ def write_comparison(comparison: HeadComparison, folder: Path, *, report: Report
         What to write, and where.
     report, config_yaml
         What to draw, and the settings to keep with it.
+    first
+        A section of markup that stands first on the page.
     """
     comparison.save(folder)
     write_comparison_tables(comparison, folder)
@@ -85,4 +89,4 @@ def write_comparison(comparison: HeadComparison, folder: Path, *, report: Report
 
         paths = save_comparison_figures(comparison, folder / "figures", formats=report.formats)
         figures = {path.stem: path for path in paths if path.suffix == ".svg"} or {path.stem: path for path in paths}
-    write_comparison_html(comparison, folder, figures=figures)
+    write_comparison_html(comparison, folder, figures=figures, first=first)

@@ -23,7 +23,7 @@ from amici_eval.specs import (
     SubsetSpec,
     TrackingSpec,
 )
-from amici_eval.tracking import compared_cells, comparing
+from amici_eval.tracking import compared_cells, gathering
 from amici_eval.tracking.compared_cells import model_uris
 from amici_eval.tracking.comparing import compare_job
 from amici_eval.tracking.flavor import log_model
@@ -167,7 +167,7 @@ def test_a_version_that_fails_is_named_and_the_others_go_on(pair, monkeypatch):
             raise DataError(value="version 1", rule="it breaks", fix="mend it")
         return literal(model_uri, **options)
 
-    monkeypatch.setattr(comparing, "evaluate_job", broken)
+    monkeypatch.setattr(gathering, "evaluate_job", broken)
     models = ("models:/pair/1", "models:/pair/2", "models:/tiny/1")
     found = job(pair, models=models, versions=(), tracking={"reuse": False}).comparison
     assert found.labels == ("pair 2", "tiny 1")
@@ -216,6 +216,7 @@ def test_versions_are_named_in_many_ways(pair):
 def test_the_command_compares(pair, capsys):
     from amici_eval.cli import main
 
+    mlflow.MlflowClient().set_registered_model_alias("pair", "champion", "2")
     settings = ["permutation.n_permutations=19", "permutation.n_bootstrap=50", "ablation.modes=keep_one"]
     settings += ["compare.floor=false", "report.figures=false", "compare.n_flips=49", "ablation.baselines=false"]
     with pytest.raises(SystemExit) as ended:
@@ -229,7 +230,7 @@ def test_the_command_compares(pair, capsys):
     record = json.loads(
         Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="comparison.json")).read_text()
     )
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     with pytest.raises(SystemExit) as ended:
         main(["compare", "model=pair", "versions=1", f"data.uri={pair.data}"])
     assert ended.value.code == 2

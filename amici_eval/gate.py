@@ -1,0 +1,475 @@
+"""Judge a model version by rules, and against the version whose place it would take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from amici_eval.verdict import RuleResult, Verdict, overall_outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import pandas as pd
+
+    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.gate_spec import GateSpec, Rule
+    from amici_eval.results import HeadEvaluation
+
+__all__ = ["Element", "decide", "judge"]
+
+_MOST_DETAILS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Element:
+    """Something that is held against bounds.
+
+    Parameters
+    ----------
+    name
+        In words.
+    value
+        NaN or ``None``: undefined.
+    low, high
+        Its confidence interval; ``None`` for what has none by nature, such as a count; NaN for one that is missing.
+    reason
+        Why it is undefined, if known.
+    """
+
+    name: str
+    value: Any
+    low: Any = None
+    high: Any = None
+    reason: str = ""
+
+
+def decide(
+    element: Element, *, at_least: float | None = None, at_most: float | None = None, strict: bool = False
+) -> str:
+    """Return ``pass``, ``fail`` or ``undecided`` for one element.
+
+    Parameters
+    ----------
+    element
+        What is judged.
+    at_least, at_most
+        Bounds; ``None``: none.
+    strict
+        Whether a value at a bound is outside.
+
+    Notes
+    -----
+    It passes if the whole interval lies within the bounds, fails if the whole interval lies beyond one of them, and is
+    undecided else. Something undefined, or an interval of which an end is missing, infinite or on the wrong side of the
+    value, never passes nor fails: nothing is known.
+    """
+    value = _number(element.value)
+    if not math.isfinite(value):
+        return "undecided"
+    if element.low is None and element.high is None:
+        low = high = value
+    else:
+        low, high = _number(element.low), _number(element.high)
+        if not (math.isfinite(low) and math.isfinite(high) and low <= value <= high):
+            return "undecided"
+    bounds = [bound for bound in (at_least, at_most) if bound is not None]
+    if not bounds or not all(math.isfinite(bound) for bound in bounds):
+        return "undecided"
+    above = at_least is None or (low > at_least if strict else low >= at_least)
+    below = at_most is None or (high < at_most if strict else high <= at_most)
+    if above and below:
+        return "pass"
+    too_low = at_least is not None and (high <= at_least if strict else high < at_least)
+    too_high = at_most is not None and (low >= at_most if strict else low > at_most)
+    return "fail" if too_low or too_high else "undecided"
+
+
+def judge(
+    evaluation: HeadEvaluation,
+    spec: GateSpec,
+    *,
+    comparison: HeadComparison | None = None,
+    no_comparison: str | None = None,
+    metrics: Mapping[str, float],
+    tables: Callable[[str], pd.DataFrame],
+    model: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+    cells: str = "all evaluated cells",
+    in_sample: bool | None = None,
+    key: str = "",
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """Judge a version.
+
+    Parameters
+    ----------
+    evaluation
+        Of the version.
+    spec
+        The rules.
+    comparison
+        With the baseline: two versions on the same cells, the baseline first. ``None``: there is none.
+    no_comparison
+        Why there is no comparison although there is a baseline: rules against it are undecided. ``None`` without a
+        comparison: there is no baseline yet, and ``spec.bootstrap`` decides.
+    metrics, tables
+        What the run of the evaluation holds: metrics by name, and a table by its name without ending.
+    model, baseline, cells, in_sample, key, notes
+        To be kept with the verdict. Unless ``spec.allow_in_sample`` is set, nothing is decided on cells that are not
+        known to be held out.
+
+    Raises
+    ------
+    ValueError
+        If the comparison is not of two versions.
+    """
+    if comparison is not None and (comparison.kind != "versions" or len(comparison.versions) != 2):
+        msg = f"a verdict takes a comparison of two versions, not of {len(comparison.versions)} {comparison.kind}"
+        raise ValueError(msg)
+    results = []
+    for rule in spec.rules:
+        if not rule.against_baseline:
+            results.append(_absolute(rule, evaluation, metrics, tables))
+        elif comparison is not None:
+            results.append(_relative(rule, comparison, evaluation))
+        elif no_comparison is not None:
+            results.append(_settled(rule, "undecided", no_comparison))
+        else:
+            results.append(
+                _settled(rule, spec.bootstrap, f"there is no baseline yet, and gate.bootstrap={spec.bootstrap}")
+            )
+    if in_sample is not False and not spec.allow_in_sample:
+        where = "it is not known which cells" if in_sample is None else "some of these cells are among those that"
+        results.append(
+            RuleResult(
+                rule="held_out_cells",
+                kind="cells",
+                outcome="undecided",
+                value=None,
+                low=None,
+                high=None,
+                threshold="cells that no judged version was fitted on",
+                reason=f"{where} the versions were fitted on ({cells}): what they explain there says little about new "
+                "tissue; hold out a region or section, or set gate.allow_in_sample=true",
+            )
+        )
+    return Verdict(
+        outcome=overall_outcome(result.outcome for result in results),
+        results=tuple(results),
+        model=dict(model or {}),
+        baseline=None if baseline is None else dict(baseline),
+        cells=cells,
+        in_sample=in_sample,
+        key=key,
+        notes=tuple(notes),
+    )
+
+
+def _absolute(
+    rule: Rule,
+    evaluation: HeadEvaluation,
+    metrics: Mapping[str, float],
+    tables: Callable[[str], pd.DataFrame],
+) -> RuleResult:
+    if rule.kind in ("required_types", "required_genes"):
+        return _required(rule, evaluation)
+    if rule.kind == "metric":
+        elements = [_metric(str(rule.metric), metrics)]
+    elif rule.kind == "cell":
+        elements = _cells(rule, tables)
+    elif rule.kind == "significant_heads":
+        elements = _significant(rule, evaluation)
+    else:
+        elements = _of_types(rule, evaluation)
+    return _judged(rule, elements, at_least=rule.at_least, at_most=rule.at_most)
+
+
+def _metric(name: str, metrics: Mapping[str, float]) -> Element:
+    if name not in metrics:
+        near = get_close_matches(name, list(metrics), n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        return Element(name=name, value=None, reason=f"the evaluation has no metric {name}{hint}")
+    kind, _, rest = name.partition("/")
+    if kind == "ev" and "/head_" in rest:
+        # explained variance of a head has its interval in metrics of its own
+        ends = [metrics.get(f"ev_ci_{end}/{rest}", math.nan) for end in ("low", "high")]
+        return Element(name=name, value=metrics[name], low=ends[0], high=ends[1], reason="it has no interval")
+    return Element(name=name, value=metrics[name])
+
+
+def _cells(rule: Rule, tables: Callable[[str], pd.DataFrame]) -> list[Element]:
+    """Return the cells of a column; a number beside an interval takes that."""
+    frame = tables(str(rule.table))
+    for column in (str(rule.column), *rule.where):
+        if column not in frame.columns:
+            there = ", ".join(map(str, frame.columns))
+            return [
+                Element(name=column, value=None, reason=f"table {rule.table} has no column {column}: it has {there}")
+            ]
+    kept = np.ones(len(frame), dtype=bool)
+    for column, value in rule.where.items():
+        kept &= (frame[column].astype(str) == value).to_numpy()
+    chosen = frame[kept]
+    asked = " and ".join(f"{column} = {value}" for column, value in rule.where.items()) or "at all"
+    if not len(chosen):
+        return [Element(name=str(rule.column), value=None, reason=f"table {rule.table} has no row with {asked}")]
+    with_interval = rule.column in ("expl_var_head", "expl_var", "expl_var_lost") and "ci_low" in frame.columns
+    names = [column for column in ("head", "ct_name", "sender", "gene", "baseline", "mode") if column in frame.columns]
+    elements = []
+    for entry in chosen.to_dict("records"):
+        why = str(entry.get("undefined_reason") or "") or "the cell of the table is empty or no number"
+        ends = {"low": entry["ci_low"], "high": entry["ci_high"]} if with_interval else {}
+        label = " ".join(str(entry[column]) for column in names) or str(rule.column)
+        elements.append(Element(name=label, value=entry[str(rule.column)], reason=why, **ends))
+    return elements
+
+
+def _significant(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
+    adjusted, alpha = evaluation.adjusted, evaluation.spec.permutation.alpha
+    if rule.types is None:
+        tested = bool((~np.isnan(adjusted)).any())
+        value = int(np.count_nonzero(adjusted <= alpha)) if tested else None
+        return [Element(name="all types", value=value, reason="no head could be tested")]
+    elements = []
+    for name in rule.types:
+        if name not in evaluation.cell_types:
+            elements.append(Element(name=name, value=None, reason="no cell of this type was evaluated"))
+            continue
+        own = adjusted[:, evaluation.cell_types.index(name)]
+        tested = bool((~np.isnan(own)).any())
+        value = int(np.count_nonzero(own <= alpha)) if tested else None
+        elements.append(Element(name=name, value=value, reason="no head could be tested"))
+    return elements
+
+
+def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
+    """Return what the whole model explains of types, or explains more than the best predictor without heads."""
+    found, trivial = evaluation.intervals, evaluation.trivial
+    elements = []
+    for name, at, why in _judged_types(rule, evaluation):
+        if at is None:
+            elements.append(Element(name=name, value=None, reason=why))
+            continue
+        value = evaluation.expl_var_full[at]
+        low = math.nan if found is None else found.full_low[at]
+        high = math.nan if found is None else found.full_high[at]
+        missing = "it has no interval (permutation.n_bootstrap=0, no coordinates, or too few tiles)"
+        if rule.kind == "gain":
+            if trivial is None:
+                elements.append(
+                    Element(name=name, value=None, reason="baselines were not computed (ablation.baselines)")
+                )
+                continue
+            # the predictor's own uncertainty is not known: its value is taken as it is
+            less = value - trivial.full_gain[at]
+            value, low, high = trivial.full_gain[at], low - less, high - less
+        elements.append(Element(name=name, value=value, low=low, high=high, reason=missing))
+    return elements
+
+
+def _judged_types(rule: Rule, evaluation: HeadEvaluation) -> list[tuple[str, int | None, str]]:
+    """Return name and place of the types that a rule judges; a named one that was not evaluated has no place."""
+    if rule.types is not None:
+        return [
+            (name, evaluation.cell_types.index(name), "")
+            if name in evaluation.cell_types
+            else (name, None, "no cell of this type was evaluated")
+            for name in rule.types
+        ]
+    return [(name, at, "") for at, name in enumerate(evaluation.cell_types) if evaluation.n_cells[at] >= rule.min_cells]
+
+
+def _required(rule: Rule, evaluation: HeadEvaluation) -> RuleResult:
+    if rule.kind == "required_types":
+        asked, what = rule.types or (), "cell types"
+        known = dict(zip(evaluation.cell_types, np.isfinite(evaluation.expl_var_full).tolist(), strict=True))
+    else:
+        asked, what = rule.genes or (), "genes"
+        # constant genes and types too small have no explained variance
+        some = np.isfinite(evaluation.expl_var_gene).any(axis=(0, 1)).tolist()
+        known = dict(zip(evaluation.genes, some, strict=True))
+    missing = [name for name in asked if name not in known]
+    undefined = [name for name in asked if known.get(name) is False]
+    outcome = "fail" if missing else "undecided" if undefined else "pass"
+    said = [f"{_listed(missing)} not there"] * bool(missing)
+    said += [f"{_listed(undefined)} without explained variance"] * bool(undefined)
+    return RuleResult(
+        rule=rule.name,
+        kind=rule.kind,
+        outcome=outcome,
+        value=len(asked) - len(missing) - len(undefined),
+        low=None,
+        high=None,
+        threshold=f"{len(asked)} {what}: {_listed(asked)}",
+        reason="; ".join(said) or "all are there, with explained variance",
+    )
+
+
+def _relative(rule: Rule, comparison: HeadComparison, evaluation: HeadEvaluation) -> RuleResult:
+    if rule.kind == "stability":
+        match = comparison.matches[0]
+        known = np.nan_to_num(match.matched, nan=0.0)
+        kept = int(np.count_nonzero(match.partner >= 0))
+        element = Element(
+            name=f"{kept} of {len(known)} heads are there",
+            value=float(known.mean()) if known.size else None,
+            reason="the baseline has no head",
+        )
+        return _judged(rule, [element], at_least=rule.at_least)
+    margin = 0.0 if rule.margin is None else rule.margin
+    elements = _differences(rule, comparison, evaluation)
+    if rule.kind == "superiority":
+        return _judged(rule, elements, at_least=margin, strict=True)
+    return _judged(rule, elements, at_least=-margin, strict=True)
+
+
+def _differences(rule: Rule, comparison: HeadComparison, evaluation: HeadEvaluation) -> list[Element]:
+    """Return differences of explained variance, the version's minus the baseline's."""
+    if rule.of == "overall":
+        whole = comparison.overall[0]
+        why = f"no interval of the difference ({whole.n_tiles} tiles)"
+        return [Element(name="all cells", value=whole.difference, low=whole.low, high=whole.high, reason=why)]
+    found = comparison.differences[0]
+    reasons = dict(found.reasons)
+    rows = [len(found.head_before) - 1] if rule.of == "types" else list(range(len(found.head_before) - 1))
+    elements = []
+    for name, at, why in _judged_types(rule, evaluation):
+        if at is None or name not in found.cell_types:
+            missing = why or "the baseline does not know this type"
+            elements.append(Element(name=name, value=None, reason=missing))
+            continue
+        column = found.cell_types.index(name)
+        for row in rows:
+            head = f", head {found.head_before[row]} -> {found.head_after[row]}" if rule.of == "heads" else ""
+            elements.append(
+                Element(
+                    name=f"{name}{head}",
+                    value=found.difference[row, column],
+                    low=found.low[row, column],
+                    high=found.high[row, column],
+                    reason=reasons.get(name, "the difference has no interval"),
+                )
+            )
+    return elements
+
+
+def _judged(
+    rule: Rule,
+    elements: Sequence[Element],
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    strict: bool = False,
+) -> RuleResult:
+    """Judge all elements, and say which one decided."""
+    outcomes = [decide(element, at_least=at_least, at_most=at_most, strict=strict) for element in elements]
+    n_passed, n_open = outcomes.count("pass"), outcomes.count("undecided")
+    needed = len(elements) if rule.need == "all" else 1 if rule.need == "any" else int(rule.need)
+    if not elements:
+        outcome = "undecided"
+    elif n_passed >= needed:
+        outcome = "pass"
+    else:
+        outcome = "fail" if n_passed + n_open < needed else "undecided"
+    shown = _deciding(elements, outcomes, outcome, at_least)
+    several = len(elements) > 1
+    return RuleResult(
+        rule=rule.name,
+        kind=rule.kind,
+        outcome=outcome,
+        value=None if shown is None else _number(shown.value),
+        low=None if shown is None or shown.low is None else _number(shown.low),
+        high=None if shown is None or shown.high is None else _number(shown.high),
+        threshold=_threshold(rule, at_least=at_least, at_most=at_most, strict=strict),
+        reason=_why(rule, elements, outcomes, outcome, needed, shown),
+        details=tuple(
+            (element.name, _number(element.value), _number(element.low), _number(element.high), said)
+            for element, said in zip(elements[:_MOST_DETAILS], outcomes[:_MOST_DETAILS], strict=True)
+        )
+        if several
+        else (),
+    )
+
+
+def _deciding(
+    elements: Sequence[Element], outcomes: Sequence[str], outcome: str, at_least: float | None
+) -> Element | None:
+    """Return the element that decided: of those with the rule's outcome the one nearest to another one."""
+    chosen = [element for element, said in zip(elements, outcomes, strict=True) if said == outcome]
+    chosen = chosen or list(elements)
+    known = [element for element in chosen if math.isfinite(_number(element.value))]
+    if not known:
+        return chosen[0] if chosen else None
+    # of bounds from below the smallest value is the tightest, of bounds from above the largest
+    return (min if at_least is not None else max)(known, key=lambda element: _number(element.value))
+
+
+def _why(
+    rule: Rule, elements: Sequence[Element], outcomes: Sequence[str], outcome: str, needed: int, shown: Element | None
+) -> str:
+    if shown is None:
+        return f"nothing to judge: no type has {rule.min_cells} evaluated cells"
+    counted = ""
+    if len(elements) > 1:
+        told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("pass", "fail", "undecided") if one in outcomes)
+        counted = f"of {len(elements)}: {told}, {needed} must pass; "
+    value, low, high = (_number(one) for one in (shown.value, shown.low, shown.high))
+    if not math.isfinite(value):
+        return f"{counted}{shown.name}: undefined{f', {shown.reason}' if shown.reason else ''}"
+    if shown.low is not None and not (math.isfinite(low) and math.isfinite(high) and low <= value <= high):
+        return (
+            f"{counted}{shown.name}: {value:.4g} without a usable interval{f', {shown.reason}' if shown.reason else ''}"
+        )
+    between = "" if shown.low is None else f" ({low:.4g} to {high:.4g})"
+    said = {"pass": "within bounds", "fail": "out of bounds", "undecided": "the interval reaches over the bound"}[
+        outcome
+    ]
+    return f"{counted}{shown.name}: {value:.4g}{between}, {said}"
+
+
+def _threshold(rule: Rule, *, at_least: float | None, at_most: float | None, strict: bool) -> str:
+    if rule.kind == "non_inferiority":
+        return f"worse by less than {-(at_least or 0.0):g}"
+    if rule.kind == "superiority":
+        return f"better by more than {at_least:g}"
+    bounds = (("at least", at_least), ("at most", at_most))
+    return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+def _settled(rule: Rule, outcome: str, reason: str) -> RuleResult:
+    margin = 0.0 if rule.margin is None else rule.margin
+    threshold = _threshold(
+        rule,
+        at_least=rule.at_least if rule.kind == "stability" else margin if rule.kind == "superiority" else -margin,
+        at_most=None,
+        strict=True,
+    )
+    return RuleResult(
+        rule=rule.name,
+        kind=rule.kind,
+        outcome=outcome,
+        value=None,
+        low=None,
+        high=None,
+        threshold=threshold,
+        reason=reason,
+    )
+
+
+def _number(value: Any) -> float:
+    """Return a number, NaN for what is none."""
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,227 @@
+"""Rules that a model version is judged by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from amici_eval.comparison_spec import ComparisonSpec
+    from amici_eval.specs import EvaluationSpec
+
+__all__ = ["KINDS", "GateSpec", "Rule", "gate_key", "gate_spec_from"]
+
+_LIMITS = frozenset({"at_least", "at_most"})
+_ELEMENTS = frozenset({"types", "min_cells", "need"})
+KINDS: Mapping[str, frozenset[str]] = {
+    "metric": _LIMITS | {"metric"},
+    "cell": _LIMITS | {"table", "column", "where", "need"},
+    "significant_heads": _LIMITS | {"types"},
+    "explained_variance": _LIMITS | _ELEMENTS,
+    "gain": _LIMITS | _ELEMENTS,
+    "required_types": frozenset({"types"}),
+    "required_genes": frozenset({"genes"}),
+    "non_inferiority": _ELEMENTS | {"of", "margin"},
+    "superiority": _ELEMENTS | {"of", "margin"},
+    "stability": frozenset({"at_least"}),
+}
+"""What each kind of rule takes besides its name."""
+AGAINST_BASELINE = frozenset({"non_inferiority", "superiority", "stability"})
+"""Kinds that need a baseline."""
+TABLES = ("heads", "explained_variance", "baselines", "held_out", "scales", "ablations", "head_interactions", "senders")
+_OF = ("overall", "types", "heads")
+_NEEDED = {
+    "metric": ("metric",),
+    "cell": ("table", "column"),
+    "required_types": ("types",),
+    "required_genes": ("genes",),
+    "stability": ("at_least",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One rule of a gate.
+
+    Parameters
+    ----------
+    name
+        How the verdict calls it.
+    kind
+        One of :data:`KINDS`.
+    at_least, at_most
+        Bounds of the value; where the value has a confidence interval, the whole interval must lie within them.
+    metric
+        Name of a metric of the run.
+    table, column, where
+        A table of the run without its ending, a column of it, and the rows that count, as column -> value in text.
+    types, genes
+        Cell types that are judged; ``None``: all with at least ``min_cells`` evaluated cells. Genes that are required.
+    min_cells
+        Fewest evaluated cells of a type that is judged where ``types`` does not name it.
+    need
+        How many of the judged types, heads or rows must pass: ``all``, ``any``, or a number.
+    of
+        What is compared with the baseline: ``overall`` (all cells and heads together), ``types`` (all heads together,
+        by type), ``heads`` (matched heads, by type).
+    margin
+        Of explained variance: not worse means by less than this, superior means by more than this.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is not allowed, or the kind does not take it.
+    """
+
+    name: str
+    kind: str
+    at_least: float | None = None
+    at_most: float | None = None
+    metric: str | None = None
+    table: str | None = None
+    column: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    types: tuple[str, ...] | None = None
+    genes: tuple[str, ...] | None = None
+    min_cells: int = 50
+    need: str = "all"
+    of: str = "overall"
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            self._refuse("kind", f"it must be one of {', '.join(KINDS)}")
+        takes = KINDS[self.kind]
+        for entry in fields(self):
+            if entry.name in ("name", "kind") or entry.name in takes:
+                continue
+            default = {} if entry.name == "where" else entry.default
+            if getattr(self, entry.name) != default:
+                self._refuse(entry.name, f"a rule of kind {self.kind} takes {', '.join(sorted(takes))}")
+        for name in ("at_least", "at_most", "margin"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+                self._refuse(name, "it must be a finite number")
+        for name in _NEEDED.get(self.kind, ()):
+            if getattr(self, name) in (None, (), ""):
+                self._refuse(name, f"a rule of kind {self.kind} needs it")
+        if takes >= _LIMITS and self.at_least is None and self.at_most is None:
+            self._refuse("at_least", "a rule needs at_least, at_most or both")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            self._refuse("at_least", f"it must not be above at_most={self.at_most:g}")
+        if self.table is not None and self.table not in TABLES:
+            self._refuse("table", f"it must be one of {', '.join(TABLES)}")
+        if self.of not in _OF:
+            self._refuse("of", f"it must be one of {', '.join(_OF)}")
+        if self.need not in ("all", "any") and not (self.need.isdecimal() and int(self.need) > 0):
+            self._refuse("need", "it must be all, any, or a whole number of at least 1")
+        if isinstance(self.min_cells, bool) or self.min_cells < 1:
+            self._refuse("min_cells", "it must be a whole number of at least 1")
+
+    def _refuse(self, name: str, rule: str) -> None:
+        raise InvalidSpecError(
+            value=f"gate.rules.{self.name}.{name}={getattr(self, name)!r}",
+            rule=rule,
+            fix="see docs/automation.md for the kinds of rules",
+        )
+
+    @property
+    def against_baseline(self) -> bool:
+        """Whether it needs a baseline."""
+        return self.kind in AGAINST_BASELINE
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSpec:
+    """What a version must fulfil, and what happens then.
+
+    Parameters
+    ----------
+    rules
+        In order; at least one.
+    bootstrap
+        While there is no baseline yet: ``pass`` counts rules against it as passed, ``fail`` as failed.
+    allow_in_sample
+        Judge on cells that one of the versions was fitted on; else such a verdict is undecided.
+    promote
+        Alias that moves to the version if it passes; ``None``: none.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is not allowed.
+    """
+
+    rules: tuple[Rule, ...]
+    bootstrap: str = "pass"
+    allow_in_sample: bool = False
+    promote: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bootstrap not in ("pass", "fail"):
+            raise InvalidSpecError(
+                value=f"gate.bootstrap={self.bootstrap!r}", rule="it must be pass or fail", fix="choose one of these"
+            )
+        if not self.rules:
+            raise InvalidSpecError(
+                value="gate.rules is empty",
+                rule="a version that nothing is asked of cannot pass",
+                fix="choose gate=default or gate=strict, or write rules",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; equal specs give equal values."""
+        return {
+            "bootstrap": self.bootstrap,
+            "allow_in_sample": self.allow_in_sample,
+            "promote": self.promote,
+            "rules": [asdict(rule) for rule in self.rules],
+        }
+
+
+def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
+    """Return the settings that plain values hold, rules as name -> mapping; a rule that is ``None`` is left out.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is not allowed.
+    """
+    rules = []
+    for name, given in values["rules"].items():
+        if given is None:
+            continue
+        entries = {key: value for key, value in given.items() if value is not None}
+        for key in ("types", "genes"):
+            if key in entries:
+                entries[key] = tuple(entries[key])
+        if "where" in entries:
+            entries["where"] = {str(key): str(value) for key, value in entries["where"].items()}
+        rules.append(Rule(name=str(name), **entries))
+    return GateSpec(rules=tuple(rules), **{name: value for name, value in values.items() if name != "rules"})
+
+
+def gate_key(
+    *,
+    baseline: str | None,
+    data_uri: str | None,
+    spec: EvaluationSpec,
+    comparison: ComparisonSpec,
+    gate: GateSpec,
+) -> str:
+    """Return a hash of what a verdict depends on besides the version: 12 hexadecimal digits.
+
+    Parameters
+    ----------
+    baseline, data_uri, spec, comparison, gate
+        The configuration of a gate.
+    """
+    settings = [baseline, data_uri, spec.to_dict(), asdict(comparison), gate.to_dict()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]

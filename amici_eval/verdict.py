@@ -1,0 +1,173 @@
+"""A verdict on a model version: each rule with value, interval, threshold, outcome and reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["OUTCOMES", "VERDICT_FILE", "RuleResult", "Verdict", "overall_outcome"]
+
+VERDICT_FILE = "verdict.json"
+SCHEMA_VERSION = 1
+OUTCOMES = ("pass", "fail", "undecided")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleResult:
+    """What became of one rule.
+
+    Parameters
+    ----------
+    rule, kind
+        Its name and kind.
+    outcome
+        ``pass``, ``fail`` or ``undecided``.
+    value, low, high
+        What was judged, with its confidence interval; ``None`` where there is none. Of several types, heads or rows,
+        the one that decided.
+    threshold
+        What was asked, in words.
+    reason
+        Why it came out so, with the numbers.
+    details
+        Of several: each one with its value, interval and outcome, as ``(name, value, low, high, outcome)``.
+    """
+
+    rule: str
+    kind: str
+    outcome: str
+    value: float | None
+    low: float | None
+    high: float | None
+    threshold: str
+    reason: str
+    details: tuple[tuple[str, float | None, float | None, float | None, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            msg = f"outcome {self.outcome!r} must be one of {', '.join(OUTCOMES)}"
+            raise ValueError(msg)
+        for name in ("value", "low", "high"):
+            object.__setattr__(self, name, _finite(getattr(self, name)))
+        details = tuple(
+            (str(one), _finite(value), _finite(low), _finite(high), str(outcome))
+            for one, value, low, high, outcome in self.details
+        )
+        object.__setattr__(self, "details", details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a version may take the place of its baseline, and why.
+
+    Parameters
+    ----------
+    outcome
+        ``pass`` if all rules pass, ``fail`` if one fails, else ``undecided``.
+    results
+        Of the rules, in order.
+    model, baseline
+        The version and what it was judged against, as plain values (``uri``, ``name``, ``version``, ``model_id``,
+        ``evaluation_run_id``); no baseline: ``None``.
+    cells
+        On which cells, in words.
+    in_sample
+        Whether one of the versions was fitted on some of them; ``None``: not known.
+    key
+        Hash of the configuration; a version has one verdict for each.
+    notes
+        Remarks.
+    schema_version
+        Of this record.
+    """
+
+    outcome: str
+    results: tuple[RuleResult, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Mapping[str, Any] | None = None
+    cells: str = ""
+    in_sample: bool | None = None
+    key: str = ""
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        expected = overall_outcome(result.outcome for result in self.results)
+        if self.outcome != expected:
+            msg = f"outcome {self.outcome!r} does not follow from the rules, which say {expected}"
+            raise ValueError(msg)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all rules pass."""
+        return self.outcome == "pass"
+
+    def to_json(self) -> str:
+        """Return the verdict as JSON text."""
+        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Verdict:
+        """Read what :meth:`to_json` wrote.
+
+        Raises
+        ------
+        DataError
+            If the text is no verdict, damaged, of another schema, or says another outcome than its rules.
+        """
+        try:
+            record = dict(json.loads(text))
+            version = record["schema_version"]
+            if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+                raise DataError(
+                    value=f"verdict of schema version {version!r}",
+                    rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
+                    fix="install the version of amici_eval that wrote it",
+                )
+            record["results"] = tuple(
+                RuleResult(**{**one, "details": tuple(map(tuple, one["details"]))}) for one in record["results"]
+            )
+            record["notes"] = tuple(record["notes"])
+            return cls(**record)
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise DataError(
+                value=f"damaged verdict ({type(error).__name__}: {error})",
+                rule=f"it must be the {VERDICT_FILE} of a run",
+                fix="download it again or judge again",
+            ) from error
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the verdict into a folder (made if missing) and return the file."""
+        path = Path(directory) / VERDICT_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+
+def overall_outcome(outcomes: Iterable[str]) -> str:
+    """Return what rules say together: one that fails decides, then one that is undecided; none at all is undecided."""
+    there = set(outcomes)
+    if "fail" in there:
+        return "fail"
+    return "pass" if there == {"pass"} else "undecided"
+
+
+def _finite(value: Any) -> float | None:
+    """Return a number that JSON can hold; what is not finite or no number is ``None``."""
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
