@@ -132,7 +132,7 @@ class Lease:
             if marker.expires <= now and marker.key != self.key:
                 logger.info("%s: removing a lease of %s that ran out", self._tags.where, marker.owner)
                 self._tags.remove(marker.key)
-        if self._clock() >= self._safe_until or not any(marker.key == self.key for marker in there):
+        if not any(marker.key == self.key for marker in there):
             return None
         alive = [marker for marker in there if marker.expires > now and marker.key != self.key]
         return sorted(alive, key=lambda marker: marker.key)

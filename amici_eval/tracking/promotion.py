@@ -59,7 +59,7 @@ def promotions(name: str, alias: str) -> list[dict[str, Any]]:
     list
         Of ``version``, ``replaced``, ``run_id`` and ``time``.
     """
-    return _record(RegistryTags(name=name), alias)
+    return _seen(RegistryTags(name=name), alias).record
 
 
 def promote(
@@ -111,17 +111,17 @@ def promote(
     tags = RegistryTags(name=name)
     _version_must_exist(tags, version)
     if dry_run:
-        now = _points_to(tags, alias)
+        now = _seen(tags, alias).version
         told = _refusal(tags, alias, version, expected, now)
         if told is None:
             told = f"dry run: {_move(alias, now, version)} would be done"
         return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=told)
     with held(tags, f"alias.{alias}", ttl_s=_LEASE_S, wait_s=wait_s) as lease:
-        now = _points_to(tags, alias)
+        seen = _seen(tags, alias)
+        now, before = seen.version, seen.record
         refused = _refusal(tags, alias, version, expected, now)
         if refused is not None:
             return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=refused)
-        before = _record(tags, alias)
         if before and _was_undone(before[-1], now):
             before = before[:-1]
         entry = {
@@ -163,30 +163,31 @@ def rollback(name: str, alias: str, *, dry_run: bool = False, wait_s: float = _W
     """
     tags = RegistryTags(name=name)
     if dry_run:
-        entry = _last(tags, alias)
+        entry = _last(tags, alias, _seen(tags, alias))
         told = f"dry run: {_move(alias, entry['version'], entry['replaced'])} would be done"
         return Promotion(
             name=name, alias=alias, version=entry["replaced"], replaced=entry["version"], moved=False, reason=told
         )
     with held(tags, f"alias.{alias}", ttl_s=_LEASE_S, wait_s=wait_s) as lease:
-        entry = _last(tags, alias)
+        seen = _seen(tags, alias)
+        entry = _last(tags, alias, seen)
         _must_be_mine(lease, tags, alias)
         done = _moved(tags, alias, entry["replaced"], entry["version"])
         if done.moved:
-            _write_record(tags, alias, _record(tags, alias)[:-1])
+            _write_record(tags, alias, seen.record[:-1])
         return done
 
 
-def _last(tags: RegistryTags, alias: str) -> dict[str, Any]:
+def _last(tags: RegistryTags, alias: str, seen: _Seen) -> dict[str, Any]:
     """Return the promotion to take back, if it can be."""
-    now, record = _points_to(tags, alias), _record(tags, alias)
-    if not record:
+    now = seen.version
+    if not seen.record:
         raise DataError(
             value=f"no promotion of {tags.name} to {alias} is on record",
             rule="a rollback takes back what amici-eval gate promoted",
             fix="set the alias by hand",
         )
-    entry = record[-1]
+    entry = seen.record[-1]
     if now != entry["version"]:
         raise DataError(
             value=f"{alias} of {tags.name} {_pointing(now)}, the last promotion set it to version {entry['version']}",
@@ -214,7 +215,7 @@ def _moved(tags: RegistryTags, alias: str, version: str | None, before: str | No
             tags.client.delete_registered_model_alias(tags.name, alias)
         else:
             tags.client.set_registered_model_alias(tags.name, alias, version)
-    now = _points_to(tags, alias)
+    now = _seen(tags, alias).version
     moved = now == version
     reason = _move(alias, before, version)
     if not moved:
@@ -233,12 +234,6 @@ def _named(version: str | None) -> str:
 
 def _pointing(version: str | None) -> str:
     return "is not set" if version is None else f"is version {version}"
-
-
-def _points_to(tags: RegistryTags, alias: str) -> str | None:
-    with registry_errors(tags.where):
-        aliases = tags.client.get_registered_model(tags.name).aliases
-    return str(aliases[alias]) if alias in aliases else None
 
 
 def _version_must_exist(tags: RegistryTags, version: str, why: str = "") -> None:
@@ -267,20 +262,27 @@ def _was_undone(entry: dict[str, Any], now: str | None) -> bool:
     return bool(entry["replaced"] == now and entry["version"] != now)
 
 
-def _record(tags: RegistryTags, alias: str) -> list[dict[str, Any]]:
-    text = tags.read().get(f"{PROMOTIONS_TAG}.{alias}")
-    if text is None:
-        return []
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Where an alias points, and the record of promotions to it."""
+
+    version: str | None
+    record: list[dict[str, Any]]
+
+
+def _seen(tags: RegistryTags, alias: str) -> _Seen:
+    with registry_errors(tags.where):
+        model = tags.client.get_registered_model(tags.name)
+    version = str(model.aliases[alias]) if alias in model.aliases else None
     try:
-        record = json.loads(text)
-        return [
+        record = [
             {
                 "version": str(entry["version"]),
                 "replaced": None if entry["replaced"] is None else str(entry["replaced"]),
                 "run_id": entry.get("run_id"),
                 "time": entry.get("time"),
             }
-            for entry in record
+            for entry in json.loads(model.tags.get(f"{PROMOTIONS_TAG}.{alias}", "[]"))
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
@@ -288,6 +290,7 @@ def _record(tags: RegistryTags, alias: str) -> list[dict[str, Any]]:
             rule="it is a JSON list that amici-eval writes",
             fix="mend or delete the tag",
         ) from error
+    return _Seen(version=version, record=record)
 
 
 def _write_record(tags: RegistryTags, alias: str, record: list[dict[str, Any]]) -> None:

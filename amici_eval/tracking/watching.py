@@ -215,7 +215,7 @@ def _one_version(
                 return Watched(version=version, state="skipped", said="another watcher has judged it meanwhile")
             logger.info("judging version %s of %s", version, name)
             done = _judged(tags, version, key, judge)
-            if not lease.still_mine():
+            if time.time() >= lease.held_until:
                 logger.warning("the lease on version %s ran out meanwhile: it may have been judged twice", version)
             return done
     except LeaseHeldError as error:
@@ -279,7 +279,6 @@ def _versions(name: str) -> list[tuple[str, dict[str, str]]]:
     registered = RegistryTags(name=name)
     with registry_errors(name):
         client = registered.client
-        client.get_registered_model(name)
         found, token = [], None
         while True:
             page = client.search_model_versions(f"name='{name}'", page_token=token)
@@ -287,4 +286,6 @@ def _versions(name: str) -> list[tuple[str, dict[str, str]]]:
             token = page.token
             if not token:
                 break
+        if not found:
+            client.get_registered_model(name)  # an error if there is no such model
     return [(str(one.version), dict(one.tags)) for one in sorted(found, key=lambda one: int(one.version))]

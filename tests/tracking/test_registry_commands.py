@@ -1,0 +1,116 @@
+"""`amici-eval rollback` and `amici-eval watch` as a user calls them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from amici_eval.tracking.promotion import promote
+from tests.test_cli import call
+from tests.test_imports import HEAVY, loaded_after
+
+ROOT = Path(__file__).resolve().parents[2]
+VERDICT = "amici_eval.verdict.0123456789ab"
+
+
+def test_rollback_on_the_command_line(bare_model, capsys):
+    promote(bare_model.name, "1", alias="champion", expected=None)
+    promote(bare_model.name, "2", alias="champion", expected="1")
+    arguments = ["rollback", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"]
+    assert call(*arguments, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert said == f"{bare_model.name}: dry run: champion from version 2 to version 1 would be done\n"
+    assert bare_model.aliases() == {"champion": "2"}
+    assert call(*arguments) == 0
+    assert capsys.readouterr().out == f"{bare_model.name}: champion from version 2 to version 1\n"
+    assert bare_model.aliases() == {"champion": "1"}
+    assert call(*arguments, "alias=best") == 2
+    assert f"amici-eval: no promotion of {bare_model.name} to best is on record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rollback"], "model is not set: it has no default; pass model=..."),
+        (["watch", "--once"], "model is not set: it has no default; pass model=..."),
+        (
+            ["watch", "model=a", "watch.intervall=3"],
+            "setting 'watch.intervall': watch has interval, max_interval, lease",
+        ),
+        (["rollback", "model=a", "versions=1"], "setting 'versions': rollback has model, alias, tracking"),
+        (["rollback", "model=a", "--once"], "unrecognized arguments: --once"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(arguments, message, capsys):
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["007", "1e5", "tumor & stroma", "a,b"])
+def test_the_name_of_a_model_is_taken_as_it_is(bare_model, name, capsys):
+    bare_model.client.create_registered_model(name)
+    try:
+        assert call("rollback", f"model={name}", f"tracking.uri={bare_model.uri}") == 2
+        assert f"no promotion of {name} to champion is on record" in capsys.readouterr().err
+    finally:
+        bare_model.client.delete_registered_model(name)
+
+
+def start_watch(model, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tests.watch_process", f"model={model.name}", f"tracking.uri={model.uri}"),
+            *("permutation.seed=1", *arguments),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_watch_once_on_the_command_line(bare_model):
+    with start_watch(bare_model, "--once", "data.uri=broken") as process:
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert f"models:/{bare_model.name}/2: failed: no data: there must be some; pass data.uri\n" in out
+    with start_watch(bare_model, "--once") as process:
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    judged = [f"models:/{bare_model.name}/{version}: pass (run abc)" for version in "123"]
+    assert out.splitlines() == [f"watching {bare_model.name} in {bare_model.uri}, configuration 0123456789ab", *judged]
+    assert bare_model.tags("3") == {VERDICT: "pass abc"}
+    with start_watch(bare_model, "--once") as process:
+        out, errors = process.communicate(timeout=120)
+    assert (process.returncode, out.splitlines()[1:]) == (0, ["nothing to judge"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_watch_goes_on_until_it_is_interrupted(bare_model, number, code):
+    with start_watch(bare_model, "watch.interval=3600", "watch.max_interval=3600") as process:
+        while not process.stdout.readline().startswith(f"models:/{bare_model.name}/3: pass"):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.splitlines()[-1]) == (code, "amici-eval: interrupted")
+    assert [bare_model.tags(version) for version in "123"] == [{VERDICT: "pass abc"}] * 3
+
+
+def test_watch_once_with_nothing_to_do_loads_no_model(bare_model):
+    for version in "123":
+        bare_model.client.delete_model_version(bare_model.name, version)
+    arguments = ["--once", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"]
+    if find_spec("amici_eval.tracking.gating") is None:
+        code = f"import runpy, sys; sys.argv[1:] = {arguments!r}; "
+        code += "runpy.run_module('tests.watch_process', run_name='__main__')"
+    else:
+        code = f"from amici_eval.cli import main; main(['watch', *{arguments!r}])"
+    among = (*HEAVY, "hydra", "sqlalchemy")
+    loaded = loaded_after(code, among=among)
+    assert loaded >= {"mlflow", "hydra", "sqlalchemy"}, "it did not run"
+    assert not loaded & {"torch", "amici", "scvi", "numba", "anndata", "matplotlib"}

@@ -1,0 +1,36 @@
+"""`amici-eval watch ...` in a process of its own, with a gate that passes every version."""
+
+from __future__ import annotations
+
+import sys
+import types
+from types import SimpleNamespace
+
+KEY = "0123456789ab"
+
+
+def gate_key(*, baseline, data_uri, spec, comparison, gate) -> str:  # noqa: ARG001, RUF100 - the gate's signature
+    return KEY
+
+
+def gate_job(*, model_uri, baseline, data_uri, spec, comparison, gate, report, tracking, config_yaml, progress=None):  # noqa: ARG001, RUF100 - the gate's signature
+    from mlflow import MlflowClient
+
+    from amici_eval.errors import DataError
+
+    name, version = model_uri.removeprefix("models:/").split("/")
+    if data_uri == "broken":
+        raise DataError(value="no data", rule="there must be some", fix="pass data.uri")
+    assert "model:" in config_yaml
+    progress(1, 1, "judging")
+    MlflowClient().set_model_version_tag(name, version, f"amici_eval.verdict.{KEY}", "pass abc")
+    return SimpleNamespace(verdict=SimpleNamespace(outcome="pass"), run_id="abc")
+
+
+if __name__ == "__main__":
+    double = types.ModuleType("amici_eval.tracking.gating")
+    double.gate_key, double.gate_job = gate_key, gate_job
+    sys.modules[double.__name__] = double
+    from amici_eval.cli import main
+
+    main(["watch", *sys.argv[1:]])
