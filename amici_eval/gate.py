@@ -255,9 +255,9 @@ def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
         if at is None:
             elements.append(Element(name=name, value=None, reason=why))
             continue
-        value = evaluation.expl_var_full[at]
-        low = math.nan if found is None else found.full_low[at]
-        high = math.nan if found is None else found.full_high[at]
+        value = float(evaluation.expl_var_full[at])
+        low = math.nan if found is None else float(found.full_low[at])
+        high = math.nan if found is None else float(found.full_high[at])
         missing = "it has no interval (permutation.n_bootstrap=0, no coordinates, or too few tiles)"
         if rule.kind == "gain":
             if trivial is None:
@@ -266,8 +266,9 @@ def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
                 )
                 continue
             # the predictor's own uncertainty is not known: its value is taken as it is
-            less = value - trivial.full_gain[at]
-            value, low, high = trivial.full_gain[at], low - less, high - less
+            gain = float(trivial.full_gain[at])
+            less = value - gain
+            value, low, high = gain, low - less, high - less
         elements.append(Element(name=name, value=value, low=low, high=high, reason=missing))
     return elements
 
@@ -313,11 +314,11 @@ def _required(rule: Rule, evaluation: HeadEvaluation) -> RuleResult:
 def _relative(rule: Rule, comparison: HeadComparison, evaluation: HeadEvaluation) -> RuleResult:
     if rule.kind == "stability":
         match = comparison.matches[0]
-        known = np.nan_to_num(match.matched, nan=0.0)
+        known = [0.0 if math.isnan(value) else value for value in match.matched.tolist()]
         kept = int(np.count_nonzero(match.partner >= 0))
         element = Element(
             name=f"{kept} of {len(known)} heads are there",
-            value=float(known.mean()) if known.size else None,
+            value=sum(known) / len(known) if known else None,
             reason="the baseline has no head",
         )
         return _judged(rule, [element], at_least=rule.at_least)

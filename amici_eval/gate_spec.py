@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import InvalidSpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from amici_eval.comparison_spec import ComparisonSpec
     from amici_eval.specs import EvaluationSpec
 
@@ -107,7 +107,7 @@ class Rule:
                 self._refuse(entry.name, f"a rule of kind {self.kind} takes {', '.join(sorted(takes))}")
         for name in ("at_least", "at_most", "margin"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+            if value is not None and not (_is_number(value) and math.isfinite(value)):
                 self._refuse(name, "it must be a finite number")
         for name in _NEEDED.get(self.kind, ()):
             if getattr(self, name) in (None, (), ""):
@@ -120,9 +120,9 @@ class Rule:
             self._refuse("table", f"it must be one of {', '.join(TABLES)}")
         if self.of not in _OF:
             self._refuse("of", f"it must be one of {', '.join(_OF)}")
-        if self.need not in ("all", "any") and not (self.need.isdecimal() and int(self.need) > 0):
+        if self.need not in ("all", "any") and not (str(self.need).isdecimal() and int(self.need) > 0):
             self._refuse("need", "it must be all, any, or a whole number of at least 1")
-        if isinstance(self.min_cells, bool) or self.min_cells < 1:
+        if not isinstance(self.min_cells, int) or isinstance(self.min_cells, bool) or self.min_cells < 1:
             self._refuse("min_cells", "it must be a whole number of at least 1")
 
     def _refuse(self, name: str, rule: str) -> None:
@@ -136,6 +136,13 @@ class Rule:
     def against_baseline(self) -> bool:
         """Whether it needs a baseline."""
         return self.kind in AGAINST_BASELINE
+
+
+_ENTRIES = tuple(entry.name for entry in fields(Rule) if entry.name != "name")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +205,35 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
     for name, given in values["rules"].items():
         if given is None:
             continue
-        entries = {key: value for key, value in given.items() if value is not None}
+        if not isinstance(given, Mapping):
+            raise InvalidSpecError(
+                value=f"gate.rules.{name}={given!r}",
+                rule="a rule is a mapping with its kind and what that takes, or null to leave it out",
+                fix="see docs/automation.md for the kinds of rules",
+            )
+        entries = {str(key): value for key, value in given.items() if value is not None}
+        for key in entries:
+            if key not in _ENTRIES:
+                near = get_close_matches(key, _ENTRIES, n=2) or _ENTRIES
+                raise InvalidSpecError(
+                    value=f"setting 'gate.rules.{name}.{key}'",
+                    rule=f"a rule has {', '.join(_ENTRIES)}",
+                    fix=f"write {' or '.join(f'gate.rules.{name}.{one}' for one in near)}",
+                )
+        if "kind" not in entries:
+            raise InvalidSpecError(
+                value=f"gate.rules.{name} has no kind",
+                rule=f"it must be one of {', '.join(KINDS)}",
+                fix="add kind, or correct the name of the rule that you meant to change",
+            )
         for key in ("types", "genes"):
             if key in entries:
-                entries[key] = tuple(entries[key])
+                names = [entries[key]] if isinstance(entries[key], str) else entries[key]
+                entries[key] = tuple(str(one) for one in names)
         if "where" in entries:
-            entries["where"] = {str(key): str(value) for key, value in entries["where"].items()}
+            entries["where"] = {str(key): str(value) for key, value in dict(entries["where"]).items()}
+        if "need" in entries:
+            entries["need"] = str(entries["need"])
         rules.append(Rule(name=str(name), **entries))
     return GateSpec(rules=tuple(rules), **{name: value for name, value in values.items() if name != "rules"})
 

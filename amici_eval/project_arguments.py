@@ -57,10 +57,10 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
 
 
 def written_out(argument: str, command: str) -> str:
-    """Write out the short names that ``mlflow run -P`` takes too, and let users add tags of their own."""
+    """Write out the short names that ``mlflow run -P`` takes too, and let users add tags and rules of their own."""
     key, equals, value = argument.partition("=")
     if command in ("evaluate", "compare", "gate", "watch") and key in ("device", "n_permutations", "promote", "seed"):
         key = {**_PROJECT_KEYS, "seed": _SEED_KEY["evaluate"]}[key]
-    if key.startswith("tracking.tags."):
+    if key.startswith(("tracking.tags.", "gate.rules.")):
         key = f"++{key}"
     return f"{key}{equals}{value}"

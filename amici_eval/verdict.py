@@ -112,7 +112,8 @@ class Verdict:
 
     def to_json(self) -> str:
         """Return the verdict as JSON text."""
-        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, indent=1)
+        # names may hold what no encoding of text takes, such as a lone surrogate
+        return json.dumps(asdict(self), allow_nan=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Verdict:

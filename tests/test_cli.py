@@ -41,7 +41,10 @@ def test_help_and_version(capsys):
 def test_unknown_command(capsys):
     assert call("evalute") == 2
     told = capsys.readouterr().err
-    assert "unknown command 'evalute': commands are evaluate, compare, gate, watch, rollback, register, demo, upload" in told
+    assert (
+        "unknown command 'evalute': commands are evaluate, compare, gate, watch, rollback, register, demo, upload"
+        in told
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,3 +336,30 @@ def test_mlflow_run_evaluates(registry, tmp_path, monkeypatch):
     assert logged.data.params["cfg/data.subset.value"] == "left_strip"
     assert "ev/Tumor/head_0" in logged.data.metrics
     assert {entry.path for entry in mlflow.MlflowClient().list_artifacts(run.run_id)} >= {"tables", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("gate.rules.not_worse.margin=much", "gate.rules.not_worse.margin='much': it must be a finite number"),
+        ("gate.rules.not_wors.margin=0.1", "gate.rules.not_wors has no kind"),
+        ("gate.rules.not_worse=0.1", "gate.rules.not_worse=0.1: a rule is a mapping"),
+        ("gate.rules.not_worse.margins=0.1", "; write gate.rules.not_worse.margin"),
+        ("gate.rule.not_worse.margin=0.1", "; write gate.rules.not_worse.margin"),
+        ("gate.rules.mine={kind: superiority, need: most}", "gate.rules.mine.need='most': it must be all, any, or"),
+        ("gate.rules.mine.kind=odd", "gate.rules.mine.kind='odd': it must be one of metric"),
+        ("gate=lax", "gate is a group of settings, ready-made as better, default, strict"),
+    ],
+)
+def test_rules_are_checked_as_other_settings_are(argument, message, capsys):
+    assert call("gate", "model_uri=models:/a/1", argument, "tracking.uri=sqlite:///no.db") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rules_can_be_changed_added_and_left_out(capsys):
+    changes = ["gate=strict", "gate.rules.not_worse.margin=0.003", "gate.rules.some_signal=null"]
+    changes += ["gate.rules.mine={kind: metric, metric: summary/max_ev, at_least: 0.1}"]
+    assert call("gate", "model_uri=models:/a/1", *changes, "--cfg", "job") == 0
+    told = capsys.readouterr().out
+    for said in ("margin: 0.003", "some_signal: null", "metric: summary/max_ev", "heads_are_there:", "margin: 0.02"):
+        assert said in told

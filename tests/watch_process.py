@@ -6,11 +6,9 @@ import sys
 import types
 from types import SimpleNamespace
 
+from amici_eval import gate_spec
+
 KEY = "0123456789ab"
-
-
-def gate_key(*, baseline, data_uri, spec, comparison, gate) -> str:  # noqa: ARG001, RUF100 - the gate's signature
-    return KEY
 
 
 def gate_job(*, model_uri, baseline, data_uri, spec, comparison, gate, report, tracking, config_yaml, progress=None):  # noqa: ARG001, RUF100 - the gate's signature
@@ -24,13 +22,14 @@ def gate_job(*, model_uri, baseline, data_uri, spec, comparison, gate, report, t
     assert "model:" in config_yaml
     progress(1, 1, "judging")
     MlflowClient().set_model_version_tag(name, version, f"amici_eval.verdict.{KEY}", "pass abc")
-    return SimpleNamespace(verdict=SimpleNamespace(outcome="pass"), run_id="abc")
+    return SimpleNamespace(verdict=SimpleNamespace(outcome="pass"), run_id="abc", promotion=None, outdated=False)
 
 
 if __name__ == "__main__":
     double = types.ModuleType("amici_eval.tracking.gating")
-    double.gate_key, double.gate_job = gate_key, gate_job
+    double.gate_job = gate_job
     sys.modules[double.__name__] = double
+    gate_spec.gate_key = lambda **_: KEY
     from amici_eval.cli import main
 
     main(["watch", *sys.argv[1:]])

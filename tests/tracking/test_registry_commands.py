@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -105,11 +104,7 @@ def test_watch_once_with_nothing_to_do_loads_no_model(bare_model):
     for version in "123":
         bare_model.client.delete_model_version(bare_model.name, version)
     arguments = ["--once", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"]
-    if find_spec("amici_eval.tracking.gating") is None:
-        code = f"import runpy, sys; sys.argv[1:] = {arguments!r}; "
-        code += "runpy.run_module('tests.watch_process', run_name='__main__')"
-    else:
-        code = f"from amici_eval.cli import main; main(['watch', *{arguments!r}])"
+    code = f"from amici_eval.cli import main; main(['watch', *{arguments!r}])"
     among = (*HEAVY, "hydra", "sqlalchemy")
     loaded = loaded_after(code, among=among)
     assert loaded >= {"mlflow", "hydra", "sqlalchemy"}, "it did not run"

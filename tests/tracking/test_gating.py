@@ -1,0 +1,252 @@
+"""The gate through a real store: verdicts, what a run and a version say of them, promotion, exit codes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+from xml.etree import ElementTree
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError
+from amici_eval.gate_spec import GateSpec, Rule
+from amici_eval.model.untrained import untrained_like
+from amici_eval.specs import ReportSpec, TrackingSpec
+from amici_eval.tracking import compared_cells, gating
+from amici_eval.tracking.flavor import log_model
+from amici_eval.tracking.gating import gate_job
+from amici_eval.verdict import Verdict
+from tests.model.test_comparison import relabelled
+from tests.test_cli import call
+from tests.tracking.test_comparing import QUICK, SPEC
+
+pytestmark = pytest.mark.amici
+
+NOT_WORSE = Rule(name="not_worse", kind="non_inferiority", margin=0.01)
+THERE = Rule(name="there", kind="stability", at_least=0.9)
+COUNTED = Rule(name="counted", kind="metric", metric="summary/n_cells", at_least=1)
+
+
+@pytest.fixture
+def model(registry, trained, adata, monkeypatch):
+    """A registered model: version 1, version 2 with its heads in another order, version 3 untrained."""
+    monkeypatch.setattr(compared_cells, "MIN_HELD_OUT", 10)
+    name = f"gated-{uuid4().hex[:6]}"
+    for one in (trained, relabelled(trained, [1, 0]), untrained_like(trained, seed=1)):
+        with mlflow.start_run():
+            log_model(one, name, registered_model_name=name, training_adata=adata)
+    return Gated(name, registry.data)
+
+
+class Gated:
+    def __init__(self, name: str, data: Path) -> None:
+        self.name, self.data = name, data
+
+    @property
+    def client(self):
+        return mlflow.MlflowClient()
+
+    def aliases(self):
+        return {alias: str(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
+
+    def tags(self, version):
+        return dict(self.client.get_model_version(self.name, version).tags)
+
+
+def gated(model, version, *rules, promote="champion", baseline="@champion", bootstrap="pass", **more):
+    gate = GateSpec(rules=rules or (COUNTED, NOT_WORSE, THERE), promote=promote, bootstrap=bootstrap)
+    return gate_job(
+        model_uri=more.pop("model_uri", f"models:/{model.name}/{version}"),
+        baseline=baseline,
+        data_uri=str(model.data),
+        spec=SPEC,
+        comparison=QUICK,
+        gate=gate,
+        report=more.pop("report", ReportSpec(figures=False)),
+        tracking=TrackingSpec(),
+        config_yaml="a: 1\n",
+        **more,
+    )
+
+
+def test_a_first_version_is_promoted_a_worse_one_refused_and_the_same_one_passes(model, tmp_path):
+    first = gated(model, 1)
+    assert (first.verdict.outcome, first.verdict.baseline, first.verdict.in_sample) == ("pass", None, False)
+    assert (first.promotion.moved, first.promotion.replaced) == (True, None)
+    assert model.aliases() == {"champion": "1"}
+    key = first.verdict.key
+    assert model.tags("1")[f"amici_eval.verdict.{key}"] == f"pass {first.run_id}"
+    run = model.client.get_run(first.run_id)
+    assert (run.info.status, run.data.tags["amici_eval.verdict"]) == ("FINISHED", "pass")
+    assert run.data.metrics == {"gate/pass": 3.0, "gate/fail": 0.0, "gate/undecided": 0.0}
+    folder = Path(mlflow.artifacts.download_artifacts(run_id=first.run_id, dst_path=str(tmp_path / "first")))
+    assert Verdict.from_json((folder / "verdict.json").read_bytes()) == first.verdict
+    assert "passes" in (folder / "report.html").read_text(encoding="utf-8")
+
+    worse = gated(model, 3)
+    assert worse.verdict.outcome == "fail"
+    assert {result.rule: result.outcome for result in worse.verdict.results}["there"] == "fail"
+    assert (worse.promotion, model.aliases()) == (None, {"champion": "1"})
+    assert worse.verdict.baseline["version"] == "1"
+    assert worse.verdict.key == key
+    assert model.tags("3")["amici_eval.verdict"] == "fail"
+    folder = Path(mlflow.artifacts.download_artifacts(run_id=worse.run_id, dst_path=str(tmp_path / "worse")))
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"verdict.json", "verdict.md", "verdict.xml", "comparison.json", "report.html"} <= files
+    assert ElementTree.parse(folder / "verdict.xml").find("testsuite").get("failures") != "0"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.index('id="verdict"') < page.index('id="summary"')
+
+    same = gated(model, 2)
+    assert same.verdict.outcome == "pass"
+    assert model.aliases() == {"champion": "2"}
+    assert same.promotion.replaced == "1"
+    # the one that is the champion already is not worse than itself
+    again = gated(model, 2)
+    assert (again.verdict.outcome, again.outdated) == ("pass", False)
+    assert model.tags("2")[f"amici_eval.verdict.{key}"] == f"pass {again.run_id}"
+
+
+def test_a_dry_run_moves_nothing_and_bootstrap_may_refuse(model):
+    dry = gated(model, 1, dry_run=True)
+    assert (dry.verdict.outcome, dry.promotion.moved, model.aliases()) == ("pass", False, {})
+    assert "dry run" in dry.promotion.reason
+    refused = gated(model, 1, bootstrap="fail")
+    assert (refused.verdict.outcome, model.aliases()) == ("fail", {})
+
+
+def test_a_champion_that_was_replaced_meanwhile_is_not_replaced_again(model, monkeypatch):
+    gated(model, 1)
+    judge = gating.judge
+
+    def slow(*arguments, **options):
+        model.client.set_registered_model_alias(model.name, "champion", "3")
+        return judge(*arguments, **options)
+
+    monkeypatch.setattr(gating, "judge", slow)
+    late = gated(model, 2)
+    assert (late.verdict.outcome, late.outdated) == ("pass", True)
+    assert "champion is now version 3, this version was judged against 1: judge it again" in late.promotion.reason
+    assert model.aliases() == {"champion": "3"}
+    assert model.tags("2")["amici_eval.verdict"] == "undecided"
+    assert not [name for name in model.tags("2") if name.startswith("amici_eval.verdict.")]
+    assert model.client.get_run(late.run_id).data.tags["amici_eval.promotion"] == late.promotion.reason
+
+
+def test_a_baseline_that_cannot_be_evaluated_leaves_the_verdict_open(model, monkeypatch, trained):
+    gated(model, 1)
+    from amici_eval.tracking import gathering
+
+    evaluate_job = gathering.evaluate_job
+
+    def broken(model_uri, **options):
+        if model_uri.endswith("/1"):
+            raise DataError(value="version 1", rule="it breaks", fix="mend it")
+        return evaluate_job(model_uri, **options)
+
+    monkeypatch.setattr(gathering, "evaluate_job", broken)
+    monkeypatch.setattr(gathering, "find_evaluation", lambda key: None)
+    found = gated(model, 2)
+    assert found.verdict.outcome == "undecided"
+    assert "the baseline could not be evaluated: version 1: it breaks" in found.verdict.results[1].reason
+    assert found.verdict.baseline["evaluation_run_id"] is None
+    assert model.aliases() == {"champion": "1"}
+    with pytest.raises(DataError, match=r"could not be evaluated \(version 1: it breaks; mend it\)|gated-\w+ 1 could"):
+        gated(model, 1, baseline=None)
+    last = model.client.search_runs([model.client.get_run(found.run_id).info.experiment_id], max_results=1)[0]
+    assert last.info.status == "FAILED"
+
+
+def test_what_is_misspelt_is_refused_before_a_run_starts(model):
+    n_runs = len(model.client.search_runs(["0"]))
+    with pytest.raises(ModelNotFoundError, match="has no version '9'"):
+        gated(model, 9)
+    with pytest.raises(ModelNotFoundError, match="has no version '8'"):
+        gated(model, 1, baseline="8")
+    logged = model.client.get_model_version(model.name, "1").source.removeprefix("models:/")
+    with pytest.raises(InvalidSpecError, match="an alias belongs to a registered version"):
+        gated(model, 1, model_uri=f"models:/{logged}")
+    with pytest.raises(InvalidSpecError, match="names a version of the same registered model"):
+        gated(model, 1, model_uri=f"models:/{logged}", promote=None)
+    assert len(model.client.search_runs(["0"])) == n_runs
+
+
+def test_weights_that_are_no_numbers_never_pass(model, trained, adata):
+    weights = {name: tensor.clone() for name, tensor in trained.weights.items()}
+    weights["attention_layer.W_V"][:] = torch.nan
+    with mlflow.start_run():
+        log_model(replace(trained, weights=weights), model.name, registered_model_name=model.name, training_adata=adata)
+    gated(model, 1)
+    ruled = [
+        Rule(name=kind, kind=kind, at_least=-1e9) for kind in ("explained_variance", "significant_heads", "stability")
+    ]
+    ruled += [Rule(name="near", kind="non_inferiority", margin=1e9)]
+    found = gated(model, 4, *ruled)
+    assert found.verdict.outcome != "pass"
+    assert not [
+        result.rule for result in found.verdict.results if result.outcome == "pass" and result.rule != "stability"
+    ]
+
+
+def test_the_command_says_it_all_and_its_exit_code_tells_outcomes_apart(model, capsys, tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    quick = ["permutation.n_permutations=19", "permutation.n_bootstrap=50", "ablation.modes=keep_one"]
+    quick += ["ablation.baselines=false", "compare.n_flips=49", "compare.n_bootstrap=50", "report.figures=false"]
+    quick += [f"data.uri={model.data}", "~gate.rules.some_signal", "~gate.rules.explains_something"]
+    gate = ["gate", "gate.promote=champion", *quick]
+    assert call(*gate, f"model_uri=models:/{model.name}/1") == 0
+    told = capsys.readouterr().out
+    assert f"## {model.name} 1: pass" in told.replace("\\", "")
+    assert "champion from no version to version 1" in told
+    assert (
+        call(
+            "project",
+            "gate",
+            "--model_uri",
+            f"models:/{model.name}/3",
+            "--gate",
+            "strict",
+            "--promote",
+            "",
+            *quick,
+            "gate.rules.heads_are_there.at_least=0.99",
+            "gate.rules.not_worse_in_any_type=null",
+        )
+        == 3
+    )
+    assert call(*gate, f"model_uri=models:/{model.name}/2", "compare.cells=all") == 4
+    assert call(*gate, f"model_uri=models:/{model.name}/2", "gate.rules.not_worse.kind=odd") == 2
+    assert call(*gate, f"model_uri=models:/{model.name}/2", "gate=stricter") == 2
+    assert "gate is a group of settings, ready-made as better, default, strict" in capsys.readouterr().err
+    assert call(*gate, f"model_uri=models:/{model.name}/2") == 0
+    assert model.aliases() == {"champion": "2"}
+    assert summary.read_text().replace("\\", "").count("| rule | outcome |") == 4
+    watch = ["watch", f"model={model.name}", "gate.promote=champion", *quick, "--once"]
+    assert call(*watch) == 0
+    told = capsys.readouterr().out
+    # versions 1 and 2 have a verdict for these settings, and version 3 was judged by stricter rules
+    assert f"models:/{model.name}/3: " in told
+    assert f"models:/{model.name}/2: " not in told
+    assert call(*watch) == 0
+    assert "nothing to judge" in capsys.readouterr().out
+    assert call("rollback", f"model={model.name}") == 0
+    assert model.aliases()["champion"] in ("1", "2")
+
+
+def test_a_gate_reads_what_it_wrote(model):
+    run = gated(model, 1, COUNTED)
+    record = json.loads(mlflow.artifacts.load_text(f"runs:/{run.run_id}/verdict.json"))
+    assert (
+        record["model"]["evaluation_run_id"]
+        == model.client.search_runs(
+            [model.client.get_run(run.run_id).info.experiment_id],
+            f"tags.`mlflow.parentRunId` = '{run.run_id}'",
+        )[0].info.run_id
+    )
+    assert np.isfinite(record["results"][0]["value"])
