@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from amici_eval.baselines import evaluate_baselines
 from amici_eval.kept_moments import Sketch, kept_moments
@@ -17,14 +14,12 @@ from amici_eval.progress import Meter, PermutationMeter, Progress
 from amici_eval.protocols import FactorAccess, LocatedAccess, TissueAccess
 from amici_eval.results import Undefined
 from amici_eval.sender_evaluation import WHY_NOT, evaluate_senders
-from amici_eval.side_by_side import run_side_by_side
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.place import Place
 from amici_eval.tiling import Tiling, tile_of
-from amici_eval.type_evaluation import TypeEvaluation, evaluate_type_by_factors, evaluate_type_by_hooks
+from amici_eval.type_tasks import TypeSettings, TypeTask, evaluate_here
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from jaxtyping import Bool, Int64
 
@@ -34,11 +29,10 @@ if TYPE_CHECKING:
     from amici_eval.moments import Moments
     from amici_eval.sender_results import Senders
     from amici_eval.specs import EvaluationSpec
+    from amici_eval.type_evaluation import TypeEvaluation
+    from amici_eval.type_tasks import Launcher
 
 __all__ = ["Types", "evaluate_types"]
-
-_SIDE_BY_SIDE_CELLS = 4096
-"""Types of at most so many cells are tested several at a time, on one thread each: their arrays are small."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +77,7 @@ def evaluate_types(
     n_permutations: int,
     modes: tuple[str, ...],
     progress: Progress | None,
+    launcher: Launcher | None = None,
 ) -> Types:
     """Evaluate all types.
 
@@ -96,10 +91,14 @@ def evaluate_types(
         Settings.
     progress
         Told how far the work is.
+    launcher
+        Evaluates the types; ``None``: this process does. What spans types is done here in either case.
     """
     usable = {cell_type: rows for cell_type, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
     everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
     n_heads, n_receivers = access.card.n_heads, sum(len(rows) for rows in receivers.values())
+    if launcher is not None and usable:
+        launcher.prepare(len(usable))
     factors = access if isinstance(access, FactorAccess) and len(everyone) else None
     # work counts cells once for their way through the model; a permutation's cost beside that, roughly
     cells_work = 1.0 if factors is not None else n_heads + 2.0 + (n_heads if "leave_one_out" in modes else 0)
@@ -154,6 +153,7 @@ def evaluate_types(
         meter=meter,
         cells_work=cells_work,
         test_work=test_work,
+        launcher=launcher,
     )
     evaluated = [found.get(cell_type) for cell_type in receivers]
     moments = baselines = None
@@ -209,72 +209,59 @@ def _each(
     meter: Meter,
     cells_work: float,
     test_work: float,
+    launcher: Launcher | None,
 ) -> dict[str, TypeEvaluation]:
-    n_threads, turn = torch.get_num_threads(), Lock()
-    test = spec.permutation
-    n_receivers = sum(len(rows) for rows in receivers.values())
-
-    def evaluate_type(cell_type: str, own: slice, on_permutations: Callable[[int], None]) -> TypeEvaluation:
-        rows, place = usable[cell_type], None
-        if isinstance(access, LocatedAccess) and test.spatial_null != "none":
-            samples = access.samples(rows)
-            place = Place.of(access.coordinates(rows), samples=samples, n_genes=len(access.card.genes))
-        if isinstance(access, FactorAccess) and outputs is not None:
-            large = len(rows) > _SIDE_BY_SIDE_CELLS
-            return evaluate_type_by_factors(
-                access,
-                cell_type,
-                rows,
-                keys[own],
-                outputs.whole[own],
-                test=test,
-                n_permutations=n_permutations,
-                modes=modes,
-                place=place,
-                without_nearest=None if outputs.without_nearest is None else outputs.without_nearest[own],
-                on_permutations=on_permutations,
-                # the rows of a large type fill the cache, so that two such tests would be in each other's way; the
-                # transforms of the cyclic one are done in a moment
-                in_turn=turn if large and test.sampling != "cyclic" else None,
-                n_threads=n_threads if large else None,
-            )
-        return evaluate_type_by_hooks(
-            access,
-            cell_type,
-            rows,
-            keys[own],
-            test=test,
-            n_permutations=n_permutations,
-            modes=modes,
-            place=place,
-            on_cells=meter.cells(cell_type, round(len(rows) * cells_work)),
-            on_permutations=on_permutations,
-        )
-
-    # a type with most of the cells would keep one thread busy while the others wait
-    small = max(_SIDE_BY_SIDE_CELLS, n_receivers // (2 * n_threads))
+    tasks = _tasks(access, usable, spec, outputs=outputs, keys=keys)
+    settings = TypeSettings(test=spec.permutation, n_permutations=n_permutations, modes=modes)
     counters: dict[str, PermutationMeter] = {}
-    alone: dict[str, Callable[[], TypeEvaluation]] = {}
-    together: dict[str, Callable[[Callable[[int], None]], TypeEvaluation]] = {}
-    for own, (cell_type, rows) in zip(_slices(usable), usable.items(), strict=True):
+    for cell_type, rows in usable.items():
         pieces = access.card.n_heads * n_permutations
-        count = meter.permutations(cell_type, work=len(rows) * test_work, pieces=pieces)
-        counters[cell_type] = count
-        if outputs is not None and len(rows) <= small and access.statistics_device == "cpu":
-            together[cell_type] = partial(evaluate_type, cell_type, own)
-        else:
-            alone[cell_type] = partial(evaluate_type, cell_type, own, count)
+        counters[cell_type] = meter.permutations(cell_type, work=len(rows) * test_work, pieces=pieces)
     found: dict[str, TypeEvaluation] = {}
-    for cell_type, evaluate_alone in alone.items():
-        found[cell_type] = evaluate_alone()
-        counters[cell_type].finish()
-    for cell_type, result in run_side_by_side(together, counters):
+    if launcher is None:
+        on_cells = {
+            cell_type: meter.cells(cell_type, round(len(rows) * cells_work)) for cell_type, rows in usable.items()
+        }
+        results = evaluate_here(access, tasks, settings, counters=counters, on_cells=on_cells)
+    else:
+        results = launcher.run(
+            access, tasks, settings, heartbeat=lambda: meter.add(0, f"{len(found)} of {len(usable)} types")
+        )
+    for cell_type, result in results:
         found[cell_type] = result
+        if launcher is not None and outputs is None:
+            meter.add(len(usable[cell_type]) * cells_work, cell_type)
         counters[cell_type].finish()
     for cell_type, rows in receivers.items():
         if cell_type not in usable:
             meter.add(len(rows) * (cells_work + test_work), cell_type)
     return found
+
+
+def _tasks(
+    access: ModelAccess,
+    usable: Mapping[str, Int64[np.ndarray, " cells"]],
+    spec: EvaluationSpec,
+    *,
+    outputs: HeadOutputs | None,
+    keys: Int64[np.ndarray, " cells"],
+) -> list[TypeTask]:
+    """Return what belongs to each type; arrays are views where they can be."""
+    located = access if isinstance(access, LocatedAccess) and spec.permutation.spatial_null != "none" else None
+    return [
+        TypeTask(
+            cell_type=cell_type,
+            rows=rows,
+            keys=keys[own],
+            outputs=None if outputs is None else outputs.whole[own],
+            without_nearest=None
+            if outputs is None or outputs.without_nearest is None
+            else outputs.without_nearest[own],
+            coordinates=None if located is None else located.coordinates(rows),
+            samples=None if located is None else located.samples(rows),
+        )
+        for own, (cell_type, rows) in zip(_slices(usable), usable.items(), strict=True)
+    ]
 
 
 def _undefined(

@@ -47,6 +47,8 @@ settings (show all with: amici-eval COMMAND --cfg job)
   ablation.memory_budget=4GB                                 for tables and chunks (a quarter of the free memory)
   permutation.n_permutations, .alpha, .seed, .convention     the test
   permutation.sampling=independent|cyclic                    how permutations are drawn
+  launch=local|ray                                           cell types in worker processes (needs the extra ray)
+  launch.n_workers, .address, .retries                       how many, on which cluster, again if one is lost
   report.figures, .formats, .n_top_genes, .cell_types        what is drawn
   gate=default|strict|better, gate.rules.NAME.margin, ...    what is asked of a version
   gate.promote=ALIAS, gate.bootstrap=pass|fail               what happens then; while there is no champion
@@ -214,9 +216,10 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
 
 
 def _evaluate(config: DictConfig) -> None:
-    from amici_eval.config import evaluation_spec, report_spec, resolved_yaml, tracking_spec
+    from amici_eval.config import evaluation_spec, launch_spec, report_spec, resolved_yaml, tracking_spec
 
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
+    launch = launch_spec(config)
     _set_up_process()
     from amici_eval.report.tables import summary_lines
     from amici_eval.tracking.jobs import evaluate_job
@@ -230,6 +233,7 @@ def _evaluate(config: DictConfig) -> None:
             tracking=tracking,
             config_yaml=resolved_yaml(config),
             progress=progress,
+            launch=launch,
         )
     _say(f"{config.model_uri}:", *summary_lines(result.evaluation), "")
     shown = mask_secrets(result.tracking_uri)

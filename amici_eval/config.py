@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from amici_eval.comparison_spec import ComparisonSpec
 from amici_eval.errors import InvalidSpecError, mask_secrets
 from amici_eval.gate_spec import GateSpec, gate_spec_from
+from amici_eval.launch_spec import LaunchSpec
 from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "comparison_spec",
     "evaluation_spec",
     "gate_spec",
+    "launch_spec",
     "register_schemas",
     "report_spec",
     "resolved_yaml",
@@ -120,6 +122,16 @@ class TrackingConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """Group ``launch``."""
+
+    kind: str = "local"
+    address: Optional[str] = None
+    n_workers: Optional[int] = None
+    retries: int = 2
+
+
+@dataclass
 class EvaluateConfig:
     """Command ``evaluate``."""
 
@@ -127,6 +139,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     ablation: AblationConfig = field(default_factory=AblationConfig)
     permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -306,6 +319,17 @@ def gate_spec(config: DictConfig) -> GateSpec:
         If a rule is not allowed.
     """
     return gate_spec_from(_plain(config)["gate"])
+
+
+def launch_spec(config: DictConfig) -> LaunchSpec:
+    """Return the settings of where types are evaluated.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is not allowed.
+    """
+    return LaunchSpec(**_plain(config)["launch"])
 
 
 def report_spec(config: DictConfig) -> ReportSpec:

@@ -10,6 +10,7 @@ __all__ = [
     "DeviceError",
     "InvalidSpecError",
     "LeaseHeldError",
+    "LaunchError",
     "ModelFormatError",
     "ModelNotFoundError",
     "OutputError",
@@ -91,6 +92,10 @@ class ModelNotFoundError(AmiciEvalError, LookupError):
 
 class DeviceError(AmiciEvalError, RuntimeError):
     """The compute device that was asked for is not there."""
+
+
+class LaunchError(AmiciEvalError, RuntimeError):
+    """Worker processes cannot be had, cannot be given the work, or were lost."""
 
 
 class TrackingError(AmiciEvalError, RuntimeError):

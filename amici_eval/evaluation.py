@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from amici_eval.model.access import ModelAccess
     from amici_eval.type_evaluation import TypeEvaluation
+    from amici_eval.type_tasks import Launcher
 
 __all__ = ["Progress", "evaluate", "evaluate_access"]
 
@@ -39,6 +40,7 @@ def evaluate(
     progress: Progress | None = None,
     model_info: Mapping[str, Any] | None = None,
     data_info: Mapping[str, Any] | None = None,
+    launcher: Launcher | None = None,
 ) -> HeadEvaluation:
     """Learn which attention heads explain which receiver cell types and genes, and how sure that is.
 
@@ -55,6 +57,9 @@ def evaluate(
         Told how far the work is.
     model_info, data_info
         Plain values that name model and data in the result.
+    launcher
+        Evaluates the cell types in other processes, see :func:`amici_eval.open_launcher`; the numbers are
+        the same. ``None``: all is done here.
 
     Returns
     -------
@@ -86,7 +91,9 @@ def evaluate(
     resolve_device(spec.ablation.device)
     tissue = prepare(adata, card_of(model, adata=adata), spec.data)
     with open_access(model, tissue, spec.ablation) as access:
-        return evaluate_access(access, spec, progress=progress, model_info=model_info, data_info=data_info)
+        return evaluate_access(
+            access, spec, progress=progress, model_info=model_info, data_info=data_info, launcher=launcher
+        )
 
 
 def evaluate_access(
@@ -96,6 +103,7 @@ def evaluate_access(
     progress: Progress | None = None,
     model_info: Mapping[str, Any] | None = None,
     data_info: Mapping[str, Any] | None = None,
+    launcher: Launcher | None = None,
 ) -> HeadEvaluation:
     """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`.
 
@@ -123,7 +131,9 @@ def evaluate_access(
     types, n_heads, genes = tuple(receivers), access.card.n_heads, access.card.genes
     test = spec.permutation
     n_permutations = test.n_permutations or default_n_permutations(n_heads, len(types), test.alpha)
-    found = evaluate_types(access, receivers, spec, n_permutations=n_permutations, modes=modes, progress=progress)
+    found = evaluate_types(
+        access, receivers, spec, n_permutations=n_permutations, modes=modes, progress=progress, launcher=launcher
+    )
     notes = (*notes, *found.notes)
     evaluated, free = found.evaluated, [None if item is None else item.free for item in found.evaluated]
     p = _stack([None if one is None else one.p for one in free], (n_heads,))

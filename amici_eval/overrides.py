@@ -23,7 +23,7 @@ __all__ = ["check_override", "hydra_override"]
 _TEXT_KEYS = re.compile(
     r"(model_uri|baseline|model_dir|name|alias|gate\.promote|output_dir|ablation\.(device|memory_budget)|report\.palette"
     r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
-    r"|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
+    r"|launch\.address|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
 )
 
 

@@ -8,6 +8,7 @@ from amici_eval.model.access import ModelAccess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
+    from typing import Any
 
     import numpy as np
     from jaxtyping import Float32, Float64, Int, Int64
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from amici_eval.stats.readout import Readout
     from amici_eval.tissue import ExpressionBlock
 
-__all__ = ["FactorAccess", "LocatedAccess", "ModelAccess", "TissueAccess"]
+__all__ = ["FactorAccess", "LocatedAccess", "ModelAccess", "SendableAccess", "TissueAccess"]
 
 
 @runtime_checkable
@@ -87,4 +88,13 @@ class FactorAccess(TissueAccess, Protocol):
 
     def readout(self, cell_type: str) -> Readout:
         """Return how attention outputs become predicted expression in receivers of a type."""
+        ...
+
+
+@runtime_checkable
+class SendableAccess(Protocol):
+    """A model on a tissue that can be sent to another process."""
+
+    def to_send(self) -> Any:
+        """Return what can be pickled, and unpickled is enough to evaluate a type; without names of training cells."""
         ...

@@ -51,6 +51,7 @@ LIGHT = sorted(
         "specs",
         "spec_checks",
         "permutation_spec",
+        "launch_spec",
         "model_card",
         "names",
         "moments",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from amici_eval.model.interventions import (
     faint_attention_is_zero,
     keep_heads,
 )
+from amici_eval.shared_matrices import sent
 from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
 
 if TYPE_CHECKING:
@@ -239,6 +241,13 @@ class HookedAccess:
             predicted = profile + self.module.linear_head(outputs[0])
             predictions[:, start : start + len(batch)] = predicted.transpose(0, 1).cpu().numpy()
         return predictions
+
+    def to_send(self) -> HookedAccess:
+        """Return the same without what only an AnnData has and without the names of training cells."""
+        other = copy(self)
+        other.card = replace(self.card, training_cells=None)
+        other.tissue = replace(self.tissue, matrix=sent(self.tissue.matrix), adata=None)
+        return other
 
     def _tensors(self, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
         """Return what AMICI's own loader would hand the module for these receivers."""

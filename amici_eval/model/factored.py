@@ -20,6 +20,8 @@ from amici_eval.model.masked_attention import (
     outputs_without_senders,
     sums_by_sender,
 )
+from amici_eval.model.sent_factors import SentFactors
+from amici_eval.shared_matrices import sent
 from amici_eval.side_by_side import run_on_single_threads
 from amici_eval.stats.spatial import morton_codes
 
@@ -300,6 +302,17 @@ class FactoredAccess:
         room = self._memory if torch.device(self._device).type == "cpu" else memory_budget(self._asked_memory, "cpu")
         step = max(1, room // max(1, 4 * n_receivers * self._weights.n_outputs))
         return [tuple(codes[start : start + step]) for start in range(0, len(codes), step)]
+
+    def to_send(self) -> SentFactors:
+        """Return what evaluating a type asks for, once attention is done: readouts and expression."""
+        return SentFactors(
+            card=replace(self.card, training_cells=None),
+            readouts={cell_type: self.readout(cell_type) for cell_type in self.card.cell_types},
+            matrix=sent(self._tissue.matrix),
+            gene_columns=self._tissue.gene_columns,
+            read_rows=self._read_rows,
+            statistics_device=self.statistics_device,
+        )
 
     def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
         """Return which cells of the tissue some receivers attend to."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.launch_spec import LaunchSpec
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from amici_eval.results import HeadEvaluation
     from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.dataset import AnnDataDataset
+    from amici_eval.type_tasks import Launcher
 
 __all__ = ["EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job"]
 
@@ -82,6 +84,7 @@ def evaluate_job(
     tracking: TrackingSpec,
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None = None,
+    launch: LaunchSpec | None = None,
 ) -> EvaluationRun:
     """Evaluate a registered or logged model and log everything to a run.
 
@@ -98,23 +101,27 @@ def evaluate_job(
         The resolved configuration, kept with the run.
     progress
         Told how far the work is.
+    launch
+        Where cell types are evaluated; ``None``: in this process.
 
     Raises
     ------
     AmiciEvalError
         If anything does not fit; before the run starts, unless the tracking store fails later.
     """
+    from amici_eval.launching import open_launcher
     from amici_eval.model.access import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.stored_model import open_stored_model
 
-    resolve_device(spec.ablation.device)
+    launch = launch or LaunchSpec()
+    launch.check_device(resolve_device(spec.ablation.device))
     output = Path(tracking.output_dir).absolute()
     made_output = not output.exists()
     check_writable(output)
     tracking_uri = connect(tracking.uri)
     model = resolve_model(model_uri)
-    with open_stored_model(model.uri) as stored:
+    with open_launcher(launch) as launcher, open_stored_model(model.uri) as stored:
         location = find_dataset(model, stored, data_uri)
         name = source = None
         if location == stored.bundled_adata:
@@ -133,6 +140,7 @@ def evaluate_job(
             made_output=made_output,
             config_yaml=config_yaml,
             progress=progress,
+            launcher=launcher,
         )
 
 
@@ -149,6 +157,7 @@ def _evaluate(
     made_output: bool,
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None,
+    launcher: Launcher | None,
 ) -> EvaluationRun:
     from amici_eval.evaluation import evaluate_access
     from amici_eval.model.access import open_access
@@ -179,7 +188,9 @@ def _evaluate(
         with tracked_run(tracking, name=title, tags=tags) as run:
             run_id, experiment_id = run.info.run_id, run.info.experiment_id
             folder = output / run_id
-            evaluation = evaluate_access(access, spec, progress=progress, model_info=info, data_info=data_info)
+            evaluation = evaluate_access(
+                access, spec, progress=progress, model_info=info, data_info=data_info, launcher=launcher
+            )
             record = RunRecord(
                 tracking_uri=tracking_uri,
                 run_id=run_id,

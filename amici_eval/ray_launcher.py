@@ -1,0 +1,287 @@
+"""Evaluate types in worker processes of Ray: one type at a time each, again elsewhere if a worker is lost."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import LaunchError, first_line
+from amici_eval.ray_worker import TypeWorker, parts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from amici_eval.launch_spec import LaunchSpec
+    from amici_eval.protocols import ModelAccess
+    from amici_eval.type_evaluation import TypeEvaluation
+    from amici_eval.type_tasks import TypeSettings, TypeTask
+
+__all__ = ["RayLauncher", "import_ray"]
+
+logger = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 500 * 2**20
+"""What a cluster of our own may take of shared memory; Ray puts larger arrays into a file, which is slower."""
+_LOOK_S = 0.5
+_ENVIRONMENT = {
+    # nothing phones home
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # workers compute on processors, so Ray may leave alone which accelerators they see
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+_ANSWER_S = 10.0
+
+
+def import_ray() -> Any:
+    """Return the module ``ray``.
+
+    Raises
+    ------
+    LaunchError
+        If it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise LaunchError(
+            value="launch=ray without the package ray",
+            rule="launch=ray needs the extra",
+            fix="pip install 'amici-eval[ray]', or leave out launch=ray",
+        ) from error
+    return ray
+
+
+class RayLauncher:
+    """A :class:`~amici_eval.type_tasks.Launcher` over Ray; use it as a context manager.
+
+    Parameters
+    ----------
+    spec
+        Cluster, number of workers, retries.
+
+    Raises
+    ------
+    LaunchError
+        On entering: if Ray is not installed, or there is no cluster at the address.
+
+    Notes
+    -----
+    A cluster of our own listens on loopback, has no dashboard, and is stopped on leaving. Of a cluster that was there,
+    only the workers started here are ended. In a process that is connected to Ray already, that connection is used and
+    stays.
+    """
+
+    def __init__(self, spec: LaunchSpec) -> None:
+        self._spec = spec
+        self._ray: Any = None
+        self._worker_class: Any = None
+        self._idle: list[Any] = []
+        self._workers: list[Any] = []
+        self._connected = False
+        self._folder: str | None = None
+        self._numbers = itertools.count()
+
+    def __enter__(self) -> RayLauncher:
+        with _environment():
+            ray = self._ray = import_ray()
+            if not ray.is_initialized():
+                self._connect()
+        # a worker that is lost is replaced here, where its type is known
+        self._worker_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(TypeWorker)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            for worker in self._workers:
+                self._ray.kill(worker, no_restart=True)
+        finally:
+            self._idle, self._workers = [], []
+            if self._connected:
+                self._connected = False
+                with _own_handlers():
+                    self._ray.shutdown()
+                if self._folder is not None:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+
+    def prepare(self, n_tasks: int) -> None:
+        """Start as many workers as are wanted and have something to do; they import what they need meanwhile.
+
+        Raises
+        ------
+        LaunchError
+            If the cluster has fewer processors.
+        """
+        n_processors = int(self._ray.cluster_resources().get("CPU", 0))
+        if self._spec.n_workers is not None and self._spec.n_workers > n_processors:
+            raise LaunchError(
+                value=f"launch.n_workers={self._spec.n_workers}",
+                rule=f"each worker takes a processor, and the cluster has {n_processors}",
+                fix=f"set launch.n_workers={max(1, n_processors)}, or give Ray more processors",
+            )
+        wanted = min(n_tasks, self._spec.n_workers or max(1, n_processors))
+        while len(self._workers) < wanted:
+            self._start_worker()
+
+    def run(
+        self, access: ModelAccess, tasks: Sequence[TypeTask], settings: TypeSettings, *, heartbeat: Callable[[], None]
+    ) -> Iterator[tuple[str, TypeEvaluation]]:
+        """Yield the evaluation of each type as it comes, the largest types first.
+
+        Parameters
+        ----------
+        access
+            The model on the tissue: sent to each worker once, with large arrays shared.
+        tasks, settings
+            What to evaluate.
+        heartbeat
+            Called while workers work; what it raises ends the evaluation.
+
+        Raises
+        ------
+        DeviceError
+            If the evaluation does not compute on processors.
+        LaunchError
+            If model or data cannot be sent, or a type lost its worker more often than ``retries`` allow.
+        Exception
+            What an evaluation raises in a worker, as it is; it is not tried again.
+        """
+        self._spec.check_device(access.statistics_device)
+        ray = self._ray
+        self.prepare(len(tasks))
+        # not resolved by Ray for each task: a worker fetches what it does not have yet
+        key, shared = next(self._numbers), [ray.put(part) for part in parts_of(access, dumps=ray.cloudpickle.dumps)]
+        waiting = sorted(tasks, key=lambda task: len(task.rows))
+        running: dict[Any, tuple[Any, TypeTask]] = {}
+        losses: Counter[str] = Counter()
+        try:
+            while waiting or running:
+                while waiting and self._idle:
+                    worker, task = self._idle.pop(), waiting.pop()
+                    # one object each: what is unpickled from it belongs to the worker, and can be written to
+                    sent = pickle.dumps((task, settings), protocol=5)
+                    running[worker.evaluate.remote(key, shared, sent)] = worker, task
+                try:
+                    finished, _ = ray.wait(list(running), timeout=_LOOK_S)
+                finally:
+                    # also if interrupted: Ray makes Ctrl-C of any signal, and who is told here knows which one came
+                    heartbeat()
+                for reference in finished:
+                    worker, task = running.pop(reference)
+                    try:
+                        result = ray.get(reference)
+                    except ray.exceptions.RayTaskError as error:
+                        raise error.cause from error
+                    except ray.exceptions.RayError as error:
+                        losses[task.cell_type] += 1
+                        self._replace(worker, task.cell_type, error, n_losses=losses[task.cell_type])
+                        waiting.append(task)
+                        continue
+                    self._idle.append(worker)
+                    yield task.cell_type, result
+        finally:
+            # what they still do is of use to nobody
+            for worker, _ in running.values():
+                self._end(worker)
+
+    def _connect(self) -> None:
+        try:
+            with _own_handlers():
+                if self._spec.address is None:
+                    self._start_cluster()
+                else:
+                    _check_answers(self._spec.address)
+                    self._ray.init(address=self._spec.address, **_QUIET)
+        except (OSError, RuntimeError, ValueError) as error:
+            self._ray.shutdown()
+            if self._spec.address is not None:
+                raise LaunchError(
+                    value=f"launch.address={self._spec.address}: {first_line(error)}",
+                    rule="there must be a Ray cluster at the address, of the same versions of Ray and Python",
+                    fix="look with `ray status --address HOST:PORT`, or leave it out to start one on this machine",
+                ) from error
+            raise LaunchError(
+                value=f"launch=ray: {first_line(error)}",
+                rule="a cluster of our own must start on this machine",
+                fix=f"see the logs in {self._folder}, or leave out launch=ray",
+            ) from error
+        self._connected = True
+
+    def _start_cluster(self) -> None:
+        # not /tmp/ray, which belongs to whoever was there first; paths of sockets must be short
+        self._folder = tempfile.mkdtemp(prefix="amici-ray-")
+        self._ray.init(
+            # not the one that RAY_ADDRESS names
+            address="local",
+            num_cpus=self._spec.n_workers,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=self._folder,
+            **_QUIET,
+        )
+
+    def _start_worker(self) -> None:
+        worker = self._worker_class.remote()
+        self._workers.append(worker)
+        self._idle.append(worker)
+
+    def _end(self, worker: Any) -> None:
+        self._workers.remove(worker)
+        self._ray.kill(worker, no_restart=True)
+
+    def _replace(self, worker: Any, cell_type: str, error: Exception, *, n_losses: int) -> None:
+        # if only its answer was lost, it is still there
+        self._end(worker)
+        if n_losses > self._spec.retries:
+            raise LaunchError(
+                value=f"{cell_type}: its worker was lost {n_losses} times, at last by {first_line(error)}",
+                rule=f"a type is tried again {self._spec.retries} times (launch.retries)",
+                fix="if workers ran out of memory, set a smaller launch.n_workers; else raise launch.retries",
+            ) from error
+        logger.warning("%s: its worker was lost (%s); trying again with another", cell_type, first_line(error))
+        self._start_worker()
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError if nothing listens at an address: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Set what Ray reads while it is imported and started; processes that it starts inherit it."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Keep our handler of SIGTERM, which Ray replaces by one that exits at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
