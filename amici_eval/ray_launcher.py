@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
+import math
 import pickle
 import shutil
-import signal
-import socket
 import tempfile
-import threading
+import time
 from collections import Counter
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import LaunchError, first_line
+from amici_eval.ray_process import check_answers, environment, import_ray, own_handlers
 from amici_eval.ray_worker import TypeWorker, parts_of
 
 if TYPE_CHECKING:
@@ -26,40 +24,16 @@ if TYPE_CHECKING:
     from amici_eval.type_evaluation import TypeEvaluation
     from amici_eval.type_tasks import TypeSettings, TypeTask
 
-__all__ = ["RayLauncher", "import_ray"]
+__all__ = ["RayLauncher"]
 
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 500 * 2**20
 """What a cluster of our own may take of shared memory; Ray puts larger arrays into a file, which is slower."""
 _LOOK_S = 0.5
-_ENVIRONMENT = {
-    # nothing phones home
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # workers compute on processors, so Ray may leave alone which accelerators they see
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-_ANSWER_S = 10.0
-
-
-def import_ray() -> Any:
-    """Return the module ``ray``.
-
-    Raises
-    ------
-    LaunchError
-        If it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise LaunchError(
-            value="launch=ray without the package ray",
-            rule="launch=ray needs the extra",
-            fix="pip install 'amici-eval[ray]', or leave out launch=ray",
-        ) from error
-    return ray
+_PATIENCE_S = 30.0
+"""So long workers may take to come up before it is said that they wait."""
 
 
 class RayLauncher:
@@ -88,12 +62,13 @@ class RayLauncher:
         self._worker_class: Any = None
         self._idle: list[Any] = []
         self._workers: list[Any] = []
+        self._starting: dict[Any, Any] = {}
         self._connected = False
         self._folder: str | None = None
         self._numbers = itertools.count()
 
     def __enter__(self) -> RayLauncher:
-        with _environment():
+        with environment():
             ray = self._ray = import_ray()
             if not ray.is_initialized():
                 self._connect()
@@ -106,10 +81,10 @@ class RayLauncher:
             for worker in self._workers:
                 self._ray.kill(worker, no_restart=True)
         finally:
-            self._idle, self._workers = [], []
+            self._idle, self._workers, self._starting = [], [], {}
             if self._connected:
                 self._connected = False
-                with _own_handlers():
+                with own_handlers():
                     self._ray.shutdown()
                 if self._folder is not None:
                     shutil.rmtree(self._folder, ignore_errors=True)
@@ -164,6 +139,7 @@ class RayLauncher:
         waiting = sorted(tasks, key=lambda task: len(task.rows))
         running: dict[Any, tuple[Any, TypeTask]] = {}
         losses: Counter[str] = Counter()
+        say_at = time.monotonic() + _PATIENCE_S
         try:
             while waiting or running:
                 while waiting and self._idle:
@@ -176,6 +152,9 @@ class RayLauncher:
                 finally:
                     # also if interrupted: Ray makes Ctrl-C of any signal, and who is told here knows which one came
                     heartbeat()
+                if time.monotonic() > say_at:
+                    say_at = math.inf
+                    self._say_who_waits()
                 for reference in finished:
                     worker, task = running.pop(reference)
                     try:
@@ -196,11 +175,11 @@ class RayLauncher:
 
     def _connect(self) -> None:
         try:
-            with _own_handlers():
+            with own_handlers():
                 if self._spec.address is None:
                     self._start_cluster()
                 else:
-                    _check_answers(self._spec.address)
+                    check_answers(self._spec.address)
                     self._ray.init(address=self._spec.address, **_QUIET)
         except (OSError, RuntimeError, ValueError) as error:
             self._ray.shutdown()
@@ -235,9 +214,24 @@ class RayLauncher:
         worker = self._worker_class.remote()
         self._workers.append(worker)
         self._idle.append(worker)
+        self._starting[worker] = worker.is_up.remote()
+
+    def _say_who_waits(self) -> None:
+        """Log how many workers have not come up: in a busy cluster they may never, and Ray says nothing here."""
+        up, _ = self._ray.wait(list(self._starting.values()), num_returns=len(self._starting), timeout=0)
+        n_waiting = len(self._starting) - len(up)
+        if n_waiting:
+            n_processors = int(self._ray.cluster_resources().get("CPU", 0))
+            logger.warning(
+                "%d of %d workers wait for a free processor: the cluster has %d",
+                n_waiting,
+                len(self._starting),
+                n_processors,
+            )
 
     def _end(self, worker: Any) -> None:
         self._workers.remove(worker)
+        self._starting.pop(worker, None)
         self._ray.kill(worker, no_restart=True)
 
     def _replace(self, worker: Any, cell_type: str, error: Exception, *, n_losses: int) -> None:
@@ -251,37 +245,3 @@ class RayLauncher:
             ) from error
         logger.warning("%s: its worker was lost (%s); trying again with another", cell_type, first_line(error))
         self._start_worker()
-
-
-def _check_answers(address: str) -> None:
-    """Raise OSError if nothing listens at an address: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """Set what Ray reads while it is imported and started; processes that it starts inherit it."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Keep our handler of SIGTERM, which Ray replaces by one that exits at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -34,6 +34,10 @@ class TypeWorker:
         self._key: int | None = None
         self._access: Any = None
 
+    def is_up(self) -> bool:
+        """Answer, once what is needed is imported."""
+        return True
+
     def evaluate(self, key: int, shared: list[Any], task_and_settings: bytes) -> TypeEvaluation:
         """Return the evaluation of a type.
 

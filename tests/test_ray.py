@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -349,9 +350,28 @@ except LaunchError as error:
 
 
 @pytest.mark.ray
+@needs_ray
+def test_waiting_for_a_processor_is_said(workers, monkeypatch, caplog):
+    from amici_eval import ray_launcher
+
+    class TiredError(Exception):
+        pass
+
+    def stop_once_it_is_said(*_: object) -> None:
+        if any("wait for a free processor" in line for line in caplog.messages):
+            raise TiredError
+
+    workers.prepare(2)
+    monkeypatch.setattr(ray_launcher, "_PATIENCE_S", 1.0)
+    with ray_launcher.RayLauncher(LaunchSpec(kind="ray")) as others, pytest.raises(TiredError):
+        evaluate_access(make_access(), QUICK, launcher=others, progress=stop_once_it_is_said)
+    assert "2 of 2 workers wait for a free processor: the cluster has 2" in caplog.messages
+
+
+@pytest.mark.ray
 @pytest.mark.amici
 @needs_ray
-def test_the_command_evaluates_over_workers(workers, registry, capsys):
+def test_the_command_evaluates_over_workers(registry, tmp_path):
     import mlflow
 
     from amici_eval.tracking.reuse import FINGERPRINT_TAG
@@ -359,11 +379,20 @@ def test_the_command_evaluates_over_workers(workers, registry, capsys):
 
     quick = ("model_uri=models:/tiny/1", "permutation.n_permutations=19", "report.figures=false", "ablation.device=cpu")
     runs = []
-    for launch in ("launch=local", "launch=ray"):
-        assert call("evaluate", *quick, launch, "tracking.keep_local=true", f"tracking.output_dir={launch[7:]}") == 0
-        capsys.readouterr()
-        (folder,) = Path(launch[7:]).iterdir()
-        runs.append((load_evaluation(folder.name), mlflow.get_run(folder.name)))
+    for launch in (["launch=local"], ["launch=ray", "launch.n_workers=2"]):
+        name = f"tracking.run_name={launch[0][7:]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "amici_eval", "evaluate", *quick, *launch, name],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (run_id,) = re.findall(r"^run (\w+) in ", done.stdout, flags=re.MULTILINE)
+        runs.append((load_evaluation(run_id), mlflow.get_run(run_id)))
     (here, logged), (there, logged_there) = runs
     assert differences(here, there) == []
     assert logged.data.metrics == logged_there.data.metrics
