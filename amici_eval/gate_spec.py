@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import InvalidSpecError
+from amici_eval.spec_checks import check_alias
 
 if TYPE_CHECKING:
     from amici_eval.comparison_spec import ComparisonSpec
@@ -176,6 +177,8 @@ class GateSpec:
             raise InvalidSpecError(
                 value=f"gate.bootstrap={self.bootstrap!r}", rule="it must be pass or fail", fix="choose one of these"
             )
+        if self.promote is not None:
+            check_alias("gate.promote", self.promote)
         if not self.rules:
             raise InvalidSpecError(
                 value="gate.rules is empty",

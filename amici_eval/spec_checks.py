@@ -7,7 +7,9 @@ import re
 
 from amici_eval.errors import InvalidSpecError
 
-__all__ = ["bytes_of", "require_int", "require_one_of"]
+__all__ = ["bytes_of", "check_alias", "require_int", "require_one_of"]
+
+_ALIAS = re.compile(r"[\w-]+")
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {
@@ -51,3 +53,19 @@ def bytes_of(name: str, text: str | int) -> int:
             fix="write it as 500MB, 4GB or a number of bytes, or leave it out",
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def check_alias(setting: str, alias: str) -> None:
+    """Refuse what MLflow takes for no alias of a model version.
+
+    Raises
+    ------
+    InvalidSpecError
+        With the name of the setting.
+    """
+    if not _ALIAS.fullmatch(alias) or alias == "latest" or re.fullmatch(r"v\d+", alias):
+        raise InvalidSpecError(
+            value=f"{setting}={alias!r}",
+            rule="an alias has letters, digits, '_' and '-'; 'latest' and 'v<number>' are MLflow's own",
+            fix="choose another",
+        )

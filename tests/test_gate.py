@@ -427,6 +427,9 @@ def test_a_gate_without_rules_is_refused_and_a_rule_can_be_left_out():
         gate_spec_from({"rules": {"it": None}})
     with pytest.raises(InvalidSpecError, match=r"gate.bootstrap='maybe': it must be pass or fail"):
         gate_spec_from({"rules": {"it": {"kind": "superiority"}}, "bootstrap": "maybe"})
+    for alias in ("v1", "latest", "a b", ""):
+        with pytest.raises(InvalidSpecError, match=r"^gate.promote=.*an alias has letters"):
+            gate_spec_from({"rules": {"it": {"kind": "superiority"}}, "promote": alias})
     made = gate_spec_from(
         {
             "rules": {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.launch_spec import LaunchSpec
+from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job"]
 
 logger = logging.getLogger(__name__)
-
-_ALIAS = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,12 +261,8 @@ def register_job(
         raise InvalidSpecError(
             value=f"name={name!r}", rule="a registered model's name has no '/', ':' or '@'", fix="rename it"
         )
-    if alias is not None and (not _ALIAS.fullmatch(alias) or alias == "latest" or re.fullmatch(r"v\d+", alias)):
-        raise InvalidSpecError(
-            value=f"register.alias={alias!r}",
-            rule="an alias has letters, digits, '_' and '-'; 'latest' and 'v<number>' are MLflow's own",
-            fix="choose another",
-        )
+    if alias is not None:
+        check_alias("register.alias", alias)
     connect(tracking.uri)
     if adata is not None and adata != "bundle":
         if not AnnDataSource._can_resolve(adata):
