@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from amici_eval import __version__
 from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
 from amici_eval.project_arguments import project_overrides, written_out
-from amici_eval.terminal import Reporter, TerminatedError, catch_signals, forget_signals
+from amici_eval.terminal import Reporter, TerminatedError, append_for_ci, catch_signals, forget_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -300,6 +300,10 @@ def _register(config: DictConfig) -> None:
         f"evaluate it with: amici-eval evaluate model_uri={version.uri}"
         + (f" tracking.uri={mask_secrets(tracking.uri)}" if tracking.uri else ""),
     )
+    outputs = {"version": version.version, "model_uri": version.uri, "run_id": version.run_id}
+    # a line break in a name would be read as further outputs
+    lines = [f"{name}={value}\n" for name, value in outputs.items() if value.isprintable()]
+    append_for_ci("GITHUB_OUTPUT", "".join(lines))
 
 
 def _demo(config: DictConfig) -> None:

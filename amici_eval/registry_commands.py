@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.config import comparison_spec, evaluation_spec, gate_spec, report_spec, resolved_yaml, tracking_spec
 from amici_eval.errors import mask_secrets
-from amici_eval.terminal import Reporter, pause
+from amici_eval.terminal import Reporter, append_for_ci, pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,8 +14,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 __all__ = ["run_gate", "run_rollback", "run_watch"]
-
-logger = logging.getLogger(__name__)
 
 _BAD, _REFUSED, _UNDECIDED = 2, 3, 4
 _AGAIN = 3
@@ -60,13 +55,7 @@ def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> 
     if run.promotion is not None:
         text += f"\n{run.promotion.reason}\n"
     say(text)
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if summary:
-        try:
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            logger.warning("the verdict could not be appended to GITHUB_STEP_SUMMARY: %s", error)
+    append_for_ci("GITHUB_STEP_SUMMARY", f"{text}\n")
     say(f"run {run.run_id} in {mask_secrets(run.tracking_uri)}")
     if run.folder is not None:
         say(f"local copy in {run.folder}")

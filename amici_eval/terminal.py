@@ -1,16 +1,21 @@
-"""What a user at a terminal sees of long work, and how it is interrupted."""
+"""What a user at a terminal, or a CI server, sees of a command, and how it is interrupted."""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Reporter", "TerminatedError", "catch_signals", "forget_signals", "pause"]
+__all__ = ["Reporter", "TerminatedError", "append_for_ci", "catch_signals", "forget_signals", "pause"]
+
+logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0
 
@@ -50,6 +55,30 @@ def pause(seconds: float) -> None:
         if _interrupts:
             raise _interrupts[-1]
         time.sleep(min(left, 1.0))
+
+
+def append_for_ci(variable: str, text: str) -> None:
+    """Append text to the file that an environment variable names, as GitHub's runners want it.
+
+    Parameters
+    ----------
+    variable
+        ``GITHUB_OUTPUT`` or ``GITHUB_STEP_SUMMARY``. Where it is not set, or empty, nothing is written.
+    text
+        What to append.
+
+    Notes
+    -----
+    What was done is in the store by then: a file that cannot be written is a warning.
+    """
+    path = os.environ.get(variable)
+    if not path:
+        return
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        logger.warning("nothing could be appended to the file of %s: %s", variable, error)
 
 
 class Reporter:

@@ -219,7 +219,10 @@ def test_a_buffer_around_training_cells_exits_2_with_its_message(registry, capsy
 
 
 @pytest.mark.amici
-def test_register_and_sweep(registry, amici_dir, capsys):
+def test_register_and_sweep(registry, amici_dir, capsys, tmp_path, monkeypatch):
+    outputs = tmp_path / "outputs"
+    outputs.write_text("earlier=1\n")
+    monkeypatch.setenv("GITHUB_OUTPUT", str(outputs))
     register = [
         "register",
         f"model_dir={amici_dir}",
@@ -229,6 +232,8 @@ def test_register_and_sweep(registry, amici_dir, capsys):
     ]
     assert call(*register) == 0
     assert "registered models:/swept/1" in capsys.readouterr().out
+    run_id = mlflow.MlflowClient().get_model_version("swept", "1").run_id
+    assert outputs.read_text() == f"earlier=1\nversion=1\nmodel_uri=models:/swept/1\nrun_id={run_id}\n"
     options = ["permutation.n_permutations=19", "report.figures=false", "tracking.experiment=sweep"]
     assert call("evaluate", "-m", "model_uri=models:/swept/1,models:/swept@champion", *options) == 0
     experiment = mlflow.get_experiment_by_name("sweep").experiment_id
