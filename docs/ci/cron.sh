@@ -2,7 +2,10 @@
 # One round of `amici-eval watch`: judges every version of a model that has no verdict yet, promotes what passes.
 #
 # crontab -e:
-#   */10 * * * * MODEL_NAME=breast MLFLOW_TRACKING_URI=https://mlflow.example.org DATA=/data/tissue.h5ad /opt/amici/cron.sh
+#   MODEL_NAME=breast
+#   MLFLOW_TRACKING_URI=https://mlflow.example.org
+#   DATA=/data/tissue.h5ad
+#   */10 * * * * /opt/amici/cron.sh
 #
 # DATA (an absolute path or a URI) may be left out: then the tissue is the one that the champion was registered with.
 # Silent if all is well, so that cron sends no mail; else the end of the log goes to stderr. Exit codes: those of watch.
@@ -36,7 +39,7 @@ timeout --kill-after=60 "$LIMIT" amici-eval watch --once model="$MODEL_NAME" ${D
 
 case $code in
   0) ;;
-  2) echo "amici-eval watch of $MODEL_NAME: something could not be judged, or wrong settings (exit code 2); $log:" >&2 ;;
+  2) echo "amici-eval watch of $MODEL_NAME: a version could not be judged, or bad settings; $log:" >&2 ;;
   124 | 137) echo "amici-eval watch of $MODEL_NAME: not done after $LIMIT; $log:" >&2 ;;
   *) echo "amici-eval watch of $MODEL_NAME: exit code $code; $log:" >&2 ;;
 esac

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from amici_eval import from_anndata
-from amici_eval.model.training import train_amici
 
 LABELS_KEY = "cell_type"  # column of obs
 COORD_OBSM_KEY = "spatial"  # key of obsm, micrometres
@@ -54,6 +53,9 @@ def main() -> None:
         if not held_out.any() or held_out.all():
             parser.error(f"--held-out: {int(held_out.sum())} of {adata.n_obs} cells have {column}={value}")
         rows = np.flatnonzero(~held_out)
+    # takes many seconds to import
+    from amici_eval.model.training import train_amici
+
     # all cells stay neighbours; without --held-out a random tenth is held out
     model = train_amici(
         adata,
