@@ -135,8 +135,10 @@ def judged(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.amici
-def test_the_workflow_promotes_and_refuses_and_cron_goes_on_after_a_rollback(tissue, bin_folder, tmp_path):
+def test_the_workflow_promotes_and_refuses_and_cron_goes_on_after_a_rollback(tissue, bin_folder, tmp_path, monkeypatch):
     """30 epochs learn one of three receivers, 55 all, 2 none; each difference is five standard errors or more."""
+    # a new store has its artifacts in the folder of who asks first
+    monkeypatch.chdir(tmp_path)
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     workflow = template("github-actions.yml")
     # what a user sets in the file
