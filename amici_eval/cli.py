@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from amici_eval import __version__
 from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
@@ -65,7 +66,8 @@ hydra flags
 
 COMMANDS = ("evaluate", "compare", "gate", "watch", "rollback", "register", "demo")
 FLAGS = {"gate": "--dry-run", "watch": "--once", "rollback": "--dry-run"}
-EXIT_BAD_INPUT = 2
+EXIT_CRASH, EXIT_BAD_INPUT = 1, 2
+_EXIT_CODE = "exit-code-"
 SCRATCH_VARIABLE = "AMICI_EVAL_SWEEP_DIR"
 
 
@@ -176,20 +178,19 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         if not plain and not own_configs and not overrides[-1].startswith("++"):
             check_override(command, overrides[-1], configs=config_directory(), sweep=sweep)
     register_schemas()
-    codes, jobs = [0], []
 
     def task(config: DictConfig) -> None:
-        jobs.append(command)
+        # jobs of a sweep may run in processes of their own: each leaves its exit code in a file
+        code = Path(os.environ[SCRATCH_VARIABLE]) / f"{_EXIT_CODE}{uuid4().hex}"
+        code.write_text(str(EXIT_CRASH))
         try:
-            codes[0] = _TASKS[command](config, **own_flags) or codes[0]
+            code.write_text(str(_TASKS[command](config, **own_flags) or 0))
         except AmiciEvalError as error:
+            _complain(error)
+            code.write_text(str(EXIT_BAD_INPUT))
             if sweep:
                 # Hydra notes which job failed and goes on with the others
-                codes[0] = EXIT_BAD_INPUT
-                _complain(error)
                 raise
-            _complain(error)
-            codes[0] = EXIT_BAD_INPUT
 
     # Hydra writes multirun.yaml with the whole configuration into the folder of a sweep
     scratch = tempfile.TemporaryDirectory(prefix="amici-eval-sweep-")
@@ -205,14 +206,21 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
 
             close_parent("KILLED" if isinstance(end, KeyboardInterrupt) else "FAILED")
         # Hydra exits with 1 for settings that it refuses itself, before any job, and after jobs that failed
-        if isinstance(end, SystemExit) and end.code == 1 and (not jobs or codes[0] == EXIT_BAD_INPUT):
-            return EXIT_BAD_INPUT
+        if isinstance(end, SystemExit) and end.code == 1:
+            return _worst(scratch.name, none=EXIT_BAD_INPUT)
         raise
+    else:
+        return _worst(scratch.name, none=0)
     finally:
         sys.argv = before
         os.environ.pop(SCRATCH_VARIABLE, None)
         scratch.cleanup()
-    return codes[0]
+
+
+def _worst(folder: str, *, none: int) -> int:
+    """Return the exit code of the jobs that ran: a crash counts most, then bad input, refused, undecided."""
+    codes = [int(path.read_text()) for path in Path(folder).glob(f"{_EXIT_CODE}*")]
+    return min(codes, key=lambda code: (code == 0, code), default=none)
 
 
 def _evaluate(config: DictConfig) -> None:

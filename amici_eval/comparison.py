@@ -265,6 +265,13 @@ def _check_same_cells(before: HeadEvaluation, after: HeadEvaluation, *labels: st
                 rule="differences are told tile by tile; tiles follow from the cells and the number of cell types",
                 fix="evaluate both on the same cells, of types that both models know",
             )
+        for cell_type in set(before.cell_types) & set(after.cell_types):
+            if not np.array_equal(_cells_by_tile(one, cell_type), _cells_by_tile(other, cell_type)):
+                raise DataError(
+                    value=f"cells of {cell_type} in {labels[0]} and in {labels[1]} lie in other tiles of tissue",
+                    rule="versions are compared on the same cells, of the same types",
+                    fix="evaluate both with the same data.labels_key",
+                )
     there = dict(zip(after.cell_types, after.n_cells.tolist(), strict=True))
     for cell_type, n_cells in zip(before.cell_types, before.n_cells.tolist(), strict=True):
         if there.get(cell_type, n_cells) != n_cells:
@@ -273,6 +280,11 @@ def _check_same_cells(before: HeadEvaluation, after: HeadEvaluation, *labels: st
                 rule="versions are compared on the same cells",
                 fix="evaluate both with the same data.subset",
             )
+
+
+def _cells_by_tile(moments: Moments, cell_type: str) -> Float64[np.ndarray, " tiles"]:
+    own = moments.row_type == moments.cell_types.index(cell_type)
+    return np.bincount(moments.row_tile[own], weights=moments.n_cells[own], minlength=len(moments.tile_center))
 
 
 def _what_differs(before: HeadEvaluation, after: HeadEvaluation, *labels: str) -> list[str]:

@@ -184,6 +184,7 @@ class GateGroupConfig:
 
     bootstrap: str = "pass"
     allow_in_sample: bool = False
+    allow_missing_genes: bool = False
     promote: Optional[str] = None
     # by name: a mapping of what a rule holds, which gate_spec checks, or nothing
     rules: Dict[str, Any] = field(default_factory=dict)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval.gate_wording import Element, listed, number_of, reason_of, threshold_of
 from amici_eval.verdict import RuleResult, Verdict, overall_outcome
 
 if TYPE_CHECKING:
@@ -23,29 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["Element", "decide", "judge"]
 
 _MOST_DETAILS = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class Element:
-    """Something that is held against bounds.
-
-    Parameters
-    ----------
-    name
-        In words.
-    value
-        NaN or ``None``: undefined.
-    low, high
-        Its confidence interval; ``None`` for what has none by nature, such as a count; NaN for one that is missing.
-    reason
-        Why it is undefined, if known.
-    """
-
-    name: str
-    value: Any
-    low: Any = None
-    high: Any = None
-    reason: str = ""
+_NO_INTERVAL = "it has no interval (permutation.n_bootstrap=0, no coordinates, or too few tiles)"
+_ENDS = {
+    "expl_var_head": ("ci_low", "ci_high"),
+    "expl_var_lost": ("ci_low", "ci_high"),
+    "expl_var_in_sample": ("ci_low_in_sample", "ci_high_in_sample"),
+    "expl_var_held_out": ("ci_low_held_out", "ci_high_held_out"),
+}
+"""Columns of the tables that hold the interval of another."""
 
 
 def decide(
@@ -60,7 +46,7 @@ def decide(
     at_least, at_most
         Bounds; ``None``: none.
     strict
-        Whether a value at a bound is outside.
+        Whether ``at_least`` itself is outside.
 
     Notes
     -----
@@ -68,24 +54,24 @@ def decide(
     undecided else. Something undefined, or an interval of which an end is missing, infinite or on the wrong side of the
     value, never passes nor fails: nothing is known.
     """
-    value = _number(element.value)
+    value = number_of(element.value)
     if not math.isfinite(value):
         return "undecided"
     if element.low is None and element.high is None:
         low = high = value
     else:
-        low, high = _number(element.low), _number(element.high)
+        low, high = number_of(element.low), number_of(element.high)
         if not (math.isfinite(low) and math.isfinite(high) and low <= value <= high):
             return "undecided"
     bounds = [bound for bound in (at_least, at_most) if bound is not None]
     if not bounds or not all(math.isfinite(bound) for bound in bounds):
         return "undecided"
     above = at_least is None or (low > at_least if strict else low >= at_least)
-    below = at_most is None or (high < at_most if strict else high <= at_most)
+    below = at_most is None or high <= at_most
     if above and below:
         return "pass"
     too_low = at_least is not None and (high <= at_least if strict else high < at_least)
-    too_high = at_most is not None and (low >= at_most if strict else low > at_most)
+    too_high = at_most is not None and low > at_most
     return "fail" if too_low or too_high else "undecided"
 
 
@@ -97,6 +83,8 @@ def judge(
     no_comparison: str | None = None,
     metrics: Mapping[str, float],
     tables: Callable[[str], pd.DataFrame],
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    missing_genes: Sequence[str] = (),
     model: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Any] | None = None,
     cells: str = "all evaluated cells",
@@ -119,6 +107,11 @@ def judge(
         comparison: there is no baseline yet, and ``spec.bootstrap`` decides.
     metrics, tables
         What the run of the evaluation holds: metrics by name, and a table by its name without ending.
+    intervals
+        Confidence intervals of metrics that have one.
+    missing_genes
+        Genes of the baseline that the version lacks: a comparison says nothing about them, so that rules on explained
+        variance against the baseline do not pass unless ``spec.allow_missing_genes`` is set.
     model, baseline, cells, in_sample, key, notes
         To be kept with the verdict. Unless ``spec.allow_in_sample`` is set, nothing is decided on cells that are not
         known to be held out.
@@ -134,9 +127,10 @@ def judge(
     results = []
     for rule in spec.rules:
         if not rule.against_baseline:
-            results.append(_absolute(rule, evaluation, metrics, tables))
+            results.append(_absolute(rule, evaluation, metrics, intervals or {}, tables))
         elif comparison is not None:
-            results.append(_relative(rule, comparison, evaluation))
+            found = _relative(rule, comparison, evaluation)
+            results.append(found if spec.allow_missing_genes else _without(found, missing_genes))
         elif no_comparison is not None:
             results.append(_settled(rule, "undecided", no_comparison))
         else:
@@ -174,12 +168,13 @@ def _absolute(
     rule: Rule,
     evaluation: HeadEvaluation,
     metrics: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
     tables: Callable[[str], pd.DataFrame],
 ) -> RuleResult:
     if rule.kind in ("required_types", "required_genes"):
         return _required(rule, evaluation)
     if rule.kind == "metric":
-        elements = [_metric(str(rule.metric), metrics)]
+        elements = [_metric(str(rule.metric), metrics, intervals)]
     elif rule.kind == "cell":
         elements = _cells(rule, tables)
     elif rule.kind == "significant_heads":
@@ -189,17 +184,13 @@ def _absolute(
     return _judged(rule, elements, at_least=rule.at_least, at_most=rule.at_most)
 
 
-def _metric(name: str, metrics: Mapping[str, float]) -> Element:
+def _metric(name: str, metrics: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> Element:
     if name not in metrics:
         near = get_close_matches(name, list(metrics), n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         return Element(name=name, value=None, reason=f"the evaluation has no metric {name}{hint}")
-    kind, _, rest = name.partition("/")
-    if kind == "ev" and "/head_" in rest:
-        # explained variance of a head has its interval in metrics of its own
-        ends = [metrics.get(f"ev_ci_{end}/{rest}", math.nan) for end in ("low", "high")]
-        return Element(name=name, value=metrics[name], low=ends[0], high=ends[1], reason="it has no interval")
-    return Element(name=name, value=metrics[name])
+    low, high = intervals.get(name, (None, None))
+    return Element(name=name, value=metrics[name], low=low, high=high, reason=_NO_INTERVAL)
 
 
 def _cells(rule: Rule, tables: Callable[[str], pd.DataFrame]) -> list[Element]:
@@ -218,32 +209,40 @@ def _cells(rule: Rule, tables: Callable[[str], pd.DataFrame]) -> list[Element]:
     asked = " and ".join(f"{column} = {value}" for column, value in rule.where.items()) or "at all"
     if not len(chosen):
         return [Element(name=str(rule.column), value=None, reason=f"table {rule.table} has no row with {asked}")]
-    with_interval = rule.column in ("expl_var_head", "expl_var", "expl_var_lost") and "ci_low" in frame.columns
+    ends_of = [one for one in _ENDS.get(str(rule.column), ()) if one in frame.columns]
     names = [column for column in ("head", "ct_name", "sender", "gene", "baseline", "mode") if column in frame.columns]
     elements = []
     for entry in chosen.to_dict("records"):
         why = str(entry.get("undefined_reason") or "") or "the cell of the table is empty or no number"
-        ends = {"low": entry["ci_low"], "high": entry["ci_high"]} if with_interval else {}
+        ends = dict(zip(("low", "high"), (entry[one] for one in ends_of), strict=False))
         label = " ".join(str(entry[column]) for column in names) or str(rule.column)
-        elements.append(Element(name=label, value=entry[str(rule.column)], reason=why, **ends))
+        held = entry[str(rule.column)]
+        # yes and no count as 1 and 0
+        number = int(held) if isinstance(held, (bool, np.bool_)) else held
+        elements.append(Element(name=label, value=number, reason=why, **ends))
     return elements
 
 
 def _significant(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
     adjusted, alpha = evaluation.adjusted, evaluation.spec.permutation.alpha
+
+    def counted(name: str, own: np.ndarray) -> Element:
+        n_untested, value = int(np.count_nonzero(np.isnan(own))), int(np.count_nonzero(own <= alpha))
+        if n_untested == own.size:
+            return Element(name=name, value=None, reason="no head could be tested")
+        if rule.at_most is None or not n_untested:
+            return Element(name=name, value=value)
+        # a head without a test may be one more
+        return Element(name=name, value=value, low=value, high=value + n_untested)
+
     if rule.types is None:
-        tested = bool((~np.isnan(adjusted)).any())
-        value = int(np.count_nonzero(adjusted <= alpha)) if tested else None
-        return [Element(name="all types", value=value, reason="no head could be tested")]
+        return [counted("all types", adjusted)]
     elements = []
     for name in rule.types:
         if name not in evaluation.cell_types:
             elements.append(Element(name=name, value=None, reason="no cell of this type was evaluated"))
             continue
-        own = adjusted[:, evaluation.cell_types.index(name)]
-        tested = bool((~np.isnan(own)).any())
-        value = int(np.count_nonzero(own <= alpha)) if tested else None
-        elements.append(Element(name=name, value=value, reason="no head could be tested"))
+        elements.append(counted(name, adjusted[:, evaluation.cell_types.index(name)]))
     return elements
 
 
@@ -258,7 +257,6 @@ def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
         value = float(evaluation.expl_var_full[at])
         low = math.nan if found is None else float(found.full_low[at])
         high = math.nan if found is None else float(found.full_high[at])
-        missing = "it has no interval (permutation.n_bootstrap=0, no coordinates, or too few tiles)"
         if rule.kind == "gain":
             if trivial is None:
                 elements.append(
@@ -269,7 +267,7 @@ def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
             gain = float(trivial.full_gain[at])
             less = value - gain
             value, low, high = gain, low - less, high - less
-        elements.append(Element(name=name, value=value, low=low, high=high, reason=missing))
+        elements.append(Element(name=name, value=value, low=low, high=high, reason=_NO_INTERVAL))
     return elements
 
 
@@ -297,8 +295,8 @@ def _required(rule: Rule, evaluation: HeadEvaluation) -> RuleResult:
     missing = [name for name in asked if name not in known]
     undefined = [name for name in asked if known.get(name) is False]
     outcome = "fail" if missing else "undecided" if undefined else "pass"
-    said = [f"{_listed(missing)} not there"] * bool(missing)
-    said += [f"{_listed(undefined)} without explained variance"] * bool(undefined)
+    said = [f"{listed(missing)} not there"] * bool(missing)
+    said += [f"{listed(undefined)} without explained variance"] * bool(undefined)
     return RuleResult(
         rule=rule.name,
         kind=rule.kind,
@@ -306,7 +304,7 @@ def _required(rule: Rule, evaluation: HeadEvaluation) -> RuleResult:
         value=len(asked) - len(missing) - len(undefined),
         low=None,
         high=None,
-        threshold=f"{len(asked)} {what}: {_listed(asked)}",
+        threshold=f"{len(asked)} {what}: {listed(asked)}",
         reason="; ".join(said) or "all are there, with explained variance",
     )
 
@@ -345,6 +343,10 @@ def _differences(rule: Rule, comparison: HeadComparison, evaluation: HeadEvaluat
             elements.append(Element(name=name, value=None, reason=missing))
             continue
         column = found.cell_types.index(name)
+        if rule.of == "heads":
+            gone = np.flatnonzero(comparison.matches[0].partner < 0).tolist()
+            why_gone = "it is gone: no head of the version is matched with it"
+            elements += [Element(name=f"{name}, head {head}", value=None, reason=why_gone) for head in gone]
         for row in rows:
             head = f", head {found.head_before[row]} -> {found.head_after[row]}" if rule.of == "heads" else ""
             elements.append(
@@ -357,6 +359,17 @@ def _differences(rule: Rule, comparison: HeadComparison, evaluation: HeadEvaluat
                 )
             )
     return elements
+
+
+def _without(result: RuleResult, genes: Sequence[str]) -> RuleResult:
+    """Return the result of a rule that says nothing about some genes of the baseline: it does not pass."""
+    if not genes or result.outcome != "pass" or result.kind == "stability":
+        return result
+    why = (
+        f"{len(genes)} genes of the baseline are not in the version ({listed(genes)}), and were not compared; "
+        f"gate.allow_missing_genes=true accepts that. On the others: {result.reason}"
+    )
+    return replace(result, outcome="undecided", reason=why)
 
 
 def _judged(
@@ -383,13 +396,13 @@ def _judged(
         rule=rule.name,
         kind=rule.kind,
         outcome=outcome,
-        value=None if shown is None else _number(shown.value),
-        low=None if shown is None or shown.low is None else _number(shown.low),
-        high=None if shown is None or shown.high is None else _number(shown.high),
-        threshold=_threshold(rule, at_least=at_least, at_most=at_most, strict=strict),
-        reason=_why(rule, elements, outcomes, outcome, needed, shown),
+        value=None if shown is None else number_of(shown.value),
+        low=None if shown is None or shown.low is None else number_of(shown.low),
+        high=None if shown is None or shown.high is None else number_of(shown.high),
+        threshold=threshold_of(rule, at_least=at_least, at_most=at_most, strict=strict),
+        reason=reason_of(rule, elements, outcomes, outcome, needed, shown),
         details=tuple(
-            (element.name, _number(element.value), _number(element.low), _number(element.high), said)
+            (element.name, number_of(element.value), number_of(element.low), number_of(element.high), said)
             for element, said in zip(elements[:_MOST_DETAILS], outcomes[:_MOST_DETAILS], strict=True)
         )
         if several
@@ -403,48 +416,16 @@ def _deciding(
     """Return the element that decided: of those with the rule's outcome the one nearest to another one."""
     chosen = [element for element, said in zip(elements, outcomes, strict=True) if said == outcome]
     chosen = chosen or list(elements)
-    known = [element for element in chosen if math.isfinite(_number(element.value))]
+    known = [element for element in chosen if math.isfinite(number_of(element.value))]
     if not known:
         return chosen[0] if chosen else None
     # of bounds from below the smallest value is the tightest, of bounds from above the largest
-    return (min if at_least is not None else max)(known, key=lambda element: _number(element.value))
-
-
-def _why(
-    rule: Rule, elements: Sequence[Element], outcomes: Sequence[str], outcome: str, needed: int, shown: Element | None
-) -> str:
-    if shown is None:
-        return f"nothing to judge: no type has {rule.min_cells} evaluated cells"
-    counted = ""
-    if len(elements) > 1:
-        told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("pass", "fail", "undecided") if one in outcomes)
-        counted = f"of {len(elements)}: {told}, {needed} must pass; "
-    value, low, high = (_number(one) for one in (shown.value, shown.low, shown.high))
-    if not math.isfinite(value):
-        return f"{counted}{shown.name}: undefined{f', {shown.reason}' if shown.reason else ''}"
-    if shown.low is not None and not (math.isfinite(low) and math.isfinite(high) and low <= value <= high):
-        return (
-            f"{counted}{shown.name}: {value:.4g} without a usable interval{f', {shown.reason}' if shown.reason else ''}"
-        )
-    between = "" if shown.low is None else f" ({low:.4g} to {high:.4g})"
-    said = {"pass": "within bounds", "fail": "out of bounds", "undecided": "the interval reaches over the bound"}[
-        outcome
-    ]
-    return f"{counted}{shown.name}: {value:.4g}{between}, {said}"
-
-
-def _threshold(rule: Rule, *, at_least: float | None, at_most: float | None, strict: bool) -> str:
-    if rule.kind == "non_inferiority":
-        return f"worse by less than {-(at_least or 0.0):g}"
-    if rule.kind == "superiority":
-        return f"better by more than {at_least:g}"
-    bounds = (("at least", at_least), ("at most", at_most))
-    return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    return (min if at_least is not None else max)(known, key=lambda element: number_of(element.value))
 
 
 def _settled(rule: Rule, outcome: str, reason: str) -> RuleResult:
     margin = 0.0 if rule.margin is None else rule.margin
-    threshold = _threshold(
+    threshold = threshold_of(
         rule,
         at_least=rule.at_least if rule.kind == "stability" else margin if rule.kind == "superiority" else -margin,
         at_most=None,
@@ -460,17 +441,3 @@ def _settled(rule: Rule, outcome: str, reason: str) -> RuleResult:
         threshold=threshold,
         reason=reason,
     )
-
-
-def _number(value: Any) -> float:
-    """Return a number, NaN for what is none."""
-    if value is None or isinstance(value, (bool, np.bool_)):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -8,10 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import InvalidSpecError
 from amici_eval.spec_checks import check_alias
+from amici_eval.specs import settings_that_matter
 
 if TYPE_CHECKING:
     from amici_eval.comparison_spec import ComparisonSpec
@@ -110,6 +112,8 @@ class Rule:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and math.isfinite(value)):
                 self._refuse(name, "it must be a finite number")
+        if self.kind == "superiority" and self.margin is not None and self.margin < 0.0:
+            self._refuse("margin", "better by more than a negative number may be worse")
         for name in _NEEDED.get(self.kind, ()):
             if getattr(self, name) in (None, (), ""):
                 self._refuse(name, f"a rule of kind {self.kind} needs it")
@@ -158,6 +162,8 @@ class GateSpec:
         While there is no baseline yet: ``pass`` counts rules against it as passed, ``fail`` as failed.
     allow_in_sample
         Judge on cells that one of the versions was fitted on; else such a verdict is undecided.
+    allow_missing_genes
+        Compare with a baseline that has genes which the version lacks, on the others; else such a verdict is undecided.
     promote
         Alias that moves to the version if it passes; ``None``: none.
 
@@ -170,6 +176,7 @@ class GateSpec:
     rules: tuple[Rule, ...]
     bootstrap: str = "pass"
     allow_in_sample: bool = False
+    allow_missing_genes: bool = False
     promote: str | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +198,7 @@ class GateSpec:
         return {
             "bootstrap": self.bootstrap,
             "allow_in_sample": self.allow_in_sample,
+            "allow_missing_genes": self.allow_missing_genes,
             "promote": self.promote,
             "rules": [asdict(rule) for rule in self.rules],
         }
@@ -254,7 +262,9 @@ def gate_key(
     Parameters
     ----------
     baseline, data_uri, spec, comparison, gate
-        The configuration of a gate.
+        The configuration of a gate. Settings that change numbers by rounding only do not count, and a file is the same
+        from whichever folder it is named.
     """
-    settings = [baseline, data_uri, spec.to_dict(), asdict(comparison), gate.to_dict()]
+    where = data_uri if data_uri is None or "://" in data_uri else str(Path(data_uri).expanduser().absolute())
+    settings = [baseline, where, settings_that_matter(spec), asdict(comparison), gate.to_dict()]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]

@@ -59,7 +59,7 @@ def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> 
     say(f"run {run.run_id} in {mask_secrets(run.tracking_uri)}")
     if run.folder is not None:
         say(f"local copy in {run.folder}")
-    if run.outdated and not dry_run:
+    if run.outdated:
         return _UNDECIDED
     return {"pass": 0, "fail": _REFUSED, "undecided": _UNDECIDED}[run.verdict.outcome]
 
@@ -139,6 +139,7 @@ def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> in
                     tracking=tracking,
                     config_yaml=resolved_yaml(config),
                     progress=progress,
+                    newer_only=True,
                 )
             if run.promotion is not None:
                 say(f"{model_uri}: {run.promotion.reason}")

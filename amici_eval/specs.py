@@ -349,3 +349,15 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
         else:
             arguments[name] = value
     return cls(**arguments)
+
+
+_NO_MATTER = ("device", "batch_size", "memory_budget")
+"""Settings of the ablation that change numbers by rounding only."""
+
+
+def settings_that_matter(spec: EvaluationSpec) -> dict[str, Any]:
+    """Return what two evaluations of one model on one data set share that give the same numbers."""
+    settings = spec.to_dict()
+    settings["ablation"] = {name: value for name, value in settings["ablation"].items() if name not in _NO_MATTER}
+    settings["data"] = {name: value for name, value in settings["data"].items() if name != "backed"}
+    return settings

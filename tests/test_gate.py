@@ -16,7 +16,7 @@ from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.gate import Element, decide, judge
 from amici_eval.gate_spec import KINDS, TABLES, GateSpec, Rule, gate_key, gate_spec_from
 from amici_eval.specs import EvaluationSpec
-from amici_eval.tracking.run_contents import evaluation_metrics
+from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
 from amici_eval.verdict import RuleResult, Verdict, overall_outcome
 from tests.builders import AWKWARD_TYPES, make_comparison, make_evaluation
 
@@ -83,6 +83,7 @@ def judged(evaluation, *rules, comparison=None, spec=None, metrics=None, **more)
         GateSpec(rules=tuple(rules), **spec),
         comparison=comparison,
         metrics=evaluation_metrics(evaluation) if metrics is None else metrics,
+        intervals=metric_intervals(evaluation),
         tables=tables_of(evaluation),
         **{"in_sample": False, **more},
     )
@@ -118,8 +119,15 @@ def test_metrics_are_held_against_bounds(evaluation):
     assert one(evaluation, kind="metric", metric=name, at_least=low).outcome == "pass"
     over = one(evaluation, kind="metric", metric=name, at_least=(low + metrics[name]) / 2)
     assert (over.outcome, over.low, over.high) == ("undecided", pytest.approx(low), pytest.approx(high))
-    bare = {key: number for key, number in metrics.items() if not key.startswith("ev_ci")}
-    assert one(evaluation, kind="metric", metric=name, at_least=-9, metrics=bare).outcome == "undecided"
+    for known in metric_intervals(evaluation):
+        # every interval is that of a metric, and holds it
+        kind = one(evaluation, kind="metric", metric=known, at_least=-99.0)
+        if known in metrics and kind.low is not None:
+            assert kind.low <= kind.value <= kind.high
+    bare = dataclasses.replace(evaluation, intervals=None)
+    for known in (name, f"ev_full_model/{name.split('/')[1]}", f"gain/{name[3:]}"):
+        assert known in metrics
+        assert one(bare, kind="metric", metric=known, at_least=-99.0).outcome == "undecided", known
 
 
 def test_cells_of_tables_are_held_against_bounds(evaluation):
@@ -136,6 +144,15 @@ def test_cells_of_tables_are_held_against_bounds(evaluation):
     assert len(every.details) == len(frame)
     some = one(evaluation, kind="cell", table="heads", column="n_cells", at_least=2, need="any")
     assert some.outcome == "pass"
+    held = evaluation.held_out_frame()
+    row = held[held["ci_low_held_out"].notna()].iloc[0]
+    cell = {"kind": "cell", "table": "held_out", "where": {"head": str(row["head"]), "ct_name": row["ct_name"]}}
+    halfway = float(row["ci_low_held_out"] + row["expl_var_held_out"]) / 2
+    assert one(evaluation, **cell, column="expl_var_held_out", at_least=halfway).outcome == "undecided"
+    # yes and no count as 1 and 0
+    tested = evaluation.heads()["significant"]
+    marked = one(evaluation, kind="cell", table="heads", column="significant", at_least=1, need="any")
+    assert marked.outcome == ("pass" if tested.any() else "fail")
     undefined = one(evaluation, kind="cell", table="heads", column="p_value_spatial", at_least=0.0)
     assert undefined.outcome == "undecided"
     assert one(evaluation, kind="cell", table="heads", column="nothing", at_least=0).outcome == "undecided"
@@ -153,11 +170,23 @@ def test_significant_heads_are_counted(evaluation):
     found = one(evaluation, kind="significant_heads", types=TYPES[:2], at_least=1)
     expected = [int(counts[evaluation.cell_types.index(name)]) for name in TYPES[:2]]
     assert [detail[1] for detail in found.details] == expected
+    # a head without a test may be one more
+    n_untested = int(np.isnan(evaluation.adjusted).sum())
+    assert n_untested
+    assert one(evaluation, kind="significant_heads", at_most=n).outcome == "undecided"
+    assert one(evaluation, kind="significant_heads", at_most=n + n_untested).outcome == "pass"
+    # at the level itself it is significant
+    at = tuple(np.argwhere(~np.isnan(evaluation.adjusted))[0])
+    adjusted = evaluation.adjusted.copy()
+    adjusted[at] = 0.05
+    level = dataclasses.replace(evaluation, spatial=dataclasses.replace(evaluation.spatial, p_value_adj=adjusted))
+    expected = n + int(evaluation.adjusted[at] > 0.05)
+    assert one(level, kind="significant_heads", at_least=expected).outcome == "pass"
     # no test at all, and a type that is not there: nothing is known
     last = evaluation.cell_types[-1]
     assert np.isnan(evaluation.adjusted[:, -1]).all()
     assert one(evaluation, kind="significant_heads", types=(last,), at_least=0).outcome == "undecided"
-    assert one(evaluation, kind="significant_heads", types=("none",), at_least=0).outcome == "undecided"
+    assert one(evaluation, kind="significant_heads", types=(TYPES[0], "none"), at_least=0).outcome == "undecided"
 
 
 def test_explained_variance_and_gain_go_by_type(evaluation):
@@ -170,15 +199,19 @@ def test_explained_variance_and_gain_go_by_type(evaluation):
     assert one(evaluation, **rule, at_least=float(high)).outcome == "undecided"
     gain = one(evaluation, kind="gain", types=(name,), at_least=-9.0)
     assert gain.value == pytest.approx(evaluation.trivial.full_gain[at])
-    assert gain.high - gain.low == pytest.approx(high - low)
+    less = evaluation.expl_var_full[at] - evaluation.trivial.full_gain[at]
+    assert (gain.low, gain.high) == (pytest.approx(low - less), pytest.approx(high - less))
     bare = dataclasses.replace(evaluation, trivial=None)
     assert "baselines were not computed" in one(bare, kind="gain", types=(name,), at_least=-9.0).reason
     # without names, types of enough cells are judged; with none of them nothing is
     enough = [name for name, n in zip(evaluation.cell_types, evaluation.n_cells, strict=True) if n >= 50]
     every = one(evaluation, kind="explained_variance", at_least=-9.0)
     assert [detail[0] for detail in every.details] == enough
-    nobody = one(evaluation, kind="explained_variance", at_least=-9.0, min_cells=10**6)
-    assert (nobody.outcome, nobody.reason) == ("undecided", "nothing to judge: no type has 1000000 evaluated cells")
+    most = int(evaluation.n_cells.max())
+    assert one(evaluation, kind="explained_variance", at_least=-9.0, min_cells=most).value is not None
+    nobody = one(evaluation, kind="explained_variance", at_least=-9.0, min_cells=most + 1)
+    assert nobody.outcome == "undecided"
+    assert nobody.reason == f"nothing to judge: no cell type has {most + 1} evaluated cells"
     without = dataclasses.replace(evaluation, intervals=None)
     assert one(without, **rule, at_least=-9.0).outcome == "undecided"
 
@@ -216,6 +249,11 @@ def test_against_the_baseline_the_interval_decides(evaluation, comparison, diffe
     given_this = whole_differs(comparison, difference=difference, low=low, high=high)
     assert one(evaluation, given_this, kind="non_inferiority", margin=0.01).outcome == not_worse
     assert one(evaluation, given_this, kind="superiority", margin=0.0).outcome == better
+    if math.isfinite(low):
+        # at the margin itself it is not worse by less
+        at_margin = one(evaluation, given_this, kind="non_inferiority", margin=-low if low else 0.0)
+        assert at_margin.outcome != "pass"
+        assert one(evaluation, given_this, kind="superiority", margin=max(low, 0.0)).outcome != "pass"
     # a negative margin asks for more than not to be worse
     asked = one(evaluation, given_this, kind="non_inferiority", margin=-0.003)
     assert (asked.outcome == "pass") == (math.isfinite(high) and low > 0.003)
@@ -228,8 +266,11 @@ def test_types_and_heads_are_compared_too(evaluation, comparison):
     by_type = one(evaluation, comparison, kind="non_inferiority", of="types", types=(name,), margin=0.01)
     assert (by_type.value, by_type.low) == (found.difference[-1, column], found.low[-1, column])
     by_head = one(evaluation, comparison, kind="superiority", of="heads", types=(name,), margin=0.0, need="any")
-    assert [detail[1] for detail in by_head.details] == found.difference[:-1, column].tolist()
-    assert by_head.details[0][0] == f"{name}, head 1 -> 1"
+    assert [detail[1] for detail in by_head.details] == [None, *found.difference[:-1, column].tolist()]
+    assert by_head.details[1][0] == f"{name}, head 1 -> 1"
+    assert [detail[0] for detail in by_head.details][:1] == [f"{name}, head 0"], "head 0 is gone"
+    found_all = one(evaluation, comparison, kind="non_inferiority", of="heads", types=(name,), margin=9.0)
+    assert (found_all.outcome, "head 0: undefined, it is gone" in found_all.reason) == ("undecided", True)
     match = comparison.matches[0]
     expected = np.nan_to_num(match.matched).mean()
     assert one(evaluation, comparison, kind="stability", at_least=float(expected) - 0.01).outcome == "pass"
@@ -249,6 +290,8 @@ def test_without_a_baseline_the_setting_decides(evaluation):
         assert verdict.outcome == outcome
         assert {result.outcome for result in verdict.results} == {outcome}
         assert f"gate.bootstrap={bootstrap}" in verdict.results[0].reason
+    lacking = judged(evaluation, *rules, comparison=make_comparison(2), missing_genes=("g1",))
+    assert {result.outcome for result in lacking.results[:2]} <= {"undecided", "fail"}
     # a baseline that could not be compared is no missing one
     lost = judged(evaluation, *rules, no_comparison="it broke")
     assert (lost.outcome, lost.results[0].reason) == ("undecided", "it broke")
@@ -319,7 +362,7 @@ def rules(draw):
         "min_cells": st.integers(1, 1000),
         "need": st.sampled_from(["all", "any", "2"]),
         "of": st.sampled_from(["overall", "types", "heads"]),
-        "margin": FINITE,
+        "margin": FINITE.map(abs) if kind == "superiority" else FINITE,
     }
     return Rule(name="it", kind=kind, **{name: draw(values) for name, values in given_values.items() if name in takes})
 
@@ -397,6 +440,22 @@ def test_a_thousand_odd_inputs_raise_nothing_and_pass_nothing_undefined(evaluati
     assert Verdict.from_json(verdict.to_json()) == verdict
 
 
+def test_as_many_must_pass_as_the_rule_says(evaluation):
+    frame = evaluation.heads()
+    counts = frame["n_cells"].to_numpy()
+    least = int(np.sort(counts)[-4])
+    n = int((counts >= least).sum())
+    cell = {"kind": "cell", "table": "heads", "column": "n_cells", "at_least": least}
+    assert one(evaluation, **cell, need=str(n)).outcome == "pass"
+    short = one(evaluation, **cell, need=str(n + 1))
+    assert short.outcome == "fail"
+    assert f"{n} pass" in short.reason
+    assert f"{n + 1} must pass" in short.reason
+    # what is shown is the one that decided: the largest that fails, or the smallest that passes
+    assert short.value == counts[counts < least].min()
+    assert one(evaluation, **cell, need="any").value == least
+
+
 @pytest.mark.parametrize(
     ("given_values", "message"),
     [
@@ -409,6 +468,7 @@ def test_a_thousand_odd_inputs_raise_nothing_and_pass_nothing_undefined(evaluati
         ({"kind": "superiority", "of": "cells"}, "of='cells': it must be one of overall, types, heads"),
         ({"kind": "superiority", "need": "most"}, "need='most': it must be all, any, or a whole number"),
         ({"kind": "superiority", "min_cells": 0}, "min_cells=0: it must be a whole number of at least 1"),
+        ({"kind": "superiority", "margin": -0.1}, "margin=-0.1: better by more than a negative number may be worse"),
         ({"kind": "superiority", "margin": INF}, "margin=inf: it must be a finite number"),
         ({"kind": "cell", "table": "no", "column": "a", "at_least": 0}, "table='no': it must be one of heads, expl"),
         ({"kind": "metric", "metric": "a", "at_least": "1"}, "at_least='1': it must be a finite number"),

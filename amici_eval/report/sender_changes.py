@@ -63,9 +63,9 @@ def sender_changes_section(comparison: HeadComparison) -> str:
     some = f"The {len(rows)} largest of {len(sure):,}" if len(sure) > len(rows) else f"All {len(rows)}"
     caption = (
         f"{some} sure changes of what matched heads take from a type of sender; of all: {said}. EV lost: what the "
-        "head, kept alone, explains less without these neighbours, over all genes. More, less: p (signs of tiles "
-        "flipped, adjusted over all matched heads x receivers x senders) and interval both say so, and the change "
-        f"is not within the margin of {comparison.margin:g}. All are in tables/sender_differences.csv."
+        "head, kept alone, explains less without these neighbours, over all genes. More, less: "
+        f"{_sure(comparison)}, and the change is not within the margin of {comparison.margin:g}. All are in "
+        "tables/sender_differences.csv."
     )
     return section("senders", "Who talks to whom", table(header, rows, caption))
 
@@ -121,6 +121,12 @@ def plot_sender_differences(comparison: HeadComparison, pair: int = 0, *, ax: Ax
 def sender_differences_size(comparison: HeadComparison, pair: int) -> tuple[float, float]:
     """Return width and height of the figure in inches."""
     return forest_size(len(largest(comparison.senders[pair].difference)))
+
+
+def _sure(comparison: HeadComparison) -> str:
+    if comparison.kind == "datasets":
+        return "the interval of the difference of two independent intervals says so"
+    return "p (signs of tiles flipped, adjusted over all matched heads x receivers x senders) and interval both say so"
 
 
 def _distance(value: float) -> str:

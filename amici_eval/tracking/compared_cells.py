@@ -46,7 +46,12 @@ class ComparedCells:
     text: str
     notes: tuple[str, ...] = ()
     digest: str | None = None
+    data_uri: str | None = None
     failed: tuple[FailedVersion, ...] = ()
+
+    def of(self, column: Column) -> str | None:
+        """Return where the data of a column lies: rows are numbers of one file, so that all read the same."""
+        return column.data_uri if column.data_uri is not None else self.data_uri
 
 
 def model_uris(models: Sequence[str], versions: Sequence[str]) -> list[str]:
@@ -141,7 +146,7 @@ def cells_of(
     if datasets or not columns:
         return ComparedCells(spec=spec, text="all evaluated cells")
     fitted: set[str] = set()
-    known, digest, failed = True, None, []
+    known, digest, where, failed = True, None, data_uri, []
     names = chosen = labels = None
     for column in columns:
         assert column.model is not None  # noqa: S101, RUF100 - for the type checker
@@ -150,6 +155,9 @@ def cells_of(
                 card = stored.trained.card
                 if names is None:
                     location = find_dataset(column.model, stored, data_uri)
+                    # the fetched copy of a bundle goes away
+                    bundled = location == stored.bundled_adata
+                    where = stored.bundle_uri(column.model.uri) if bundled else str(location)
                     dataset = from_anndata(location, backed=spec.data.backed)
                     digest = dataset.digest
                     names = dataset.adata.obs_names.astype(str).to_numpy()
@@ -172,7 +180,7 @@ def cells_of(
         )
     subset = spec.data.subset
     if comparison.cells == "all" or subset.held_out is not None or subset.buffer:
-        return ComparedCells(spec=spec, text="all evaluated cells", digest=digest, failed=tuple(failed))
+        return ComparedCells(spec=spec, text="all evaluated cells", digest=digest, data_uri=where, failed=tuple(failed))
     if not known:
         if comparison.cells == "held_out":
             raise DataError(
@@ -185,6 +193,7 @@ def cells_of(
             text="all evaluated cells; it is not known which of them the versions were fitted on",
             notes=("it is not known for all versions which cells they were fitted on: read everything as in-sample",),
             digest=digest,
+            data_uri=where,
             failed=tuple(failed),
         )
     new = chosen & ~np.fromiter((name in fitted for name in names), dtype=bool, count=len(names))
@@ -196,6 +205,7 @@ def cells_of(
             spec=held_out,
             text=f"{len(rows):,} cells that no compared version was fitted on",
             digest=digest,
+            data_uri=where,
             failed=tuple(failed),
         )
     if comparison.cells == "held_out":
@@ -213,5 +223,6 @@ def cells_of(
             "each version is flattered by the cells that it was fitted on",
         ),
         digest=digest,
+        data_uri=where,
         failed=tuple(failed),
     )

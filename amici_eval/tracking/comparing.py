@@ -136,7 +136,7 @@ def compare_job(
                 run_ids=found.run_ids,
                 reused=found.reused,
                 failed=found.failed,
-                floor=_floor(found.columns, cells, data_uri) if comparison.floor and not datasets else None,
+                floor=_floor(found.columns, cells, cells.data_uri) if comparison.floor and not datasets else None,
                 cells=cells.text,
                 notes=cells.notes,
                 progress=progress,

@@ -149,7 +149,7 @@ def _evaluation_in(
                 return there, True
     result = evaluate_job(
         model.uri,
-        data_uri=column.data_uri,
+        data_uri=cells.of(column),
         spec=cells.spec,
         report=report,
         tracking=replace(tracking, run_name=None, keep_local=False, output_dir=str(place / "run")),

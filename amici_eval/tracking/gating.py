@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.comparison import compare
-from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError, first_line
+from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, first_line
 from amici_eval.gate import judge
 from amici_eval.gate_spec import gate_key
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
 from amici_eval.results import HeadEvaluation
 from amici_eval.tracking.compared_cells import Column, cells_of
 from amici_eval.tracking.comparison_contents import comparison_params, write_comparison
+from amici_eval.tracking.gate_baseline import baseline_of
 from amici_eval.tracking.gathering import gather_evaluations
-from amici_eval.tracking.promotion import promote
+from amici_eval.tracking.promotion import ROLLED_BACK_TAG, Promotion, promote
 from amici_eval.tracking.registry import connect, resolve_model
-from amici_eval.tracking.run_contents import evaluation_metrics
+from amici_eval.tracking.registry_tags import RegistryTags
+from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
 from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, check_writable, remove_local, send
 from amici_eval.tracking.tracked_run import tracked_run
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from amici_eval.gate_spec import GateSpec
     from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.gathering import Gathered
-    from amici_eval.tracking.promotion import Promotion
     from amici_eval.tracking.registry import ResolvedModel
     from amici_eval.verdict import Verdict
 
@@ -59,6 +60,8 @@ class GateRun:
         Local copy of its artifacts, if it was kept.
     promotion
         What became of the alias; ``None`` if none was to be moved.
+    outdated
+        Whether the baseline was replaced meanwhile, so that the version must be judged again.
     """
 
     verdict: Verdict
@@ -66,12 +69,7 @@ class GateRun:
     tracking_uri: str
     folder: Path | None
     promotion: Promotion | None = None
-
-    @property
-    def outdated(self) -> bool:
-        """Whether the baseline was replaced meanwhile, so that the version must be judged again."""
-        aliased = self.promotion
-        return self.verdict.passed and aliased is not None and not aliased.moved and aliased.replaced != aliased.version
+    outdated: bool = False
 
 
 def gate_job(
@@ -87,6 +85,7 @@ def gate_job(
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None = None,
     dry_run: bool = False,
+    newer_only: bool = False,
 ) -> GateRun:
     """Judge a version by rules and against its baseline, log the verdict, and promote the version if it passes.
 
@@ -107,7 +106,9 @@ def gate_job(
     progress
         Told how far the work is.
     dry_run
-        Say which alias would be moved, and move none.
+        Say which alias would be moved, move none, and write no tag on the version.
+    newer_only
+        Promote neither a version that is older than the one it would replace, nor one whose promotion was taken back.
 
     Raises
     ------
@@ -125,15 +126,10 @@ def gate_job(
             rule="an alias belongs to a registered version",
             fix="give models:/NAME/VERSION, or leave gate.promote out",
         )
-    champion = _baseline(candidate, baseline)
-    # the version that was judged against is the one that may be replaced, whatever has become of the alias meanwhile
-    own = gate.promote is not None and baseline == f"@{gate.promote}"
-    expected = (champion.version if champion else None) if own else _aliased(candidate, gate.promote)
+    against = baseline_of(candidate, baseline, gate.promote)
+    champion, expected = against.model, against.expected
     key = gate_key(baseline=baseline, data_uri=data_uri, spec=spec, comparison=comparison, gate=gate)
     columns = [_column(one, data_uri) for one in (champion, candidate) if one is not None]
-    if champion is not None and columns[0].label == columns[1].label:
-        # a version that has the alias already is not worse than itself
-        columns[0] = Column(label=f"{columns[0].label} (baseline)", model=champion, data_uri=data_uri)
     cells = cells_of(columns, spec, comparison, data_uri, ())
     tags = {"amici_eval.kind": "gate", "amici_eval.gate_key": key}
     with tracked_run(tracking, name=f"gate {columns[-1].label}", tags=tags) as run:
@@ -162,12 +158,15 @@ def gate_job(
                 )
             evaluation = HeadEvaluation.load(found.folders[places[columns[-1].label]])
             compared, why_none = _compared(found, columns, comparison, cells.text)
+            missing = () if compared is None else _missing_genes(evaluation, found.folders[0])
         verdict = judge(
             evaluation,
             gate,
             comparison=compared,
-            no_comparison=why_none,
+            no_comparison=why_none or against.why_none,
             metrics=evaluation_metrics(evaluation),
+            intervals=metric_intervals(evaluation),
+            missing_genes=missing,
             tables=_tables(evaluation),
             model={**candidate.describe(), "evaluation_run_id": found.run_ids[places[columns[-1].label]]},
             baseline=None
@@ -179,7 +178,7 @@ def gate_job(
             cells=cells.text,
             in_sample=_in_sample(evaluation) if compared is None else compared.in_sample,
             key=key,
-            notes=cells.notes,
+            notes=(*cells.notes, *(() if compared is None else compared.notes)),
         )
         _write(verdict, compared, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
         record = RunRecord(
@@ -196,16 +195,23 @@ def gate_job(
         )
         record.save(folder)
         send(folder, record)
-        promotion = None
+        promotion, outdated = None, False
         if verdict.passed and gate.promote is not None and candidate.name and candidate.version:
-            promotion = promote(
-                candidate.name,
-                candidate.version,
-                alias=gate.promote,
-                expected=expected,
-                run_id=run_id,
-                dry_run=dry_run,
+            held_back = _held_back(candidate, expected, gate.promote) if newer_only else None
+            promotion = (
+                promote(
+                    candidate.name,
+                    candidate.version,
+                    alias=gate.promote,
+                    expected=expected,
+                    run_id=run_id,
+                    dry_run=dry_run,
+                )
+                if held_back is None
+                else held_back
             )
+            # by now the alias points neither to what was judged against nor to the version itself
+            outdated = not promotion.moved and promotion.replaced not in (expected, candidate.version)
             _tag_run(run_id, "amici_eval.promotion", promotion.reason)
         result = GateRun(
             verdict=verdict,
@@ -213,47 +219,13 @@ def gate_job(
             tracking_uri=tracking_uri,
             folder=folder if tracking.keep_local else None,
             promotion=promotion,
+            outdated=outdated,
         )
-        _tag_version(candidate, result, final=dry_run or not result.outdated)
+        if not dry_run:
+            _tag_version(candidate, result, final=not outdated)
     if not tracking.keep_local:
         remove_local(folder, with_parent=made_output)
     return result
-
-
-def _baseline(candidate: ResolvedModel, baseline: str | None) -> ResolvedModel | None:
-    """Return the version to judge against; ``None`` while its alias is not set."""
-    if baseline is None:
-        return None
-    if baseline.startswith("@") or baseline.isdecimal():
-        if candidate.name is None:
-            raise InvalidSpecError(
-                value=f"baseline={baseline} with model_uri={candidate.asked}",
-                rule="an alias or a number names a version of the same registered model",
-                fix="give models:/NAME/VERSION as model_uri, or a whole URI as baseline",
-            )
-        if baseline.startswith("@") and _aliased(candidate, baseline[1:]) is None:
-            return None
-        separator = "" if baseline.startswith("@") else "/"
-        return resolve_model(f"models:/{candidate.name}{separator}{baseline}")
-    return resolve_model(baseline)
-
-
-def _aliased(model: ResolvedModel, alias: str | None) -> str | None:
-    """Return the version that an alias of the registered model points to."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    if alias is None or model.name is None:
-        return None
-    try:
-        found = MlflowClient().get_registered_model(model.name).aliases.get(alias)
-    except MlflowException as error:
-        raise ModelNotFoundError(
-            value=f"registered model {model.name!r} cannot be read ({first_line(error)})",
-            rule="its aliases say what the baseline is",
-            fix="check tracking.uri and your credentials",
-        ) from error
-    return None if found is None else str(found)
 
 
 def _column(model: ResolvedModel, data_uri: str | None) -> Column:
@@ -285,6 +257,26 @@ def _compared(
     except AmiciEvalError as error:
         logger.error("the version could not be compared with its baseline: %s", error)
         return None, f"it could not be compared with the baseline: {error}"
+
+
+def _missing_genes(evaluation: HeadEvaluation, baseline: Path) -> tuple[str, ...]:
+    """Return genes of the baseline that the version lacks."""
+    there = set(evaluation.genes)
+    return tuple(name for name in HeadEvaluation.load(baseline).genes if name not in there)
+
+
+def _held_back(model: ResolvedModel, now: str | None, alias: str) -> Promotion | None:
+    """Return why a watcher does not promote a version, if so: it must not turn back what somebody decided."""
+    assert model.name is not None  # noqa: S101, RUF100 - for the type checker
+    assert model.version is not None  # noqa: S101, RUF100 - for the type checker
+    reason = None
+    if now is not None and int(model.version) < int(now):
+        reason = f"version {model.version} is older than version {now}, which is {alias}: not promoted"
+    elif f"{ROLLED_BACK_TAG}.{alias}" in RegistryTags(name=model.name, version=model.version).read():
+        reason = f"the promotion of version {model.version} to {alias} was taken back: not promoted again"
+    if reason is None:
+        return None
+    return Promotion(name=model.name, alias=alias, version=model.version, replaced=now, moved=False, reason=reason)
 
 
 def _in_sample(evaluation: HeadEvaluation) -> bool | None:

@@ -15,11 +15,13 @@ from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
 if TYPE_CHECKING:
     from amici_eval.tracking.lease import Lease
 
-__all__ = ["PROMOTIONS_TAG", "Promotion", "promote", "promotions", "rollback"]
+__all__ = ["PROMOTIONS_TAG", "ROLLED_BACK_TAG", "Promotion", "promote", "promoted_over", "promotions", "rollback"]
 
 logger = logging.getLogger(__name__)
 
 PROMOTIONS_TAG = "amici_eval.promotions"
+ROLLED_BACK_TAG = "amici_eval.rolled_back"
+"""Of a version whose promotion to an alias was taken back."""
 _RECORD_CHARACTERS = 5000
 _LEASE_S = 60.0
 _WAIT_S = 120.0
@@ -128,10 +130,12 @@ def promote(
             "version": version,
             "replaced": now,
             "run_id": run_id,
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": _now(),
         }
         _must_be_mine(lease, tags, alias)
         _write_record(tags, alias, [*before, entry])
+        # a slow registry may have taken longer than the lease lasts
+        _must_be_mine(lease, tags, alias)
         done = _moved(tags, alias, version, now)
         if not done.moved:
             _write_record(tags, alias, before)
@@ -175,7 +179,21 @@ def rollback(name: str, alias: str, *, dry_run: bool = False, wait_s: float = _W
         done = _moved(tags, alias, entry["replaced"], entry["version"])
         if done.moved:
             _write_record(tags, alias, seen.record[:-1])
+            # a watcher does not promote it again
+            RegistryTags(name=name, version=entry["version"]).write(f"{ROLLED_BACK_TAG}.{alias}", _now())
         return done
+
+
+def promoted_over(name: str, alias: str, version: str) -> dict[str, Any] | None:
+    """Return the entry of the record by which a version that an alias points to came there; ``None``: none is known."""
+    seen = _seen(RegistryTags(name=name), alias)
+    if seen.version != version:
+        return None
+    return next((entry for entry in reversed(seen.record) if entry["version"] == version), None)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _last(tags: RegistryTags, alias: str, seen: _Seen) -> dict[str, Any]:
@@ -188,6 +206,13 @@ def _last(tags: RegistryTags, alias: str, seen: _Seen) -> dict[str, Any]:
             fix="set the alias by hand",
         )
     entry = seen.record[-1]
+    if _was_undone(entry, now):
+        raise DataError(
+            value=f"{alias} of {tags.name} {_pointing(now)}, which the last promotion, to version {entry['version']}, "
+            "replaced",
+            rule="that promotion was taken back by hand, or never carried out: there is nothing to take back",
+            fix="set the alias by hand to go further back",
+        )
     if now != entry["version"]:
         raise DataError(
             value=f"{alias} of {tags.name} {_pointing(now)}, the last promotion set it to version {entry['version']}",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
+from amici_eval.specs import settings_that_matter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["FINGERPRINT_TAG", "download_evaluation", "find_evaluation", "fingerprint"]
 
 FINGERPRINT_TAG = "amici_eval.fingerprint"
-_NO_MATTER = ("device", "batch_size", "memory_budget")
-"""Settings that change numbers by rounding only."""
 
 
 def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
@@ -33,10 +32,7 @@ def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
     spec
         Settings.
     """
-    settings = spec.to_dict()
-    settings["ablation"] = {name: value for name, value in settings["ablation"].items() if name not in _NO_MATTER}
-    settings["data"] = {name: value for name, value in settings["data"].items() if name != "backed"}
-    text = json.dumps([SCHEMA_VERSION, model, digest, settings], sort_keys=True, ensure_ascii=False)
+    text = json.dumps([SCHEMA_VERSION, model, digest, settings_that_matter(spec)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

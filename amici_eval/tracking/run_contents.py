@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from amici_eval.results import HeadEvaluation
     from amici_eval.specs import ReportSpec
 
-__all__ = ["check_report", "evaluation_metrics", "evaluation_params", "run_tags", "write_artifacts"]
+__all__ = [
+    "check_report",
+    "evaluation_metrics",
+    "evaluation_params",
+    "metric_intervals",
+    "run_tags",
+    "write_artifacts",
+]
 
 _LONGEST_PARAM = 6000
 
@@ -66,6 +73,32 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
     metrics["summary/max_ev"] = max(finite, default=math.nan)
     # MLflow would store NaN as 0 and infinity as a number
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def metric_intervals(evaluation: HeadEvaluation) -> dict[str, tuple[float, float]]:
+    """Return the confidence interval of each metric that has one, NaN where it is not known.
+
+    Notes
+    -----
+    That of ``gain`` is the interval of what the head explains, moved: the predictor's own uncertainty is not in it.
+    """
+    bounds, parts, trivial = evaluation.intervals, evaluation.parts, evaluation.trivial
+    found: dict[str, tuple[float, float]] = {}
+    for index, cell_type in enumerate(evaluation.cell_types):
+        slug, missing = slugify(cell_type), (math.nan, math.nan)
+        found[f"ev_full_model/{slug}"] = (
+            missing if bounds is None else (float(bounds.full_low[index]), float(bounds.full_high[index]))
+        )
+        for head in range(evaluation.n_heads):
+            own = missing if bounds is None else (float(bounds.low[head, index]), float(bounds.high[head, index]))
+            found[f"ev/{slug}/head_{head}"] = own
+            if parts is not None:
+                ends = float(parts.low[1, head, index]), float(parts.high[1, head, index])
+                found[f"ev_held_out/{slug}/head_{head}"] = ends
+            if trivial is not None:
+                less = float(evaluation.expl_var[head, index]) - float(trivial.gain[head, index])
+                found[f"gain/{slug}/head_{head}"] = own[0] - less, own[1] - less
+    return found
 
 
 def evaluation_params(evaluation: HeadEvaluation) -> dict[str, str]:

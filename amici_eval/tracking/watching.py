@@ -233,6 +233,9 @@ def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], s
 
     try:
         outcome = judge(f"models:/{tags.name}/{version}")
+    except (TrackingError, LeaseHeldError):
+        # it says nothing about the version: the server is gone, or somebody else moves the alias
+        raise
     except (AmiciEvalError, MlflowException, RequestException) as error:
         return _failed(tags, version, key, _reason(error))
     except Exception as error:

@@ -252,11 +252,100 @@ def test_who_talks_to_whom_is_compared_head_by_head(trained, adata, tmp_path):
         assert (entry["undefined_reason"] != "") == bool(np.isnan(became - was) or np.isnan(entry["p_value"]))
         if entry["p_value"] <= 0.05 and entry["verdict"] in ("more", "less"):
             assert (entry["verdict"] == "more") == (entry["ci_low"] > 0)
+        if not np.isnan(entry["ci_low"]):
+            # from tiles alone: the same receivers, senders and tiles
+            middle = (entry["ci_low"] + entry["ci_high"]) / 2
+            np.testing.assert_allclose(middle, entry["difference"], atol=1e-5)
+    assert frame["ci_low"].notna().any()
     assert (frame["p_value"] > 0).any()
     other.save(tmp_path)
     back = HeadComparison.load(tmp_path)
     assert back.senders_frame().equals(frame)
     assert back.to_json() == other.to_json()
+
+
+def reordered(evaluation):
+    """Return the same evaluation with types of receivers and of senders the other way round."""
+    found, moments = evaluation.senders, evaluation.moments
+    back = slice(None, None, -1)
+    types, last = evaluation.cell_types[back], len(evaluation.cell_types) - 1
+    of_types = {
+        name: getattr(evaluation, name)[..., back]
+        if getattr(evaluation, name).ndim < 3
+        else evaluation.expl_var_gene[:, back]
+        for name in ("n_cells", "expl_var_gene", "expl_var", "expl_var_full", "expl_var_none", "exceedances", "p_value")
+    }
+    of_types |= {name: getattr(evaluation, name)[:, back] for name in ("p_value_adj", "p_ci_low", "p_ci_high")}
+    both = {
+        name: getattr(found, name)[:, back, back]
+        for name in (
+            "attention",
+            "effect",
+            "low",
+            "high",
+            "p_value",
+            "p_value_adj",
+            "distance",
+            "best_gene",
+            "effect_best_gene",
+        )
+    }
+    return replace(
+        evaluation,
+        cell_types=types,
+        held_out=evaluation.held_out[back],
+        sampling=evaluation.sampling[back],
+        n_permutations_by_type=evaluation.n_permutations_by_type[back],
+        spatial=None,
+        intervals=None,
+        parts=None,
+        trivial=None,
+        ablations=None,
+        **of_types,
+        senders=replace(
+            found,
+            senders=found.senders[back],
+            n_receivers=found.n_receivers[back, back],
+            lost_squares=None,
+            **dict.fromkeys(found.of_genes),
+            **both,
+        ),
+        moments=replace(
+            moments,
+            cell_types=types,
+            row_type=last - moments.row_type,
+            sketch_type=last - moments.sketch_type,
+            query_weights=moments.query_weights[back],
+            query_gram=moments.query_gram[back],
+            readout_offset=moments.readout_offset[back],
+            senders=moments.senders[back],
+            lost_squares=moments.lost_squares[:, back, back],
+        ),
+    )
+
+
+def test_the_order_of_types_and_senders_does_not_matter(trained, adata):
+    one = named(evaluate(trained, adata, TALKING), "1")
+    fresh = named(evaluate(untrained_like(trained, seed=1), adata, TALKING), "3")
+    spec = replace(QUICK, unmatched=0.0)
+    key = ["head_before", "head_after", "ct_name", "sender"]
+    expected = compare([one, fresh], spec).senders_frame().set_index(key).sort_index()
+    for pair in ([one, reordered(fresh)], [reordered(one), fresh]):
+        frame = compare(pair, spec).senders_frame().set_index(key).sort_index()
+        numbers = expected.select_dtypes("number").columns
+        np.testing.assert_allclose(frame[numbers], expected[numbers], atol=1e-6)
+
+
+def test_cells_of_other_types_are_not_compared_tile_by_tile(trained, adata):
+    one = named(evaluate(trained, adata, SPEC), "1")
+    moments = one.moments
+    own = np.flatnonzero(moments.row_type == moments.row_type[0])
+    rows = [own[0], own[moments.row_tile[own] != moments.row_tile[own[0]]][0]]
+    n_cells = moments.n_cells.copy()
+    n_cells[rows] += [1, -1]
+    other = named(replace(one, moments=replace(moments, n_cells=n_cells)), "2")
+    with pytest.raises(DataError, match=r"lie in other tiles of tissue: versions are compared on the same cells"):
+        compare([one, other], QUICK)
 
 
 def test_losses_are_compared_on_the_same_genes_only_and_where_both_were_computed(trained, adata):

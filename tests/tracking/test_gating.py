@@ -20,6 +20,7 @@ from amici_eval.specs import ReportSpec, TrackingSpec
 from amici_eval.tracking import compared_cells, gating
 from amici_eval.tracking.flavor import log_model
 from amici_eval.tracking.gating import gate_job
+from amici_eval.tracking.promotion import rollback
 from amici_eval.verdict import Verdict
 from tests.model.test_comparison import relabelled
 from tests.test_cli import call
@@ -106,16 +107,55 @@ def test_a_first_version_is_promoted_a_worse_one_refused_and_the_same_one_passes
     assert same.verdict.outcome == "pass"
     assert model.aliases() == {"champion": "2"}
     assert same.promotion.replaced == "1"
-    # the one that is the champion already is not worse than itself
+    # the one that is the champion already is judged against the one that it replaced
     again = gated(model, 2)
-    assert (again.verdict.outcome, again.outdated) == ("pass", False)
+    assert (again.verdict.outcome, again.verdict.baseline["version"], again.outdated) == ("pass", "1", False)
+    assert again.promotion.reason == "champion is version 2 already"
     assert model.tags("2")[f"amici_eval.verdict.{key}"] == f"pass {again.run_id}"
+    # what it replaced is not on record: nothing is known
+    model.client.set_registered_model_alias(model.name, "champion", "3")
+    alone = gated(model, 3)
+    assert {result.rule: result.outcome for result in alone.verdict.results}["not_worse"] == "undecided"
+    assert "what it replaced is not on record" in alone.verdict.results[1].reason
+
+
+def test_nothing_takes_the_place_of_a_champion_that_it_was_not_judged_against(model):
+    gated(model, 1)
+    n_runs = len(model.client.search_runs(["0"]))
+    with pytest.raises(ModelNotFoundError, match="has no alias champoin: its aliases are champion; write base"):
+        gated(model, 3, baseline="@champoin")
+    for baseline in (None, "@best", "2"):
+        with pytest.raises(InvalidSpecError, match=r"champion is version 1 of .*; only what was judged against"):
+            gated(model, 3, baseline=baseline)
+    assert len(model.client.search_runs(["0"])) == n_runs
+    assert model.aliases() == {"champion": "1"}
+    # against the same version by its number, or without promotion, it is judged
+    assert gated(model, 2, baseline="1").promotion.moved
+    assert gated(model, 3, COUNTED, baseline=None, promote=None).verdict.outcome == "pass"
+
+
+def test_a_watcher_turns_back_no_decision(model):
+    gated(model, 1)
+    gated(model, 2)
+    older = gated(model, 1, COUNTED, newer_only=True)
+    assert (older.verdict.outcome, older.promotion.moved, older.outdated) == ("pass", False, False)
+    assert older.promotion.reason == "version 1 is older than version 2, which is champion: not promoted"
+    rollback(model.name, "champion")
+    assert model.aliases() == {"champion": "1"}
+    undone = gated(model, 2, COUNTED, newer_only=True)
+    assert undone.promotion.reason == "the promotion of version 2 to champion was taken back: not promoted again"
+    assert model.aliases() == {"champion": "1"}
+    assert gated(model, 3, COUNTED, newer_only=True).promotion.moved
+    # a person may
+    assert gated(model, 2, COUNTED).promotion.moved
 
 
 def test_a_dry_run_moves_nothing_and_bootstrap_may_refuse(model):
     dry = gated(model, 1, dry_run=True)
     assert (dry.verdict.outcome, dry.promotion.moved, model.aliases()) == ("pass", False, {})
     assert "dry run" in dry.promotion.reason
+    assert not dry.outdated
+    assert not [name for name in model.tags("1") if name.startswith("amici_eval.verdict")]
     refused = gated(model, 1, bootstrap="fail")
     assert (refused.verdict.outcome, model.aliases()) == ("fail", {})
 
@@ -168,6 +208,8 @@ def test_what_is_misspelt_is_refused_before_a_run_starts(model):
         gated(model, 9)
     with pytest.raises(ModelNotFoundError, match="has no version '8'"):
         gated(model, 1, baseline="8")
+    with pytest.raises(InvalidSpecError, match=r"gate.promote='v1': an alias has letters"):
+        gated(model, 1, promote="v1")
     logged = model.client.get_model_version(model.name, "1").source.removeprefix("models:/")
     with pytest.raises(InvalidSpecError, match="an alias belongs to a registered version"):
         gated(model, 1, model_uri=f"models:/{logged}")
@@ -237,6 +279,53 @@ def test_the_command_says_it_all_and_its_exit_code_tells_outcomes_apart(model, c
     assert "nothing to judge" in capsys.readouterr().out
     assert call("rollback", f"model={model.name}") == 0
     assert model.aliases()["champion"] in ("1", "2")
+
+
+def test_genes_that_the_version_lacks_are_not_passed_over(model, monkeypatch):
+    gated(model, 1)
+    monkeypatch.setattr(gating, "_missing_genes", lambda evaluation, baseline: ("g1", "g2"))
+    found = gated(model, 2)
+    assert found.verdict.outcome == "undecided"
+    assert found.verdict.results[1].reason.startswith("2 genes of the baseline are not in the version (g1, g2)")
+    assert found.verdict.results[2].outcome == "pass"
+
+
+def test_versions_with_data_of_their_own_are_judged_on_one_file(registry, trained, adata, monkeypatch):
+    monkeypatch.setattr(compared_cells, "MIN_HELD_OUT", 10)
+    name = f"bundled-{uuid4().hex[:6]}"
+    for data in (adata, adata[::-1].copy()):
+        with mlflow.start_run():
+            log_model(trained, name, registered_model_name=name, training_adata=data, adata=data)
+    own = Gated(name, None)
+    gate = GateSpec(rules=(NOT_WORSE, COUNTED), promote="champion")
+    for version in ("1", "2"):
+        found = gate_job(
+            model_uri=f"models:/{name}/{version}",
+            baseline="@champion",
+            data_uri=None,
+            spec=SPEC,
+            comparison=QUICK,
+            gate=gate,
+            report=ReportSpec(figures=False),
+            tracking=TrackingSpec(),
+            config_yaml="",
+        )
+        assert found.verdict.outcome == "pass", found.verdict.results
+    assert own.aliases() == {"champion": "2"}
+
+
+def test_the_exit_code_of_a_sweep_is_that_of_its_worst_job(model, capsys):
+    quick = ["permutation.n_permutations=19", "permutation.n_bootstrap=50", "ablation.modes=[keep_one]"]
+    quick += ["ablation.baselines=false", "compare.n_flips=49", "compare.n_bootstrap=50", "report.figures=false"]
+    quick += [f"data.uri={model.data}", "gate.rules.some_signal=null", "gate.rules.explains_something=null"]
+    gated(model, 1)
+    sweep = ["gate", "-m", *quick, "gate.rules.not_worse.margin=1", "gate.rules.near={kind: stability, at_least: 0.9}"]
+    uri = f"models:/{model.name}/"
+    assert call(*sweep, f"model_uri={uri}2", "compare.cells=all,auto") == 4
+    assert call(*sweep, f"model_uri={uri}3,{uri}2") == 3
+    assert call(*sweep, f"model_uri={uri}9,{uri}3") == 2
+    assert call(*sweep, f"model_uri={uri}2", "report.n_top_genes=5,6") == 0
+    capsys.readouterr()
 
 
 def test_a_gate_reads_what_it_wrote(model):

@@ -121,7 +121,7 @@ def test_a_promotion_that_was_never_carried_out_is_dropped_by_the_next(bare_mode
     monkeypatch.setattr(promotion, "_moved", real)
     assert [one["version"] for one in promotions(bare_model.name, "champion")] == ["1", "2"]
     assert bare_model.aliases() == {"champion": "1"}
-    with pytest.raises(DataError, match="is version 1, the last promotion set it to version 2"):
+    with pytest.raises(DataError, match=r"is version 1, which the last promotion, to version 2, replaced"):
         rollback(bare_model.name, "champion")
     promote(bare_model.name, "3", alias="champion", expected="1")
     assert [one["version"] for one in promotions(bare_model.name, "champion")] == ["1", "3"]
