@@ -154,6 +154,11 @@ def test_the_workflow_promotes_and_refuses_and_cron_goes_on_after_a_rollback(tis
         shutil.copy(TEMPLATES / "train.py", checkout)
         return runner.run(checkout)
 
+    def amici_eval(*arguments: str) -> subprocess.CompletedProcess[str]:
+        call = [str(bin_folder / "amici-eval"), *arguments]
+        machine = environment(bin_folder, MLFLOW_TRACKING_URI=store)
+        return subprocess.run(call, cwd=tmp_path, env=machine, check=False, capture_output=True, text=True)
+
     def champion() -> str:
         return str(client.get_registered_model(MODEL).aliases["champion"])
 
@@ -184,14 +189,7 @@ def test_the_workflow_promotes_and_refuses_and_cron_goes_on_after_a_rollback(tis
     # a refusal is what one wants to read about
     assert runner.kept(worse) == {"verdict.xml", "verdict.json", "report.html"}
 
-    back = subprocess.run(
-        [str(bin_folder / "amici-eval"), "rollback", f"model={MODEL}", "alias=champion", f"tracking.uri={store}"],
-        cwd=tmp_path,
-        env=environment(bin_folder),
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    back = amici_eval("rollback", f"model={MODEL}", "alias=champion")
     assert back.returncode == 0, back.stderr
     assert champion() == "1"
 
@@ -205,14 +203,7 @@ def test_the_workflow_promotes_and_refuses_and_cron_goes_on_after_a_rollback(tis
     assert champion() == "1"
 
     # the good model comes again, by somebody who only registers: cron judges it, and no other
-    again = subprocess.run(
-        [str(bin_folder / "amici-eval"), "register", "model_dir=better/model", f"name={MODEL}", f"data.uri={tissue}"],
-        cwd=tmp_path,
-        env=environment(bin_folder, MLFLOW_TRACKING_URI=store),
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    again = amici_eval("register", "model_dir=better/model", f"name={MODEL}", f"data.uri={tissue}")
     assert again.returncode == 0, again.stderr
     busy = cron({**machine, **settings})
     assert (busy.returncode, busy.stdout, busy.stderr) == (0, "", ""), log.read_text()
