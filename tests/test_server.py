@@ -160,6 +160,8 @@ def test_training_goes_on_while_the_server_is_away_and_nothing_is_lost(server, n
     split = SimpleNamespace(train_idx=np.setdiff1d(np.arange(adata.n_obs), validation), val_idx=validation)
     trainer = SimpleNamespace(current_epoch=0, is_global_zero=True, datamodule=split)
     mlflow.set_tracking_uri(server.uri)
+    # of this store, whatever another one had before
+    mlflow.set_experiment("training")
     callback = amici_eval.HeadEvaluationCallback(native, every_n_epochs=1, n_cells=50, max_share=math.inf)
     with mlflow.start_run() as run:
         callback.on_train_start(trainer, native.module)
