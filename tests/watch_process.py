@@ -11,7 +11,9 @@ from amici_eval import gate_spec
 KEY = "0123456789ab"
 
 
-def gate_job(*, model_uri, baseline, data_uri, spec, comparison, gate, report, tracking, config_yaml, progress=None):  # noqa: ARG001, RUF100 - the gate's signature
+def gate_job(
+    *, model_uri, baseline, data_uri, spec, comparison, gate, report, tracking, config_yaml, progress=None, newer_only
+):
     from mlflow import MlflowClient
 
     from amici_eval.errors import DataError
@@ -19,6 +21,7 @@ def gate_job(*, model_uri, baseline, data_uri, spec, comparison, gate, report, t
     name, version = model_uri.removeprefix("models:/").split("/")
     if data_uri == "broken":
         raise DataError(value="no data", rule="there must be some", fix="pass data.uri")
+    assert newer_only, "a watcher turns back no decision"
     assert "model:" in config_yaml
     progress(1, 1, "judging")
     MlflowClient().set_model_version_tag(name, version, f"amici_eval.verdict.{KEY}", "pass abc")
