@@ -134,9 +134,7 @@ def judge(
         elif no_comparison is not None:
             results.append(_settled(rule, "undecided", no_comparison))
         else:
-            results.append(
-                _settled(rule, spec.bootstrap, f"there is no baseline yet, and gate.bootstrap={spec.bootstrap}")
-            )
+            results.append(_settled(rule, spec.bootstrap, f"there is no baseline, and gate.bootstrap={spec.bootstrap}"))
     if in_sample is not False and not spec.allow_in_sample:
         where = "it is not known which cells" if in_sample is None else "some of these cells are among those that"
         results.append(
@@ -160,7 +158,7 @@ def judge(
         cells=cells,
         in_sample=in_sample,
         key=key,
-        notes=tuple(notes),
+        notes=(*notes, *(f"the rule {name} is left out" for name in spec.left_out)),
     )
 
 

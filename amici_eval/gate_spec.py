@@ -166,6 +166,8 @@ class GateSpec:
         Compare with a baseline that has genes which the version lacks, on the others; else such a verdict is undecided.
     promote
         Alias that moves to the version if it passes; ``None``: none.
+    left_out
+        Names of rules that were taken away.
 
     Raises
     ------
@@ -178,6 +180,7 @@ class GateSpec:
     allow_in_sample: bool = False
     allow_missing_genes: bool = False
     promote: str | None = None
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bootstrap not in ("pass", "fail"):
@@ -212,9 +215,10 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
     InvalidSpecError
         If a value is not allowed.
     """
-    rules = []
+    rules, left_out = [], []
     for name, given in values["rules"].items():
         if given is None:
+            left_out.append(str(name))
             continue
         if not isinstance(given, Mapping):
             raise InvalidSpecError(
@@ -246,7 +250,8 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
         if "need" in entries:
             entries["need"] = str(entries["need"])
         rules.append(Rule(name=str(name), **entries))
-    return GateSpec(rules=tuple(rules), **{name: value for name, value in values.items() if name != "rules"})
+    others = {name: value for name, value in values.items() if name != "rules"}
+    return GateSpec(rules=tuple(rules), left_out=tuple(left_out), **others)
 
 
 def gate_key(

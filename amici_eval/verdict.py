@@ -147,12 +147,35 @@ class Verdict:
                 fix="download it again or judge again",
             ) from error
 
+    @classmethod
+    def load(cls, path: str | Path) -> Verdict:
+        """Read what :meth:`save` wrote, given the file or its folder.
+
+        Raises
+        ------
+        DataError
+            If there is no verdict or a damaged one.
+        """
+        where = Path(path)
+        return cls.from_json(_readable(where / VERDICT_FILE if where.is_dir() else where))
+
     def save(self, directory: str | Path) -> Path:
         """Write the verdict into a folder (made if missing) and return the file."""
         path = Path(directory) / VERDICT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json(), encoding="utf-8")
         return path
+
+
+def _readable(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            value=f"{path} cannot be read ({error.strerror or error})",
+            rule=f"it must be the {VERDICT_FILE} of a run, or the folder that holds it",
+            fix="give that file or folder",
+        ) from error
 
 
 def overall_outcome(outcomes: Iterable[str]) -> str:

@@ -541,3 +541,18 @@ def test_a_verdict_says_what_its_rules_say():
     for text in ("", "[]", "{", "[" * 100_000):
         with pytest.raises(DataError, match="damaged verdict"):
             Verdict.from_json(text)
+
+
+def test_a_verdict_is_read_from_its_file_or_folder(tmp_path):
+    verdict = Verdict(outcome="undecided", results=())
+    path = verdict.save(tmp_path / "new")
+    assert Verdict.load(path) == Verdict.load(path.parent) == verdict
+    with pytest.raises(DataError, match=r"verdict.json cannot be read \(No such file"):
+        Verdict.load(tmp_path)
+
+
+def test_rules_that_are_left_out_are_named(evaluation):
+    spec = gate_spec_from({"rules": {"a": None, "b": {"kind": "significant_heads", "at_least": 0}}})
+    assert spec.left_out == ("a",)
+    found = judge(evaluation, spec, metrics={}, tables=tables_of(evaluation), in_sample=False)
+    assert found.notes == ("the rule a is left out",)

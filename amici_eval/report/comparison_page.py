@@ -8,7 +8,7 @@ import numpy as np
 
 from amici_eval.report.markup import cell, row, section, table, text
 from amici_eval.report.page import write_page
-from amici_eval.report.sender_changes import sender_changes_section
+from amici_eval.report.sender_changes import counted_changes, few_tiles, sender_changes_section
 from amici_eval.report.svg import inline_figure
 from amici_eval.report.wording import effect, interval, made_folder, p_text, printable, unwritable
 
@@ -75,6 +75,10 @@ def comparison_sentences(comparison: HeadComparison) -> list[str]:
             f"{printable(labels[found.after])} against {printable(labels[found.before])}, matched heads and all heads "
             f"by cell type: {counted}."
         )
+    if comparison.senders:
+        sentences.append(f"Who talks to whom, matched heads: {counted_changes(comparison.senders_frame())}.")
+    if few := few_tiles(comparison):
+        sentences.append(few)
     if comparison.floor is not None and np.isfinite(comparison.floor).any():
         sentences.append(
             f"Two untrained models of the architecture have heads of similarity {_range(comparison.floor)} if matched."
@@ -287,8 +291,8 @@ def _differences(comparison: HeadComparison) -> str:
         rows.append(row(entry["ct_name"], cells))
     caption = (
         "Explained variance of matched heads, kept alone, and of all heads together (full), by cell type. The verdict "
-        f"takes p and interval together; same: within {comparison.margin:g}. Why values are missing: "
-        "tables/head_differences.csv."
+        f"takes p and interval together; same: within {comparison.margin:g} by two one-sided tests. Why values are "
+        "missing: tables/head_differences.csv."
     )
     content = f"<details open><summary>{len(rows)} rows</summary>{table(header, rows, caption)}</details>"
     return section("differences", "What changed", content)

@@ -12,11 +12,18 @@ from amici_eval.report.markup import cell, row, section, table
 from amici_eval.report.wording import effect, interval, p_text, rounded
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
     from amici_eval.comparison_results import HeadComparison
 
-__all__ = ["plot_sender_differences", "sender_changes_section", "sender_differences_size"]
+__all__ = [
+    "counted_changes",
+    "few_tiles",
+    "plot_sender_differences",
+    "sender_changes_section",
+    "sender_differences_size",
+]
 
 _MOST_ROWS = 30
 
@@ -26,13 +33,12 @@ def sender_changes_section(comparison: HeadComparison) -> str:
     if not comparison.senders:
         return ""
     frame = comparison.senders_frame()
-    counted = frame["verdict"].value_counts()
-    said = ", ".join(f"{counted[word]:,} {word}" for word in ("more", "less", "same", "undecided") if word in counted)
+    said = counted_changes(frame)
     sure = frame[frame["verdict"].isin(["more", "less"])]
     if not len(sure):
-        return section(
-            "senders", "Who talks to whom", f"<p>No change is sure: {said or 'nothing could be compared'}.</p>"
-        )
+        few = few_tiles(comparison)
+        told = f"No head is sure to take more or less from a type of sender than before: {said or 'nothing is known'}."
+        return section("senders", "Who talks to whom", f"<p>{told}{f' {few}' if few else ''}</p>")
     order = sure["difference"].abs().sort_values(ascending=False, kind="stable").index[:_MOST_ROWS]
     header = ["Receiver type", "Sender type", "Head", "Head there", "From", "To", "Attention before", "Attention after"]
     header += ["EV lost before", "EV lost after", "Difference", "Interval", "Adjusted p", "Verdict"]
@@ -121,6 +127,31 @@ def plot_sender_differences(comparison: HeadComparison, pair: int = 0, *, ax: Ax
 def sender_differences_size(comparison: HeadComparison, pair: int) -> tuple[float, float]:
     """Return width and height of the figure in inches."""
     return forest_size(len(largest(comparison.senders[pair].difference)))
+
+
+def counted_changes(frame: pd.DataFrame) -> str:
+    """Return how many changes came out how; pairs of types without a value are counted apart."""
+    known = frame[frame["difference"].notna()]
+    counted = known["verdict"].value_counts()
+    words = [f"{counted[word]:,} {word}" for word in ("more", "less", "same", "undecided") if word in counted]
+    n_none = len(frame) - len(known)
+    return ", ".join([*words, *([f"{n_none:,} without such neighbours or a value"] if n_none else [])])
+
+
+def few_tiles(comparison: HeadComparison) -> str:
+    """Return a warning if so few tiles of tissue are compared that hardly any change can be significant."""
+    if comparison.kind == "datasets":
+        return ""
+    n_tiles = max((int(one.n_tiles.max(initial=0)) for one in comparison.differences), default=0)
+    tests = [one.p_value for one in comparison.differences] + [one.p_value for one in comparison.senders]
+    n_tests = max((int(np.count_nonzero(~np.isnan(p))) for p in tests), default=0)
+    least = 2.0 ** (1 - n_tiles)
+    if not n_tests or least * n_tests <= comparison.alpha:
+        return ""
+    return (
+        f"Cells lie in at most {n_tiles} tiles of tissue, so that no p is below {p_text(least)}, and over {n_tests:,} "
+        "tests a single change can hardly be significant: read the intervals."
+    )
 
 
 def _sure(comparison: HeadComparison) -> str:

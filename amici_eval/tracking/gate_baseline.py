@@ -61,6 +61,13 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
     """
     aliases = _aliases(candidate)
     now = None if promote is None else aliases.get(promote)
+    near_promote = [] if promote is None or promote in aliases else get_close_matches(promote, list(aliases), n=1)
+    if near_promote:
+        raise InvalidSpecError(
+            value=f"gate.promote={promote}",
+            rule=f"{candidate.name} has no such alias, but {near_promote[0]}",
+            fix=f"write gate.promote={near_promote[0]}, or set {promote} by hand if it shall be a new one",
+        )
     if baseline is None:
         _may_replace(candidate, None, baseline, promote, now)
         return Against(expected=now)

@@ -270,6 +270,8 @@ def _held_back(model: ResolvedModel, now: str | None, alias: str) -> Promotion |
     assert model.name is not None  # noqa: S101, RUF100 - for the type checker
     assert model.version is not None  # noqa: S101, RUF100 - for the type checker
     reason = None
+    if now == model.version:
+        return None
     if now is not None and int(model.version) < int(now):
         reason = f"version {model.version} is older than version {now}, which is {alias}: not promoted"
     elif f"{ROLLED_BACK_TAG}.{alias}" in RegistryTags(name=model.name, version=model.version).read():

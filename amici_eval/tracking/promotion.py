@@ -139,6 +139,10 @@ def promote(
         done = _moved(tags, alias, version, now)
         if not done.moved:
             _write_record(tags, alias, before)
+            return done
+        own, undone = RegistryTags(name=name, version=version), f"{ROLLED_BACK_TAG}.{alias}"
+        if undone in own.read():
+            own.remove(undone)
         return done
 
 

@@ -339,3 +339,44 @@ def test_a_gate_reads_what_it_wrote(model):
         )[0].info.run_id
     )
     assert np.isfinite(record["results"][0]["value"])
+
+
+def test_an_alias_that_is_misspelt_is_not_made_and_what_is_left_out_is_told(model):
+    gated(model, 1)
+    with pytest.raises(
+        InvalidSpecError, match=r"gate.promote=champoin: gated-\w+ has no such alias, but champion; write"
+    ):
+        gated(model, 2, promote="champoin")
+    gate = GateSpec(rules=(COUNTED,), left_out=("not_worse",))
+    found = gate_job(
+        model_uri=f"models:/{model.name}/2",
+        baseline="@champion",
+        data_uri=str(model.data),
+        spec=SPEC,
+        comparison=QUICK,
+        gate=gate,
+        report=ReportSpec(figures=False),
+        tracking=TrackingSpec(),
+        config_yaml="",
+    )
+    assert found.verdict.notes[-1] == "the rule not_worse is left out"
+
+
+def test_a_promotion_takes_the_mark_of_a_rollback_away(model):
+    gated(model, 1)
+    gated(model, 2)
+    rollback(model.name, "champion")
+    assert "amici_eval.rolled_back.champion" in model.tags("2")
+    assert gated(model, 2).promotion.moved
+    assert "amici_eval.rolled_back.champion" not in model.tags("2")
+    again = gated(model, 2, COUNTED, newer_only=True)
+    assert again.promotion.reason == "champion is version 2 already"
+
+
+def test_cells_that_the_baseline_was_fitted_on_decide_nothing(model, monkeypatch):
+    gated(model, 1)
+    compare = gating.compare
+    # the version itself has not seen them
+    monkeypatch.setattr(gating, "compare", lambda *given, **more: replace(compare(*given, **more), in_sample=True))
+    found = gated(model, 2)
+    assert (found.verdict.outcome, found.verdict.results[-1].rule) == ("undecided", "held_out_cells")
