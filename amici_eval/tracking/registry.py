@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -19,6 +20,7 @@ __all__ = ["ResolvedModel", "connect", "find_dataset", "keep_artifacts_in", "kno
 
 logger = logging.getLogger(__name__)
 
+_MODELS_SOUGHT, _MODELS_NAMED = 1000, 20
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 10
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -192,7 +194,9 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
                 rule="it must be an MLflow server that you may read",
                 fix="check tracking.uri and your credentials",
             ) from error
-        known = [model.name for model in client.search_registered_models(max_results=20)]
+        known = [model.name for model in client.search_registered_models(max_results=_MODELS_SOUGHT)]
+        near = get_close_matches(name, known, n=3)
+        known = [*near, *(one for one in known if one not in near)][:_MODELS_NAMED]
         raise ModelNotFoundError(
             value=f"{model_uri}: there is no registered model {name!r}",
             rule=f"the registry of {mlflow.get_tracking_uri()} holds {', '.join(known) or 'no models'}",

@@ -41,7 +41,9 @@ def model(registry, trained, adata, monkeypatch):
     for one in (trained, relabelled(trained, [1, 0]), untrained_like(trained, seed=1)):
         with mlflow.start_run():
             log_model(one, name, registered_model_name=name, training_adata=adata)
-    return Gated(name, registry.data)
+    yield Gated(name, registry.data)
+    # the store serves other tests, too
+    mlflow.MlflowClient().delete_registered_model(name)
 
 
 class Gated:
@@ -312,6 +314,7 @@ def test_versions_with_data_of_their_own_are_judged_on_one_file(registry, traine
         )
         assert found.verdict.outcome == "pass", found.verdict.results
     assert own.aliases() == {"champion": "2"}
+    own.client.delete_registered_model(name)
 
 
 def test_the_exit_code_of_a_sweep_is_that_of_its_worst_job(model, capsys):
