@@ -221,14 +221,15 @@ def share_changes(
         counts = np.vstack([np.ones((1, n_tiles)), tile_draws(n_tiles, n_resamples, seed=seed, label=label)])
         drawn = counts @ target
         defined = drawn > ROUNDING * total
-        shares = np.broadcast_to(target, (int(defined.sum()), n_tiles))
+        counts, drawn, widened = counts[defined], drawn[defined], widening(n_cells)
+        shares = np.broadcast_to(target, counts.shape)
         for pair in np.flatnonzero(np.isfinite(change).all(axis=1)):
             found = studentised(
-                counts[defined],
+                counts,
                 np.broadcast_to(change[pair], shares.shape),
                 shares,
-                drawn[defined],
-                widened=widening(n_cells),
+                drawn,
+                widened=widened,
                 confidence=confidence,
                 margin=margin,
             )

@@ -25,6 +25,7 @@ from amici_eval.tracking.registry_tags import RegistryTags
 from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
 from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, check_writable, remove_local, send
 from amici_eval.tracking.tracked_run import tracked_run
+from amici_eval.tracking.watching import VERDICT_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,11 +40,9 @@ if TYPE_CHECKING:
     from amici_eval.tracking.registry import ResolvedModel
     from amici_eval.verdict import Verdict
 
-__all__ = ["VERDICT_TAG", "GateRun", "gate_job"]
+__all__ = ["GateRun", "gate_job"]
 
 logger = logging.getLogger(__name__)
-
-VERDICT_TAG = "amici_eval.verdict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +209,9 @@ def gate_job(
                 if held_back is None
                 else held_back
             )
-            # by now the alias points neither to what was judged against nor to the version itself
-            outdated = not promotion.moved and promotion.replaced not in (expected, candidate.version)
+            # it was to move, is not there already, and does not point to it: somebody else moved it
+            wanted = held_back is None and promotion.replaced != candidate.version
+            outdated = wanted and not promotion.moved and not (dry_run and promotion.replaced == expected)
             _tag_run(run_id, "amici_eval.promotion", promotion.reason)
         result = GateRun(
             verdict=verdict,

@@ -383,3 +383,20 @@ def test_cells_that_the_baseline_was_fitted_on_decide_nothing(model, monkeypatch
     monkeypatch.setattr(gating, "compare", lambda *given, **more: replace(compare(*given, **more), in_sample=True))
     found = gated(model, 2)
     assert (found.verdict.outcome, found.verdict.results[-1].rule) == ("undecided", "held_out_cells")
+
+
+def test_an_alias_that_somebody_moves_on_at_once_is_no_promotion(model, monkeypatch):
+    gated(model, 1)
+    client = type(model.client)
+    real = client.set_registered_model_alias
+
+    def set_and_be_overtaken(self, name, alias, version):
+        real(self, name, alias, version)
+        real(self, name, alias, "3")
+
+    monkeypatch.setattr(client, "set_registered_model_alias", set_and_be_overtaken)
+    found = gated(model, 2)
+    assert (found.verdict.outcome, found.promotion.moved, found.outdated) == ("pass", False, True)
+    assert "somebody else moves it, too" in found.promotion.reason
+    assert model.tags("2")["amici_eval.verdict"] == "undecided"
+    assert not [name for name in model.tags("2") if name.startswith("amici_eval.verdict.")]
