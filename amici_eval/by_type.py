@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from amici_eval.results import Undefined
 from amici_eval.sender_evaluation import WHY_NOT, evaluate_senders
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.tiling import Tiling, tile_of
-from amici_eval.type_tasks import TypeSettings, TypeTask, evaluate_here
+from amici_eval.type_tasks import Plan, TypeSettings, TypeTask, evaluate_here
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from jaxtyping import Bool, Int64
 
+    from amici_eval.finished_parts import FinishedParts
     from amici_eval.inference_results import Baselines
     from amici_eval.model.access import ModelAccess
     from amici_eval.model.factored import HeadOutputs
@@ -78,6 +79,7 @@ def evaluate_types(
     modes: tuple[str, ...],
     progress: Progress | None,
     launcher: Launcher | None = None,
+    parts: FinishedParts | None = None,
 ) -> Types:
     """Evaluate all types.
 
@@ -93,13 +95,17 @@ def evaluate_types(
         Told how far the work is.
     launcher
         Evaluates the types; ``None``: this process does. What spans types is done here in either case.
+    parts
+        Gives what is finished already, and keeps what gets finished; ``None``: nothing is kept.
     """
     usable = {cell_type: rows for cell_type, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
     everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
     n_heads, n_receivers = access.card.n_heads, sum(len(rows) for rows in receivers.values())
-    if launcher is not None and usable:
-        launcher.prepare(len(usable))
     factors = access if isinstance(access, FactorAccess) and len(everyone) else None
+    engine = "hooked" if factors is None else "factored"
+    there = {name: part for name in usable if (part := _taken(parts, _type_part(engine, name))) is not None}
+    if launcher is not None and len(there) < len(usable):
+        launcher.prepare(len(usable) - len(there))
     # work counts cells once for their way through the model; a permutation's cost beside that, roughly
     cells_work = 1.0 if factors is not None else n_heads + 2.0 + (n_heads if "leave_one_out" in modes else 0)
     test_work = n_permutations / 1000 if factors is not None else float(n_heads)
@@ -111,23 +117,31 @@ def evaluate_types(
     # each mask is another look at all receivers and their expression
     mask_work = len(everyone) * sum(map(len, batches))
     meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines) + mask_work)
-    outputs, sketch = None, Sketch.of(usable)
-    if factors is not None:
+    sketch = Sketch.of(usable)
+    senders: Senders | None = _taken(parts, _SENDERS) if batches else None
+    # senders need more of the pass than is kept of it
+    outputs: HeadOutputs | None = None if batches and senders is None else _taken(parts, _ATTENTION)
+    if outputs is not None:
+        meter.add(len(everyone), "attention")
+    elif factors is not None:
         outputs = factors.attend(
             everyone,
-            without_senders=batches[0] if batches else (),
+            without_senders=batches[0] if batches and senders is None else (),
             without_nearest=spec.ablation.baselines and spec.ablation.without_nearest,
             attention_of=sketch.places[sketch.attended],
             progress=meter.cells("attention", len(everyone)),
         )
+        if not batches or senders is not None:
+            _keep(parts, _ATTENTION, outputs)
     # of the whole tissue if baselines may be fitted to cells that are not evaluated
     all_fitted = None if tissue is None else _fitted_cells(access, np.arange(len(tissue.label_codes)))
     fitted = _fitted_cells(access, everyone) if all_fitted is None else all_fitted[everyone]
     tiling = None
     if isinstance(access, LocatedAccess) and len(everyone):
         tiling = Tiling.of(access, everyone, fitted=fitted, n_types=len(usable))
-    senders = None
-    if batches and factors is not None and outputs is not None and tiling is not None:
+    if senders is not None:
+        meter.add(mask_work, "senders masked out")
+    elif batches and factors is not None and outputs is not None and tiling is not None:
         senders = evaluate_senders(
             factors,
             receivers,
@@ -140,7 +154,9 @@ def evaluate_types(
             progress=lambda more: meter.add(more, "senders masked out"),
         )
         # an array of each sender type: not to be held while types are tested
-        outputs = replace(outputs, without_senders=None)
+        outputs = replace(outputs, without_senders=None, by_sender=None)
+        _keep(parts, _SENDERS, senders)
+        _keep(parts, _ATTENTION, outputs)
     found = _each(
         access,
         receivers,
@@ -154,12 +170,16 @@ def evaluate_types(
         cells_work=cells_work,
         test_work=test_work,
         launcher=launcher,
+        parts=parts,
+        there=there,
     )
     evaluated = [found.get(cell_type) for cell_type in receivers]
     moments = baselines = None
     if factors is not None and outputs is not None and tiling is not None:
         moments = kept_moments(factors, receivers, everyone, evaluated, outputs, sketch, tiling, senders)
     if with_baselines and tissue is not None:
+        baselines = _taken(parts, _BASELINES)
+    if with_baselines and tissue is not None and baselines is None:
         baselines = evaluate_baselines(
             tissue,
             receivers,
@@ -177,6 +197,7 @@ def evaluate_types(
             ),
             progress=meter.cells("baselines", n_receivers),
         )
+        _keep(parts, _BASELINES, baselines)
     return Types(
         evaluated=evaluated,
         undefined=_undefined(access, receivers, found),
@@ -210,25 +231,35 @@ def _each(
     cells_work: float,
     test_work: float,
     launcher: Launcher | None,
+    parts: FinishedParts | None,
+    there: Mapping[str, TypeEvaluation],
 ) -> dict[str, TypeEvaluation]:
     tasks = _tasks(access, usable, spec, outputs=outputs, keys=keys)
+    open_tasks = [task for task in tasks if task.cell_type not in there]
     settings = TypeSettings(test=spec.permutation, n_permutations=n_permutations, modes=modes)
     counters: dict[str, PermutationMeter] = {}
     for cell_type, rows in usable.items():
         pieces = access.card.n_heads * n_permutations
         counters[cell_type] = meter.permutations(cell_type, work=len(rows) * test_work, pieces=pieces)
-    found: dict[str, TypeEvaluation] = {}
+    found: dict[str, TypeEvaluation] = dict(there)
+    for cell_type in there:
+        meter.add(0 if outputs is not None else len(usable[cell_type]) * cells_work, cell_type)
+        counters[cell_type].finish()
     if launcher is None:
         on_cells = {
             cell_type: meter.cells(cell_type, round(len(rows) * cells_work)) for cell_type, rows in usable.items()
         }
-        results = evaluate_here(access, tasks, settings, counters=counters, on_cells=on_cells)
-    else:
+        plan = Plan.of(access, tasks)
+        results = evaluate_here(access, open_tasks, settings, plan=plan, counters=counters, on_cells=on_cells)
+    elif open_tasks:
         results = launcher.run(
-            access, tasks, settings, heartbeat=lambda: meter.add(0, f"{len(found)} of {len(usable)} types")
+            access, open_tasks, settings, heartbeat=lambda: meter.add(0, f"{len(found)} of {len(usable)} types")
         )
+    else:
+        results = iter(())
     for cell_type, result in results:
         found[cell_type] = result
+        _keep(parts, _type_part("hooked" if outputs is None else "factored", cell_type), result)
         if launcher is not None and outputs is None:
             meter.add(len(usable[cell_type]) * cells_work, cell_type)
         counters[cell_type].finish()
@@ -236,6 +267,22 @@ def _each(
         if cell_type not in usable:
             meter.add(len(rows) * (cells_work + test_work), cell_type)
     return found
+
+
+_ATTENTION, _SENDERS, _BASELINES = "attention", "senders", "baselines"
+
+
+def _type_part(engine: str, cell_type: str) -> str:
+    return f"{engine} type {cell_type}"
+
+
+def _taken(parts: FinishedParts | None, name: str) -> Any:
+    return None if parts is None else parts.get(name)
+
+
+def _keep(parts: FinishedParts | None, name: str, value: object) -> None:
+    if parts is not None:
+        parts.put(name, value)
 
 
 def _tasks(

@@ -55,6 +55,8 @@ settings (show all with: amici-eval COMMAND --cfg job)
   gate.promote=ALIAS, gate.bootstrap=pass|fail               what happens then; while there is no champion
   watch.interval, .max_interval, .lease                      seconds between rounds; until a dead watcher is replaced
   tracking.uri, .experiment, .output_dir, .keep_local        where it is logged
+  tracking.retry_s                                           how long a store that does not answer is asked again
+  resume=auto|never                                          take up what an interrupted evaluation left
 
 hydra flags
   -m, --multirun       run once per value: amici-eval evaluate -m model_uri=models:/a/1,models:/a/2

@@ -119,6 +119,7 @@ class TrackingConfig:
     keep_local: bool = False
     tags: Dict[str, str] = field(default_factory=dict)
     reuse: bool = True
+    retry_s: float = 60.0
 
 
 @dataclass
@@ -142,6 +143,7 @@ class EvaluateConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str = "auto"
 
 
 @dataclass
@@ -176,6 +178,7 @@ class CompareConfig:
     compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str = "auto"
 
 
 @dataclass
@@ -203,6 +206,7 @@ class GateConfig:
     gate: GateGroupConfig = field(default_factory=GateGroupConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str = "auto"
 
 
 @dataclass
@@ -228,6 +232,7 @@ class WatchConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     watch: WatchGroupConfig = field(default_factory=WatchGroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str = "auto"
 
 
 @dataclass
@@ -344,7 +349,8 @@ def report_spec(config: DictConfig) -> ReportSpec:
 
 def tracking_spec(config: DictConfig) -> TrackingSpec:
     """Return the settings of tracking."""
-    return TrackingSpec(**_plain(config)["tracking"])
+    values = _plain(config)
+    return TrackingSpec(**values["tracking"], resume=values.get("resume", "auto"))
 
 
 def resolved_yaml(config: DictConfig) -> str:

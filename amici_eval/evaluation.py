@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from amici_eval.finished_parts import FinishedParts
     from amici_eval.model.access import ModelAccess
     from amici_eval.type_evaluation import TypeEvaluation
     from amici_eval.type_tasks import Launcher
@@ -104,12 +105,14 @@ def evaluate_access(
     model_info: Mapping[str, Any] | None = None,
     data_info: Mapping[str, Any] | None = None,
     launcher: Launcher | None = None,
+    parts: FinishedParts | None = None,
 ) -> HeadEvaluation:
     """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`.
 
     An access that offers :class:`~amici_eval.protocols.FactorAccess` is first checked against its own hooked
     engine on some cells of each type; if they disagree, the hooked engine does the work. Without coordinates
-    (:class:`~amici_eval.protocols.LocatedAccess`) there are neither spatial tests nor intervals.
+    (:class:`~amici_eval.protocols.LocatedAccess`) there are neither spatial tests nor intervals. With ``parts``, what
+    is finished is kept as it finishes, and what they hold already is not computed again.
     """
     receivers = access.receivers()
     _check_sections_known(access, spec)
@@ -132,7 +135,14 @@ def evaluate_access(
     test = spec.permutation
     n_permutations = test.n_permutations or default_n_permutations(n_heads, len(types), test.alpha)
     found = evaluate_types(
-        access, receivers, spec, n_permutations=n_permutations, modes=modes, progress=progress, launcher=launcher
+        access,
+        receivers,
+        spec,
+        n_permutations=n_permutations,
+        modes=modes,
+        progress=progress,
+        launcher=launcher,
+        parts=parts,
     )
     notes = (*notes, *found.notes)
     evaluated, free = found.evaluated, [None if item is None else item.free for item in found.evaluated]

@@ -27,7 +27,10 @@ class _StoppedError(Exception):
 
 
 def run_side_by_side(
-    tasks: Mapping[str, Callable[[Callable[[int], None]], Result]], counters: Mapping[str, Callable[[int], None]]
+    tasks: Mapping[str, Callable[[Callable[[int], None]], Result]],
+    counters: Mapping[str, Callable[[int], None]],
+    *,
+    alone: bool = False,
 ) -> Iterator[tuple[str, Result]]:
     """Run tasks, as many at a time as torch has threads, and yield each result as it comes.
 
@@ -37,6 +40,8 @@ def run_side_by_side(
         By name; each is called with a function that counts its progress.
     counters
         Told of the progress, by name, in the calling thread; what one of them raises ends everything.
+    alone
+        Whether to run one after the other on all threads.
 
     Notes
     -----
@@ -44,7 +49,7 @@ def run_side_by_side(
     of the time.
     """
     n_threads = torch.get_num_threads()
-    if n_threads <= 1 or len(tasks) <= 1:
+    if n_threads <= 1 or alone:
         for name, task in tasks.items():
             yield name, task(counters[name])
         return
@@ -68,7 +73,7 @@ def run_side_by_side(
         except Empty:
             return
 
-    pool = ThreadPoolExecutor(min(n_threads, len(tasks)))
+    pool = ThreadPoolExecutor(max(1, min(n_threads, len(tasks))))
     try:
         running = {pool.submit(run, name): name for name in tasks}
         while running:

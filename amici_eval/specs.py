@@ -6,6 +6,7 @@ says why, so that a wrong setting stops a job before the model is opened.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -298,6 +299,11 @@ class TrackingSpec:
         Further tags of the run.
     reuse
         Whether a comparison takes evaluations that the store holds already instead of making them again.
+    retry_s
+        Seconds for which a store that does not answer is asked again before results are left in ``output_dir``.
+    resume
+        ``auto``: cell types that an interrupted evaluation of the same model, data and settings finished, and left in
+        ``output_dir``, are not computed again; ``never``: everything is.
     """
 
     uri: str | None = None
@@ -307,6 +313,17 @@ class TrackingSpec:
     keep_local: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
     reuse: bool = True
+    retry_s: float = 60.0
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_one_of("resume", self.resume, ("auto", "never"))
+        if not 0.0 <= self.retry_s < math.inf:
+            raise InvalidSpecError(
+                value=f"tracking.retry_s={self.retry_s}",
+                rule="it must be a number of seconds, 0 or more",
+                fix="leave it out for 60 s",
+            )
 
 
 def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:

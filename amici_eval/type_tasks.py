@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from amici_eval.protocols import FactorAccess, ModelAccess
     from amici_eval.type_evaluation import TypeEvaluation
 
-__all__ = ["Launcher", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]
+__all__ = ["Launcher", "Plan", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]
 
 _SIDE_BY_SIDE_CELLS = 4096
 """Types of at most so many cells are tested several at a time, on one thread each: their arrays are small."""
@@ -147,11 +147,41 @@ def evaluate_task(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which types are evaluated one by one, and which side by side on one thread each.
+
+    Parameters
+    ----------
+    together
+        Names of those that are evaluated side by side.
+
+    Notes
+    -----
+    It is made for all types, also where some are finished already: on how many threads a type is evaluated may change
+    its numbers by rounding.
+    """
+
+    together: frozenset[str]
+
+    @classmethod
+    def of(cls, access: ModelAccess, tasks: Sequence[TypeTask]) -> Plan:
+        """Make the plan for all types of an evaluation."""
+        # a type with most of the cells would keep one thread busy while the others wait
+        small = max(_SIDE_BY_SIDE_CELLS, sum(len(task.rows) for task in tasks) // (2 * torch.get_num_threads()))
+        if access.statistics_device != "cpu":
+            return cls(together=frozenset())
+        return cls(
+            together=frozenset(task.cell_type for task in tasks if task.outputs is not None and len(task.rows) <= small)
+        )
+
+
 def evaluate_here(
     access: ModelAccess,
     tasks: Sequence[TypeTask],
     settings: TypeSettings,
     *,
+    plan: Plan,
     counters: Mapping[str, PermutationMeter],
     on_cells: Mapping[str, Callable[[int], None]],
 ) -> Iterator[tuple[str, TypeEvaluation]]:
@@ -159,8 +189,8 @@ def evaluate_here(
 
     Parameters
     ----------
-    access, tasks, settings
-        What to evaluate.
+    access, tasks, settings, plan
+        What to evaluate, and how.
     counters, on_cells
         Told of permutations, and of cells that went through the model, by type.
     """
@@ -180,12 +210,10 @@ def evaluate_here(
             n_threads=n_threads if large else None,
         )
 
-    # a type with most of the cells would keep one thread busy while the others wait
-    small = max(_SIDE_BY_SIDE_CELLS, sum(len(task.rows) for task in tasks) // (2 * n_threads))
     together: dict[str, Callable[[Callable[[int], None]], TypeEvaluation]] = {}
     for task in tasks:
-        if task.outputs is not None and len(task.rows) <= small and access.statistics_device == "cpu":
+        if task.cell_type in plan.together:
             together[task.cell_type] = partial(evaluate_one, task)
         else:
             yield task.cell_type, evaluate_one(task, counters[task.cell_type])
-    yield from run_side_by_side(together, counters)
+    yield from run_side_by_side(together, counters, alone=len(plan.together) <= 1)

@@ -149,8 +149,9 @@ def compare_job(
             series=comparison_series(result),
         )
         write_comparison(result, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
+        record = record.with_files(folder)
         record.save(folder)
-        send(folder, record)
+        send(folder, record, retry_s=tracking.retry_s)
         _tag_versions([column.model for column in found.columns if column.model is not None], run_id)
     if not tracking.keep_local:
         remove_local(folder, with_parent=made_output)

@@ -192,8 +192,9 @@ def gate_job(
                 "mlflow.note.content": verdict_sentence(verdict),
             },
         )
+        record = record.with_files(folder)
         record.save(folder)
-        send(folder, record)
+        send(folder, record, retry_s=tracking.retry_s)
         promotion, outdated = None, False
         if verdict.passed and gate.promote is not None and candidate.name and candidate.version:
             held_back = _held_back(candidate, expected, gate.promote) if newer_only else None

@@ -11,10 +11,11 @@ from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
-from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint
+from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
-from amici_eval.tracking.run_log import RunRecord, check_writable, deliver, remove_local
-from amici_eval.tracking.tracked_run import tracked_run
+from amici_eval.tracking.run_log import RunRecord, deliver, output_folder, remove_local
+from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
+from amici_eval.tracking.unfinished import UnfinishedWork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,11 +115,9 @@ def evaluate_job(
 
     launch = launch or LaunchSpec()
     launch.check_device(resolve_device(spec.ablation.device))
-    output = Path(tracking.output_dir).absolute()
-    made_output = not output.exists()
-    check_writable(output)
-    tracking_uri = connect(tracking.uri)
-    model = resolve_model(model_uri)
+    with output_folder(tracking.output_dir):
+        tracking_uri = connect(tracking.uri)
+        model = resolve_model(model_uri)
     with open_launcher(launch) as launcher, open_stored_model(model.uri) as stored:
         location = find_dataset(model, stored, data_uri)
         name = source = None
@@ -134,8 +133,6 @@ def evaluate_job(
             report=report,
             tracking=tracking,
             tracking_uri=tracking_uri,
-            output=output,
-            made_output=made_output,
             config_yaml=config_yaml,
             progress=progress,
             launcher=launcher,
@@ -151,8 +148,6 @@ def _evaluate(
     report: ReportSpec,
     tracking: TrackingSpec,
     tracking_uri: str,
-    output: Path,
-    made_output: bool,
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None,
     launcher: Launcher | None,
@@ -175,7 +170,8 @@ def _evaluate(
         "n_cells": tissue.n_cells,
     }
     tags = run_tags(model_uri=model.asked, model_id=model_id, model_name=model.name, model_version=model.version)
-    tags[FINGERPRINT_TAG] = fingerprint(model=model_id or model.uri, digest=dataset.digest, spec=spec)
+    same = fingerprint(model=model_id or model.uri, digest=dataset.digest, spec=spec)
+    tags[FINGERPRINT_TAG] = same
     title = f"evaluate {model.name} {model.version}" if model.name else "evaluate"
     # everything that can be refused is refused before the run starts
     with open_access(stored.trained, tissue, spec.ablation) as access:
@@ -183,33 +179,53 @@ def _evaluate(
         receivers = access.receivers()
         check_report(report, tuple(receivers))
         data_info["n_evaluated"] = sum(len(rows) for rows in receivers.values())
-        with tracked_run(tracking, name=title, tags=tags) as run:
+        work = UnfinishedWork(
+            tracking,
+            key=resume_key(same, files=stored.digest, device=access.statistics_device),
+            tracking_uri=tracking_uri,
+            n_types=len(receivers),
+        )
+        with (
+            work,
+            tracked_run(tracking, name=title, tags=tags, go_on=work.run_id, finished=work.finished) as run,
+        ):
             run_id, experiment_id = run.info.run_id, run.info.experiment_id
-            folder = output / run_id
+            folder, parts = work.begin(run_id)
             evaluation = evaluate_access(
-                access, spec, progress=progress, model_info=info, data_info=data_info, launcher=launcher
+                access,
+                spec,
+                progress=progress,
+                model_info=info,
+                data_info=data_info,
+                launcher=launcher,
+                parts=parts,
             )
             record = RunRecord(
                 tracking_uri=tracking_uri,
                 run_id=run_id,
                 params=evaluation_params(evaluation),
                 metrics=evaluation_metrics(evaluation),
-                # MLflow shows this tag as the description of the run; it reads Markdown
-                tags={**tags, "mlflow.note.content": _note(summary_lines(evaluation))},
+                tags={**tags, NOTE_TAG: _note(summary_lines(evaluation))},
                 dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
                 model_id=model_id,
                 model_name=model.name,
                 model_version=model.version,
             )
-            deliver(evaluation, folder, record, report=report, config_yaml=config_yaml)
-    if not tracking.keep_local:
-        remove_local(folder, with_parent=made_output)
+            written = deliver(
+                evaluation, folder, record, report=report, config_yaml=config_yaml, retry_s=tracking.retry_s
+            )
+        kept = work.done()
+    if written != folder:
+        # there was no room where it was to be
+        if not tracking.keep_local:
+            remove_local(written, with_parent=False)
+        kept = written if tracking.keep_local else None
     return EvaluationRun(
         evaluation=evaluation,
         run_id=run_id,
         experiment_id=experiment_id,
         tracking_uri=tracking_uri,
-        folder=folder if tracking.keep_local else None,
+        folder=kept,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
+from amici_eval.tracking.heartbeat import close_abandoned
 
 if TYPE_CHECKING:
     from amici_eval.tracking.stored_model import StoredModel
@@ -29,7 +30,7 @@ _LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]+)/?")
 
 
 def connect(uri: str | None) -> str:
-    """Choose the tracking store for this process and make sure it answers, within seconds.
+    """Choose the tracking store for this process, make sure it answers, within seconds, and close abandoned runs in it.
 
     Parameters
     ----------
@@ -51,6 +52,7 @@ def connect(uri: str | None) -> str:
     absolute = _absolute_sqlite(uri or mlflow.get_tracking_uri())
     _check_reachable(absolute)
     mlflow.set_tracking_uri(absolute)
+    close_abandoned(mlflow.MlflowClient(tracking_uri=absolute))
     return absolute
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
+from amici_eval import __version__
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
 from amici_eval.specs import settings_that_matter
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from amici_eval.specs import EvaluationSpec
 
-__all__ = ["FINGERPRINT_TAG", "download_evaluation", "find_evaluation", "fingerprint"]
+__all__ = ["FINGERPRINT_TAG", "download_evaluation", "find_evaluation", "fingerprint", "resume_key"]
 
 FINGERPRINT_TAG = "amici_eval.fingerprint"
 
@@ -34,6 +35,21 @@ def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
     """
     text = json.dumps([SCHEMA_VERSION, model, digest, settings_that_matter(spec)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def resume_key(same: str, *, files: str, device: str) -> str:
+    """Return what evaluations share that may take up each other's finished parts.
+
+    Parameters
+    ----------
+    same
+        Their :func:`fingerprint`.
+    files
+        Digest of the model's files: a model in a folder may be another one next time.
+    device
+        Where statistics are computed.
+    """
+    return hashlib.sha256(json.dumps([same, files, device, __version__]).encode()).hexdigest()[:32]
 
 
 def find_evaluation(fingerprint: str) -> str | None:

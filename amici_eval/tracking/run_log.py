@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amici_eval.durable import FolderLock, is_disk_full, write_text_durably
 from amici_eval.errors import DataError, OutputError, TrackingError, first_line, mask_secrets
 from amici_eval.moments import MOMENTS_FILE
+from amici_eval.tracking.patience import is_passing, patiently
 from amici_eval.tracking.run_contents import write_artifacts
+from amici_eval.tracking.tracked_run import mark_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     from amici_eval.results import HeadEvaluation
     from amici_eval.specs import ReportSpec
@@ -26,6 +30,7 @@ __all__ = [
     "RunRecord",
     "check_writable",
     "deliver",
+    "output_folder",
     "send",
     "upload",
 ]
@@ -59,6 +64,8 @@ class RunRecord:
         Time of the metrics.
     series
         Metrics with a value for several steps, as (step, value).
+    files
+        SHA-256 of each artifact by its path in the folder; ``None``: not all artifacts are written.
     """
 
     tracking_uri: str
@@ -72,12 +79,35 @@ class RunRecord:
     model_version: str | None = None
     timestamp_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    files: Mapping[str, str] | None = None
 
     def save(self, folder: Path) -> None:
         """Write the record beside the artifacts, without the credentials of the tracking URI."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {**asdict(self), "tracking_uri": mask_secrets(self.tracking_uri)}
-        (folder / RECORD_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_text_durably(folder / RECORD_FILE, json.dumps(values, indent=1))
+
+    def with_files(self, folder: Path) -> RunRecord:
+        """Return the record of a folder whose artifacts are all written."""
+        return replace(self, files=_sums(folder / ARTIFACTS))
+
+    def check_files(self, folder: Path) -> None:
+        """Refuse artifacts that are not those that were written.
+
+        Raises
+        ------
+        OutputError
+            If one is missing or altered.
+        """
+        there = _sums(folder / ARTIFACTS)
+        for name, expected in (self.files or {}).items():
+            if there.get(name) != expected:
+                state = "missing" if name not in there else "not as it was written (SHA-256 differs)"
+                raise OutputError(
+                    value=f"{folder / ARTIFACTS / name} is {state}",
+                    rule="only whole results are sent",
+                    fix="run the same command again: it takes up what is whole, and computes the rest",
+                )
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
@@ -90,12 +120,53 @@ class RunRecord:
         """
         try:
             return cls(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             raise OutputError(
                 value=f"{folder} holds no readable {RECORD_FILE} ({type(error).__name__})",
                 rule="it must be the folder that an interrupted evaluation named",
                 fix="give that folder",
             ) from error
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder below which results are written.
+
+    Parameters
+    ----------
+    path
+        Absolute.
+    made
+        Whether it was made for this job.
+    """
+
+    path: Path
+    made: bool
+
+
+@contextlib.contextmanager
+def output_folder(output_dir: str) -> Iterator[OutputFolder]:
+    """Make the folder for results, or refuse it; one that was made for a body that left nothing in it goes again.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    path = Path(output_dir).absolute()
+    made = not path.exists()
+    check_writable(path)
+    try:
+        yield OutputFolder(path, made)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def check_writable(folder: Path) -> None:
@@ -121,7 +192,8 @@ def deliver(
     report: ReportSpec,
     config_yaml: str,
     log_metrics: bool = True,
-) -> None:
+    retry_s: float = 0.0,
+) -> Path:
     """Write an evaluation into a folder and send it to its run; whatever fails, ``upload`` can send what there is.
 
     Parameters
@@ -132,25 +204,69 @@ def deliver(
         What to draw, and the settings to keep with it.
     log_metrics
         ``False`` if the caller logs the metrics of the record; ``upload`` logs them in any case.
+    retry_s
+        As for :func:`send`.
+
+    Returns
+    -------
+    Path
+        The folder it was written into: one for temporary files where ``folder`` takes no more.
 
     Raises
     ------
+    OutputError
+        If there is no room for the results, neither there nor among temporary files.
     TrackingError
         If the store fails; the message says how to go on.
     """
+    try:
+        whole = _write(evaluation, folder, record, report=report, config_yaml=config_yaml)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        full, folder = folder, Path(tempfile.mkdtemp(prefix=f"amici-eval-{record.run_id}-"))
+        logger.warning("%s takes no more (%s): the results are written to %s", full, error.strerror or error, folder)
+        try:
+            whole = _write(evaluation, folder, record, report=report, config_yaml=config_yaml)
+        except OSError as second:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OutputError(
+                value=f"neither {full} nor {folder} takes the results ({second.strerror or second})",
+                rule="they are written before they are sent",
+                fix="make room and run the same command again: it takes up what could be kept",
+            ) from second
+    send(folder, whole if log_metrics else replace(whole, metrics={}), retry_s=retry_s)
+    return folder
+
+
+def _write(
+    evaluation: HeadEvaluation, folder: Path, record: RunRecord, *, report: ReportSpec, config_yaml: str
+) -> RunRecord:
+    # of an earlier attempt, perhaps with other figures
+    shutil.rmtree(folder / ARTIFACTS, ignore_errors=True)
     # the numbers first, before anything is drawn; moments are large and follow once, with the other artifacts
     replace(evaluation, moments=None).save(folder / ARTIFACTS)
     record.save(folder)
     try:
         write_artifacts(evaluation, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
-    except Exception:
-        logger.error("not all artifacts could be written; what there is: amici-eval upload %s", folder)
+        whole = record.with_files(folder)
+        whole.save(folder)
+    except Exception as error:
+        if not is_disk_full(error):
+            logger.error("not all artifacts could be written; what there is: amici-eval upload %s", folder)
         raise
-    send(folder, record if log_metrics else replace(record, metrics={}))
+    return whole
 
 
-def send(folder: Path, record: RunRecord) -> None:
+def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
     """Send a folder of results to its run; what is there already is not logged twice.
+
+    Parameters
+    ----------
+    folder, record
+        What to send.
+    retry_s
+        Seconds for which a store that is away is asked again.
 
     Raises
     ------
@@ -158,7 +274,7 @@ def send(folder: Path, record: RunRecord) -> None:
         If the store fails half way; the folder stays and the message says how to go on.
     """
     try:
-        _send(folder, record)
+        patiently(lambda: _send(folder, record), seconds=retry_s, what="sending the results")
     except KeyboardInterrupt:
         logger.error("interrupted while sending; all results are safe: amici-eval upload %s", folder)
         raise
@@ -219,31 +335,63 @@ def _send(folder: Path, record: RunRecord) -> None:
             )
     except MlflowException as error:
         # a user may read a model and not write to it; the run itself is complete
+        if is_passing(error):
+            raise
         logger.warning("the model could not be tagged with its evaluation: %s", first_line(error))
+    if record.files is not None:
+        mark_whole(client, run_id)
 
 
-def upload(folder: Path) -> str:
+def upload(folder: Path, *, retry_s: float = 0.0) -> str:
     """Finish the run of an evaluation that could not be sent, and return its id; the folder stays.
+
+    Parameters
+    ----------
+    folder
+        The folder that the evaluation named.
+    retry_s
+        As for :func:`send`.
 
     Raises
     ------
     OutputError
-        If the folder holds no results.
+        If the folder holds no results, partial ones, or damaged ones, or an evaluation is still at work there.
     TrackingError
         If the store still fails.
     """
     from mlflow import MlflowClient
 
     from amici_eval.tracking.registry import connect
+    from amici_eval.tracking.unfinished import RESUME_FILE, forget_parts
 
+    if (folder / RESUME_FILE).is_file() and not (folder / RECORD_FILE).exists():
+        raise OutputError(
+            value=f"{folder} holds partial results",
+            rule="only an evaluation that is through can be sent",
+            fix="run the same command again: it goes on from there, and sends them",
+        )
     record = RunRecord.load(folder)
+    record.check_files(folder)
+    lock = FolderLock.take(folder)
+    if lock is None and (folder / RESUME_FILE).is_file():
+        raise OutputError(
+            value=f"an evaluation is at work in {folder}", rule="it sends its results itself", fix="wait for its end"
+        )
     if "***" in record.tracking_uri:
         # credentials are not kept: MLFLOW_TRACKING_URI must give them
         record = replace(record, tracking_uri=connect(None))
     else:
         connect(record.tracking_uri)
-    send(folder, record)
-    MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
+    try:
+        if record.files is None:
+            logger.warning("not all artifacts were written: the run is marked as partial")
+        send(folder, record, retry_s=retry_s)
+        MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
+        if record.files is not None:
+            forget_parts(folder)
+    finally:
+        if lock is not None:
+            lock.release(remove=True)
     return record.run_id
 
 

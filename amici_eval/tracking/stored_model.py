@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class StoredModel:
         Id of the logged model, if it was logged.
     data_path
         Folder inside the model that holds its files.
+    digest
+        SHA-256 of the manifest, which holds those of the files.
     """
 
     trained: TrainedAMICI
@@ -45,6 +48,7 @@ class StoredModel:
     adata_uri: str | None
     model_id: str | None
     data_path: str
+    digest: str
 
     def bundle_uri(self, model_uri: str) -> str:
         """Return where the bundled AnnData stays, given the URI of the model."""
@@ -76,7 +80,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
     from mlflow.exceptions import MlflowException
 
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
-    from amici_eval.model.manifest import damaged, listed_files
+    from amici_eval.model.manifest import MANIFEST, damaged, listed_files
 
     with tempfile.TemporaryDirectory(prefix="amici-eval-model-") as staging:
         if Path(model_uri).is_dir():
@@ -108,6 +112,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
             adata_uri=settings.get("adata_uri"),
             model_id=settings.get("model_id"),
             data_path=str(settings["data"]),
+            digest=hashlib.sha256((data / MANIFEST).read_bytes()).hexdigest(),
         )
 
 

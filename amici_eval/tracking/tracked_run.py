@@ -9,23 +9,50 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from amici_eval.errors import first_line
+from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
+from amici_eval.tracking.patience import patiently
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from amici_eval.specs import TrackingSpec
 
-__all__ = ["PARENT_RUN_VARIABLE", "tracked_run", "undisturbed"]
+__all__ = ["NOTE_TAG", "PARENT_RUN_VARIABLE", "mark_whole", "tracked_run", "undisturbed"]
 
 logger = logging.getLogger(__name__)
 
 PARENT_RUN_VARIABLE = "AMICI_EVAL_PARENT_RUN_ID"
+NOTE_TAG = "mlflow.note.content"
+"""MLflow shows this tag as the description of a run; it reads Markdown."""
 
 
 @contextmanager
-def tracked_run(tracking: TrackingSpec, *, name: str | None, tags: dict[str, str]) -> Iterator[Any]:
+def tracked_run(
+    tracking: TrackingSpec,
+    *,
+    name: str | None,
+    tags: dict[str, str],
+    go_on: str | None = None,
+    finished: Callable[[], str] = lambda: "",
+) -> Iterator[Any]:
     """Run a body inside an MLflow run that never stays RUNNING: FINISHED, FAILED, or KILLED when interrupted.
 
     Takes over the run that ``mlflow run`` opened, becomes a child in a sweep, else starts a run of its own.
+
+    Parameters
+    ----------
+    tracking, name, tags
+        Experiment, name and tags of the run.
+    go_on
+        Id of a run that was interrupted, to be taken up instead of starting one.
+    finished
+        Says how much is finished, for a run that does not get through.
+
+    Notes
+    -----
+    The run gives signs of life, so that another process can close it if this one is killed; and it is marked as partial
+    until the body is through.
     """
     import mlflow
 
@@ -33,23 +60,31 @@ def tracked_run(tracking: TrackingSpec, *, name: str | None, tags: dict[str, str
     if parent is not None:
         # the parent belongs to the sweep; each job starts a child of its own
         os.environ.pop("MLFLOW_RUN_ID", None)
-    if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
+    if tracking.experiment is not None and go_on is None and "MLFLOW_RUN_ID" not in os.environ:
         mlflow.set_experiment(tracking.experiment)
+    own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
     run = mlflow.start_run(
-        run_name=tracking.run_name or name,
-        parent_run_id=parent,
+        run_id=go_on,
+        run_name=None if go_on is not None else tracking.run_name or name,
+        parent_run_id=parent if go_on is None else None,
         nested=parent is not None,
-        tags={**tags, **tracking.tags},
+        tags={**tags, **tracking.tags, **own_tags},
     )
-    status = "FAILED"
+    status, why = "FAILED", ""
+    heartbeat = Heartbeat(run.info.run_id, mlflow.MlflowClient())
     try:
+        heartbeat.start()
         yield run
+        # what could not be marked as whole stays partial, and is none of the body's errors
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
+        why = f"{status} ({type(error).__name__})"
         raise
     finally:
-        _end_run(status)
+        with undisturbed():
+            heartbeat.stop()
+            _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=why and f"{why}{finished()}")
 
 
 @contextmanager
@@ -66,14 +101,41 @@ def undisturbed() -> Iterator[None]:
             signal.signal(getattr(signal, name), handler)
 
 
-def _end_run(status: str) -> None:
+def mark_whole(client: Any, run_id: str) -> None:
+    """Take the mark from a run that says that it is partial."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_tag(run_id, PARTIAL_TAG)
+    except MlflowException as error:
+        # it was not there
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+def _end_run(run_id: str, status: str, *, retry_s: float, partial: str) -> None:
     import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
+    client = mlflow.MlflowClient()
+
+    def end() -> None:
+        if not partial:
+            mark_whole(client, run_id)
+        mlflow.end_run(status)
+
     try:
-        with undisturbed():
-            mlflow.end_run(status)
+        # after an error the store has been waited for, or is not to blame
+        patiently(end, seconds=0.0 if partial else retry_s, what="closing the run")
+        if partial:
+            client.set_tag(run_id, PARTIAL_TAG, partial)
+            client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command again goes on from there.")
     except (MlflowException, RequestException, OSError) as error:
         # the body's own error matters more and says how to go on
-        logger.error("the run could not be closed as %s: %s", status, error)
+        logger.error(
+            "run %s could not be closed as %s (%s); the next command that reaches the store closes it",
+            run_id,
+            status,
+            first_line(error),
+        )

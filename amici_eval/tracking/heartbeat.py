@@ -1,0 +1,201 @@
+"""Signs of life of the process behind a run, and the end of runs whose process is gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.errors import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_TAG = "amici_eval.heartbeat"
+PARTIAL_TAG = "amici_eval.partial"
+"""Is there as long as a run does not hold all that it is to hold."""
+BEAT_S = 30.0
+STOPPED_S = 600.0
+"""A process on another machine that has given no sign of life for so long is taken to be gone."""
+_JOIN_S = 5.0
+_RUNS_AT_A_TIME = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A sign of life.
+
+    Parameters
+    ----------
+    host, boot, namespace
+        Which machine, since which start of it, and which processes are seen there.
+    pid, started
+        The process; its start tells it from a later one of the same number.
+    time
+        Seconds since 1970 by the clock of that machine.
+    """
+
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    started: str
+    time: float
+
+    @classmethod
+    def now(cls) -> Beat:
+        """Return a sign of life of this process."""
+        pid = os.getpid()
+        return cls(**_machine(), pid=pid, started=_start_of(pid) or "", time=round(time.time(), 3))
+
+    @classmethod
+    def parse(cls, text: str) -> Beat | None:
+        """Return what a tag says, ``None`` if that is no sign of life."""
+        try:
+            values = json.loads(text)
+            texts = {name: str(values[name]) for name in ("host", "boot", "namespace", "started")}
+            return cls(**texts, pid=int(values["pid"]), time=float(values["time"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return None
+
+    def to_text(self) -> str:
+        """Return the text of the tag."""
+        return json.dumps(asdict(self))
+
+    def has_stopped(self) -> bool:
+        """Return whether the process is gone.
+
+        Notes
+        -----
+        On the machine of the process that is known at once, and no clock is asked; a machine that was started anew
+        has none of its old processes. Of a process elsewhere the last sign of life must be old: where clocks differ by
+        more than ten minutes, a run may be closed too early, and is then what its process makes of it at its end.
+        """
+        here = _machine()
+        if self.host == here["host"] and self.boot and here["boot"]:
+            if self.boot != here["boot"]:
+                return True
+            if self.namespace == here["namespace"]:
+                return _start_of(self.pid) != self.started
+        return time.time() - self.time > STOPPED_S
+
+
+@cache
+def _machine() -> dict[str, str]:
+    def read(path: str) -> str:
+        try:
+            return Path(path).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return ""
+
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return {"host": socket.gethostname(), "boot": read("/proc/sys/kernel/random/boot_id"), "namespace": namespace}
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process of this machine started, in ticks since the machine did; ``None`` if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # the name of the program, in brackets, may hold anything
+    values = text.rpartition(")")[2].split()
+    # a zombie computes nothing more
+    return None if len(values) < 20 or values[0] in "ZX" else values[19]
+
+
+class Heartbeat:
+    """Gives signs of life for a run until it is stopped, from a thread of its own.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    client
+        Where it is.
+    every_s
+        Seconds between signs.
+    """
+
+    def __init__(self, run_id: str, client: Any, *, every_s: float = BEAT_S) -> None:
+        self._run_id, self._client, self._every = run_id, client, every_s
+        self._stop = threading.Event()
+        self._missed = False
+        self._thread = threading.Thread(target=self._beat, name="amici-eval-heartbeat", daemon=True)
+
+    def start(self) -> Heartbeat:
+        """Begin; the first sign is the tag that the run was started with."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End; a sign that is on its way may still arrive."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_S)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._every):
+            try:
+                self._client.set_tag(self._run_id, HEARTBEAT_TAG, Beat.now().to_text())
+            except Exception as error:  # noqa: BLE001, RUF100 - whatever the store does, the work goes on
+                if not self._missed:
+                    logger.warning("the tracking store does not answer (%s); the work goes on", first_line(error))
+                self._missed = True
+            else:
+                self._missed = False
+
+
+def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) -> list[str]:
+    """Close the runs of amici_eval that are RUNNING although their process is gone, and return their ids.
+
+    Parameters
+    ----------
+    client
+        A client of the tracking store.
+    say
+        Is told of each; ``None``: the log.
+
+    Notes
+    -----
+    A run that holds all it was to hold becomes FINISHED, any other KILLED. Where this may not be done, or the store
+    fails, nothing is done: it is a service to others, and no reason to fail.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    closed: list[str] = []
+    try:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(
+            experiments,
+            f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'",
+            max_results=_RUNS_AT_A_TIME,
+        )
+        for run in runs:
+            beat = Beat.parse(run.data.tags[HEARTBEAT_TAG])
+            if beat is None or not beat.has_stopped():
+                continue
+            status = "KILLED" if PARTIAL_TAG in run.data.tags else "FINISHED"
+            client.set_terminated(run.info.run_id, status)
+            closed.append(run.info.run_id)
+            (say or logger.info)(
+                f"run {run.info.run_id} was left RUNNING by a process on {beat.host} that is gone; closed as {status}"
+            )
+    except (MlflowException, RequestException, OSError) as error:
+        logger.debug("runs of processes that are gone could not be closed: %s", first_line(error))
+    return closed

@@ -1,0 +1,72 @@
+"""Waiting for a tracking store that is away for a moment."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+from amici_eval.durable import is_disk_full
+from amici_eval.errors import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["is_passing", "patiently"]
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_FIRST_WAIT_S = 1.0
+_LONGEST_WAIT_S = 20.0
+_PASSING_STATUS = {408, 425, 429}
+_PASSING_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "INTERNAL_ERROR"}
+_NO_ROOM = ("database or disk is full", "readonly database", "read-only")
+
+
+def patiently(action: Callable[[], Result], *, seconds: float, what: str) -> Result:
+    """Do something again until it succeeds, fails for good, or the time is over.
+
+    Parameters
+    ----------
+    action
+        May be done again after it failed half way.
+    seconds
+        How long to go on; waits grow from one second to twenty.
+    what
+        What is done, for the log.
+
+    Raises
+    ------
+    Exception
+        The last one.
+    """
+    until, wait = time.monotonic() + seconds, _FIRST_WAIT_S
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            # spread out: many jobs lose the same server at the same time
+            pause = wait * random.uniform(0.7, 1.3)  # noqa: S311, RUF100 - no secret
+            if not is_passing(error) or time.monotonic() + pause > until:
+                raise
+            logger.warning("%s: %s; again in %.0f s", what, first_line(error), pause)
+        time.sleep(pause)
+        wait = min(2.0 * wait, _LONGEST_WAIT_S)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether an error of a store may be gone in a moment: no connection, too slow, overloaded."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError, RequestException
+
+    if is_disk_full(error) or any(words in str(error) for words in _NO_ROOM):
+        return False
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return error.error_code in _PASSING_CODES or status in _PASSING_STATUS or status > 500
+    if isinstance(error, HTTPError) and error.response is not None:
+        return error.response.status_code >= 500 or error.response.status_code in _PASSING_STATUS
+    return isinstance(error, (RequestException, ConnectionError, TimeoutError))

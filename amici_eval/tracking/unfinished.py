@@ -1,0 +1,215 @@
+"""Evaluations that were interrupted: what they finished is found again by the same command, and taken up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from amici_eval.durable import FolderLock, write_text_durably
+from amici_eval.errors import TrackingError, mask_secrets
+from amici_eval.finished_parts import FinishedParts
+from amici_eval.tracking.heartbeat import PARTIAL_TAG
+from amici_eval.tracking.run_log import RECORD_FILE, output_folder
+from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from amici_eval.specs import TrackingSpec
+
+__all__ = ["PARTS_FOLDER", "RESUME_FILE", "UnfinishedWork", "forget_parts"]
+
+logger = logging.getLogger(__name__)
+
+RESUME_FILE = "resume.json"
+PARTS_FOLDER = "parts"
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Left:
+    """A folder that an evaluation of the same left, or still works at (then it has no lock of ours)."""
+
+    folder: Path
+    run_id: str
+    where: Any
+    made_output: bool
+    lock: FolderLock | None
+
+
+class UnfinishedWork:
+    """The local folder of an evaluation, with what earlier ones of the same finished; use it as a context manager.
+
+    Parameters
+    ----------
+    tracking
+        Settings: ``output_dir``, in which folders are named by their runs, ``resume``, ``keep_local``.
+    key
+        What is evaluated, on what and how.
+    tracking_uri
+        Where runs are.
+    n_types
+        How many cell types there are to finish.
+
+    Notes
+    -----
+    A folder is locked as long as its process lives. A folder without an owner is taken up: its run goes on if it is one
+    of the same experiment and parent, else a new run takes its parts. The parts of a folder with an owner are read
+    only. Folders that were taken up are removed when all is sent, and not before.
+    """
+
+    def __init__(self, tracking: TrackingSpec, *, key: str, tracking_uri: str, n_types: int) -> None:
+        self._tracking, self._key, self._n_types = tracking, key, n_types
+        self._where = [
+            mask_secrets(tracking_uri),
+            tracking.experiment,
+            os.environ.get("MLFLOW_EXPERIMENT_NAME"),
+            os.environ.get("MLFLOW_EXPERIMENT_ID"),
+            os.environ.get(PARENT_RUN_VARIABLE),
+        ]
+        self._stack = contextlib.ExitStack()
+        self._left: list[_Left] = []
+        self._own: tuple[Path, FolderLock | None] | None = None
+        self._parts: FinishedParts | None = None
+        self._done = self._made_output = False
+
+    def __enter__(self) -> UnfinishedWork:
+        self._output = self._stack.enter_context(output_folder(self._tracking.output_dir))
+        self._made_output = self._output.made
+        try:
+            if self._tracking.resume == "auto":
+                self._find()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None and self._own is not None and not self._done:
+            self._say_what_is_kept(error)
+        self._release()
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run that is to go on, ``None`` to start one."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        if "MLFLOW_RUN_ID" in os.environ and PARENT_RUN_VARIABLE not in os.environ:
+            return None
+        active = getattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+        for one in self._left:
+            if one.lock is None or one.where != self._where:
+                continue
+            try:
+                run = mlflow.MlflowClient().get_run(one.run_id)
+            except MlflowException:
+                continue
+            whole = run.info.status == "FINISHED" and PARTIAL_TAG not in run.data.tags
+            if run.info.lifecycle_stage == "active" and not whole and active in (None, run.info.experiment_id):
+                return one.run_id
+        return None
+
+    def begin(self, run_id: str) -> tuple[Path, FinishedParts]:
+        """Return the folder of a run, now owned by this process, and the finished parts."""
+        folder = self._output.path / run_id
+        own = next((one for one in self._left if one.folder == folder), None)
+        state = {
+            "schema_version": _SCHEMA_VERSION,
+            "key": self._key,
+            "run_id": run_id,
+            "where": self._where,
+            "n_types": self._n_types,
+            "made_output": self._made_output or any(one.made_output for one in self._left),
+        }
+        lock = None if own is None else own.lock
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock or FolderLock.take(folder)
+            write_text_durably(folder / RESUME_FILE, json.dumps(state, indent=1))
+        except OSError as error:
+            # the parts will say the same of themselves, and the results are written elsewhere if need be
+            logger.warning("%s cannot be written (%s): the work could not be taken up there", folder, error)
+        self._own = folder, lock
+        others = [one.folder / PARTS_FOLDER for one in self._left if one.folder != folder]
+        self._parts = FinishedParts(folder / PARTS_FOLDER, key=self._key, others=others)
+        self._parts.sweep()
+        there = sum(FinishedParts.count_in(one.folder / PARTS_FOLDER) for one in self._left)
+        if there:
+            logger.info(
+                "%d finished parts of an interrupted evaluation are taken up (resume=never computes anew)", there
+            )
+        return folder, self._parts
+
+    def finished(self) -> str:
+        """Say how many types are finished and kept."""
+        return "" if self._parts is None else f", {self._parts.n_types} of {self._n_types} cell types are finished"
+
+    def done(self) -> Path | None:
+        """Remove what is not needed any more once all is sent; return the local copy if it is to stay."""
+        self._done = True
+        assert self._own is not None  # noqa: S101, RUF100 - for the type checker
+        folder, lock = self._own
+        for one in self._left:
+            if one.lock is not None and one.folder != folder:
+                shutil.rmtree(one.folder, ignore_errors=True)
+        made = self._made_output or any(one.made_output for one in self._left)
+        if self._tracking.keep_local:
+            forget_parts(folder)
+            if lock is not None:
+                lock.release(remove=True)
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                self._output.path.rmdir()
+        return None
+
+    def _find(self) -> None:
+        found = []
+        for path in self._output.path.glob(f"*/{RESUME_FILE}"):
+            try:
+                state = json.loads(path.read_text(encoding="utf-8"))
+                own = state["schema_version"] == _SCHEMA_VERSION and path.parent.name == state["run_id"]
+                if own and state["key"] == self._key:
+                    found.append((path.stat().st_mtime_ns, path.parent, state))
+            except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+                # it may be another process's that is just being removed
+                logger.debug("%s is not taken up: %s", path, error)
+        for _, folder, state in sorted(found, key=lambda one: one[0], reverse=True):
+            self._left.append(
+                _Left(
+                    folder=folder,
+                    run_id=state["run_id"],
+                    where=state.get("where"),
+                    made_output=bool(state.get("made_output")),
+                    lock=FolderLock.take(folder),
+                )
+            )
+
+    def _say_what_is_kept(self, error: BaseException | None) -> None:
+        assert self._own is not None  # noqa: S101, RUF100 - for the type checker
+        folder, kept = self._own[0], FinishedParts.count_in(self._own[0] / PARTS_FOLDER)
+        if kept == 0 and not (folder / RECORD_FILE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not isinstance(error, TrackingError):
+            logger.warning(
+                "what is finished is kept in %s%s; the same command again goes on from there", folder, self.finished()
+            )
+
+    def _release(self) -> None:
+        for lock in [one.lock for one in self._left] + ([] if self._own is None else [self._own[1]]):
+            if lock is not None:
+                lock.release()
+        self._stack.close()
+
+
+def forget_parts(folder: Path) -> None:
+    """Remove what a folder of results holds for being taken up."""
+    (folder / RESUME_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
