@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: help install demo test browser lint bench calibrate clean
+.PHONY: help install demo test browser lint bench calibrate soak clean
 
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint   install and run ruff, mypy and import-linter"
 	@echo "make bench  measure speed and memory beside amici-st and write docs/performance.md: about 25 min"
 	@echo "make calibrate  measure type I error, power and coverage and write docs/validity.md: about 18 min"
+	@echo "make soak   inject 200 faults into real evaluations and look for anything lost: under 15 min"
 	@echo "make clean  remove what the above made"
 
 install: $(VENV)/installed
@@ -56,6 +57,9 @@ bench: install
 
 calibrate: install
 	$(BIN)/python -m tests.calibration $(CALIBRATE_ARGS)
+
+soak: install
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output benchmark-results calibration-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache

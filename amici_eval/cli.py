@@ -149,6 +149,7 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
 
     from amici_eval.config import register_schemas
     from amici_eval.overrides import check_override, hydra_override
+    from amici_eval.tracking.patience import tracking_errors
 
     own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
     sweep = "-m" in arguments or "--multirun" in arguments
@@ -186,7 +187,8 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         code = Path(os.environ[SCRATCH_VARIABLE]) / f"{_EXIT_CODE}{uuid4().hex}"
         code.write_text(str(EXIT_CRASH))
         try:
-            code.write_text(str(_TASKS[command](config, **own_flags) or 0))
+            with tracking_errors():
+                code.write_text(str(_TASKS[command](config, **own_flags) or 0))
         except AmiciEvalError as error:
             _complain(error)
             code.write_text(str(EXIT_BAD_INPUT))

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -15,58 +10,18 @@ from typing import TYPE_CHECKING
 import mlflow
 import numpy as np
 import pytest
-import requests
 
 import amici_eval
 from amici_eval.errors import TrackingError
 from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking.jobs import evaluate_job, register_job
 from amici_eval.tracking.run_log import upload
+from tests.serving import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.amici, pytest.mark.server]
-
-
-class Server:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-                    *("--host", "127.0.0.1", "--port", str(self.port)),
-                    *("--backend-store-uri", f"sqlite:///{self.folder / 'm.db'}"),
-                    *("--artifacts-destination", str(self.folder / "artifacts")),
-                ],
-                cwd=self.folder,
-                env={name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING")},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                if requests.get(f"{self.uri}/health", timeout=2).ok:
-                    return
-            except requests.RequestException:
-                time.sleep(0.3)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, 15)
-            self.process.wait(timeout=30)
-            self.process = None
 
 
 @pytest.fixture

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from amici_eval.durable import is_disk_full
-from amici_eval.errors import first_line
+from amici_eval.errors import AmiciEvalError, TrackingError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["is_passing", "patiently"]
+__all__ = ["is_passing", "patiently", "tracking_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,27 @@ def patiently(action: Callable[[], Result], *, seconds: float, what: str) -> Res
             logger.warning("%s: %s; again in %.0f s", what, first_line(error), pause)
         time.sleep(pause)
         wait = min(2.0 * wait, _LONGEST_WAIT_S)
+
+
+@contextmanager
+def tracking_errors() -> Iterator[None]:
+    """Say in our words that the store failed, whichever of MLflow's calls it was.
+
+    Raises
+    ------
+    TrackingError
+        For an error that may be gone in a moment; others go through as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, AmiciEvalError) or "mlflow" not in sys.modules or not is_passing(error):
+            raise
+        raise TrackingError(
+            value=f"the tracking store failed ({first_line(error)})",
+            rule="it must answer until the command is through",
+            fix="run the same command again when it is back: what is finished is taken up",
+        ) from error
 
 
 def is_passing(error: BaseException) -> bool:

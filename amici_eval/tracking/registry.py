@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
 from amici_eval.tracking.heartbeat import close_abandoned
+from amici_eval.tracking.patience import is_passing
 
 if TYPE_CHECKING:
     from amici_eval.tracking.stored_model import StoredModel
@@ -234,7 +235,9 @@ def known_model_id(model_id: str | None) -> str | None:
     if model_id is not None:
         try:
             MlflowClient().get_logged_model(model_id)
-        except MlflowException:
+        except MlflowException as error:
+            if is_passing(error):
+                raise
             logger.warning("logged model %s is not in this tracking store; the run will not be linked to it", model_id)
             return None
     return model_id

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
+from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
+from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, mark_whole
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 __all__ = ["ParentRun", "close_parent"]
+
+_HEARTS: dict[str, Heartbeat] = {}
+"""Signs of life of the parents that this process opened, by run."""
 
 
 def close_parent(status: str) -> None:
@@ -22,8 +26,12 @@ def close_parent(status: str) -> None:
     if run_id is not None:
         import mlflow
 
+        if run_id in _HEARTS:
+            _HEARTS.pop(run_id).stop()
         client = mlflow.MlflowClient()
         parent = client.get_run(run_id)
+        if status == "FINISHED":
+            mark_whole(client, run_id)
         # workers that were killed could not close their runs
         for child in client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
             if child.info.status == "RUNNING":
@@ -50,8 +58,10 @@ class ParentRun(Callback):
         os.environ["MLFLOW_TRACKING_URI"] = connect(tracking.uri)
         if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
             mlflow.set_experiment(tracking.experiment)
-        run = mlflow.start_run(run_name=tracking.run_name or "sweep", tags={"amici_eval.kind": "sweep"})
+        marks = {"amici_eval.kind": "sweep", HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
+        run = mlflow.start_run(run_name=tracking.run_name or "sweep", tags=marks)
         self._run_id = run.info.run_id
+        _HEARTS[self._run_id] = Heartbeat(self._run_id, mlflow.MlflowClient()).start()
         os.environ[PARENT_RUN_VARIABLE] = self._run_id
         # children belong to the parent's experiment, also in worker processes
         os.environ["MLFLOW_EXPERIMENT_ID"] = run.info.experiment_id

@@ -60,16 +60,21 @@ def tracked_run(
     if parent is not None:
         # the parent belongs to the sweep; each job starts a child of its own
         os.environ.pop("MLFLOW_RUN_ID", None)
-    if tracking.experiment is not None and go_on is None and "MLFLOW_RUN_ID" not in os.environ:
-        mlflow.set_experiment(tracking.experiment)
-    own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
-    run = mlflow.start_run(
-        run_id=go_on,
-        run_name=None if go_on is not None else tracking.run_name or name,
-        parent_run_id=parent if go_on is None else None,
-        nested=parent is not None,
-        tags={**tags, **tracking.tags, **own_tags},
-    )
+
+    def start() -> Any:
+        if tracking.experiment is not None and go_on is None and "MLFLOW_RUN_ID" not in os.environ:
+            mlflow.set_experiment(tracking.experiment)
+        own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
+        return mlflow.start_run(
+            run_id=go_on,
+            run_name=None if go_on is not None else tracking.run_name or name,
+            parent_run_id=parent if go_on is None else None,
+            nested=parent is not None,
+            tags={**tags, **tracking.tags, **own_tags},
+        )
+
+    # a run whose start was not answered has signs of life of this process, and is closed when it is gone
+    run = patiently(start, seconds=tracking.retry_s, what="starting the run")
     status, why = "FAILED", ""
     heartbeat = Heartbeat(run.info.run_id, mlflow.MlflowClient())
     try:

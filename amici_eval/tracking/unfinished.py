@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 RESUME_FILE = "resume.json"
 PARTS_FOLDER = "parts"
 _SCHEMA_VERSION = 1
+_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +66,9 @@ class UnfinishedWork:
 
     def __init__(self, tracking: TrackingSpec, *, key: str, tracking_uri: str, n_types: int) -> None:
         self._tracking, self._key, self._n_types = tracking, key, n_types
-        self._where = [
-            mask_secrets(tracking_uri),
-            tracking.experiment,
-            os.environ.get("MLFLOW_EXPERIMENT_NAME"),
-            os.environ.get("MLFLOW_EXPERIMENT_ID"),
-            os.environ.get(PARENT_RUN_VARIABLE),
-        ]
+        # a setting wins over the environment, which MLflow changes itself
+        experiment = [tracking.experiment] if tracking.experiment is not None else [os.environ.get(n) for n in _NAMES]
+        self._where = [mask_secrets(tracking_uri), *experiment, os.environ.get(PARENT_RUN_VARIABLE)]
         self._stack = contextlib.ExitStack()
         self._left: list[_Left] = []
         self._own: tuple[Path, FolderLock | None] | None = None

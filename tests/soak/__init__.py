@@ -1,0 +1,1 @@
+"""Faults injected into real evaluations, many times: `python -m tests.soak`, or `make soak`."""

@@ -1,0 +1,61 @@
+"""Inject faults of every kind at random stages, and report what was lost: nothing may be.
+
+``python -m tests.soak [--faults 200] [--seed 0] [--only TEXT] [--keep DIR]``: forks commands from one process that has
+everything imported and compiled, against SQLite and a real tracking server behind a proxy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.soak.faults import KINDS
+from tests.soak.surroundings import warmed
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the trials and return the exit code: 1 if anything was lost."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--faults", type=int, default=200, help="how many, over all kinds in turn")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"), help="of stages and amounts")
+    parser.add_argument("--only", default="", help="kinds whose name holds this text")
+    parser.add_argument("--keep", type=Path, help="folder for what the trials leave; by default nothing stays")
+    asked = parser.parse_args(arguments)
+    kinds = [kind for kind in KINDS if asked.only in kind.name]
+    folder = asked.keep or Path(tempfile.mkdtemp(prefix="amici-eval-soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    began, bad, finished, taken = time.monotonic(), 0, 0, 0
+    try:
+        with warmed(folder) as soak:
+            print(f"warm after {time.monotonic() - began:.0f} s; seed {asked.seed}", flush=True)
+            for number in range(asked.faults):
+                kind = kinds[number % len(kinds)]
+                outcome = soak.trial(kind, number, random.Random(f"{asked.seed} {number}"))
+                bad += bool(outcome.wrong)
+                finished, taken = finished + outcome.finished, taken + outcome.taken
+                state = "; ".join(outcome.wrong) or "ok"
+                print(
+                    f"{number + 1:3d} {kind.name:28s} exit {outcome.first:8s} finished {outcome.finished:2d} "
+                    f"taken {outcome.taken:2d}  {state}",
+                    flush=True,
+                )
+    finally:
+        if asked.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{asked.faults} faults of {len(kinds)} kinds in {time.monotonic() - began:.0f} s: {bad} bad; "
+        f"{finished} parts were finished before a fault, {taken} were taken up after it"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""What an interrupted evaluation finished is kept, and taken up by the same command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from amici_eval.errors import OutputError, TrackingError
+from amici_eval.finished_parts import FinishedParts
+from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.tracking import run_log
+from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
+from amici_eval.tracking.jobs import evaluate_job
+from amici_eval.tracking.run_log import ARTIFACTS, RECORD_FILE, upload
+from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE
+
+pytestmark = pytest.mark.amici
+
+SENDERS = EvaluationSpec(ablation=AblationSpec(senders=True), permutation=PermutationSpec(n_permutations=19))
+HOOKED = EvaluationSpec(ablation=AblationSpec(engine="hooked"), permutation=PermutationSpec(n_permutations=19))
+QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
+
+
+def run(*, spec=QUICK, experiment="resume", data_uri=None, figures=False, **tracking):
+    return evaluate_job(
+        "models:/tiny/1",
+        data_uri=data_uri,
+        spec=spec,
+        report=ReportSpec(figures=figures, formats=("svg",)),
+        tracking=TrackingSpec(**{"experiment": experiment, "output_dir": "out", "retry_s": 0.0, **tracking}),
+        config_yaml="a: 1\n",
+    )
+
+
+def digests(run_id: str, folder: Path) -> dict[str, str]:
+    got = Path(mlflow.artifacts.download_artifacts(run_id=run_id, dst_path=str(folder / run_id)))
+    return {
+        path.relative_to(got).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in got.rglob("*")
+        if path.suffix in (".csv", ".parquet", ".json", ".npz")
+    }
+
+
+def runs_of(experiment: str) -> list:
+    client = mlflow.MlflowClient()
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Interrupt the next evaluation once it has kept so many parts; later ones are left alone, and watched."""
+    seen = {"taken": [], "kept": []}
+    put, get = FinishedParts.put, FinishedParts.get
+
+    def after(n_parts: int, error: BaseException | None = None) -> dict[str, list[str]]:
+        left = [n_parts]
+
+        def counted(self, name, value):
+            put(self, name, value)
+            seen["kept"].append(name)
+            left[0] -= 1
+            if left[0] == 0:
+                raise error or KeyboardInterrupt
+
+        def noted(self, name):
+            found = get(self, name)
+            if found is not None:
+                seen["taken"].append(name)
+            return found
+
+        monkeypatch.setattr(FinishedParts, "put", counted)
+        monkeypatch.setattr(FinishedParts, "get", noted)
+        return seen
+
+    return after
+
+
+@pytest.mark.parametrize(("spec", "n_parts"), [(QUICK, 1), (QUICK, 3), (SENDERS, 4), (HOOKED, 2)])
+def test_the_same_command_goes_on_in_the_same_run(registry, tmp_path, stop, spec, n_parts):
+    experiment = f"goes on {n_parts} {spec.ablation.engine}"
+    whole = run(spec=spec, experiment=f"whole {experiment}")
+    seen = stop(n_parts)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec=spec, experiment=experiment)
+    (killed,) = runs_of(experiment)
+    assert killed.info.status == "KILLED"
+    assert "cell types are finished" in killed.data.tags[PARTIAL_TAG]
+    assert "Partial" in killed.data.tags["mlflow.note.content"]
+    assert not killed.data.metrics
+    kept = list(seen["kept"])
+    assert len(kept) == n_parts
+    seen["kept"].clear()
+    result = run(spec=spec, experiment=experiment)
+    assert sorted(seen["taken"]) == sorted(kept)
+    assert not set(seen["kept"]) & set(kept)
+    (finished,) = runs_of(experiment)
+    assert finished.info.run_id == killed.info.run_id == result.run_id
+    assert finished.info.status == "FINISHED"
+    assert PARTIAL_TAG not in finished.data.tags
+    assert HEARTBEAT_TAG in finished.data.tags
+    assert "Partial" not in finished.data.tags["mlflow.note.content"]
+    assert digests(result.run_id, tmp_path) == digests(whole.run_id, tmp_path)
+    assert finished.data.metrics == mlflow.get_run(whole.run_id).data.metrics
+    client = mlflow.MlflowClient()
+    assert all(len(client.get_metric_history(result.run_id, name)) == 1 for name in finished.data.metrics)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"spec": EvaluationSpec(permutation=PermutationSpec(n_permutations=29))},
+        {"resume": "never"},
+        {"data_uri": "other"},
+    ],
+    ids=["settings", "never", "data"],
+)
+def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, changed):
+    seen = stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="anew")
+    kept = list(seen["kept"])
+    seen["kept"].clear()
+    if "data_uri" in changed:
+        adata.X[0, 0] += 1
+        adata.write_h5ad(tmp_path / "other.h5ad")
+        changed = {"data_uri": str(tmp_path / "other.h5ad")}
+    run(experiment="anew", **changed)
+    assert seen["taken"] == []
+    assert set(kept) < set(seen["kept"])
+    # and what is not taken up stays where it is
+    assert len(list((tmp_path / "out").glob(f"*/{RESUME_FILE}"))) == 1
+
+
+def test_another_experiment_takes_the_parts_into_a_run_of_its_own(registry, tmp_path, stop):
+    seen = stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="first home")
+    result = run(experiment="second home")
+    assert len(seen["taken"]) == 3
+    assert [one.info.run_id for one in runs_of("second home")] == [result.run_id]
+    assert [one.info.status for one in runs_of("first home")] == ["KILLED"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_parts_are_computed_again(registry, tmp_path, stop, caplog):
+    whole = run(experiment="undamaged")
+    seen = stop(4)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="damaged")
+    parts = sorted((tmp_path / "out").glob(f"*/{PARTS_FOLDER}/*"))
+    parts[0].write_bytes(parts[0].read_bytes()[:-7])
+    parts[1].write_bytes(b"")
+    (parts[2].parent / "left.partial").write_bytes(b"half")
+    parts[2].replace(parts[3])
+    result = run(experiment="damaged")
+    assert seen["taken"] == []
+    assert sum("is damaged and is computed again" in one.message for one in caplog.records) == 3
+    assert digests(result.run_id, tmp_path) == digests(whole.run_id, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 1}', "[" * 100_000, '{"schema_version": 9, "key": 1}'])
+def test_a_damaged_state_is_no_obstacle(registry, tmp_path, stop, text):
+    stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="state")
+    (state,) = (tmp_path / "out").glob(f"*/{RESUME_FILE}")
+    state.write_text(text)
+    assert mlflow.get_run(run(experiment="state").run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_was_deleted_meanwhile_is_not_taken_up(registry, stop):
+    seen = stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="deleted")
+    (gone,) = runs_of("deleted")
+    mlflow.MlflowClient().delete_run(gone.info.run_id)
+    assert run(experiment="deleted").run_id != gone.info.run_id
+    assert len(seen["taken"]) == 3
+
+
+def test_an_error_keeps_what_is_finished(registry, tmp_path, stop, caplog):
+    stop(2, RuntimeError("boom"))
+    with pytest.raises(RuntimeError, match="boom"):
+        run(experiment="error")
+    (failed,) = runs_of("error")
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags[PARTIAL_TAG].startswith("FAILED (RuntimeError), 1 of ")
+    assert any("the same command again goes on from there" in one.message for one in caplog.records)
+    assert len(list((tmp_path / "out").glob(f"*/{PARTS_FOLDER}/*"))) == 2
+
+
+def test_partial_results_are_not_sent_as_whole_ones(registry, tmp_path, stop):
+    stop(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="partial upload")
+    (folder,) = (tmp_path / "out").iterdir()
+    with pytest.raises(OutputError, match="holds partial results"):
+        upload(folder)
+
+
+def test_what_could_not_be_sent_is_sent_by_the_same_command_too(registry, tmp_path, stop, monkeypatch):
+    seen = stop(99)
+    send = run_log._send
+
+    def gone(folder, record):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(run_log, "_send", gone)
+    with pytest.raises(TrackingError, match="amici-eval upload"):
+        run(experiment="unsent")
+    kept = list(seen["kept"])
+    monkeypatch.setattr(run_log, "_send", send)
+    result = run(experiment="unsent")
+    assert sorted(seen["taken"]) == sorted(kept)
+    assert [(one.info.run_id, one.info.status) for one in runs_of("unsent")] == [(result.run_id, "FINISHED")]
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_results_are_not_sent(registry, tmp_path, monkeypatch):
+    def gone(folder, record):
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "_send", gone)
+        with pytest.raises(TrackingError):
+            run(experiment="altered")
+    (folder,) = (tmp_path / "out").iterdir()
+    table = folder / ARTIFACTS / "tables" / "heads.csv"
+    text = table.read_text()
+    table.write_text(text.replace("0", "1", 1))
+    with pytest.raises(OutputError, match=r"heads\.csv is not as it was written"):
+        upload(folder)
+    table.unlink()
+    with pytest.raises(OutputError, match=r"heads\.csv is missing"):
+        upload(folder)
+    table.write_text(text)
+    run_id = upload(folder)
+    assert mlflow.get_run(run_id).info.status == "FINISHED"
+    assert PARTIAL_TAG not in mlflow.get_run(run_id).data.tags
+    # what was sent is not taken up again, and stays
+    assert not (folder / RESUME_FILE).exists()
+    assert (folder / RECORD_FILE).exists()
+    assert upload(folder) == run_id
+
+
+def test_a_folder_that_takes_no_more_costs_no_result(registry, tmp_path, monkeypatch, caplog):
+    import errno
+
+    whole = run(experiment="room")
+
+    def full(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("amici_eval.finished_parts.write_durably", full)
+    save = run_log.RunRecord.save
+
+    def only_elsewhere(self, folder):
+        if folder.is_relative_to(tmp_path / "out"):
+            full(folder, None)
+        save(self, folder)
+
+    monkeypatch.setattr(run_log.RunRecord, "save", only_elsewhere)
+    result = run(experiment="no room")
+    assert mlflow.get_run(result.run_id).info.status == "FINISHED"
+    assert digests(result.run_id, tmp_path) == digests(whole.run_id, tmp_path)
+    said = [one.message for one in caplog.records]
+    assert sum("results cannot be kept in" in one and "No space left" in one for one in said) == 1
+    assert any("takes no more" in one for one in said)
+
+
+def test_no_room_anywhere_says_so(registry, tmp_path, monkeypatch):
+    import errno
+
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log.RunRecord, "save", full)
+        with pytest.raises(OutputError, match="make room and run the same command again"):
+            run(experiment="nowhere")
+    # the finished types could be kept
+    assert list((tmp_path / "out").glob(f"*/{PARTS_FOLDER}/*"))
+    assert mlflow.get_run(run(experiment="nowhere").run_id).info.status == "FINISHED"
+    assert [one.info.status for one in runs_of("nowhere")] == ["FINISHED"]
+
+
+def test_refused_input_leaves_no_folder(registry, tmp_path):
+    with pytest.raises(Exception, match="no version"):
+        evaluate_job(
+            "models:/tiny/99",
+            data_uri=None,
+            spec=QUICK,
+            report=ReportSpec(),
+            tracking=TrackingSpec(output_dir="out"),
+            config_yaml="",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_local_copy_is_without_parts(registry, tmp_path):
+    result = run(experiment="kept", keep_local=True)
+    assert sorted(path.name for path in result.folder.iterdir()) == [ARTIFACTS, RECORD_FILE]
+    assert set(json.loads((result.folder / RECORD_FILE).read_text())["files"]) >= {"evaluation.json", "report.html"}
