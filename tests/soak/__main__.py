@@ -1,6 +1,6 @@
 """Inject faults of every kind at random stages, and report what was lost: nothing may be.
 
-``python -m tests.soak [--faults 200] [--seed 0] [--only TEXT] [--keep DIR]``: forks commands from one process that has
+``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR]``: forks commands from one process that has
 everything imported and compiled, against SQLite and a real tracking server behind a proxy.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -26,16 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--faults", type=int, default=200, help="how many, over all kinds in turn")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"), help="of stages and amounts")
-    parser.add_argument("--only", default="", help="kinds whose name holds this text")
+    parser.add_argument("--only", default="", help="kinds whose name matches this pattern")
     parser.add_argument("--keep", type=Path, help="folder for what the trials leave; by default nothing stays")
     asked = parser.parse_args(arguments)
-    kinds = [kind for kind in KINDS if asked.only in kind.name]
+    kinds = [kind for kind in KINDS if re.search(asked.only, kind.name)]
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="amici-eval-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
     began, bad, finished, taken = time.monotonic(), 0, 0, 0
     try:
         with warmed(folder) as soak:
             print(f"warm after {time.monotonic() - began:.0f} s; seed {asked.seed}", flush=True)
+            if not kinds:
+                print(f"no kind matches {asked.only!r}")
+                return 2
             for number in range(asked.faults):
                 kind = kinds[number % len(kinds)]
                 outcome = soak.trial(kind, number, random.Random(f"{asked.seed} {number}"))
