@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from scipy import sparse
+
 from amici_eval.errors import DataError, first_line
+from amici_eval.hdf5_checks import check_hdf5, check_sizes
 from amici_eval.matrices import lies_on_disk
+from amici_eval.untrusted import check_is_plain_file, check_names
+from amici_eval.zarr_checks import check_zarr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from anndata import AnnData
+
+    from amici_eval.hdf5_checks import StoredSize
 
 __all__ = ["available_memory", "check_is_filled", "is_on_disk", "open_anndata"]
 
@@ -25,6 +29,7 @@ _SMALL_BYTES = 2**28
 _TEXT_BYTES = 64
 # what is taken to be free where the system does not tell
 _UNKNOWN_BYTES = 2**31
+_OWN_SIZE = Path("/proc/self/statm")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 # name of the controller, folder, limit, use, and the part of the use that the system gives back when asked; second
 # line: older kernels
@@ -35,7 +40,7 @@ _CONTAINERS = (
 
 
 def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
-    """Read an AnnData from a local ``.h5ad`` file or ``.zarr`` folder.
+    """Read an AnnData from a local ``.h5ad`` file or ``.zarr`` folder, whoever wrote it.
 
     Parameters
     ----------
@@ -55,7 +60,9 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
     Raises
     ------
     DataError
-        If it is missing, of another format, damaged or empty.
+        If it is missing, of another format, damaged or empty, or no AnnData that somebody wrote in good faith: it leads
+        to other files, holds pickles, unpacks to far more than it stores or to more than there is memory for, or has
+        names of genes or cells with control characters.
     """
     import anndata
 
@@ -73,12 +80,12 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="write it with adata.write_h5ad(...)",
         )
-    if suffix == ".zarr":
-        _refuse_pickled_arrays(location)
     try:
+        sizes = _checked_sizes(location)
+        memory = available_memory()
         if backed is None:
-            size = _unpacked_bytes(location)
-            backed = size > max(_SMALL_BYTES, available_memory() // _SHARE_OF_MEMORY)
+            size = sum(one.unpacked for one in sizes)
+            backed = size > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY)
             by_genes = _stored_by_genes(location) if backed else []
             if by_genes:
                 backed = False
@@ -86,18 +93,55 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
                 logger.info("%s is read into memory (%.1f GB): %s stored by genes (CSC)", location, size / 1e9, names)
             elif backed:
                 logger.info("%s would take %.1f GB: its expression stays on disk", location, size / 1e9)
+        check_sizes(sizes, on_disk=backed, memory=memory)
         if backed:
             adata = _read_backed(location)
         else:
             adata = anndata.read_zarr(location) if suffix == ".zarr" else anndata.read_h5ad(location)
+        _check_content(adata)
     except Exception as error:
         raise DataError(
             value=f"{location} cannot be read ({first_line(error)})",
             rule="data must be an AnnData written as .h5ad or .zarr",
-            fix="write it again with adata.write_h5ad(...), or copy it again if it was cut off",
+            fix=f"write it again with adata.write_{suffix[1:]}(...), or copy it again if it was cut off",
         ) from error
-    check_is_filled(adata)
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise DataError(
+            value=f"the AnnData in {location} is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
+            rule="at least one cell and one gene are needed",
+            fix="check how it was filtered",
+        )
     return adata
+
+
+def _checked_sizes(location: Path) -> list[StoredSize]:
+    """Look at a file without reading its arrays, and refuse what no AnnData holds."""
+    if location.suffix.lower() == ".zarr":
+        if not location.is_dir():
+            msg = "it is no folder"
+            raise ValueError(msg)
+        return check_zarr(location)
+    check_is_plain_file(location, links=True)
+    return check_hdf5(location)
+
+
+def _check_content(adata: AnnData) -> None:
+    """Refuse names that are none, and sparse matrices that point outside themselves, where reading them would, too."""
+    # that names are distinct is said with the count where they are used
+    check_names(adata.var_names.tolist(), "names of genes", distinct=False)
+    check_names(adata.obs_names.tolist(), "names of cells", distinct=False)
+    matrices = {"X": adata.X, **{f"layers/{name}": matrix for name, matrix in adata.layers.items()}}
+    for group in ("obsm", "varm", "obsp", "varp"):
+        matrices |= {f"{group}/{name}": matrix for name, matrix in getattr(adata, group).items()}
+    if adata.raw is not None:
+        matrices["raw/X"] = adata.raw.X
+    for name, matrix in matrices.items():
+        if sparse.issparse(matrix):
+            try:
+                matrix.check_format(full_check=True)
+            except ValueError as error:
+                msg = f"the sparse matrix {name[:200]!a} is damaged: {error}"
+                raise ValueError(msg) from error
 
 
 def is_on_disk(adata: AnnData) -> bool:
@@ -120,8 +164,9 @@ def available_memory() -> int:
 
     Notes
     -----
-    The least of what the machine has left and of what each control group around the process has left. Half of the
-    machine's memory where the system does not tell what is left, 2 GiB where it tells nothing.
+    The least of what is left to the machine, to each control group around the process, and of the process's own limit
+    (``RLIMIT_AS``). Half of the machine's memory where the system does not tell what is left, 2 GiB where it tells
+    nothing.
     """
     found = []
     try:
@@ -135,6 +180,7 @@ def available_memory() -> int:
         except (AttributeError, OSError, ValueError):
             half = 0
         found.append(half if half > 0 else _UNKNOWN_BYTES)
+    found += _left_of_limit()
     # a container may be allowed less than its machine has
     for controller, root, limit, used, cached in _CONTAINERS:
         for folder in _own_groups(controller, root):
@@ -149,6 +195,19 @@ def available_memory() -> int:
             except (OSError, ValueError, IndexError):
                 continue
     return min(found)
+
+
+def _left_of_limit() -> list[int]:
+    """Return what is left of the address space that this process may take, if that is limited."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return []
+        return [max(0, limit - int(_OWN_SIZE.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))]
+    except (ImportError, AttributeError, OSError, ValueError, IndexError):
+        return []
 
 
 def _own_groups(controller: str, root: Path) -> list[Path]:
@@ -178,19 +237,7 @@ def _open_store(location: Path) -> Any:
 
 def _unpacked_bytes(location: Path) -> int:
     """Return how many bytes all arrays of a file take in memory."""
-    sizes: list[int] = []
-
-    def add(item: Any) -> None:
-        if hasattr(item, "dtype"):
-            sizes.append(int(item.size or 0) * (_TEXT_BYTES if item.dtype.kind == "O" else item.dtype.itemsize))
-
-    store = _open_store(location)
-    if location.suffix.lower() == ".zarr":
-        store.visitvalues(add)
-    else:
-        with store:
-            store.visititems(lambda _, item: add(item))
-    return sum(sizes)
+    return sum(size.unpacked for size in _checked_sizes(location))
 
 
 def _stored_by_genes(location: Path) -> list[str]:
@@ -231,35 +278,3 @@ def _read_backed(location: Path) -> AnnData:
         uns=read("uns"),
         layers={name: matrix(store["layers"][name]) for name in store["layers"]} if "layers" in store else None,
     )
-
-
-def _refuse_pickled_arrays(location: Path) -> None:
-    """Refuse a .zarr whose arrays are pickles: reading them would run code, unless numcodecs happens to forbid it."""
-
-    def codecs_of(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if key in ("id", "name") and isinstance(item, str):
-                    yield item
-                yield from codecs_of(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from codecs_of(item)
-
-    for path in sorted([*location.rglob(".z*"), *location.rglob("zarr.json")]):
-        if not path.is_file():
-            continue
-        try:
-            names = list(codecs_of(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(
-                value=f"{path} cannot be read ({first_line(error)})",
-                rule="a .zarr must have readable metadata",
-                fix="write it again with adata.write_zarr(...)",
-            ) from error
-        if any("pickle" in name.lower() for name in names):
-            raise DataError(
-                value=f"{path} stores a pickle",
-                rule="data must not run code when it is read",
-                fix="write it again with adata.write_zarr(...)",
-            )

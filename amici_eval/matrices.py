@@ -257,6 +257,14 @@ class _CSROnDisk:
         self._chunk = max((array.chunks or (1,))[0] for array in (self._data, self._indices))
         self.shape = shape
         self.dtype = dtype
+        if (
+            len(self._indptr) != shape[0] + 1
+            or self._indptr[0] != 0
+            or np.any(np.diff(self._indptr) < 0)
+            or self._indptr[-1] > min(len(self._data), len(self._indices))
+        ):
+            msg = "its offsets of rows do not fit its values"
+            raise _damaged(msg)
 
     def take(self, rows: np.ndarray) -> sparse.csr_matrix:
         wanted, where = np.unique(rows, return_inverse=True)
@@ -274,13 +282,27 @@ class _CSROnDisk:
             picked = np.repeat(begin[first:last] - start - (indptr[first:last] - into.start), lengths)
             picked += np.arange(len(picked))
             data[into], indices[into] = self._data[start:stop][picked], self._indices[start:stop][picked]
-        found = sparse.csr_matrix((data, indices, indptr), shape=(len(wanted), self.shape[1]))
+        found = self._matrix(data, indices, indptr)
         return found if _is_ordered(where) else found[where]
 
     def span(self, start: int, stop: int) -> sparse.csr_matrix:
         begin, end = self._indptr[start], self._indptr[stop]
-        parts = (self._data[begin:end], self._indices[begin:end], self._indptr[start : stop + 1] - begin)
-        return sparse.csr_matrix(parts, shape=(stop - start, self.shape[1]))
+        return self._matrix(self._data[begin:end], self._indices[begin:end], self._indptr[start : stop + 1] - begin)
+
+    def _matrix(self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> sparse.csr_matrix:
+        # scipy writes to wherever an index points
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.shape[1]:
+            msg = f"it names column {indices.max()} (or {indices.min()}) of {self.shape[1]}"
+            raise _damaged(msg)
+        return sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, self.shape[1]))
+
+
+def _damaged(what: str) -> DataError:
+    return DataError(
+        value=f"a sparse matrix on disk is damaged: {what}",
+        rule="rows and columns must lie within the matrix",
+        fix="write the AnnData again, or copy it again",
+    )
 
 
 def _is_ordered(where: np.ndarray) -> bool:

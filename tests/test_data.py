@@ -139,7 +139,8 @@ def test_an_empty_anndata_is_refused(adata, tmp_path, cells, genes):
     )
     assert refused(empty) == expected
     empty.write_h5ad(tmp_path / "a.h5ad")
-    assert refusal(open_anndata, tmp_path / "a.h5ad") == expected
+    named = expected[0].replace("AnnData", f"AnnData in {tmp_path / 'a.h5ad'}")
+    assert refusal(open_anndata, tmp_path / "a.h5ad") == (named, *expected[1:])
 
 
 @pytest.mark.parametrize(
