@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -22,6 +22,7 @@ __all__ = [
     "HeadMatches",
     "Lineage",
     "Overall",
+    "check_settings",
 ]
 
 WHOLE_MODEL = -1
@@ -351,3 +352,42 @@ class Lineage:
 
     heads: tuple[int | None, ...]
     stability: float
+
+
+def check_settings(record: Mapping[str, Any]) -> None:
+    """Refuse plain values of a comparison that are not of the kind that is written.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        With the entry.
+    """
+    numbers = [*((name, record.get(name, 0)) for name in ("unmatched", "margin", "alpha", "confidence", "seed"))]
+    for number, one in enumerate(record["lineages"]):
+        if not all(head is None or (type(head) is int and 0 <= head < 2**31) for head in one["heads"]):
+            _refuse(f"lineages[{number}].heads")
+        if one["stability"] is not None:
+            numbers.append((f"lineages[{number}].stability", one["stability"]))
+    for number, one in enumerate(record["overall"]):
+        for name in ("before", "after", "n_tiles"):
+            if type(one[name]) is not int:
+                _refuse(f"overall[{number}].{name}")
+        texts = {"verdict": one["verdict"]}
+        numbers += [(f"overall[{number}].{name}", value) for name, value in one.items() if name not in texts]
+        if not isinstance(one["verdict"], str):
+            _refuse(f"overall[{number}].verdict")
+    for name, value in numbers:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            _refuse(name)
+    if not isinstance(record.get("cells", ""), str) or not isinstance(record["kind"], str):
+        _refuse("cells or kind")
+    if not isinstance(record.get("in_sample"), (bool, type(None))):
+        _refuse("in_sample")
+    texts_in = [*record["notes"], *(text for one in record["failed"] for text in one.values())]
+    if not isinstance(record["notes"], list) or not all(isinstance(text, str) for text in texts_in):
+        _refuse("notes or failed")
+
+
+def _refuse(name: str) -> NoReturn:
+    msg = f"{name} holds something else than it may"
+    raise ValueError(msg)

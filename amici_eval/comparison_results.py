@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval import comparison_frames
-from amici_eval.comparison_parts import ComparedVersion, FailedVersion, HeadDifferences, HeadMatches, Lineage, Overall
+from amici_eval.comparison_parts import (
+    ComparedVersion,
+    FailedVersion,
+    HeadDifferences,
+    HeadMatches,
+    Lineage,
+    Overall,
+    check_settings,
+)
 from amici_eval.comparison_senders import SenderDifferences, sender_differences_frame
 from amici_eval.errors import DataError
+from amici_eval.named_arrays import read_named
+from amici_eval.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +34,7 @@ __all__ = ["COMPARISON_FILE", "HeadComparison"]
 
 COMPARISON_FILE = "comparison.json"
 SCHEMA_VERSION = 2
+_MOST_VALUES = 10**8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -167,7 +178,7 @@ class HeadComparison:
             If the text is no comparison, damaged, or of another schema.
         """
         try:
-            record = dict(json.loads(text))
+            record = dict(parse_json(text, max_values=_MOST_VALUES))
             version = record["schema_version"]
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
@@ -177,11 +188,12 @@ class HeadComparison:
             ) from error
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise DataError(
-                value=f"comparison of schema version {version!r}",
+                value=f"comparison of schema version {version!a:.80}",
                 rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
                 fix="install the version of amici_eval that wrote it",
             )
         try:
+            check_settings(record)
             record["versions"] = tuple(ComparedVersion.from_record(one, {}) for one in record["versions"])
             record["failed"] = tuple(FailedVersion(**one) for one in record["failed"])
             record["matches"] = tuple(HeadMatches.from_record(one, {}) for one in record["matches"])
@@ -201,7 +213,7 @@ class HeadComparison:
                 record[name] = None if record[name] is None else np.array(record[name], dtype=np.float64)
             record["notes"] = tuple(record["notes"])
             return cls(**record)
-        except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, LookupError, AttributeError, MemoryError) as error:
             raise DataError(
                 value=f"damaged comparison ({type(error).__name__}: {error})",
                 rule="all fields of its schema version must be there, with matching sizes",
@@ -231,7 +243,7 @@ class HeadComparison:
                 rule="load() takes a folder that save() or a run wrote",
                 fix="give the folder itself",
             )
-        return cls.from_json(path.read_bytes())
+        return read_named(path, cls.from_json)
 
 
 def _list_of(values: np.ndarray) -> list[Any]:

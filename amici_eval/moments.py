@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.errors import DataError
+from amici_eval.untrusted import check_names, load_npz, parse_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
@@ -20,7 +21,12 @@ __all__ = ["MOMENTS_FILE", "Moments"]
 
 MOMENTS_FILE = "moments.npz"
 SCHEMA_VERSION = 4
-_DAMAGE = (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+_MOST_VALUES = 2**24
+_DAMAGE = (
+    *(OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
+    # what zipfile raises of encrypted members and unknown compressions, and what absurd sizes end in
+    *(RuntimeError, MemoryError, OverflowError),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -242,16 +248,18 @@ class Moments:
             If the file is missing, damaged, of arrays that do not fit each other, or of another schema.
         """
         try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                texts = json.loads(stored["header"].tobytes())
-                version = texts.pop("schema_version")
-                if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-                    raise DataError(
-                        value=f"{path} is of schema version {version!r}",
-                        rule=f"this version of amici_eval reads moments of schema versions up to {SCHEMA_VERSION}",
-                        fix="read it with the version of amici_eval that wrote it, or evaluate again",
-                    )
-                arrays = {name: stored[name] for name in stored.files if name != "header"}
+            arrays: dict[str, Any] = load_npz(Path(path))
+            texts = parse_json(arrays.pop("header").tobytes(), max_values=_MOST_VALUES)
+            version = texts.pop("schema_version")
+            if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+                raise DataError(
+                    value=f"{path} is of schema version {version!a:.80}",
+                    rule=f"this version of amici_eval reads moments of schema versions up to {SCHEMA_VERSION}",
+                    fix="read it with the version of amici_eval that wrote it, or evaluate again",
+                )
+            if type(texts["n_heads"]) is not int:
+                msg = f"n_heads={texts['n_heads']!a:.80} is no number of heads"
+                raise ValueError(msg)  # noqa: TRY004, RUF100 - damage like any other
             if version < 2:
                 arrays |= _new_in_2(arrays)
             if version < 3:
@@ -261,6 +269,8 @@ class Moments:
                 shape = (texts["n_heads"], len(texts["cell_types"]), 0, len(arrays["tile_center"]))
                 arrays["lost_squares"] = np.zeros(shape, dtype=np.float32)
             for name in ("cell_types", "genes", "sketch_names", "senders"):
+                # the sketch may hold a cell of each of several runs
+                check_names(texts[name], name, distinct=name != "sketch_names", printable=False)
                 texts[name] = tuple(texts[name])
             return cls(**texts, **arrays)
         except DataError:

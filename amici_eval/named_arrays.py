@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from amici_eval.errors import DataError
+from amici_eval.untrusted import read_plain_file
 
-__all__ = ["NamedArrays"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+__all__ = ["NamedArrays", "read_named"]
+
+_MOST_BYTES = 2**32
+_Read = TypeVar("_Read")
 
 
 class NamedArrays:
@@ -61,6 +68,7 @@ class NamedArrays:
             If a field is missing, unknown, or of another size or kind.
         """
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+        cls._check_plain(values)
         own = {**sizes, **cls.sizes_in(values)}
         for name, dimensions in cls.shapes.items():
             kind = np.int64 if name.startswith("n_") or name in cls.whole_numbers else np.float64
@@ -70,7 +78,63 @@ class NamedArrays:
         return made
 
     @classmethod
+    def _check_plain(cls, values: Mapping[str, Any]) -> None:
+        """Refuse entries that are no arrays and not of the type that the field has, as far as that can be told."""
+        for entry in fields(cls):  # type: ignore[arg-type]
+            if entry.name in cls.shapes or entry.name not in values:
+                continue
+            kind, value = str(entry.type), values[entry.name]
+            if value is None and kind.endswith("| None"):
+                continue
+            if entry.name in cls.apart:
+                msg = f"{cls.__name__}.{entry.name} is kept elsewhere"
+                raise ValueError(msg)
+            if not _is_of(kind.removesuffix(" | None"), value):
+                msg = f"{cls.__name__}.{entry.name} is no {kind}"
+                raise ValueError(msg)
+
+    @classmethod
     def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
         """Return the sizes that plain values decide."""
         del values
         return {}
+
+
+_MOST = 2**31
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Return whether a plain value is of the kind that an annotation names; of unknown kinds, whether it is a tuple."""
+    if kind == "int":
+        return type(value) is int and -_MOST < value < _MOST
+    if kind == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in ("bool", "str"):
+        return type(value) is {"bool": bool, "str": str}[kind]
+    if kind == "tuple[str, ...]":
+        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    if kind == "tuple[bool | None, ...]":
+        return isinstance(value, tuple) and all(one is None or isinstance(one, bool) for one in value)
+    if kind.startswith("Mapping["):
+        return isinstance(value, dict)
+    return isinstance(value, tuple)
+
+
+def read_named(path: Path, from_json: Callable[[bytes], _Read]) -> _Read:
+    """Return what a JSON file holds; a message names the file.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, or ``from_json`` refuses it.
+    """
+    try:
+        return from_json(read_plain_file(path, limit=_MOST_BYTES, links=True))
+    except DataError as error:
+        raise DataError(value=f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            value=f"{path} cannot be read ({error})",
+            rule="it must be a plain file of a run",
+            fix="download it again",
+        ) from error

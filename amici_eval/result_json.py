@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from amici_eval.ablation_results import HeadAblations, array_shapes
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.sender_results import Senders
 from amici_eval.specs import spec_from_mapping
+from amici_eval.untrusted import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fields_of", "record_of"]
 
+_MOST = 2**63
+_MOST_HEADS = 2**16
 _ARRAYS: dict[str, tuple[type, str]] = {
     "n_cells": (np.int64, "C"),
     "expl_var_gene": (np.float64, "HCG"),
@@ -104,6 +107,7 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
         record = {**dict.fromkeys(_PARTS), **record, "spec": spec}
     if record["schema_version"] < 4:
         record = {**_NEW_IN_4, **record}
+    _check_plain(record)
     n_heads, n_types, by_type = record["n_heads"], len(record["cell_types"]), record["n_permutations_by_type"]
     held_out = tuple(record["held_out"])
     if len(held_out) != n_types:
@@ -137,6 +141,40 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
             for name, (kind, dimensions) in _ARRAYS.items()
         },
     }
+
+
+def _check_plain(record: Mapping[str, Any]) -> None:
+    """Refuse entries of other kinds than those that are written."""
+    for name in ("cell_types", "genes"):
+        # an AnnData in memory may have any names
+        check_names(record[name], name, printable=False)
+    for name in ("notes", "sampling"):
+        if not isinstance(record[name], list) or not all(isinstance(one, str) for one in record[name]):
+            _refuse(name)
+    for name, least in (("n_heads", 0), ("n_permutations", 0), ("parity_cells", 0)):
+        if type(record[name]) is not int or not least <= record[name] < _MOST:
+            _refuse(name)
+    if record["n_heads"] > _MOST_HEADS or not isinstance(record["engine"], str):
+        _refuse("n_heads or engine")
+    if not all(one is None or isinstance(one, bool) for one in record["held_out"]):
+        _refuse("held_out")
+    parity = record["parity"]
+    if parity is not None and (isinstance(parity, bool) or not isinstance(parity, (int, float))):
+        _refuse("parity")
+    for name in ("model", "data"):
+        if not isinstance(record[name], dict):
+            _refuse(name)
+    for item in record["undefined"]:
+        texts = isinstance(item["cell_type"], str) and isinstance(item["reason"], str)
+        head, gene = item.get("head"), item.get("gene")
+        whole = head is None or (type(head) is int and 0 <= head < max(record["n_heads"], 1))
+        if not texts or not whole or not (gene is None or isinstance(gene, str)):
+            _refuse("undefined")
+
+
+def _refuse(name: str) -> NoReturn:
+    msg = f"{name} holds something else than it may"
+    raise ValueError(msg)
 
 
 def _ablations(record: Mapping[str, Any] | None, n_heads: int, n_types: int) -> HeadAblations | None:

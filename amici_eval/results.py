@@ -15,6 +15,7 @@ from amici_eval.ablation_results import HeadAblations
 from amici_eval.errors import DataError
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import MOMENTS_FILE, Moments
+from amici_eval.named_arrays import read_named
 from amici_eval.permutation_spec import SAMPLINGS
 from amici_eval.result_frames import (
     ABLATION_COLUMNS,
@@ -28,6 +29,7 @@ from amici_eval.result_json import fields_of, record_of
 from amici_eval.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
 from amici_eval.sender_results import Senders
 from amici_eval.specs import ENGINES
+from amici_eval.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +61,7 @@ __all__ = [
 
 SCHEMA_VERSION = 4
 FILE_NAME = "evaluation.json"
+_MOST_VALUES = 10**8
 _DRAWN = (*SAMPLINGS, "sequential", "gpd", "moments")
 
 
@@ -366,7 +369,7 @@ class HeadEvaluation:
             If the text is no evaluation, or of a newer schema than this version reads.
         """
         try:
-            record = json.loads(text)
+            record = parse_json(text, max_values=_MOST_VALUES)
             version = record["schema_version"]
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
@@ -376,7 +379,7 @@ class HeadEvaluation:
             ) from error
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise DataError(
-                value=f"evaluation of schema version {version!r}",
+                value=f"evaluation of schema version {version!a:.80}",
                 rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
                 fix="install the version of amici_eval that wrote it",
             )
@@ -384,7 +387,7 @@ class HeadEvaluation:
             values = fields_of(record)
             values["undefined"] = tuple(Undefined(**item) for item in values["undefined"])
             return cls(**values)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError, MemoryError) as error:
             raise DataError(
                 value=f"damaged evaluation ({type(error).__name__}: {error})",
                 rule="all fields of its schema version must be there, with matching sizes",
@@ -424,7 +427,7 @@ class HeadEvaluation:
                 fix="give the folder itself",
             )
         # not read_text: bytes that are no UTF-8 are damage, which from_json tells
-        evaluation = cls.from_json(path.read_bytes())
+        evaluation = read_named(path, cls.from_json)
         beside = path.parent / MOMENTS_FILE
         if not beside.is_file():
             return evaluation

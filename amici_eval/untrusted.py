@@ -36,7 +36,7 @@ _ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud8
 # always finds an end, so that no text takes quadratic time
 _TOKENS = re.compile(r'"(?:[^"\\]+|\\.|\\\Z)*(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)
 _DEEPEST = 64
-_LONGEST_NUMBER = 20
+_LONGEST_NUMBER = 40
 _SMALL_BYTES = 2**28
 _LARGEST_RATIO = 100
 
@@ -47,7 +47,7 @@ def odd_character(text: str) -> str | None:
     return None if found is None else found[0]
 
 
-def check_names(names: Any, what: str, *, distinct: bool = True) -> None:
+def check_names(names: Any, what: str, *, distinct: bool = True, printable: bool = True) -> None:
     """Refuse names that are no text, hold control characters, or occur twice.
 
     Parameters
@@ -58,6 +58,8 @@ def check_names(names: Any, what: str, *, distinct: bool = True) -> None:
         What they name, for the message.
     distinct
         Whether each may occur once only.
+    printable
+        Whether control characters are refused.
 
     Raises
     ------
@@ -71,15 +73,23 @@ def check_names(names: Any, what: str, *, distinct: bool = True) -> None:
         wrong = next(name for name in names if not isinstance(name, str))
         msg = f"{what} hold a {type(wrong).__name__}, which is no name"
         raise ValueError(msg)
-    if odd_character("".join(names)) is not None:
+    if printable and odd_character("".join(names)) is not None:
         wrong = next(name for name in names if odd_character(name) is not None)
         msg = f"{what} hold {wrong[:80]!a}: a name has no control characters, line breaks or changes of direction"
         raise ValueError(msg)
     if distinct and len(set(names)) < len(names):
-        seen: set[str] = set()
-        wrong = next(name for name in names if name in seen or seen.add(name))
+        wrong = _first_twice(list(names))
         msg = f"{what} hold {wrong[:80]!a} twice"
         raise ValueError(msg)
+
+
+def _first_twice(names: Sequence[str]) -> str:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
 
 
 def check_is_plain_file(path: Path, *, links: bool = False) -> int:
@@ -125,7 +135,7 @@ def parse_json(text: str | bytes, *, max_values: int, allow_nan: bool = False) -
     ------
     ValueError
         If it is no JSON, nested more than 64 deep, too large, names a key twice, or holds a number that is none or has
-        more than 20 digits.
+        more than 40 digits.
     """
     decoded = text.decode("utf-8") if isinstance(text, bytes) else text
     if not isinstance(decoded, str):
@@ -155,8 +165,7 @@ def parse_json(text: str | bytes, *, max_values: int, allow_nan: bool = False) -
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = _first_twice([key for key, _ in pairs])
         msg = f"the key {twice[:80]!a} occurs twice in one object"
         raise ValueError(msg)
     return made

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError
+from amici_eval.untrusted import parse_json, read_plain_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ __all__ = ["OUTCOMES", "VERDICT_FILE", "RuleResult", "Verdict", "overall_outcome
 
 VERDICT_FILE = "verdict.json"
 SCHEMA_VERSION = 1
+_MOST_VALUES = 10**7
+_MOST_BYTES = 2**28
 OUTCOMES = ("pass", "fail", "undecided")
 
 
@@ -125,14 +128,15 @@ class Verdict:
             If the text is no verdict, damaged, of another schema, or says another outcome than its rules.
         """
         try:
-            record = dict(json.loads(text))
+            record = dict(parse_json(text, max_values=_MOST_VALUES))
             version = record["schema_version"]
             if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
                 raise DataError(
-                    value=f"verdict of schema version {version!r}",
+                    value=f"verdict of schema version {version!a:.80}",
                     rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
                     fix="install the version of amici_eval that wrote it",
                 )
+            _check_plain(record)
             record["results"] = tuple(
                 RuleResult(**{**one, "details": tuple(map(tuple, one["details"]))}) for one in record["results"]
             )
@@ -140,7 +144,7 @@ class Verdict:
             return cls(**record)
         except DataError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 value=f"damaged verdict ({type(error).__name__}: {error})",
                 rule=f"it must be the {VERDICT_FILE} of a run",
@@ -157,7 +161,12 @@ class Verdict:
             If there is no verdict or a damaged one.
         """
         where = Path(path)
-        return cls.from_json(_readable(where / VERDICT_FILE if where.is_dir() else where))
+        file = where / VERDICT_FILE if where.is_dir() else where
+        content = _readable(file)
+        try:
+            return cls.from_json(content)
+        except DataError as error:
+            raise DataError(value=f"{file}: {error.value}", rule=error.rule, fix=error.fix) from error
 
     def save(self, directory: str | Path) -> Path:
         """Write the verdict into a folder (made if missing) and return the file."""
@@ -167,12 +176,30 @@ class Verdict:
         return path
 
 
+def _check_plain(record: Mapping[str, Any]) -> None:
+    """Refuse entries of other kinds than those that are written."""
+    texts: list[Any] = [record.get("cells", ""), record.get("key", ""), *record["notes"]]
+    for one in record["results"]:
+        texts += [one[name] for name in ("rule", "kind", "outcome", "threshold", "reason")]
+        if not isinstance(one.get("details", []), list):
+            msg = "details are no list"
+            raise ValueError(msg)  # noqa: TRY004, RUF100 - damage like any other
+    model, baseline = record.get("model", {}), record.get("baseline")
+    kinds = isinstance(model, dict) and (baseline is None or isinstance(baseline, dict))
+    if not kinds or not isinstance(record["notes"], list) or not all(isinstance(text, str) for text in texts):
+        msg = "an entry is of another kind than it may be"
+        raise ValueError(msg)
+    if not isinstance(record.get("in_sample"), (bool, type(None))):
+        msg = "in_sample is neither true nor false"
+        raise ValueError(msg)
+
+
 def _readable(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_plain_file(path, limit=_MOST_BYTES, links=True)
+    except (OSError, ValueError) as error:
         raise DataError(
-            value=f"{path} cannot be read ({error.strerror or error})",
+            value=f"{path} cannot be read ({getattr(error, 'strerror', None) or error})",
             rule=f"it must be the {VERDICT_FILE} of a run, or the folder that holds it",
             fix="give that file or folder",
         ) from error

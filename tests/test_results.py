@@ -380,7 +380,7 @@ def test_bytes_damaged_on_the_way_are_refused(tmp_path):
     path = make_evaluation().save(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content.replace("β".encode(), b"\xff\xfe", 1))
-    with pytest.raises(DataError, match=r"^not an evaluation \(.*decode"):
+    with pytest.raises(DataError, match=r"evaluation.json: not an evaluation \(.*decode"):
         HeadEvaluation.load(tmp_path)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"^not an evaluation"):

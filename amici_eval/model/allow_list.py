@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import pickle
 import re
 import types
@@ -14,11 +15,16 @@ import numpy as np
 import torch
 
 from amici_eval.errors import UnsafePickleError
+from amici_eval.untrusted import check_is_plain_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["load_allow_listed"]
+__all__ = ["check_archive", "load_allow_listed"]
+
+_MOST_MADE = 10**7
+_SMALL_BYTES = 2**26
+_LARGEST_RATIO = 4
 
 _TRUST = "if you trust whoever wrote the file with running code on this machine, pass register.trust=true"
 _RECORD = re.compile(r"(?P<root>[^/]+)/(?P<name>data\.pkl|version|byteorder|data/\d+)")
@@ -80,11 +86,37 @@ def load_allow_listed(path: Path) -> Any:
     ``torch.load`` runs TorchScript, which can write files, when it finds a program in the archive, and reads older
     formats by other rules. It is therefore handed a new archive with the records of plain ``torch.save`` alone.
     """
-    records = _plain_records(path)
-    return torch.load(records, map_location="cpu", weights_only=False, pickle_module=_ALLOW_LIST_PICKLE)
+    sizes: dict[str, int] = {}
+    records = _plain_records(path, sizes)
+    # torch trusts what the pickle says of the size of a record
+    own = type("_OwnUnpickler", (_AllowListUnpickler,), {"record_sizes": sizes})
+    # torch.load takes a module that looks like pickle
+    module: Any = types.SimpleNamespace(
+        Unpickler=own,
+        load=lambda file, **options: own(file, **options).load(),
+        __name__="amici_eval_allow_list_pickle",
+    )
+    return torch.load(records, map_location="cpu", weights_only=False, pickle_module=module)
 
 
-def _plain_records(path: Path) -> io.BytesIO:
+def check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than it stores: ``torch.save`` packs nothing.
+
+    Raises
+    ------
+    ValueError, zipfile.BadZipFile, OSError
+        If it does, or is no archive.
+    """
+    size = check_is_plain_file(path, links=True)
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * size):
+        msg = f"it unpacks from {size} to {unpacked} bytes, and torch.save packs nothing"
+        raise ValueError(msg)
+
+
+def _plain_records(path: Path, sizes: dict[str, int]) -> io.BytesIO:
+    """Return an archive of the plain records; fill in their sizes by key."""
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as target:
         names = sorted(set(source.namelist()))
@@ -101,7 +133,9 @@ def _plain_records(path: Path) -> io.BytesIO:
         for name in names:
             record = _RECORD.fullmatch(name)
             if record and record["root"] == roots[0]:
-                target.writestr(name, source.read(name))
+                content = source.read(name)
+                sizes[record["name"].removeprefix("data/")] = len(content)
+                target.writestr(name, content)
     copy.seek(0)
     return copy
 
@@ -134,6 +168,30 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
+def _makes_much_of_little(function: Any, arguments: Any) -> bool:
+    waiting, looked_at = [arguments], 0
+    while waiting and looked_at < 1000:
+        one = waiting.pop()
+        looked_at += 1
+        if isinstance(one, range):
+            # len() takes no larger ones
+            if one and abs(one[-1] - one[0]) // abs(one.step) > _MOST_MADE:
+                return True
+        elif type(one).__name__ == "RangeIndex":
+            if len(one) > _MOST_MADE:
+                return True
+        elif isinstance(one, (tuple, list)):
+            waiting += one[:1000]
+        elif isinstance(one, dict):
+            waiting += list(one.values())[:1000]
+    if function in (bytes, bytearray) and isinstance(arguments, tuple):
+        return any(isinstance(one, int) and one > _MOST_MADE for one in arguments)
+    if function is np.ndarray and isinstance(arguments, tuple) and arguments:
+        shape = arguments[0] if isinstance(arguments[0], tuple) else (arguments[0],)
+        return math.prod(one for one in shape if isinstance(one, int)) > _MOST_MADE
+    return False
+
+
 class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can be watched
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
@@ -146,17 +204,38 @@ class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can b
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    record_sizes: ClassVar[dict[str, int]] = {}
+
+    def load_reduce(self) -> None:
+        # a number of a few bytes must not become a list of billions
+        function, arguments = self.stack[-2], self.stack[-1]  # type: ignore[attr-defined]
+        if _makes_much_of_little(function, arguments):
+            _refuse(f"{getattr(function, '__name__', function)} of more than {_MOST_MADE} values out of none")
+        super().load_reduce()  # type: ignore[misc]
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_binpersid(self) -> None:
+        self._check_storage(self.stack[-1])  # type: ignore[attr-defined]
+        super().load_binpersid()  # type: ignore[misc]
+
+    dispatch[pickle.BINPERSID[0]] = load_binpersid
+
+    def _check_storage(self, reference: Any) -> None:
+        """Refuse a reference to more values than the record holds: torch would read on behind its end."""
+        if not isinstance(reference, tuple) or len(reference) != 5 or not isinstance(reference[2], str):
+            return  # torch refuses it
+        _, storage, key, _, n_values = reference
+        dtype = getattr(storage, "dtype", torch.uint8)
+        width = dtype.itemsize if isinstance(dtype, torch.dtype) else 1
+        if type(n_values) is not int or not 0 <= n_values * width <= self.record_sizes.get(key, 0):
+            held = self.record_sizes.get(key, 0)
+            msg = f"record {key[:80]!a} has {held} bytes, and {n_values!a:.80} values are asked for"
+            raise pickle.UnpicklingError(msg)
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         # protocol 2 writes Python 2's names
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module_name, module_name)
         if global_name not in _ALLOWED_GLOBALS.get(module, ()):
             _refuse(f"{module_name}.{global_name}")
         return _STAND_INS.get((module, global_name)) or super().find_class(module, global_name)
-
-
-# torch.load takes a module that looks like pickle
-_ALLOW_LIST_PICKLE: Any = types.SimpleNamespace(
-    Unpickler=_AllowListUnpickler,
-    load=lambda file, **options: _AllowListUnpickler(file, **options).load(),
-    __name__="amici_eval_allow_list_pickle",
-)

@@ -13,19 +13,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 from amici_eval.data import describe_training_data, open_anndata
-from amici_eval.errors import ModelFormatError
+from amici_eval.errors import DataError, ModelFormatError, first_line
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
 from amici_eval.model.saved_amici import read_saved_amici
 from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
+from amici_eval.model.stored_setup import (
+    card_from,
+    check_card,
+    check_registry,
+    check_weights,
+    plain_history,
+    read_weights,
+)
 from amici_eval.model.training_tissue import check_is_training_data
-from amici_eval.model_card import ModelCard, TrainingData
+from amici_eval.model_card import ModelCard
 from amici_eval.specs import DataSpec
 from amici_eval.tissue import prepare
+from amici_eval.untrusted import check_names, load_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,6 +47,9 @@ __all__ = ["BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_dire
 
 SCHEMA_VERSION = 1
 BUNDLED_ADATA = "adata.h5ad"
+_SETUP_BYTES, _SETUP_VALUES = 2**26, 2**21
+_CELLS_BYTES, _CELLS_VALUES = 2**30, 2**25
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, RecursionError, SafetensorError)
 _SPLITS = ("train", "validation", "test")
 _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
 
@@ -226,34 +237,34 @@ class TrainedAMICI:
         """
         check_manifest(directory)
         try:
-            setup = json.loads((directory / SETUP).read_text(encoding="utf-8"))
-            cells = json.loads((directory / CELLS).read_text(encoding="utf-8"))
+            setup = load_json(directory / SETUP, limit=_SETUP_BYTES, max_values=_SETUP_VALUES, allow_nan=True)
+            cells = load_json(directory / CELLS, limit=_CELLS_BYTES, max_values=_CELLS_VALUES)
             if setup["schema_version"] != SCHEMA_VERSION:
                 raise ModelFormatError(
-                    value=f"model of schema version {setup['schema_version']!r}",
+                    value=f"the model in {directory} is of schema version {setup['schema_version']!a:.80}",
                     rule=f"this version of amici_eval reads schema version {SCHEMA_VERSION}",
                     fix="install the version of amici_eval that logged it",
                 )
-            card = dict(setup["card"])
-            training = card.pop("training_data")
-            for key in ("genes", "cell_types"):
-                card[key] = tuple(card[key])
+            if not set(cells) <= set(_SPLITS):
+                raise damaged(directory, f"{CELLS} holds other splits than {', '.join(_SPLITS)}")
+            for split, names in cells.items():
+                check_names(names, f"cells of the {split} split")
+            card = card_from(setup["card"], frozenset(cells["train"]) if cells.get("train") else None)
+            check_registry(setup["registry"], card)
+            weights = read_weights(directory / WEIGHTS)
+            check_weights(weights, setup["init_params"], card)
             return cls(
-                card=ModelCard(
-                    **card,
-                    training_data=None if training is None else TrainingData(**training),
-                    training_cells=frozenset(cells["train"]) if cells.get("train") else None,
-                ),
+                card=card,
                 init_params=setup["init_params"],
                 registry=setup["registry"],
-                weights=load_safetensors((directory / WEIGHTS).read_bytes()),
+                weights=weights,
                 cells={split: tuple(names) for split, names in cells.items()},
-                history={name: tuple(values) for name, values in setup["history"].items()},
+                history=plain_history(setup["history"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-            if isinstance(error, ModelFormatError):
-                raise
-            raise damaged(directory, f"{type(error).__name__}: {error}") from error
+        except ModelFormatError:
+            raise
+        except _DAMAGE as error:
+            raise damaged(directory, first_line(error)) from error
 
     def build_module(self) -> Any:
         """Return a new ``amici.AMICIModule`` with these weights, in eval mode on the CPU.
@@ -366,9 +377,26 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
         If the pickle asks for a class or function outside the allow-list.
     """
     saved = read_saved_amici(directory, trust=trust)
+    path = directory / "model.pt"
     if adata is None and (directory / BUNDLED_ADATA).is_file():
         adata = open_anndata(directory / BUNDLED_ADATA)
-    return TrainedAMICI._assemble(saved.attributes, saved.weights, adata)
+    try:
+        trained = TrainedAMICI._assemble(saved.attributes, saved.weights, adata)
+        check_card(trained.card)
+        check_registry(trained.registry, trained.card)
+        check_weights(trained.weights, trained.init_params, trained.card)
+        plain_history({name: list(values) for name, values in trained.history.items()})
+    except DataError:
+        raise
+    except ModelFormatError as error:
+        raise ModelFormatError(value=f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
+    except Exception as error:
+        raise ModelFormatError(
+            value=f"{path} holds no AMICI ({first_line(error)})",
+            rule="it must be what AMICI.save(...) wrote",
+            fix="copy or save it again",
+        ) from error
+    return trained
 
 
 def package_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,50 @@ from amici_eval.errors import ModelFormatError
 
 __all__ = ["history_of", "to_plain", "values_of", "with_arrays"]
 
+_MOST_VALUES = 10_000_000
+_DEEPEST = 64
+
 
 def to_plain(value: Any, where: str) -> Any:
-    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back."""
+    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back.
+
+    Raises
+    ------
+    ModelFormatError
+        If something in it is no plain value, or it holds more than ten million values: a pickle that names one list
+        many times over grows without end when it is written out.
+    """
+    return _plain(value, where, _Count(left=_MOST_VALUES), 0)
+
+
+@dataclass
+class _Count:
+    left: int
+
+    def take(self, n: int, where: str) -> None:
+        self.left -= n
+        if self.left < 0:
+            raise ModelFormatError(
+                value=f"{where} holds more than {_MOST_VALUES} values",
+                rule="set-up must be small enough to be stored",
+                fix="train the model with plain arguments",
+            )
+
+
+def _plain(value: Any, where: str, count: _Count, depth: int) -> Any:
+    count.take(1, where)
+    if depth > _DEEPEST:
+        count.take(_MOST_VALUES + 1, f"{where[:80]}, nested more than {_DEEPEST} deep,")
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): _plain(item, f"{where}.{key}", count, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item, where) for item in value]
+        return [_plain(item, where, count, depth + 1) for item in value]
     if isinstance(value, np.ndarray):
-        return {"array": [to_plain(item, where) for item in value.tolist()], "dtype": str(value.dtype)}
+        count.take(value.size, where)
+        return {
+            "array": [_plain(item, where, count, depth + 1) for item in value.tolist()],
+            "dtype": str(value.dtype),
+        }
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (str, bool, int, float)):

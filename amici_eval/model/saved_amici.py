@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from amici_eval.errors import ModelFormatError, UnsafePickleError, first_line
-from amici_eval.model.allow_list import load_allow_listed
+from amici_eval.model.allow_list import check_archive, load_allow_listed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["SavedAMICI", "read_saved_amici"]
+
+_ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -52,9 +55,11 @@ def read_saved_amici(directory: Path, *, trust: bool) -> SavedAMICI:
     ModelFormatError
         If the folder holds no AMICI.
     UnsafePickleError
-        If the pickle asks for a class or function outside the allow-list.
+        If the pickle asks for a class or function outside the allow-list, or the environment variable
+        ``MLFLOW_ALLOW_PICKLE_DESERIALIZATION`` forbids all pickles.
     """
     path = directory / "model.pt"
+    _check_pickles_are_allowed(path)
     if not path.is_file():
         raise ModelFormatError(
             value=f"{directory} holds no model.pt",
@@ -68,12 +73,17 @@ def read_saved_amici(directory: Path, *, trust: bool) -> SavedAMICI:
             fix="copy or save it again",
         )
     try:
+        check_archive(path)
         if trust:
             content = torch.load(path, map_location="cpu", weights_only=False)
         else:
             content = load_allow_listed(path)
         attributes, weights = content["attr_dict"], content["model_state_dict"]
         init_params = attributes["init_params_"]["kwargs"]
+        if not isinstance(init_params, Mapping) or not isinstance(weights, Mapping):
+            msg = "its parts are no mappings"
+            raise TypeError(msg)
+        _check_tensors(weights, path.stat().st_size)
     except UnsafePickleError:
         raise
     except Exception as error:
@@ -82,5 +92,39 @@ def read_saved_amici(directory: Path, *, trust: bool) -> SavedAMICI:
             rule="it must be what AMICI.save(...) wrote",
             fix="copy or save it again",
         ) from error
-    assert isinstance(init_params, Mapping)  # noqa: S101, RUF100 - for the type checker
     return SavedAMICI(attributes=attributes, weights=weights)
+
+
+def _check_pickles_are_allowed(path: Path) -> None:
+    """Refuse any pickle where MLflow's setting forbids them, before a byte of it is read.
+
+    Notes
+    -----
+    MLflow reads the variable as ``true``, ``false``, ``1`` or ``0``, whatever the case, takes it for true where it is
+    not set, and refuses other values. So does this, without MLflow.
+    """
+    value = os.environ.get(_ALLOW_PICKLE)
+    if value is None or value.lower() in ("true", "1"):
+        return
+    if value.lower() in ("false", "0"):
+        raise UnsafePickleError(
+            value=f"{path} is a pickle, and {_ALLOW_PICKLE}={value}",
+            rule="no pickle is read where this is false",
+            fix="log the live model with amici_eval.log_model where it is trained, or register where it is allowed",
+        )
+    raise UnsafePickleError(
+        value=f"{path} is a pickle, and {_ALLOW_PICKLE}={value[:80]!a}",
+        rule="MLflow takes true, false, 1 or 0",
+        fix=f"set {_ALLOW_PICKLE}=true to allow pickles, or false to forbid them",
+    )
+
+
+def _check_tensors(weights: Mapping[str, Tensor], size: int) -> None:
+    """Refuse tensors that spread a few stored values over a large shape: copied, they would fill the memory."""
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+        msg = "its weights are no tensors by name"
+        raise TypeError(msg)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if total > 2 * size:
+        msg = f"its weights would take {total} bytes, and the file has {size}"
+        raise ValueError(msg)

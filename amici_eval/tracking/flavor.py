@@ -77,7 +77,7 @@ def save_model(
     from mlflow.types import Schema, TensorSpec
 
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
-    from amici_eval.model.manifest import write_manifest
+    from amici_eval.model.manifest import sums_of, write_manifest
 
     source = training_adata if training_adata is not None else getattr(model, "adata", None)
     trained = model if isinstance(model, TrainedAMICI) else TrainedAMICI.from_amici(model, adata=training_adata)
@@ -98,7 +98,7 @@ def save_model(
             "cell_types": list(card.cell_types),
             "versions": dict(card.versions),
         },
-        **(metadata or {}),
+        **_unshared(dict(metadata or {})),
     }
     # outputs only: a column signature for inputs would reject an AnnData
     mlflow_model.signature = ModelSignature(
@@ -118,6 +118,7 @@ def save_model(
             scvi_version=card.versions.get("scvi-tools", "unknown"),
             bundled_adata=adata is not None and not isinstance(adata, str),
             adata_uri=adata if isinstance(adata, str) else None,
+            sha256=sums_of(folder),
         )
         with warnings.catch_warnings():
             # there is no input example of an AnnData, and the signature has no inputs to check
@@ -131,6 +132,13 @@ def save_model(
                 # MLflow infers a signature from the type hints of a predict function; ours is set above
                 signature=mlflow_model.signature,
             )
+
+
+def _unshared(value: Any) -> Any:
+    """Return plain values of which no part occurs twice: YAML would write an alias, which our reader refuses."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def log_model(

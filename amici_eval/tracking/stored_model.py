@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from amici_eval.errors import ModelFormatError, ModelNotFoundError, first_line
+from amici_eval.untrusted import odd_character, read_plain_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from amici_eval.model.checkpoint import TrainedAMICI
 
 __all__ = ["FLAVOR_NAME", "StoredModel", "open_stored_model"]
 
 FLAVOR_NAME = "amici"
+_MOST_BYTES = 2**20
+_DEEPEST = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
     from mlflow.exceptions import MlflowException
 
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
-    from amici_eval.model.manifest import MANIFEST, damaged, listed_files
+    from amici_eval.model.manifest import MANIFEST, check_recorded, damaged, listed_files
 
     with tempfile.TemporaryDirectory(prefix="amici-eval-model-") as staging:
         if Path(model_uri).is_dir():
@@ -95,13 +98,15 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
                     fix="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID, and check tracking.uri",
                 ) from error
         settings = _flavor_settings(folder, model_uri)
-        data = (folder / str(settings.get("data", ""))).resolve()
-        if not data.is_relative_to(folder.resolve()) or not data.is_dir():
+        data = (folder / settings["data"]).resolve() if settings["data"] else folder
+        if not settings["data"] or not data.is_relative_to(folder.resolve()) or not data.is_dir():
             raise ModelFormatError(
-                value=f"{model_uri} names {settings.get('data')!r} as its data",
+                value=f"{model_uri} names {settings['data']!a:.200} as its data",
                 rule="the data of a model must be a folder inside it",
                 fix="register the model again",
             )
+        if "sha256" in settings:
+            check_recorded(data, settings["sha256"])
         trained = TrainedAMICI.load(data)
         bundled = data / BUNDLED_ADATA if settings.get("bundled_adata") else None
         if bundled is not None and bundled.name not in listed_files(data):
@@ -111,26 +116,61 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
             bundled_adata=bundled,
             adata_uri=settings.get("adata_uri"),
             model_id=settings.get("model_id"),
-            data_path=str(settings["data"]),
+            data_path=settings["data"],
             digest=hashlib.sha256((data / MANIFEST).read_bytes()).hexdigest(),
         )
 
 
 def _flavor_settings(folder: Path, model_uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+        text = read_plain_file(folder / "MLmodel", limit=_MOST_BYTES).decode("utf-8")
+        content = yaml.load(text, Loader=_PlainLoader)  # noqa: S506, RUF100 - a safe loader that takes less
         flavors = content["flavors"]
-        names = sorted(flavors)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        names = sorted(map(str, flavors))
+        settings = flavors[FLAVOR_NAME] if isinstance(flavors, dict) and FLAVOR_NAME in flavors else None
+        if isinstance(settings, dict):
+            settings = {"data": "", "adata_uri": None, **settings, "model_id": content.get("model_id")}
+            _check_texts(settings)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ModelFormatError(
             value=f"{model_uri} has no readable MLmodel file ({first_line(error)})",
             rule="it must be a model that MLflow logged",
             fix="check the URI, or register the model again",
         ) from error
-    if FLAVOR_NAME not in flavors or not isinstance(flavors[FLAVOR_NAME], dict):
+    if not isinstance(settings, dict):
         raise ModelFormatError(
-            value=f"{model_uri} is a model of flavor {', '.join(names) or 'none'}",
+            value=f"{model_uri} is a model of flavor {', '.join(names)[:200] or 'none'}",
             rule=f"it must have the flavor {FLAVOR_NAME!r}",
             fix="register it with amici-eval register model_dir=... name=... data.uri=...",
         )
-    return {**flavors[FLAVOR_NAME], "model_id": content.get("model_id")}
+    return settings
+
+
+def _check_texts(settings: Mapping[str, Any]) -> None:
+    for name in ("data", "adata_uri", "model_id"):
+        value = settings[name]
+        if value is not None and (not isinstance(value, str) or odd_character(value) is not None):
+            msg = f"{name} is {value!a:.80}, which is no plain text"
+            raise ValueError(msg)
+    if "\\" in (settings["data"] or ""):
+        msg = f"data is {settings['data']!a:.80}; folders are written with /"
+        raise ValueError(msg)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without constructors, anchors and aliases, at most 64 deep: nothing grows as it is read."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            msg = "it holds an alias or an anchor"
+            raise yaml.YAMLError(msg)
+        if self._depth > _DEEPEST:
+            msg = f"it is nested more than {_DEEPEST} deep"
+            raise yaml.YAMLError(msg)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node

@@ -174,6 +174,10 @@ def test_a_bundle_must_be_the_file_that_was_logged(trained, adata, tmp_path, how
     else:
         manifest = json.loads((folder / "manifest.json").read_text())
         del manifest["sha256"]["adata.h5ad"]
+        # a model that was logged before MLmodel recorded sums
+        content = yaml.safe_load((tmp_path / "m" / "MLmodel").read_text())
+        del content["flavors"]["amici"]["sha256"]
+        (tmp_path / "m" / "MLmodel").write_text(yaml.safe_dump(content))
         (folder / "manifest.json").write_text(json.dumps(manifest))
         message = "damaged: the manifest lacks adata.h5ad"
     with pytest.raises(ModelFormatError, match=message), open_stored_model(str(tmp_path / "m")):
