@@ -15,6 +15,7 @@ _DEEPEST = 64
 _TEXT_BYTES = 64
 _SMALL_BYTES = 2**28
 _LARGEST_RATIO = 200
+_WIDEST = 2**20
 _ATTRIBUTE_BYTES = 2**24
 _SHARE_OF_MEMORY = 4
 
@@ -104,6 +105,9 @@ def _size_of(name: str, item: Any) -> StoredSize:
         raise ValueError(msg)
     if item.external:
         msg = f"{shown} is stored in another file"
+        raise ValueError(msg)
+    if not 0 <= item.dtype.itemsize <= _WIDEST:
+        msg = f"{shown} has items of {item.dtype.itemsize} bytes"
         raise ValueError(msg)
     if _has_references(item.dtype):
         msg = f"{shown} holds references"

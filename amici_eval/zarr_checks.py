@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import lzma
 import os
+import re
 import stat
 import zlib
 from math import prod
@@ -28,6 +29,7 @@ _METADATA_VALUES = 2**21
 # below this, not even what packs best can fill much memory
 _SMALL_CHUNK = 2**16
 _BLOCK = 2**16
+_TYPE = re.compile(r"[<>|=]?(?:[biufc]\d{1,2}|[SUV]\d{1,5}|O8?|[mM]8(?:\[\w{1,4}\])?)")
 _COMPRESSORS = frozenset({"blosc", "zstd", "lz4", "zlib", "gzip", "bz2", "lzma"})
 _FILTERS = frozenset(
     {"vlen-utf8", "vlen-bytes", "vlen-array", "delta", "shuffle", "fixedscaleoffset", "packbits", "astype", "quantize"}
@@ -72,6 +74,9 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
                     msg = f"{entry.name!a} is a link to a folder, or leads out of the .zarr"
                     raise ValueError(msg)
                 if entry.is_dir(follow_symlinks=False):
+                    if entry.name.startswith(".z") or entry.name == "zarr.json":
+                        msg = f"{entry.name!a} is a folder, not a file"
+                        raise ValueError(msg)
                     waiting.append((Path(entry.path), depth + 1))
                 elif stat.S_ISREG(entry.stat().st_mode):
                     names.append(entry.name)
@@ -111,7 +116,7 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
         if one is not None and one not in known:
             msg = f"{shown} is packed by {one[:80]!a}, which is not among {', '.join(sorted(known))}"
             raise ValueError(msg)
-    dtype = np.dtype([tuple(one) for one in record["dtype"]] if isinstance(record["dtype"], list) else record["dtype"])
+    dtype = _dtype(record["dtype"], shown)
     if dtype.hasobject and not {"vlen-utf8", "vlen-bytes", "vlen-array"} & set(filters):
         msg = f"{shown} holds objects"
         raise ValueError(msg)
@@ -130,6 +135,19 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
     return StoredSize(
         name=name, unpacked=prod(shape) * each, stored=stored, chunk=chunk, rows_on_disk=is_expression(name)
     )
+
+
+def _dtype(record: Any, shown: str) -> np.dtype[Any]:
+    """Return a type whose name is short: NumPy lets the size of a huge text wrap around, and then writes anywhere."""
+    plain = record if isinstance(record, list) else [["", record]]
+    for one in plain:
+        if not isinstance(one, list) or len(one) != 2 or not all(isinstance(part, str) for part in one):
+            msg = f"{shown} has a type that no AnnData has"
+            raise ValueError(msg)
+        if not _TYPE.fullmatch(one[1]):
+            msg = f"{shown} is of type {one[1][:80]!a}"
+            raise ValueError(msg)
+    return np.dtype([(name, kind) for name, kind in record] if isinstance(record, list) else record)
 
 
 def _whole(values: Any, shown: str) -> tuple[int, ...]:

@@ -383,7 +383,7 @@ def test_bytes_damaged_on_the_way_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"evaluation.json: not an evaluation \(.*decode"):
         HeadEvaluation.load(tmp_path)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"^not an evaluation"):
+    with pytest.raises(DataError, match=r"evaluation.json: not an evaluation"):
         HeadEvaluation.load(tmp_path)
 
 

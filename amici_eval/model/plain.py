@@ -12,7 +12,7 @@ from amici_eval.errors import ModelFormatError
 
 __all__ = ["history_of", "to_plain", "values_of", "with_arrays"]
 
-_MOST_VALUES = 10_000_000
+_MOST_VALUES = 2_000_000
 _DEEPEST = 64
 
 
@@ -22,7 +22,7 @@ def to_plain(value: Any, where: str) -> Any:
     Raises
     ------
     ModelFormatError
-        If something in it is no plain value, or it holds more than ten million values: a pickle that names one list
+        If something in it is no plain value, or it holds more than two million values: a pickle that names one list
         many times over grows without end when it is written out.
     """
     return _plain(value, where, _Count(left=_MOST_VALUES), 0)

@@ -84,8 +84,9 @@ def read_saved_amici(directory: Path, *, trust: bool) -> SavedAMICI:
             msg = "its parts are no mappings"
             raise TypeError(msg)
         _check_tensors(weights, path.stat().st_size)
-    except UnsafePickleError:
-        raise
+    except UnsafePickleError as error:
+        value = error.value if str(path) in error.value else f"{path}: {error.value}"
+        raise UnsafePickleError(value=value, rule=error.rule, fix=error.fix) from error
     except Exception as error:
         raise ModelFormatError(
             value=f"{path} cannot be read ({first_line(error)})",

@@ -413,7 +413,7 @@ def test_set_up_with_missing_or_unknown_parts_is_refused(saved, change):
 def test_weights_that_are_no_safetensors_are_refused(saved):
     (saved / "weights.safetensors").write_bytes(b"no tensors here")
     write_manifest(saved)
-    with pytest.raises(ModelFormatError, match=r"is damaged: ValueError: weights.safetensors has 15 bytes and says that its header has"):
+    with pytest.raises(ModelFormatError, match=r"is damaged: .*weights.safetensors has 15 bytes and says that its"):
         TrainedAMICI.load(saved)
 
 

@@ -1,0 +1,74 @@
+"""What a malformed model or data file is: how it is made, and what reads it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Base:
+    """Folders and files that are sound: each case spoils a copy of one."""
+
+    folder: Path
+
+    def model(self, into: Path) -> Path:
+        """Copy the stored model (with its AnnData bundled)."""
+        return shutil.copytree(self.folder / "model", into / "model")
+
+    def saved(self, into: Path) -> Path:
+        """Copy the folder that AMICI.save wrote."""
+        return shutil.copytree(self.folder / "saved", into / "saved")
+
+    def data(self, into: Path, suffix: str) -> Path:
+        """Copy the tissue as .h5ad or .zarr."""
+        source, target = self.folder / f"tissue.{suffix}", into / f"tissue.{suffix}"
+        return shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One malformed model or file.
+
+    Parameters
+    ----------
+    name
+        Says what is wrong with it.
+    kind
+        ``model``: a stored model; ``saved``: a folder with ``model.pt``; ``data``: an AnnData; ``moments``: moments of
+        an evaluation.
+    build
+        Makes it in a folder and returns what is handed to the reader.
+    """
+
+    name: str
+    kind: str
+    build: Callable[[Base, Path], Path]
+
+
+def read(kind: str, target: Path) -> None:
+    """Hand a model or file to its reader."""
+    if kind == "model":
+        from amici_eval.files import open_anndata
+        from amici_eval.tracking.stored_model import open_stored_model
+
+        with open_stored_model(str(target)) as stored:
+            if stored.bundled_adata is not None:
+                open_anndata(stored.bundled_adata)
+    elif kind == "saved":
+        from amici_eval.model.checkpoint import read_amici_directory
+
+        read_amici_directory(target, adata=None, trust=False)
+    elif kind == "data":
+        from amici_eval.files import open_anndata
+
+        open_anndata(target)
+    else:
+        from amici_eval.moments import Moments
+
+        Moments.load(target)
