@@ -36,6 +36,7 @@ KINDS: Mapping[str, frozenset[str]] = {
     "stability": frozenset({"at_least"}),
 }
 """What each kind of rule takes besides its name."""
+_TEXTS = frozenset({"kind", "metric", "table", "column", "of"})
 AGAINST_BASELINE = frozenset({"non_inferiority", "superiority", "stability"})
 """Kinds that need a baseline."""
 TABLES = ("heads", "explained_variance", "baselines", "held_out", "scales", "ablations", "head_interactions", "senders")
@@ -215,6 +216,7 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
     InvalidSpecError
         If a value is not allowed.
     """
+    _check_kinds(values)
     rules, left_out = [], []
     for name, given in values["rules"].items():
         if given is None:
@@ -244,7 +246,24 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
         for key in ("types", "genes"):
             if key in entries:
                 names = [entries[key]] if isinstance(entries[key], str) else entries[key]
+                if not isinstance(names, (list, tuple)):
+                    raise InvalidSpecError(
+                        value=f"gate.rules.{name}.{key}={names!r}",
+                        rule="it must be a list of names",
+                        fix="write [A, B]",
+                    )
                 entries[key] = tuple(str(one) for one in names)
+        if "where" in entries and not isinstance(entries["where"], Mapping):
+            raise InvalidSpecError(
+                value=f"gate.rules.{name}.where={entries['where']!r}",
+                rule="it must be a mapping of columns to values",
+                fix="write {column: value}",
+            )
+        for key in _TEXTS & set(entries):
+            if not isinstance(entries[key], str):
+                raise InvalidSpecError(
+                    value=f"gate.rules.{name}.{key}={entries[key]!r}", rule="it must be a name", fix="write a text"
+                )
         if "where" in entries:
             entries["where"] = {str(key): str(value) for key, value in dict(entries["where"]).items()}
         if "need" in entries:
@@ -252,6 +271,28 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
         rules.append(Rule(name=str(name), **entries))
     others = {name: value for name, value in values.items() if name != "rules"}
     return GateSpec(rules=tuple(rules), left_out=tuple(left_out), **others)
+
+
+def _check_kinds(values: Any) -> None:
+    """Refuse settings of a gate that are no settings, or of another kind."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("rules"), Mapping):
+        raise InvalidSpecError(
+            value=f"gate={values!a:.200}",
+            rule="it must be a group of settings with rules by name",
+            fix="see docs/automation.md",
+        )
+    known = {"rules", "bootstrap", "allow_in_sample", "allow_missing_genes", "promote"}
+    for name, value in values.items():
+        if name not in known:
+            raise InvalidSpecError(
+                value=f"setting 'gate.{name}'", rule=f"gate has {', '.join(sorted(known))}", fix="correct the name"
+            )
+        if name in ("allow_in_sample", "allow_missing_genes") and not isinstance(value, bool):
+            raise InvalidSpecError(
+                value=f"gate.{name}={value!r}", rule="it must be true or false", fix=f"set gate.{name}=false"
+            )
+        if name == "promote" and value is not None and not isinstance(value, str):
+            raise InvalidSpecError(value=f"gate.promote={value!r}", rule="it must be an alias", fix="write a text")
 
 
 def gate_key(

@@ -26,6 +26,11 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
 
     An empty value means the default; ``overrides`` is split at spaces as a shell would; names that are short for a
     setting are written out; anything else is passed on as ``key=value``.
+
+    Raises
+    ------
+    InvalidSpecError
+        If a value is missing, or ``overrides`` holds an open quotation mark.
     """
     import shlex
 
@@ -48,7 +53,14 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
         if value == "":
             continue
         if key == "overrides":
-            overrides += shlex.split(value)
+            try:
+                overrides += shlex.split(value)
+            except ValueError as error:
+                raise InvalidSpecError(
+                    value=f"parameter --overrides {value!a:.200}",
+                    rule=f"it is split as a shell would ({error})",
+                    fix="close the quotation mark, or put a backslash before it",
+                ) from error
         elif key == "seed":
             overrides.append(f"{_SEED_KEY.get(command, 'seed')}={value}")
         else:
