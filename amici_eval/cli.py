@@ -13,7 +13,16 @@ from uuid import uuid4
 from amici_eval import __version__
 from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
 from amici_eval.project_arguments import project_overrides, written_out
-from amici_eval.terminal import Reporter, TerminatedError, append_for_ci, catch_signals, forget_signals
+from amici_eval.terminal import (
+    Reporter,
+    TerminatedError,
+    append_for_ci,
+    catch_signals,
+    cleaned,
+    forget_signals,
+    guard_logs,
+    guarded_streams,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     forget_signals()
     _set_up_process()
     try:
-        code = _run(command, rest)
+        with guarded_streams():
+            code = _run(command, rest)
     except AmiciEvalError as error:
         _complain(error)
         code = EXIT_BAD_INPUT
@@ -109,13 +119,14 @@ def _set_up_process() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    guard_logs()
     logging.getLogger("amici_eval").setLevel(logging.INFO)
     for chatty in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _complain(error: AmiciEvalError) -> None:
-    sys.stderr.write(f"amici-eval: {error}\n")
+    sys.stderr.write(cleaned(f"amici-eval: {error}\n"))
 
 
 def _run(command: str, rest: list[str]) -> int:
@@ -375,5 +386,5 @@ def _upload(rest: list[str]) -> int:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{cleaned(line)}\n")
     sys.stdout.flush()

@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.errors import InvalidSpecError, mask_secrets
+from amici_eval.errors import InvalidSpecError
 from amici_eval.gate_spec import GateSpec, gate_spec_from
 from amici_eval.launch_spec import LaunchSpec
+from amici_eval.masking import masked
 from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
 
 __all__ = [
@@ -354,8 +356,10 @@ def tracking_spec(config: DictConfig) -> TrackingSpec:
 
 
 def resolved_yaml(config: DictConfig) -> str:
-    """Return the whole configuration, interpolations resolved, as YAML."""
-    return mask_secrets(OmegaConf.to_yaml(config, resolve=True))
+    """Return the whole configuration, interpolations resolved and credentials masked, as YAML."""
+    plain = masked(OmegaConf.to_container(config, resolve=True))
+    # not with OmegaConf's own writer: it would take a masked text that holds "${" for an interpolation
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

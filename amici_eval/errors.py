@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from amici_eval.masking import mask_secrets
 
 __all__ = [
     "AmiciEvalError",
@@ -45,15 +45,6 @@ class AmiciEvalError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # keyword-only arguments do not survive the default pickling, and joblib workers send errors back pickled
         return (_rebuild, (type(self), self.value, self.rule, self.fix))
-
-
-_USER = re.compile(r"(?<=://)[^\s/@'\"<>]+@")
-_QUERY = re.compile(r"\?[\w.%-]+=[^\s'\"<>)]*")
-
-
-def mask_secrets(text: str) -> str:
-    """Return a text in which URIs have neither user names and passwords nor queries."""
-    return _QUERY.sub("?***", _USER.sub("***@", text))
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.config import comparison_spec, evaluation_spec, gate_spec, report_spec, resolved_yaml, tracking_spec
 from amici_eval.errors import mask_secrets
+from amici_eval.escaping import markdown
 from amici_eval.terminal import Reporter, append_for_ci, pause
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _AGAIN = 3
 
 
 def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> int:
-    """Judge a version, print the verdict in Markdown, and promote the version if that is asked for.
+    """Judge a version, print the verdict, and promote the version if that is asked for.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> 
         The exit code: 0 pass, 3 refused, 4 undecided or judged against a baseline that was replaced meanwhile.
     """
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
-    from amici_eval.report.verdict_files import verdict_markdown
+    from amici_eval.report.verdict_files import verdict_lines, verdict_markdown
     from amici_eval.tracking.gating import gate_job
 
     with Reporter() as progress:
@@ -51,11 +52,10 @@ def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> 
             progress=progress,
             dry_run=dry_run,
         )
-    text = verdict_markdown(run.verdict)
-    if run.promotion is not None:
-        text += f"\n{run.promotion.reason}\n"
-    say(text)
-    append_for_ci("GITHUB_STEP_SUMMARY", f"{text}\n")
+    promotion = [] if run.promotion is None else ["", run.promotion.reason]
+    say(*verdict_lines(run.verdict), *promotion, "")
+    summary = verdict_markdown(run.verdict) + "".join(f"{markdown(line)}\n" for line in promotion)
+    append_for_ci("GITHUB_STEP_SUMMARY", f"{summary}\n")
     say(f"run {run.run_id} in {mask_secrets(run.tracking_uri)}")
     if run.folder is not None:
         say(f"local copy in {run.folder}")

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from amici_eval.escaping import printable, terminal_text
+from amici_eval.masking import mask_secrets
 
-__all__ = ["Reporter", "TerminatedError", "append_for_ci", "catch_signals", "forget_signals", "pause"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = [
+    "Reporter",
+    "TerminatedError",
+    "append_for_ci",
+    "catch_signals",
+    "cleaned",
+    "forget_signals",
+    "guard_logs",
+    "guarded_streams",
+    "pause",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +97,77 @@ def append_for_ci(variable: str, text: str) -> None:
         logger.warning("nothing could be appended to the file of %s: %s", variable, error)
 
 
+def cleaned(text: str) -> str:
+    """Return text for the terminal: names in it are no commands, neither to it nor to a CI server; no credentials."""
+    return terminal_text(mask_secrets(text), commands=bool(os.environ.get("GITHUB_ACTIONS")))
+
+
+class _SafeRecord(logging.LogRecord):
+    """A record whose message is safe whoever writes it: MLflow has handlers of its own."""
+
+    def getMessage(self) -> str:  # noqa: N802, RUF100 - logging's name
+        if self.name.partition(".")[0] == "amici_eval" and isinstance(self.args, tuple):
+            # a name with a line break must not look like a message of its own
+            args = tuple(printable(arg) if isinstance(arg, str) else arg for arg in self.args)
+            return cleaned(str(self.msg) % args if args else str(self.msg))
+        return cleaned(super().getMessage())
+
+
+def guard_logs() -> None:
+    """Mask credentials, and show control characters, in the log messages of all libraries in this process."""
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = _SafeRecord(*args, **kwargs)
+        if made.exc_info and made.exc_info[0] is not None:
+            # formatters take this text rather than make their own
+            made.exc_text = cleaned("".join(traceback.format_exception(*made.exc_info)).rstrip("\n"))
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
+class _MaskedStream(io.TextIOBase):
+    """A stream that masks credentials in what is written: tracebacks and warnings come from anywhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(mask_secrets(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return getattr(self._stream, "errors", None)
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Mask credentials in all that a body writes to the standard streams, one piece of text at a time."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_MaskedStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 class Reporter:
     """Progress: a bar with rate and time left in a terminal, a plain line every ten seconds elsewhere."""
 
@@ -100,6 +187,7 @@ class Reporter:
     def _report(self, done: int, total: int, what: str) -> None:
         if _interrupts:
             raise _interrupts[-1]
+        what = printable(what)
         if sys.stderr.isatty():
             self._show_bar(done, total, what)
             return

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.report.csv_files import write_csv
 from amici_eval.report.markup import cell, row, section, table, text
 from amici_eval.report.page import write_page
 from amici_eval.report.sender_changes import counted_changes, few_tiles, sender_changes_section
@@ -173,7 +174,7 @@ def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -
         path = folder / name
         try:
             if path.suffix == ".csv":
-                frame.to_csv(path, index=False)
+                write_csv(frame, path)
             else:
                 frame.to_parquet(path, index=False)
         except OSError as error:

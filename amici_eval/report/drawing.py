@@ -11,7 +11,7 @@ from matplotlib.colors import is_color_like, to_rgb
 from matplotlib.patches import Patch
 
 from amici_eval.errors import InvalidSpecError
-from amici_eval.report.wording import printable
+from amici_eval.escaping import literal, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,11 +136,6 @@ def add_caption(ax: Axes, *sentences: str) -> None:
 def drawn_label(name: str, *, longest: int = _LONGEST_LABEL) -> str:
     """Return a label without control characters, cut if it would push the drawing aside."""
     return printable(name, longest=longest)
-
-
-def literal(text: str) -> str:
-    """Return text that matplotlib draws as it is; else it takes what stands between two dollars for mathematics."""
-    return text.replace("$", r"\$")
 
 
 def new_axes(size: tuple[float, float]) -> Axes:

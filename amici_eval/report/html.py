@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -240,7 +239,7 @@ def _figures(evaluation: HeadEvaluation, figures: Mapping[str, Path]) -> str:
         caption = printable(captions.get(name, name))
         wide = ' class="wide"' if "heatmap" not in name else ""
         markup = inline_figure(path, prefix=f"f{number}-", alt=caption)
-        label = escape(f"Figure: {caption}")
+        label = text(f"Figure: {caption}")
         parts.append(
             f'<figure{wide}><div class="scroll" tabindex="0" role="region" aria-label="{label}">{markup}</div>'
             f"<figcaption>{text(caption)}</figcaption></figure>"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from amici_eval.report.wording import printable, rounded
+from amici_eval.escaping import markup
+from amici_eval.report.wording import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,7 +67,7 @@ def cell(value: object, *, words: bool = False, long: bool = False) -> str:
 
 def text(value: object) -> str:
     """Return text as markup: escaped, without control characters."""
-    return escape(printable(value))
+    return markup(value)
 
 
 def cells_text(number: float) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval.masking import mask_mapping, masked
 from amici_eval.report.markup import cell, row, section, text
 from amici_eval.report.wording import permutations_text
 
@@ -74,14 +75,15 @@ def provenance_section(
 
 
 def plain(value: object) -> str:
-    """Return a value as text: a list or mapping as JSON."""
+    """Return a value as text without credentials: a list or mapping as JSON."""
+    known = masked(value)
     return (
-        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (Mapping, list, tuple)) else str(value)
+        json.dumps(known, ensure_ascii=False, default=str) if isinstance(known, (Mapping, list, tuple)) else str(known)
     )
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return "".join(row(key, [cell(plain(value), words=True)]) for key, value in values.items())
+    return "".join(row(key, [cell(plain(value), words=True)]) for key, value in mask_mapping(values).items())
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:

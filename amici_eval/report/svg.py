@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import base64
 import re
-from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
 
 from amici_eval.errors import DataError
+from amici_eval.escaping import markup, printable
 
 __all__ = ["inline_figure"]
 
 _URL = re.compile(r"url\(\s*#")
 _URL_ID = re.compile(r"url\(\s*#([^)\s]+)")
 _MATPLOTLIB_STYLE = "stroke-linejoin:round;stroke-linecap:butt"
-# drawing only: no script, no metadata with addresses, no foreign content; style sheets would leak into the page
-_DROPPED = frozenset({"script", "metadata", "foreignObject", "style", "a", "animate", "set"})
+# drawing only: no script, link, metadata with addresses or foreign content; style sheets would leak into the page
+_KEPT = frozenset(
+    (
+        "svg g defs symbol use path rect circle ellipse line polyline polygon text tspan image clipPath mask pattern "
+        "marker linearGradient radialGradient stop title desc"
+    ).split()
+)
 
 
 def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
@@ -41,7 +46,7 @@ def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
     try:
         content = path.read_bytes()
         if path.suffix.lower() == ".png":
-            return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">'
+            return f'<img alt="{markup(alt)}" src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">'
         root = ElementTree.fromstring(content)
         if _bare(root.tag) != "svg":
             msg = "the outermost element is no svg"
@@ -59,7 +64,7 @@ def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
         root.set("viewBox", view_box)
         root.set("width", view_box.split()[2] + "pt")
     root.set("role", "img")
-    root.set("aria-label", alt)
+    root.set("aria-label", printable(alt))
     root.set("style", _MATPLOTLIB_STYLE)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -94,7 +99,7 @@ def _clean(element: ElementTree.Element, prefix: str, referenced: frozenset[str]
         else:
             element.set(name, _URL.sub(f"url(#{prefix}", value))
     for child in list(element):
-        if not isinstance(child.tag, str) or _bare(child.tag) in _DROPPED:
+        if not isinstance(child.tag, str) or _bare(child.tag) not in _KEPT:
             element.remove(child)
         else:
             _clean(child, prefix, referenced)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from amici_eval.names import slugify
+from amici_eval.report.csv_files import write_csv
 from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.wording import (
     WHY_THIS_ORDER,
@@ -61,7 +62,9 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
     CSV is UTF-8 with line feeds at line ends, booleans as ``True`` and ``False``, missing values as empty fields and
     floats with all their digits. To read them back equal, use
     ``pandas.read_csv(file, float_precision="round_trip", keep_default_na=False, na_values={...})``: with the defaults
-    of pandas a cell type named ``NA`` becomes missing. The Parquet file needs no such care.
+    of pandas a cell type named ``NA`` becomes missing. Names that a spreadsheet would take for formulas have an
+    apostrophe before them (:func:`~amici_eval.report.csv_files.write_csv`), which
+    :func:`~amici_eval.report.csv_files.read_csv` takes away. The Parquet file needs no such care.
     """
     folder = made_folder(Path(directory) / "tables")
     labels = pd.DataFrame(
@@ -86,7 +89,7 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
             if name.endswith(".parquet"):
                 frame.to_parquet(folder / name, engine="pyarrow", index=False)
             else:
-                frame.to_csv(folder / name, index=False, encoding="utf-8", lineterminator="\n")
+                write_csv(frame, folder / name)
         except OSError as error:
             raise unwritable(folder / name, error) from error
     return tuple(folder / name for name in tables)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from amici_eval.escaping import markdown, printable, xml_text
 from amici_eval.report.markup import cell, folded, row, section, table, text
 from amici_eval.report.page import write_page
-from amici_eval.report.wording import made_folder, printable, unwritable
+from amici_eval.report.wording import made_folder, unwritable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "verdict_junit",
+    "verdict_lines",
     "verdict_markdown",
     "verdict_section",
     "verdict_sentence",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 _WORDS = {"pass": "passes", "fail": "is refused", "undecided": "is undecided"}
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]#!|<>~&@$])")
 
 
 def verdict_sentence(verdict: Verdict) -> str:
@@ -71,19 +71,29 @@ def verdict_section(verdict: Verdict) -> str:
 def verdict_markdown(verdict: Verdict) -> str:
     """Return a heading, a sentence and a table in GitHub's Markdown; names are escaped."""
     lines = [
-        f"## {_escaped(_named(verdict.model))}: {verdict.outcome}",
+        f"## {markdown(_named(verdict.model))}: {verdict.outcome}",
         "",
-        _escaped(verdict_sentence(verdict)),
+        markdown(verdict_sentence(verdict)),
         "",
         "| rule | outcome | value | interval | asked | why |",
         "|---|---|---|---|---|---|",
     ]
     for result in verdict.results:
         shown = [result.rule, result.outcome, _shown(result.value), _interval(result), result.threshold, result.reason]
-        lines.append(f"| {' | '.join(map(_escaped, shown))} |")
-    lines += ["", f"Judged on {_escaped(verdict.cells)}."]
-    lines += [f"- {_escaped(note)}" for note in verdict.notes]
+        lines.append(f"| {' | '.join(map(markdown, shown))} |")
+    lines += ["", f"Judged on {markdown(verdict.cells)}."]
+    lines += [f"- {markdown(note)}" for note in verdict.notes]
     return "\n".join(lines) + "\n"
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """Return the verdict for a terminal: a sentence, and of each rule the outcome, its name and why."""
+    width = max((len(result.outcome) for result in verdict.results), default=0)
+    lines = [verdict_sentence(verdict), ""]
+    for result in verdict.results:
+        lines += [f"{result.outcome:{width}}  {result.rule}: asked {result.threshold}; {result.reason}"]
+    lines += ["", f"Judged on {verdict.cells}.", *(f"Note: {note}" for note in verdict.notes)]
+    return [printable(line) for line in lines]
 
 
 def verdict_junit(verdict: Verdict) -> bytes:
@@ -96,17 +106,17 @@ def verdict_junit(verdict: Verdict) -> bytes:
         "skipped": "0",
     }
     suites = ElementTree.Element("testsuites", {"name": "amici-eval gate", **numbers})
-    suite = ElementTree.SubElement(suites, "testsuite", {"name": _xml(_named(verdict.model)), **numbers})
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": xml_text(_named(verdict.model)), **numbers})
     for result in verdict.results:
         case = ElementTree.SubElement(
-            suite, "testcase", {"classname": f"gate.{_xml(result.kind)}", "name": _xml(result.rule)}
+            suite, "testcase", {"classname": f"gate.{xml_text(result.kind)}", "name": xml_text(result.rule)}
         )
         said = f"asked: {result.threshold}; {result.reason}"
         if result.outcome != "pass":
             tag = "failure" if result.outcome == "fail" else "error"
-            ElementTree.SubElement(case, tag, {"type": result.outcome, "message": _xml(said)}).text = _xml(said)
+            ElementTree.SubElement(case, tag, {"type": result.outcome, "message": xml_text(said)}).text = xml_text(said)
         else:
-            ElementTree.SubElement(case, "system-out").text = _xml(said)
+            ElementTree.SubElement(case, "system-out").text = xml_text(said)
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
 
@@ -157,18 +167,3 @@ def _between(low: float | None, high: float | None) -> str:
 
 def _interval(result: RuleResult) -> str:
     return _between(result.low, result.high)
-
-
-def _escaped(value: str) -> str:
-    # names come from the model: neither markup nor a new column or line may come of them
-    return _MARKDOWN.sub(r"\\\1", printable(value).replace("\n", " "))
-
-
-def _xml(value: object) -> str:
-    # XML 1.0 has no control characters, surrogates or non-characters, not even escaped
-    kept = (
-        char
-        for char in printable(str(value))
-        if char in "\t\n" or " " <= char <= "\ud7ff" or "\ue000" <= char <= "\ufffd" or char > "\uffff"
-    )
-    return "".join(kept)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amici_eval.errors import OutputError
+from amici_eval.escaping import printable
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -100,14 +100,6 @@ _DRAWN = {
     "gpd": " with a fitted tail",
     "moments": "exact moments of all permutations",
 }
-# control characters, lone surrogates and the two non-characters: XML forbids them, terminals obey them
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def printable(text: object, *, longest: int | None = None) -> str:
-    """Return text that is safe to draw and print: no control characters, cut with an ellipsis if too long."""
-    safe = _UNPRINTABLE.sub("\ufffd", str(text))
-    return safe if longest is None or len(safe) <= longest else safe[: longest - 1] + "…"
 
 
 def effect(value: float) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from amici_eval.comparison import compare, matched_similarity
 from amici_eval.errors import AmiciEvalError, DataError, first_line
+from amici_eval.escaping import markdown
 from amici_eval.report.comparison_page import comparison_sentences
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
@@ -145,7 +146,10 @@ def compare_job(
             tracking_uri=tracking_uri,
             run_id=run_id,
             params={"cfg/compare.cells": result.cells, **comparison_params(comparison)},
-            tags={**tags, "mlflow.note.content": "\n".join(f"- {one}" for one in comparison_sentences(result))},
+            tags={
+                **tags,
+                "mlflow.note.content": "\n".join(f"- {markdown(one)}" for one in comparison_sentences(result)),
+            },
             series=comparison_series(result),
         )
         write_comparison(result, folder / ARTIFACTS, report=report, config_yaml=config_yaml)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.comparison import compare
 from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, first_line
+from amici_eval.escaping import markdown
 from amici_eval.gate import judge
 from amici_eval.gate_spec import gate_key
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
@@ -189,7 +190,7 @@ def gate_job(
                 **tags,
                 VERDICT_TAG: verdict.outcome,
                 f"{VERDICT_TAG}_reason": verdict_sentence(verdict),
-                "mlflow.note.content": verdict_sentence(verdict),
+                "mlflow.note.content": markdown(verdict_sentence(verdict)),
             },
         )
         record = record.with_files(folder)

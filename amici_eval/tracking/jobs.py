@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
@@ -205,7 +206,7 @@ def _evaluate(
                 run_id=run_id,
                 params=evaluation_params(evaluation),
                 metrics=evaluation_metrics(evaluation),
-                tags={**tags, NOTE_TAG: _note(summary_lines(evaluation))},
+                tags={**tags, NOTE_TAG: code_block(summary_lines(evaluation))},
                 dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
                 model_id=model_id,
                 model_name=model.name,
@@ -227,10 +228,6 @@ def _evaluate(
         tracking_uri=tracking_uri,
         folder=kept,
     )
-
-
-def _note(lines: list[str]) -> str:
-    return "```\n" + "\n".join(lines) + "\n```"
 
 
 def register_job(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line
+from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line, mask_secrets
 from amici_eval.tracking.heartbeat import close_abandoned
 from amici_eval.tracking.patience import is_passing
 
@@ -126,7 +126,7 @@ class ResolvedModel:
     def describe(self) -> dict[str, Any]:
         """Return what names the model, as plain values for results."""
         return {
-            "uri": self.asked,
+            "uri": mask_secrets(self.asked),
             "name": self.name,
             "version": self.version,
             "model_id": self.model_id,
@@ -268,7 +268,7 @@ def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> 
     if model.run_id is not None:
         logged = _dataset_of_run(model.run_id)
         if logged is not None:
-            logger.info("no data given: taking %s, which the model's own run logged", logged)
+            logger.info("no data given: taking %s, which the model's own run logged", mask_secrets(str(logged)))
             return logged
     raise DataError(
         value=f"no data for {model.asked}",

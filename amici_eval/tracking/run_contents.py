@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.errors import InvalidSpecError, mask_secrets
 from amici_eval.names import slugify
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 def run_tags(**model: str | None) -> dict[str, str]:
     """Return the tags by which a run of an evaluation names its model."""
-    named = {f"amici_eval.{key}": value for key, value in model.items() if value is not None}
+    named = {f"amici_eval.{key}": mask_secrets(value) for key, value in model.items() if value is not None}
     return {"amici_eval.kind": "evaluation", **named}
 
 

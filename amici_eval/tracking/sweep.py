@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
+from amici_eval.errors import mask_secrets
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, mark_whole
 
@@ -59,7 +60,7 @@ class ParentRun(Callback):
         if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
             mlflow.set_experiment(tracking.experiment)
         marks = {"amici_eval.kind": "sweep", HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
-        run = mlflow.start_run(run_name=tracking.run_name or "sweep", tags=marks)
+        run = mlflow.start_run(run_name=mask_secrets(tracking.run_name or "sweep"), tags=marks)
         self._run_id = run.info.run_id
         _HEARTS[self._run_id] = Heartbeat(self._run_id, mlflow.MlflowClient()).start()
         os.environ[PARENT_RUN_VARIABLE] = self._run_id

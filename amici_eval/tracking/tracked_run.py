@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import first_line
+from amici_eval.masking import mask_mapping, masked
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
 from amici_eval.tracking.patience import patiently
 
@@ -67,10 +68,10 @@ def tracked_run(
         own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
         return mlflow.start_run(
             run_id=go_on,
-            run_name=None if go_on is not None else tracking.run_name or name,
+            run_name=None if go_on is not None else masked(tracking.run_name or name),
             parent_run_id=parent if go_on is None else None,
             nested=parent is not None,
-            tags={**tags, **tracking.tags, **own_tags},
+            tags={**tags, **mask_mapping(tracking.tags), **own_tags},
         )
 
     # a run whose start was not answered has signs of life of this process, and is closed when it is gone

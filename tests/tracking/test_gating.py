@@ -246,7 +246,10 @@ def test_the_command_says_it_all_and_its_exit_code_tells_outcomes_apart(model, c
     gate = ["gate", "gate.promote=champion", *quick]
     assert call(*gate, f"model_uri=models:/{model.name}/1") == 0
     told = capsys.readouterr().out
-    assert f"## {model.name} 1: pass" in told.replace("\\", "")
+    assert told.startswith(f"{model.name} 1 passes.\n")
+    assert "\\" not in told
+    assert "\n| " not in told
+    assert f"## {model.name} 1: pass" in summary.read_text(encoding="utf-8").replace("\\", "")
     assert "champion from no version to version 1" in told
     assert (
         call(
