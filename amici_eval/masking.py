@@ -30,7 +30,7 @@ _SECRET_PART = r"(?:pwd|pass|sig|sas|auth|cookie|bearer|apikey)"
 _NAME = re.compile(rf"(?i){_SECRET_WORD}|(?<![a-z])(?:{_SECRET_PART}|authorization)(?![a-z])")
 # what stands for nothing is no secret, and what is masked stays as it is
 _VALUE = (
-    r"(?!['\"]?\*\*\*|(?:null|none|true|false|\$\{[^}]*\})(?=[\s,;&'\")\]}]|$))"
+    r"(?!['\"]?\*\*\*|''|\"\"|(?:null|none|true|false|\$\{[^}]*\})(?=[\s,;&'\")\]}]|$))"
     r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s'\"<>]+)"
 )
 _WORD_NAME, _PART_NAME = rf"{_SECRET_WORD}[\w-]{{0,40}}", rf"(?<![a-z]){_SECRET_PART}(?![a-z])[\w-]{{0,40}}"

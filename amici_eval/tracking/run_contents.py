@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import InvalidSpecError, mask_secrets
+from amici_eval.errors import DataError, InvalidSpecError, mask_secrets
 from amici_eval.names import slugify
 
 if TYPE_CHECKING:
@@ -125,7 +125,17 @@ def run_tags(**model: str | None) -> dict[str, str]:
 
 
 def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
-    """Refuse types that are not evaluated and palettes that do not exist, before anything is computed."""
+    """Refuse what a run cannot hold, before anything is computed: unknown types or palettes, names that collide."""
+    named: dict[str, str] = {}
+    for cell_type in cell_types:
+        # 32 bits of a hash keep names apart that are not made to collide
+        other = named.setdefault(slugify(cell_type), cell_type)
+        if other != cell_type:
+            raise DataError(
+                value=f"cell types {other!r} and {cell_type!r} have the same name {slugify(cell_type)} for files",
+                rule="each type needs files and metrics of its own",
+                fix="rename one of them in the data",
+            )
     for cell_type in report.cell_types or ():
         if cell_type not in cell_types:
             raise InvalidSpecError(
