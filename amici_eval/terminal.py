@@ -148,6 +148,9 @@ class _MaskedStream(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return str(self._stream.encoding)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -128,6 +130,14 @@ def test_a_code_block_stays_one_block(lines):
 def test_cells_are_guarded_and_come_back(text):
     assert not csv_text(text).startswith(tuple("=+-@\t\r\n"))
     assert from_csv_text(csv_text(text)) == text
+
+
+@seeded
+@given(text=anything)
+def test_the_documentation_says_how_to_undo_it(text):
+    told = Path(__file__).parents[1] / "docs" / "tables.md"
+    (pattern,) = re.findall(r'str\.replace\(r"(.*?)", "", regex=True\)', told.read_text(encoding="utf-8"))
+    assert pd.Series([csv_text(text)]).str.replace(pattern, "", regex=True)[0] == text
 
 
 @pytest.mark.parametrize("name", ["T cell", "HLA-DRA", "5'-UTR", "'quoted'", "CD8+", "a=b"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,9 @@ from amici_eval.names import slugify
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True)
 awkward = st.text(alphabet=st.sampled_from("aA1_-+/&. β\n\0é"), max_size=6) | st.text(max_size=80)
+
+
+PATHS = ["..", ".", "/", "\\", "a/../..", "C:\\x", "\0", "~", "-rf", "CON", "x" * 400]
 
 
 @pytest.mark.parametrize("label", ["Tumor", "CD8_T_cells", "0", "a" * 60])
@@ -57,6 +61,16 @@ def test_a_name_has_safe_characters_and_a_bounded_length(label):
     assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name)
     assert len(name) <= 69
     assert slugify(label) == name
+
+
+@seeded
+@given(label=st.text(max_size=400) | st.sampled_from(PATHS))
+def test_a_name_is_one_part_of_a_path_below_the_folder(label):
+    folder = PurePosixPath("/out")
+    for path in (folder / f"{slugify(label)}.png", PureWindowsPath("D:/out") / f"{slugify(label)}.png"):
+        assert len(path.relative_to(path.parents[0]).parts) == 1
+        assert path.parent.name == "out"
+    assert len(f"expl_variance_heatmap_{slugify(label)}.png".encode()) < 255
 
 
 @seeded

@@ -103,7 +103,7 @@ def metric_intervals(evaluation: HeadEvaluation) -> dict[str, tuple[float, float
 
 def evaluation_params(evaluation: HeadEvaluation) -> dict[str, str]:
     """Return the settings that determined the numbers, as ``cfg/...`` params."""
-    params = {f"cfg/{name}": value[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
+    params = {f"cfg/{name}": mask_secrets(value)[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
     # the number that was used, also where the setting left it to the default
     return {**params, "cfg/permutation.n_permutations": str(evaluation.n_permutations)}
 

@@ -12,6 +12,17 @@ from tests.browser.conftest import PAPER, PHONE
 
 pytestmark = pytest.mark.browser
 
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</title></style></svg><svg onload=alert(1)>",
+    '=HYPERLINK("http://x","y")',
+    "javascript:alert(1)",
+    "a|b `x` ]]> --> *b*",
+    r"$\alpha",
+)
+
 ALL_HEADS = "#heads table"
 COLUMN = """
 const [selector, column] = arguments;
@@ -170,6 +181,43 @@ def test_a_request_and_a_script_that_slip_into_a_page_are_refused(browser, repor
     open_page.write_text('<img src="http://127.0.0.1:9/pixel">', encoding="utf-8")
     browser.open(open_page)
     assert "http://127.0.0.1:9/pixel" in browser.requests()
+
+
+def test_names_that_attack_run_nothing_and_ask_for_nothing(browser, tmp_path):
+    from amici_eval.report.html import write_html
+    from amici_eval.report.saving import save_figures
+    from amici_eval.report.verdict_files import write_verdict_page
+    from amici_eval.verdict import RuleResult, Verdict
+    from tests.builders import make_evaluation
+
+    evaluation = make_evaluation(
+        cell_types=HOSTILE,
+        genes=HOSTILE,
+        inferred="lag",
+        modes=("shapley",),
+        senders=HOSTILE,
+        notes=HOSTILE,
+        model={"name": HOSTILE[0], "version": HOSTILE[3]},
+        data={"uri": HOSTILE[3]},
+    )
+    figures = save_figures(evaluation, tmp_path / "figures", formats=["svg"])
+    page = write_html(evaluation, tmp_path, figures={path.stem: path for path in figures}, run={HOSTILE[0]: HOSTILE[3]})
+    nothing = {"value": None, "low": None, "high": None}
+    results = [
+        RuleResult(rule=name, kind="metric", outcome="fail", threshold=name, reason=name, **nothing) for name in HOSTILE
+    ]
+    verdict = Verdict(outcome="fail", results=tuple(results), model={"name": HOSTILE[3]}, cells=HOSTILE[0])
+    for path in (page, write_verdict_page(verdict, tmp_path / "verdict")):
+        browser.open(path)
+        browser.run(OPEN_ALL)
+        sorting(browser, "section table", 0)[1].click()
+        # an alert that is open would make each call of the driver fail
+        assert browser.run("return document.scripts.length") == 1
+        assert browser.run("return document.querySelectorAll('main img, main iframe, main form').length") == 0
+        shown = browser.run("return document.body.textContent")
+        assert all(name in shown for name in HOSTILE)
+        assert browser.complaints() == []
+        assert {url for url in browser.requests() if not url.startswith("data:")} == {path.as_uri()}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
