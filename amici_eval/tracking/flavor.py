@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.errors import DataError, InvalidSpecError, mask_secrets
 from amici_eval.tracking.stored_model import FLAVOR_NAME, open_stored_model
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def save_model(
 
     Raises
     ------
+    InvalidSpecError
+        If the URI holds credentials.
     ModelFormatError
         If the model is no trained ``amici.AMICI``.
     """
@@ -79,6 +81,12 @@ def save_model(
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
     from amici_eval.model.manifest import sums_of, write_manifest
 
+    if isinstance(adata, str) and mask_secrets(adata) != adata:
+        raise InvalidSpecError(
+            value=f"adata={adata!r} holds credentials",
+            rule="everybody who may read the model would be given them",
+            fix="name the data without, and give credentials by the environment of whoever reads it",
+        )
     source = training_adata if training_adata is not None else getattr(model, "adata", None)
     trained = model if isinstance(model, TrainedAMICI) else TrainedAMICI.from_amici(model, adata=training_adata)
     if isinstance(adata, str) and adata == "bundle":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.comparison import compare
-from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, first_line
+from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, first_line, mask_secrets
 from amici_eval.escaping import markdown
 from amici_eval.gate import judge
 from amici_eval.gate_spec import gate_key
@@ -184,7 +184,11 @@ def gate_job(
         record = RunRecord(
             tracking_uri=tracking_uri,
             run_id=run_id,
-            params={"cfg/gate.cells": cells.text, "cfg/gate.baseline": str(baseline), **comparison_params(comparison)},
+            params={
+                "cfg/gate.cells": cells.text,
+                "cfg/gate.baseline": mask_secrets(str(baseline)),
+                **comparison_params(comparison),
+            },
             metrics={f"gate/{name}": float(_count(verdict, name)) for name in ("pass", "fail", "undecided")},
             tags={
                 **tags,

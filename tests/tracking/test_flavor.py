@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import amici_eval
-from amici_eval.errors import DataError, ModelFormatError, ModelNotFoundError
+from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError
 from amici_eval.tracking.stored_model import open_stored_model
 
 pytestmark = pytest.mark.amici
@@ -149,6 +149,14 @@ def test_log_model_from_a_live_amici_with_a_recorded_uri(native, registry):
         assert stored.adata_uri == "s3://bucket/tissue.h5ad"
         assert stored.bundled_adata is None
         assert len(stored.trained.cells["train"]) == len(native.train_indices_)
+
+
+def test_a_uri_with_credentials_is_not_recorded_in_a_model(trained, tmp_path):
+    uri = "https://bucket.s3.amazonaws.com/tissue.h5ad?X-Amz-Signature=5c1d9f3ab0c7e2d4f6a8"
+    with pytest.raises(InvalidSpecError, match="holds credentials") as refused:
+        amici_eval.save_model(trained, tmp_path / "m", adata=uri)
+    assert "5c1d9f3ab0c7e2d4f6a8" not in str(refused.value)
+    assert not (tmp_path / "m").exists()
 
 
 def test_bundling_needs_data(trained, tmp_path):
