@@ -8,6 +8,7 @@ __all__ = [
     "AmiciEvalError",
     "DataError",
     "DeviceError",
+    "DeviceMemoryError",
     "InvalidSpecError",
     "LaunchError",
     "LeaseHeldError",
@@ -83,6 +84,10 @@ class ModelNotFoundError(AmiciEvalError, LookupError):
 
 class DeviceError(AmiciEvalError, RuntimeError):
     """The compute device that was asked for is not there."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A device, or the machine, has too little memory for the work."""
 
 
 class LaunchError(AmiciEvalError, RuntimeError):

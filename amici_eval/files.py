@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scipy import sparse
 
 from amici_eval.errors import DataError, first_line
+from amici_eval.free_memory import available_memory
 from amici_eval.hdf5_checks import check_hdf5, check_sizes
 from amici_eval.matrices import lies_on_disk
 from amici_eval.untrusted import check_is_plain_file, check_names
@@ -27,16 +27,6 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_MEMORY = 4
 _SMALL_BYTES = 2**28
 _TEXT_BYTES = 64
-# what is taken to be free where the system does not tell
-_UNKNOWN_BYTES = 2**31
-_OWN_SIZE = Path("/proc/self/statm")
-_OWN_GROUPS = Path("/proc/self/cgroup")
-# name of the controller, folder, limit, use, and the part of the use that the system gives back when asked; second
-# line: older kernels
-_CONTAINERS = (
-    ("", Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    ("memory", Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
@@ -157,72 +147,6 @@ def check_is_filled(adata: AnnData) -> None:
             rule="at least one cell and one gene are needed",
             fix="check how it was filtered",
         )
-
-
-def available_memory() -> int:
-    """Return how many bytes this process may still take, as far as the system tells.
-
-    Notes
-    -----
-    The least of what is left to the machine, to each control group around the process, and of the process's own limit
-    (``RLIMIT_AS``). Half of the machine's memory where the system does not tell what is left, 2 GiB where it tells
-    nothing.
-    """
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError, IndexError):
-        pass
-    if not found:
-        try:
-            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        except (AttributeError, OSError, ValueError):
-            half = 0
-        found.append(half if half > 0 else _UNKNOWN_BYTES)
-    found += _left_of_limit()
-    # a container may be allowed less than its machine has
-    for controller, root, limit, used, cached in _CONTAINERS:
-        for folder in _own_groups(controller, root):
-            try:
-                spent = int((folder / used).read_text())
-                spent -= sum(
-                    int(line.split()[1])
-                    for line in (folder / "memory.stat").read_text().splitlines()
-                    if line.startswith(f"{cached} ")
-                )
-                found.append(max(0, int((folder / limit).read_text()) - spent))
-            except (OSError, ValueError, IndexError):
-                continue
-    return min(found)
-
-
-def _left_of_limit() -> list[int]:
-    """Return what is left of the address space that this process may take, if that is limited."""
-    try:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit == resource.RLIM_INFINITY:
-            return []
-        return [max(0, limit - int(_OWN_SIZE.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))]
-    except (ImportError, AttributeError, OSError, ValueError, IndexError):
-        return []
-
-
-def _own_groups(controller: str, root: Path) -> list[Path]:
-    """Return the folders of the control groups that hold this process, from its own up to the root."""
-    try:
-        entries = [line.split(":", 2) for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return [root]
-    for entry in entries:
-        if len(entry) == 3 and controller in entry[1].split(","):
-            own = PurePosixPath(entry[2].lstrip("/"))
-            # a group outside of what a container sees
-            if ".." not in own.parts:
-                return [root / group for group in (own, *own.parents)] if own.parts else [root]
-    return [root]
 
 
 def _open_store(location: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +30,8 @@ __all__ = [
     "stored_values",
     "take_expression",
 ]
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 4096
 # a read call on disk takes as long as this many values in a row of it
@@ -166,7 +169,10 @@ def expression_blocks(
     *,
     max_rows: int,
 ) -> Iterator[ExpressionBlock]:
-    """Walk rows once, in the order in which they are stored; see :meth:`amici_eval.tissue.Tissue.expression_blocks`."""
+    """Walk rows once, in the order in which they are stored; see :meth:`amici_eval.tissue.Tissue.expression_blocks`.
+
+    Where memory ends, fewer rows are read at a time.
+    """
     rows = _row_numbers(reader, rows)
     order = np.argsort(rows, kind="stable").astype(np.int64)
     ordered, unit, first = rows[order], reader.unit, 0
@@ -178,7 +184,17 @@ def expression_blocks(
             last = int(np.searchsorted(ordered, begin))
             if last <= first:
                 last = int(np.searchsorted(ordered, begin + unit))
-        values = take_expression(reader, ordered[first:last], columns)
+        try:
+            values = take_expression(reader, ordered[first:last], columns)
+        except MemoryError:
+            if last - first == 1:
+                raise
+            values = None
+        if values is None:
+            # not inside the except clause: there the exception keeps alive what reading had taken
+            max_rows = max(1, min(max_rows, last - first) // 2)
+            logger.warning("out of memory: going on with %d cells of expression at a time", max_rows)
+            continue
         for start in range(first, last, max_rows):
             stop = min(start + max_rows, last)
             yield ExpressionBlock(positions=order[start:stop], values=values[start - first : stop - first])

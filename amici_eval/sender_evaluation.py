@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.sender_results import Senders
+from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.gene_intervals import gene_intervals
 from amici_eval.stats.masked_moments import masked_moments
@@ -229,10 +230,11 @@ def _moments(
     outputs: Sequence[Float32[np.ndarray, "cells outputs"]],
     tiles: Int64[np.ndarray, " cells"],
 ) -> MaskedMoments:
-    return masked_moments(
-        outputs,
-        access.readout(cell_type),
-        access.expression_blocks(rows),
-        tiles=tiles,
+    return over_blocks(
+        lambda blocks: masked_moments(
+            outputs, access.readout(cell_type), blocks, tiles=tiles, device=access.statistics_device
+        ),
+        lambda: access.expression_blocks(rows),
+        what="moments with senders masked out",
         device=access.statistics_device,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from amici_eval.free_test import FreeTest, counted, free_test
 from amici_eval.spatial_evaluation import spatial_test
 from amici_eval.stats.ablations import TypeAblations, ablate
+from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
 from amici_eval.stats.nulls import MIN_CELLS_TEST, permutation_exceedances
@@ -196,13 +197,18 @@ def evaluate_type_by_factors(
     """
     n_heads, n_cells = access.card.n_heads, len(rows)
     readout = access.readout(cell_type)
-    moments = gather_moments(
-        outputs,
-        readout,
-        access.expression_blocks(rows),
-        tiles=tiles,
-        place=place,
-        without_nearest=without_nearest,
+    moments = over_blocks(
+        lambda blocks: gather_moments(
+            outputs,
+            readout,
+            blocks,
+            tiles=tiles,
+            place=place,
+            without_nearest=without_nearest,
+            device=access.statistics_device,
+        ),
+        lambda: access.expression_blocks(rows),
+        what="moments",
         device=access.statistics_device,
     )
     per_gene, overall = moments.explained_variance()

@@ -14,7 +14,7 @@ from scipy import sparse
 from amici_eval import files as module
 from amici_eval.data import content_digest, describe_training_data
 from amici_eval.errors import DataError
-from amici_eval.files import available_memory, is_on_disk, open_anndata
+from amici_eval.files import is_on_disk, open_anndata
 from amici_eval.specs import DataSpec, SubsetSpec
 from amici_eval.tissue import prepare
 from tests.fakes import make_card
@@ -218,91 +218,6 @@ def test_the_size_is_that_of_the_unpacked_arrays(tmp_path):
     for name in ("a.h5ad", "a.zarr"):
         expression = 5000 * 100 * 4 + 100 * (8 + 4)
         assert expression < module._unpacked_bytes(tmp_path / name) < expression + 5000 * 100
-
-
-def test_some_memory_is_available():
-    assert 2**20 < available_memory() < 2**50
-
-
-def limit_group(folder, limit, used, cached, *, names=("memory.max", "memory.current", "inactive_file")):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\nactive_file 7\n{names[2]} {cached}\n")
-
-
-@pytest.fixture
-def groups(tmp_path, monkeypatch):
-    """Control groups of a made-up machine: the folders of both kinds, and the file that names the process's own."""
-    new, old, own = tmp_path / "new", tmp_path / "old", tmp_path / "own"
-    monkeypatch.setattr(module, "_OWN_GROUPS", own)
-    monkeypatch.setattr(
-        module,
-        "_CONTAINERS",
-        tuple((kind[0], folder, *kind[2:]) for kind, folder in zip(module._CONTAINERS, (new, old), strict=True)),
-    )
-    return new, old, own
-
-
-def test_a_container_limits_the_memory(groups):
-    limit_group(groups[0], 3_000_000, 2_500_000, 500_000)
-    assert available_memory() == 1_000_000, "no file tells the own group"
-    for own in ("0::/\n", "0::/../elsewhere\n", "0::/not/here\n", "nonsense\n", ""):
-        groups[2].write_text(own)
-        assert available_memory() == 1_000_000
-    limit_group(groups[0], 3_000_000, 3_500_000, 0)
-    assert available_memory() == 0
-    (groups[0] / "memory.max").write_text("max\n")
-    assert available_memory() > 2**20
-
-
-@pytest.mark.parametrize(
-    ("own_limit", "parent_limit"), [(5_000_000, "max"), ("max", 5_000_000), (5_000_000, 7_000_000)]
-)
-def test_the_own_group_and_those_around_it_limit_the_memory(groups, own_limit, parent_limit):
-    groups[2].write_text("1:cpu:/else\n0::/user.slice/session:1.scope\n")
-    limit_group(groups[0] / "user.slice" / "session:1.scope", own_limit, 1_000_000, 0)
-    limit_group(groups[0] / "user.slice", parent_limit, 1_000_000, 0)
-    limit_group(groups[0] / "another.slice", 10, 0, 0)
-    assert available_memory() == 4_000_000
-
-
-def test_groups_of_older_kernels_limit_the_memory(groups):
-    groups[2].write_text("5:cpuacct,memory:/box\n1:cpu:/else\n0::/\n")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    limit_group(groups[1] / "box", 5_000_000, 2_000_000, 1_000_000, names=names)
-    limit_group(groups[1] / "else", 10, 0, 0, names=names)
-    assert available_memory() == 4_000_000
-
-
-@pytest.mark.parametrize("missing", ["function", "name", "value"])
-def test_a_system_that_tells_nothing_gets_a_cautious_number(groups, monkeypatch, missing):
-    def unknown(name):
-        if missing == "name":
-            msg = "unrecognized configuration name"
-            raise ValueError(msg)
-        return -1 if name == "SC_PHYS_PAGES" else 4096
-
-    def absent(self, *args, **kwargs):
-        raise FileNotFoundError(self)
-
-    # as on Windows: neither /proc nor os.sysconf
-    monkeypatch.setattr(module.Path, "read_text", absent)
-    if missing == "function":
-        monkeypatch.delattr(module.os, "sysconf", raising=False)
-    else:
-        monkeypatch.setattr(module.os, "sysconf", unknown, raising=False)
-    assert available_memory() == 2**31
-
-
-def test_without_a_count_of_what_is_left_half_of_the_memory_is_taken(groups, monkeypatch):
-    def absent(self, *args, **kwargs):
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(module.Path, "read_text", absent)
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
-    monkeypatch.setattr(module.os, "sysconf", pages.__getitem__, raising=False)
-    assert available_memory() == 2_048_000
 
 
 # --- what a file that stays open must bear

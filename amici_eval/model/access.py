@@ -6,6 +6,7 @@ import logging
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from amici_eval.model.interventions import (
     keep_heads,
 )
 from amici_eval.shared_matrices import sent
+from amici_eval.stats.shrinking import Shrinking, memory_errors_explained
 from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
 
 if TYPE_CHECKING:
@@ -161,7 +163,7 @@ class HookedAccess:
         self.statistics_device = "cpu" if device == "mps" else device
         self.module = module
         self.device = device
-        self._batch_size = batch_size
+        self._batch = Shrinking(batch_size, what="the model's forward pass", unit="receivers", device=device)
         self._notes = notes
         rows, distances = neighbours(tissue, card)
         self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
@@ -212,35 +214,57 @@ class HookedAccess:
     ) -> Float32[np.ndarray, "keeps cells genes"]:
         """Return predicted expression under each ablation; ``None`` keeps all heads, ``()`` keeps none."""
         predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            tensors = self._tensors(batch)
+        start = 0
+        while start < len(rows):
+            tensors = self._batch.run(partial(self._tensors_from, rows, start))
+            n_own = len(tensors["labels"])
             for row, heads in enumerate(keeps):
-                with faint_attention_is_zero(self.module), keep_heads(self.module, heads):
-                    _, outputs = self.module(tensors, compute_loss=False)
-                predicted = outputs["prediction"]
-                if len(self.card.genes) == 1:
-                    # AMICI squeezes the profile of a lone gene to one dimension: column j has that of cell j
-                    predicted = predicted.diagonal()[:, None]
-                predictions[row, start : start + len(batch)] = predicted.cpu().numpy()
+                done = 0
+                while done < n_own:
+                    # fewer of the batch at a time where memory ends in one of the passes
+                    predicted = self._batch.run(partial(self._forward, tensors, heads, done))
+                    predictions[row, start + done : start + done + len(predicted)] = predicted
+                    done += len(predicted)
                 if progress is not None:
-                    progress(len(batch))
+                    progress(n_own)
+            start += n_own
         return predictions
+
+    def _forward(
+        self, tensors: dict[str, torch.Tensor], heads: Collection[int] | None, start: int, size: int
+    ) -> Float32[np.ndarray, "cells genes"]:
+        part = {name: tensor[start : start + size] for name, tensor in tensors.items()}
+        with faint_attention_is_zero(self.module), keep_heads(self.module, heads):
+            _, outputs = self.module(part, compute_loss=False)
+        predicted = outputs["prediction"]
+        if len(self.card.genes) == 1:
+            # AMICI squeezes the profile of a lone gene to one dimension: column j has that of cell j
+            predicted = predicted.diagonal()[:, None]
+        found: Float32[np.ndarray, "cells genes"] = predicted.cpu().numpy()
+        return found
 
     def predict_side_by_side(
         self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
     ) -> Float32[np.ndarray, "keeps cells genes"]:
         """Return what :meth:`predict` does, from one forward pass for all ablations; for checks on a few cells."""
         predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            tensors = self._tensors(batch)
-            with faint_attention_is_zero(self.module), ablations_side_by_side(self.module, keeps) as outputs:
-                self.module(tensors, compute_loss=False)
-            profile = self.module.ct_profiles[tensors["labels"].squeeze(-1)][:, None]
-            predicted = profile + self.module.linear_head(outputs[0])
-            predictions[:, start : start + len(batch)] = predicted.transpose(0, 1).cpu().numpy()
+        start = 0
+        while start < len(rows):
+            predicted = self._batch.run(partial(self._forward_side_by_side, rows, keeps, start))
+            predictions[:, start : start + predicted.shape[1]] = predicted
+            start += predicted.shape[1]
         return predictions
+
+    def _forward_side_by_side(
+        self, rows: Int64[np.ndarray, " cells"], keeps: Sequence[Collection[int] | None], start: int, size: int
+    ) -> Float32[np.ndarray, "keeps cells genes"]:
+        tensors = self._tensors(rows[start : start + size])
+        with faint_attention_is_zero(self.module), ablations_side_by_side(self.module, keeps) as outputs:
+            self.module(tensors, compute_loss=False)
+        profile = self.module.ct_profiles[tensors["labels"].squeeze(-1)][:, None]
+        predicted = profile + self.module.linear_head(outputs[0])
+        found: Float32[np.ndarray, "keeps cells genes"] = predicted.transpose(0, 1).cpu().numpy()
+        return found
 
     def to_send(self) -> HookedAccess:
         """Return the same without what only an AnnData has and without the names of training cells."""
@@ -248,6 +272,9 @@ class HookedAccess:
         other.card = replace(self.card, training_cells=None)
         other.tissue = replace(self.tissue, matrix=sent(self.tissue.matrix), adata=None)
         return other
+
+    def _tensors_from(self, rows: Int64[np.ndarray, " cells"], start: int, size: int) -> dict[str, torch.Tensor]:
+        return self._tensors(rows[start : start + size])
 
     def _tensors(self, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
         """Return what AMICI's own loader would hand the module for these receivers."""
@@ -282,7 +309,7 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
     Raises
     ------
     DeviceError
-        If the device is not there.
+        If the device is not there, or memory ends in what the body does, and no smaller piece of it fits.
     DataError
         If neighbours cross sections, or a buffer leaves no cell to evaluate.
     """
@@ -299,7 +326,7 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
     if reason is not None:
         notes = (f"evaluated by the hooked engine, through the model's own forward pass: {reason}",)
         logger.warning("%s", notes[0])
-    with eval_mode_on(module, device):
+    with memory_errors_explained("the evaluation", device), eval_mode_on(module, device):
         hooked = HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size, notes=notes)
         if spec.engine == "hooked" or reason is not None:
             yield hooked

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from amici_eval.files import available_memory
+from amici_eval.free_memory import available_memory, free_bytes
 
-__all__ = ["memory_budget"]
+__all__ = ["memory_budget", "warn_of_budget"]
+
+logger = logging.getLogger(__name__)
 
 _SHARE = 0.25
 _LEAST = 64 * 2**20
@@ -21,9 +25,31 @@ def memory_budget(asked: int | None, device: str) -> int:
         ``ablation.memory_budget`` in bytes, or ``None``.
     device
         Torch device of the tables.
+
+    Notes
+    -----
+    Of what is free at this moment: whoever computes beside has taken his share by then. More than is free is never
+    returned, whatever was asked for, but for the 64 MiB without which there would be no work.
     """
+    free = _free(device)
     if asked is not None:
-        return asked
-    cuda = torch.device(device).type == "cuda"
-    free = int(torch.cuda.mem_get_info(torch.device(device))[0]) if cuda else available_memory()
+        return min(asked, max(_LEAST, free))
     return max(_LEAST, int(_SHARE * free))
+
+
+def warn_of_budget(asked: int | None, device: str) -> None:
+    """Say so if more memory was asked for than is free."""
+    free = _free(device)
+    if asked is not None and asked > free:
+        logger.warning(
+            "ablation.memory_budget asks for %.3g GB, but %.3g GB are free on %s: that bounds tables and chunks",
+            asked / 1e9,
+            free / 1e9,
+            device,
+        )
+
+
+def _free(device: str) -> int:
+    # Apple's GPUs have the machine's memory
+    found = free_bytes(device) if torch.device(device).type == "cuda" else None
+    return available_memory() if found is None else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from amici_eval.model.attention import attend, attention_weights
-from amici_eval.model.budget import memory_budget
+from amici_eval.model.budget import memory_budget, warn_of_budget
 from amici_eval.model.encoder import SenderTables, embed_senders
 from amici_eval.model.folding import fold_encoder
 from amici_eval.model.masked_attention import (
@@ -23,6 +24,7 @@ from amici_eval.model.masked_attention import (
 from amici_eval.model.sent_factors import SentFactors
 from amici_eval.shared_matrices import sent
 from amici_eval.side_by_side import run_on_single_threads
+from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
 from amici_eval.stats.spatial import morton_codes
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ __all__ = ["FactoredAccess", "HeadOutputs"]
 
 logger = logging.getLogger(__name__)
 
-# older versions of torch have it under cuda only
-_OutOfMemory: type[BaseException] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 _SENDER_CHUNK = {"cpu": 2048, "cuda": 16384}
 _LEAST_CHUNK = 64
 _READ_ROWS = 8192
@@ -88,7 +88,8 @@ class FactoredAccess:
     hooked
         The literal engine on the same model and tissue.
     memory_bytes
-        What tables and chunks may take; ``None``: a quarter of the device's free memory.
+        What tables and chunks may take, if so much is free; ``None``: a quarter of the device's free memory. Measured
+        when attention begins.
     """
 
     engine = "factored"
@@ -115,16 +116,11 @@ class FactoredAccess:
         )
         # cells that are close on the curve are close in the tissue: small rims around tiles, tables that stay in cache
         self._curve = morton_codes(self._tissue.coordinates[:, :2])
-        self._asked_memory, self._memory = memory_bytes, memory_budget(memory_bytes, self._device)
-        n_genes, for_chunks = self._weights.n_genes, self._memory // _SHARE_OF_CHUNKS
-        largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
-        self._chunk = int(np.clip(for_chunks // self._weights.bytes_per_embedding, _LEAST_CHUNK, largest))
-        # float32 as read, float64 for moments, and the factors of all heads
-        per_row = 12 * n_genes + 24 * (self._weights.n_outputs + self._weights.n_heads)
-        self._read_rows = int(np.clip(for_chunks // per_row, _LEAST_READ_ROWS, _READ_ROWS))
-        self._most_senders = max(_LEAST_TILE, (self._memory - for_chunks) // self._weights.bytes_per_sender)
+        self._asked_memory = memory_bytes
+        self._memory, self._chunk, self._tile = sys.maxsize, sys.maxsize, sys.maxsize
         self._n_threads = torch.get_num_threads() if torch.device(self._device).type == "cpu" else 1
-        self._tile = int(np.clip(self._most_senders / _CELLS_AROUND, _LEAST_TILE, _LARGEST_TILE))
+        warn_of_budget(memory_bytes, self._device)
+        self._plan()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -240,6 +236,8 @@ class FactoredAccess:
         attention_of
             Places in ``rows`` of cells whose attention itself is wanted.
         """
+        # others may have taken memory since
+        self._plan()
         outputs = HeadOutputs(
             whole=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32),
             without_nearest=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32)
@@ -299,7 +297,9 @@ class FactoredAccess:
         not all fit in as much memory as tables may take; senders are embedded again for each batch.
         """
         codes = np.unique(self._tissue.label_codes).tolist()
-        room = self._memory if torch.device(self._device).type == "cpu" else memory_budget(self._asked_memory, "cpu")
+        room = memory_budget(self._asked_memory, "cpu")
+        if torch.device(self._device).type == "cpu":
+            room = min(room, self._memory)
         step = max(1, room // max(1, 4 * n_receivers * self._weights.n_outputs))
         return [tuple(codes[start : start + step]) for start in range(0, len(codes), step)]
 
@@ -314,6 +314,19 @@ class FactoredAccess:
             statistics_device=self.statistics_device,
         )
 
+    def _plan(self) -> None:
+        """Choose sizes by the memory that is free now; what once was too much stays so."""
+        self._memory = memory = min(self._memory, memory_budget(self._asked_memory, self._device))
+        for_chunks = memory // _SHARE_OF_CHUNKS
+        largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
+        chunk = int(np.clip(for_chunks // self._weights.bytes_per_embedding, _LEAST_CHUNK, largest))
+        # float32 as read, float64 for moments, and the factors of all heads
+        per_row = 12 * self._weights.n_genes + 24 * (self._weights.n_outputs + self._weights.n_heads)
+        self._read_rows = int(np.clip(for_chunks // per_row, _LEAST_READ_ROWS, _READ_ROWS))
+        self._most_senders = max(_LEAST_TILE, (memory - for_chunks) // self._weights.bytes_per_sender)
+        tile = int(np.clip(self._most_senders / _CELLS_AROUND, _LEAST_TILE, _LARGEST_TILE))
+        self._chunk, self._tile = min(chunk, self._chunk), min(tile, self._tile)
+
     def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
         """Return which cells of the tissue some receivers attend to."""
         found = np.zeros(self._tissue.n_cells, dtype=bool)
@@ -322,19 +335,15 @@ class FactoredAccess:
 
     def _attempt(self, rows: Int64[np.ndarray, " cells"], asked: _Asked) -> HeadOutputs | None:
         """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
-        try:
-            return self._tile_outputs(rows, asked)
-        except _OutOfMemory:
-            if self._chunk <= _LEAST_CHUNK and self._tile <= _LEAST_TILE:
-                raise
-            return None
+        work = partial(self._tile_outputs, rows, asked)
+        if self._chunk > _LEAST_CHUNK or self._tile > _LEAST_TILE:
+            return unless_memory_ends(work, device=self._device)
+        with memory_errors_explained(f"attention of {len(rows)} receivers at a time", self._device):
+            return work()
 
     def _halve(self) -> None:
-        # not inside the except clause: there the exception keeps the tables alive
         self._chunk, self._tile = max(_LEAST_CHUNK, self._chunk // 2), max(_LEAST_TILE, self._tile // 2)
         logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.empty_cache()
 
     def _tile_outputs(self, rows: Int64[np.ndarray, " cells"], asked: _Asked) -> HeadOutputs:
         """Embed the senders around some receivers and let these attend to them."""

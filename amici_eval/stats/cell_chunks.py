@@ -5,24 +5,40 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
+from amici_eval.stats.shrinking import Shrinking
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Float32, Int, Int64
 
-__all__ = ["CHUNK_CELLS", "one_thread", "over_cells", "to_float64", "to_tensor"]
+    from amici_eval.stats.moments import Block
+
+__all__ = ["CHUNK_CELLS", "in_chunks", "one_thread", "over_blocks", "over_cells", "to_float64", "to_tensor"]
 
 CHUNK_CELLS = 512
 """Cells that a thread works on at a time: about 8 MB of working memory at 8 heads of 32 numbers."""
 
 _MIN_CELLS_PER_THREAD = 128
+_LEAST_CHUNK = 8
+_BLOCK_ROWS = 8192
+"""No block of expression has more rows."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows of a block."""
+
+    positions: Int64[np.ndarray, " rows"]
+    values: Float32[np.ndarray, "rows genes"]
 
 
 @contextmanager
@@ -34,6 +50,42 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(n_threads)
+
+
+def in_chunks(work: Callable[[int], Result], chunk_cells: int, *, what: str, device: str) -> Result:
+    """Return what ``work`` makes of all cells, so many at a time, or half as many as long as memory ends.
+
+    Sums over cells are then added in another order, which changes the last bits.
+    """
+    return Shrinking(chunk_cells, floor=min(_LEAST_CHUNK, chunk_cells), what=what, device=device).run(work)
+
+
+def over_blocks(
+    work: Callable[[Iterable[Block]], Result], read: Callable[[], Iterable[Block]], *, what: str, device: str
+) -> Result:
+    """Return what ``work`` makes of one reading of the cells; where memory ends it begins anew with smaller blocks.
+
+    Parameters
+    ----------
+    work
+        A pass over blocks, which leaves nothing behind if it fails.
+    read
+        Begins a reading.
+    what, device
+        For messages, and the torch device of the work.
+    """
+
+    def parts(n_rows: int) -> Iterator[Block]:
+        for block in read():
+            if len(block.positions) <= n_rows:
+                yield block
+                continue
+            for start in range(0, len(block.positions), n_rows):
+                own = slice(start, start + n_rows)
+                yield _Part(positions=block.positions[own], values=block.values[own])
+
+    rows = Shrinking(_BLOCK_ROWS, floor=_LEAST_CHUNK, what=what, device=device)
+    return rows.run(lambda n_rows: work(parts(n_rows)))
 
 
 def over_cells(task: Callable[[list[slice]], Result], n_cells: int, *, chunk_cells: int, device: str) -> list[Result]:

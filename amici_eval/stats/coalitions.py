@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.cell_chunks import CHUNK_CELLS, one_thread, over_cells, to_float64, to_tensor
+from amici_eval.stats.cell_chunks import CHUNK_CELLS, in_chunks, one_thread, over_cells, to_float64, to_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int, Int64
@@ -151,6 +151,24 @@ def coalition_moments(
     ``keep_own_forms``: whether to keep each head's own quadratic forms, cell by cell.
     """
     kept = _as_bool(coalitions, readout.n_heads)
+    return in_chunks(
+        lambda n_cells: _coalition_moments(z, projected, readout, kept, n_cells, device, keep_own_forms=keep_own_forms),
+        chunk_cells,
+        what="ablations",
+        device=device,
+    )
+
+
+def _coalition_moments(
+    z: Float[np.ndarray, "cells outputs"],
+    projected: Float[np.ndarray, "cells columns"],
+    readout: Readout,
+    kept: Bool[np.ndarray, "coalitions heads"],
+    chunk_cells: int,
+    device: str,
+    *,
+    keep_own_forms: bool,
+) -> CoalitionMoments:
     product = readout.weights.T @ readout.weights
     forms = _PairForms.of(readout, product, device)
     n_heads, head_size, n_outputs = readout.n_heads, readout.head_size, z.shape[1]

@@ -10,8 +10,9 @@ import torch
 from scipy.fft import next_fast_len
 
 from amici_eval.stats import compiled
-from amici_eval.stats.memory import TORCH_ENTRIES, unless_memory_ends
+from amici_eval.stats.memory import TORCH_ENTRIES
 from amici_eval.stats.packing import LANES
+from amici_eval.stats.shrinking import Shrinking, memory_errors_explained
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,7 +36,17 @@ def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "
     All of them are one circular convolution of F with Z backwards, hence two Fourier transforms per column, in float64:
     float32 would leave hundreds of shifts undecided. A number of cells with a large prime factor has no fast transform;
     columns are then padded with zeros, and what the longer convolution has beyond the last cell is added to its begin.
+
+    Raises
+    ------
+    DeviceMemoryError
+        If there is too little memory for the transforms of one cell's numbers.
     """
+    with memory_errors_explained("the transforms of the cyclic test", device):
+        return _statistics(pair, device=device)
+
+
+def _statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:
     n_cells = pair.f.shape[1]
     length = n_cells if _has_fast_transform(n_cells) else next_fast_len(2 * n_cells - 1, real=True)
     kernels = compiled.kernels() if torch.device(device).type == "cpu" else None
@@ -96,15 +107,17 @@ def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Te
         product: Tensor = left.mul_(right).reshape(-1, pair.lanes, length // 2 + 1).sum(dim=0)
         return product
 
-    step = max(1, TORCH_ENTRIES // (length * pair.lanes)) * pair.lanes
+    # in lines of lanes
+    most = max(1, TORCH_ENTRIES // (length * pair.lanes))
+    at_a_time = Shrinking(most, what="the cyclic test", unit="columns of the heads", device=device)
     for group in range(n_groups):
         first = 0
         while first < width:
-            own = partial(part, group, first, min(first + step, width))
-            found = own() if step == pair.lanes else unless_memory_ends(own)
-            if found is None:
-                step = step // pair.lanes // 2 * pair.lanes
-            else:
-                spectrum[group] += found
-                first += step
+
+            def columns(n_lines: int, group: int = group, first: int = first) -> tuple[Tensor, int]:
+                last = min(first + n_lines * pair.lanes, width)
+                return part(group, first, last), last
+
+            found, first = at_a_time.run(columns)
+            spectrum[group] += found
     return spectrum

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 
+from amici_eval.stats.shrinking import Shrinking
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
     from torch import Tensor
@@ -125,7 +127,39 @@ def lag_test(
     its first term, which cells that are independent would give. The effective sample size is
     ``1 + tr(S_F S_Z) / Var(T)``, and T is compared with Student's t with that minus 2 degrees of freedom (Dutilleul).
     """
-    grid, near, n_heads = place.grid, place.near, factors.shape[2]
+    n_heads, n_genes = factors.shape[2], len(genes.target_ss)
+    room = Shrinking(n_heads, what="the test in tissue", unit="heads", device=device)
+    return room.run(
+        lambda some: _lag_test(
+            factors,
+            images,
+            place=place,
+            weights=weights,
+            genes=genes,
+            alpha=alpha,
+            reach=reach,
+            device=device,
+            n_heads=some,
+            n_genes=max(1, n_genes * some // n_heads),
+        )
+    )
+
+
+def _lag_test(
+    factors: Float[np.ndarray, "cells rank heads"],
+    images: Float[np.ndarray, "cells rank heads"],
+    *,
+    place: Place,
+    weights: Float64[np.ndarray, "heads genes rank"],
+    genes: GeneSums,
+    alpha: float,
+    reach: float | None,
+    device: str,
+    n_heads: int,
+    n_genes: int,
+) -> LagTest:
+    """Do what ``lag_test`` does, with sums over pairs of cells for so many heads, and so many genes, at a time."""
+    grid, near = place.grid, place.near
     # a cell that is alone in its section is its mean, and has no say
     n_cells = int(grid.section_counts[grid.section_counts > 1].sum())
     f, z = (_by_head(values, device) for values in (factors, images))
@@ -134,7 +168,7 @@ def lag_test(
     section = torch.from_numpy(grid.section).to(device)
     f, z = f - f_means[:, section], z - z_means[:, section]
     f_own, z_own = f.transpose(1, 2) @ f, z.transpose(1, 2) @ z
-    f_lags, z_lags = (_lag_products(values, grid, near) for values in (f, z))
+    f_lags, z_lags = (_lag_products(values, grid, near, n_heads) for values in (f, z))
     distances = np.concatenate([near.distances, grid.distances])
     every_pair = np.concatenate([near.pairs, grid.pairs])
     # cells in touching pixels always count: without them nothing would be left of the null
@@ -150,8 +184,8 @@ def lag_test(
 
     a = torch.from_numpy(weights).to(device)
     within = _within_sections(genes, grid, f_means, a)
-    predicted_lags = torch.stack([_quadratic(a[head], f_lags[:, head]) for head in range(n_heads)], dim=1)
-    target_lags = _lag_squares(genes, grid, near, device)
+    predicted_lags = torch.stack([_quadratic(a[head], f_lags[:, head]) for head in range(len(a))], dim=1)
+    target_lags = _lag_squares(genes, grid, near, device, n_genes)
     free_gene = within.predicted_ss * within.target_ss / max(n_cells, 1)
     at_lags_gene = np.einsum("k,khg,kg->hg", pairs, predicted_lags.cpu().numpy(), target_lags)
     at_lags_gene += left_out * free_gene
@@ -235,19 +269,33 @@ def _section_means(values: Tensor, grid: LagGrid) -> Tensor:
     return sums / torch.from_numpy(grid.section_counts).to(values.device)[:, None]
 
 
-def _lag_products(values: Tensor, grid: LagGrid, near: NearPairs) -> Tensor:
-    image = grid.sums(values.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
-    return torch.cat([near.products(values), grid.products(image)])
+def _lag_products(values: Tensor, grid: LagGrid, near: NearPairs, n_heads: int) -> Tensor:
+    """Return mean outer products by distance, for so many heads at a time."""
+    found = []
+    for some in values.split(n_heads):
+        image = grid.sums(some.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+        found.append(torch.cat([near.products(some), grid.products(image)]))
+    return torch.cat(found, dim=1)
 
 
-def _lag_squares(genes: GeneSums, grid: LagGrid, near: NearPairs, device: str) -> Float64[np.ndarray, "bins genes"]:
+def _lag_squares(
+    genes: GeneSums, grid: LagGrid, near: NearPairs, device: str, n_genes: int
+) -> Float64[np.ndarray, "bins genes"]:
+    """Return mean products by distance, for so many genes at a time."""
     sums = torch.from_numpy(genes.pixel_sums).to(device)
     counts = torch.from_numpy(np.maximum(grid.section_counts, 1).astype(np.float64)).to(device)
     means = sums.view(grid.n_sections, -1, sums.shape[1]).sum(dim=1) / counts[:, None]
     own = torch.from_numpy(genes.near).to(device).double()
     own = own - means[torch.from_numpy(grid.section[near.cells]).to(device)]
-    far = grid.squares(grid.centred(sums).T.contiguous())
-    return torch.cat([near.squares(own), far]).cpu().numpy()
+    centred = grid.centred(sums).T
+
+    return np.concatenate(
+        [
+            torch.cat([near.squares(own[:, start : start + n_genes]), grid.squares(some.contiguous())]).cpu().numpy()
+            for start, some in zip(range(0, len(centred), n_genes), centred.split(n_genes), strict=True)
+        ],
+        axis=1,
+    )
 
 
 def _quadratic(weights: Tensor, products: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from amici_eval.stats.shrinking import Shrinking
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -19,6 +21,7 @@ __all__ = ["StratumSums", "stratum_sums"]
 _ENTRIES = 2**18
 """Products held at a time: they stay in the processor's cache."""
 _ENTRIES_ELSEWHERE = 2**24
+_LEAST_ENTRIES = 2**10
 _ALWAYS_BATCHED = 100
 """Strata up to this size go in batches: one by one they would cost more in calls than in arithmetic."""
 _MOST_BYTES = 2**28
@@ -73,27 +76,43 @@ def stratum_sums(
     device
         Torch device; ``"mps"``, which has no float64, is taken as ``"cpu"``.
     """
-    _, rank, n_heads = factors.shape
     device = _with_float64(device)
+    room = Shrinking(
+        _room(device), floor=min(_room(device), _LEAST_ENTRIES), what="exact moments", unit="products", device=device
+    )
+    return room.run(lambda entries: _stratum_sums(factors, images, strata, device, entries))
+
+
+def _stratum_sums(
+    factors: Float[np.ndarray, "cells rank heads"],
+    images: Float[np.ndarray, "cells rank heads"],
+    strata: Int64[np.ndarray, " cells"],
+    device: str,
+    entries: int,
+) -> StratumSums:
+    _, rank, n_heads = factors.shape
+    # whatever is held at a time gets less in the same measure
+    most_bytes = max(1, _MOST_BYTES * entries // _room(device))
     _, local, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     order = np.argsort(local, kind="stable")
     ends = np.cumsum(sizes)
     large = sizes > _largest_batched(rank)
     names = [field.name for field in fields(StratumSums) if field.name != "n_cells"]
     sums = torch.zeros((len(names), n_heads), dtype=torch.float64, device=device)
-    wide = ~large & (sizes > 2) & (8 * n_heads * sizes**2 > _MOST_BYTES)
-    heads_at_a_time = max(1, _MOST_BYTES // (8 * rank**2 * (rank + 1)))
+    wide = ~large & (sizes > 2) & (8 * n_heads * sizes**2 > most_bytes)
+    heads_at_a_time = max(1, most_bytes // (8 * rank**2 * (rank + 1)))
     for end, size in zip(ends[large], sizes[large], strict=True):
         rows = order[end - size : end]
         for first in range(0, n_heads, heads_at_a_time):
             some = slice(first, first + heads_at_a_time)
-            sums[:, some] += _of_large_stratum(factors[:, :, some], images[:, :, some], rows, device)
+            sums[:, some] += _of_large_stratum(factors[:, :, some], images[:, :, some], rows, device, entries)
     for end, size in zip(ends[wide], sizes[wide], strict=True):
+        rows = order[end - size : end]
         for head in range(n_heads):
             one = slice(head, head + 1)
-            sums[:, one] += _of_wide_stratum(factors[:, :, one], images[:, :, one], order[end - size : end], device)
+            sums[:, one] += _of_wide_stratum(factors[:, :, one], images[:, :, one], rows, device, most_bytes)
     small = ~large & ~wide
-    for rows in _batches(order, ends[small], sizes[small], entries=_room(device) // max(1, n_heads), rank=rank):
+    for rows in _batches(order, ends[small], sizes[small], entries=entries // max(1, n_heads), rank=rank):
         sums += _of_small_strata(factors, images, rows, device)
     return StratumSums(**dict(zip(names, sums.cpu().numpy(), strict=True)), n_cells=sizes)
 
@@ -118,17 +137,17 @@ def _columns(
     return taken.permute(2, 1, 0).to(torch.float64, memory_format=torch.contiguous_format)
 
 
-def _parts(rows: Int64[np.ndarray, " rows"], row: int, device: str) -> Iterator[Int64[np.ndarray, " part"]]:
-    step = max(1, _room(device) // max(1, row))
+def _parts(rows: Int64[np.ndarray, " rows"], row: int, entries: int) -> Iterator[Int64[np.ndarray, " part"]]:
+    step = max(1, entries // max(1, row))
     return (rows[first : first + step] for first in range(0, len(rows), step))
 
 
 def _mean(
-    values: Float[np.ndarray, "cells rank heads"], rows: Int64[np.ndarray, " rows"], device: str
+    values: Float[np.ndarray, "cells rank heads"], rows: Int64[np.ndarray, " rows"], device: str, entries: int
 ) -> Float64[Tensor, "heads rank 1"]:
     _, rank, n_heads = values.shape
     total = torch.zeros((n_heads, rank, 1), dtype=torch.float64, device=device)
-    for part in _parts(rows, rank * n_heads, device):
+    for part in _parts(rows, rank * n_heads, entries):
         total += _columns(values, part, device).sum(dim=2, keepdim=True)
     return total / len(rows)
 
@@ -149,15 +168,16 @@ def _of_large_stratum(
     images: Float[np.ndarray, "cells rank heads"],
     rows: Int64[np.ndarray, " rows"],
     device: str,
+    entries: int,
 ) -> Float64[Tensor, "sums heads"]:
     """Return the sums of one stratum from moments of F and of Z."""
     _, rank, n_heads = factors.shape
     n, n_pairs = len(rows), rank * (rank + 1) // 2
-    means = [_mean(values, rows, device) for values in (factors, images)]
+    means = [_mean(values, rows, device, entries) for values in (factors, images)]
     squares = torch.zeros((2, n_heads, rank, rank), dtype=torch.float64, device=device)
     cubes = torch.zeros((2, n_heads, n_pairs, rank), dtype=torch.float64, device=device)
     excess = torch.zeros(n_heads, dtype=torch.float64, device=device)
-    for part in _parts(rows, n_pairs * n_heads, device):
+    for part in _parts(rows, n_pairs * n_heads, entries):
         f, z = (_columns(v, part, device).sub_(m) for v, m in zip((factors, images), means, strict=True))
         excess += torch.einsum("hai,hai->h", f, z)
         for x, square, cube in zip((f, z), squares, cubes, strict=True):
@@ -182,6 +202,7 @@ def _of_wide_stratum(
     images: Float[np.ndarray, "cells rank 1"],
     rows: Int64[np.ndarray, " rows"],
     device: str,
+    most_bytes: int,
 ) -> Float64[Tensor, "sums 1"]:
     """Return the sums of one head in a stratum whose D = f z^T is too large to be held at once."""
     n = len(rows)
@@ -189,7 +210,7 @@ def _of_wide_stratum(
     means = [x.mean(dim=1, keepdim=True) for x in both]
     f, z = (x - mean for x, mean in zip(both, means, strict=True))
     squared, cubed = torch.zeros((2,), dtype=torch.float64, device=device)
-    step = max(1, _MOST_BYTES // (16 * n))
+    step = max(1, most_bytes // (16 * n))
     for first in range(0, n, step):
         d = f[:, first : first + step].T @ z
         powers = d.square()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from amici_eval.stats.shrinking import Shrinking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +114,9 @@ def permutation_exceedances(
         form = "gram" if n_cells <= _GRAM_CELLS_PER_PERMUTATION * chunk else "gather"
     kernel = _gram_statistics if form == "gram" else _gather_statistics
 
+    room = Shrinking(
+        _GATHERED_ENTRIES, floor=min(_GATHERED_ENTRIES, n_cells), what="permutations", unit="numbers", device=device
+    )
     y = _centred(targets, device)
     y_norm = float(torch.linalg.norm(y))
     exceedances = np.zeros(n_heads, dtype=np.int64)
@@ -126,7 +132,7 @@ def permutation_exceedances(
             if not p_norm > _DEAD_TOLERANCE * size:
                 dead[head] = True
             else:
-                statistics = kernel(p, y, permutations)
+                statistics = room.run(partial(kernel, p, y, permutations))
                 threshold = statistics[0] - _TIE_TOLERANCE * p_norm * y_norm
                 exceedances[head] += int(np.count_nonzero(statistics[1:] >= threshold))
             if progress is not None:
@@ -152,15 +158,16 @@ def _centred(values: Float[np.ndarray, "cells genes"], device: str) -> Float64[T
 
 
 def _gram_statistics(
-    p: Float64[Tensor, "cells genes"], y: Float64[Tensor, "cells genes"], permutations: np.ndarray
+    p: Float64[Tensor, "cells genes"], y: Float64[Tensor, "cells genes"], permutations: np.ndarray, entries: int
 ) -> Float64[np.ndarray, " permutations"]:
     """T of each permutation from P Y^T, a block of columns at a time."""
     n_cells = p.shape[0]
     total = torch.zeros(len(permutations), dtype=torch.float64, device=p.device)
-    for first in range(0, n_cells, _CELL_BLOCK):
-        last = min(first + _CELL_BLOCK, n_cells)
+    block = max(1, min(_CELL_BLOCK, _CELL_BLOCK * entries // _GATHERED_ENTRIES))
+    for first in range(0, n_cells, block):
+        last = min(first + block, n_cells)
         products = p @ y[first:last].T
-        step = max(1, _GATHERED_ENTRIES // (last - first))
+        step = max(1, entries // (last - first))
         for row in range(0, len(permutations), step):
             taken = torch.from_numpy(permutations[row : row + step, first:last].astype(np.int64)).to(p.device)
             total[row : row + step] += products.gather(0, taken).sum(dim=1)
@@ -168,11 +175,11 @@ def _gram_statistics(
 
 
 def _gather_statistics(
-    p: Float64[Tensor, "cells genes"], y: Float64[Tensor, "cells genes"], permutations: np.ndarray
+    p: Float64[Tensor, "cells genes"], y: Float64[Tensor, "cells genes"], permutations: np.ndarray, entries: int
 ) -> Float64[np.ndarray, " permutations"]:
     """T of each permutation from the gathered rows of P, a block of cells at a time."""
     n_cells = p.shape[0]
-    block = max(1, _GATHERED_ENTRIES // p.shape[1])
+    block = max(1, entries // p.shape[1])
     total = np.zeros(len(permutations))
     for row, permutation in enumerate(permutations):
         index = torch.from_numpy(permutation.astype(np.int64)).to(p.device)

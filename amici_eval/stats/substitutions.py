@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.cell_chunks import CHUNK_CELLS, one_thread, over_cells, to_float64, to_tensor
+from amici_eval.stats.cell_chunks import CHUNK_CELLS, in_chunks, one_thread, over_cells, to_float64, to_tensor
 from amici_eval.stats.substitution_kernels import compiled_substitution
 
 if TYPE_CHECKING:
@@ -65,9 +65,40 @@ def substituted_values(
     Exact up to rounding. The layer norm is the real one, of the substituted whole. On the CPU a compiled kernel does
     what is not a matrix product; on other devices, and without numba, torch does.
     """
-    if moments.own_forms is None:
+    own_forms = moments.own_forms
+    if own_forms is None:
         msg = "moments lack the heads' own forms; gather them with keep_own_forms=True"
         raise ValueError(msg)
+    return in_chunks(
+        lambda n_cells: _substituted_values(
+            z,
+            projected,
+            target_ss,
+            readout,
+            permutations=permutations,
+            moments=moments,
+            own_forms=own_forms,
+            chunk_cells=n_cells,
+            device=device,
+        ),
+        chunk_cells,
+        what="substituted heads",
+        device=device,
+    )
+
+
+def _substituted_values(
+    z: Float[np.ndarray, "cells outputs"],
+    projected: Float[np.ndarray, "cells columns"],
+    target_ss: float,
+    readout: Readout,
+    *,
+    permutations: Int[np.ndarray, "permutations cells"],
+    moments: CoalitionMoments,
+    own_forms: torch.Tensor,
+    chunk_cells: int,
+    device: str,
+) -> SubstitutedValues:
     n_heads, head_size, n_columns = readout.n_heads, readout.head_size, readout.n_columns
     matrices, own = np.stack([readout.gram, moments.product]), np.arange(n_columns - 1).reshape(n_heads, -1) + 1
     own_blocks = matrices[:, own[:, :, None], own[:, None, :]]
@@ -75,7 +106,7 @@ def substituted_values(
     by_head = mean.reshape(n_heads, head_size)
     parts = _Parts(
         z=to_tensor(z, device),
-        forms=moments.own_forms,
+        forms=own_forms,
         means=to_float64(mean, device),
         mean_forms=to_float64(np.einsum("hc,mhce,he->mh", by_head, own_blocks, by_head).reshape(-1), device),
         permutations=to_tensor(permutations, device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.memory import STORED_INDICES, TORCH_ENTRIES, unless_memory_ends
+from amici_eval.stats.memory import STORED_INDICES, TORCH_ENTRIES
 from amici_eval.stats.packing import LANES, TIE_TOLERANCE
+from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from amici_eval.stats.permutations import PermutationStream
 
 __all__ = ["torch_factor", "torch_statistics"]
+
+logger = logging.getLogger(__name__)
 
 _GRAM_CELLS_PER_PERMUTATION = 16
 """Measured: the products of all cells cost less than gathering rows up to this many cells a permutation."""
@@ -44,7 +48,26 @@ def torch_statistics(
     """Do what ``compiled_statistics`` does, in float64 on a torch device, for permutations from ``start`` on.
 
     The next orders are drawn while the device is at work. Where its memory ends, fewer permutations are taken at once.
+
+    Raises
+    ------
+    DeviceMemoryError
+        If it has too little for a single one.
     """
+    with memory_errors_explained("one permutation of the test", device):
+        _all_statistics(pair, stream, n_permutations, form=form, device=device, take=take, start=start)
+
+
+def _all_statistics(
+    pair: PackedPair,
+    stream: PermutationStream,
+    n_permutations: int,
+    *,
+    form: str,
+    device: str,
+    take: Take,
+    start: int,
+) -> None:
     _, n_cells, width = pair.f.shape
     drawn = max(1, min(n_permutations, STORED_INDICES // n_cells))
     chunk = max(1, min(drawn, TORCH_ENTRIES // (min(n_cells, _CELLS) * width)))
@@ -61,7 +84,7 @@ def torch_statistics(
             while first < len(orders):
                 own = orders[first:] if form == "gram" else orders[first : first + chunk]
                 kernel = partial(_torch_gram if form == "gram" else torch_factor, pair, f, z, own)
-                sums = kernel() if form == "factor" and chunk == 1 else unless_memory_ends(kernel)
+                sums = kernel() if form == "factor" and chunk == 1 else unless_memory_ends(kernel, device=device)
                 if sums is not None:
                     take(sums, thresholds)
                     first += len(own)
@@ -70,6 +93,7 @@ def torch_statistics(
                     form = "factor"
                 else:
                     chunk = (chunk + 1) // 2
+                    logger.warning("out of memory on %s: going on with %d permutations at a time", device, chunk)
 
 
 def _drawn_ahead(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from amici_eval.errors import DeviceMemoryError
 from amici_eval.evaluation import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
@@ -227,7 +228,10 @@ def test_out_of_memory_halves_the_work_and_goes_on(trained, adata, monkeypatch, 
     assert next(failures) >= 2
     assert "out of memory on cpu" in caplog.text
     monkeypatch.setattr(factored, "embed_senders", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with opened(trained, adata) as access, pytest.raises(torch.OutOfMemoryError):
+    with (
+        opened(trained, adata) as access,
+        pytest.raises(DeviceMemoryError, match="out of memory on cpu at attention of 256 receivers"),
+    ):
         access.head_outputs(rows)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import binomtest, kstest
 
-from amici_eval.stats import compiled, compiled_statistics, cyclic_statistics, memory, packing, torch_statistics
+from amici_eval.errors import DeviceMemoryError
+from amici_eval.stats import compiled, compiled_statistics, cyclic_statistics, packing, torch_statistics
 from amici_eval.stats.factor_nulls import factor_exceedances
 from amici_eval.stats.nulls import permutation_exceedances
 from amici_eval.stats.permutations import PermutationStream
@@ -442,13 +443,13 @@ def test_a_device_without_memory_takes_fewer_permutations_at_once(form, room, mo
     def limited(pair, f, z, orders):
         seen.append(len(orders))
         if len(orders) > room:
-            raise memory.OutOfMemory
+            raise torch.OutOfMemoryError
         return few(pair, f, z, orders)
 
     monkeypatch.setattr(torch_statistics, "torch_factor", limited)
 
     def none_at_all(*_):
-        raise memory.OutOfMemory
+        raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch_statistics, "_torch_gram", none_at_all)
     steps = []
@@ -457,7 +458,7 @@ def test_a_device_without_memory_takes_fewer_permutations_at_once(form, room, mo
     assert sum(steps) == 101 * 5
     assert max(seen) > room
     monkeypatch.setattr(torch_statistics, "torch_factor", lambda *a: few(*a) if a[3][0, 0] == 0 else none_at_all())
-    with pytest.raises(memory.OutOfMemory):
+    with pytest.raises(DeviceMemoryError, match="out of memory on cpu"):
         count(factors, images, n_permutations=101, form=form)
 
 
@@ -469,13 +470,13 @@ def test_a_device_without_memory_takes_fewer_columns_at_once(monkeypatch):
 
     def limited(columns, **arguments):
         if len(columns) > room:
-            raise memory.OutOfMemory
+            raise torch.OutOfMemoryError
         return transform(columns, **arguments)
 
     monkeypatch.setattr(torch.fft, "rfft", limited)
     np.testing.assert_array_equal(count(factors, images, sampling="cyclic"), expected)
     room = 3
-    with pytest.raises(memory.OutOfMemory):
+    with pytest.raises(DeviceMemoryError, match="out of memory on cpu"):
         count(factors, images, sampling="cyclic")
 
 

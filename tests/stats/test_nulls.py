@@ -73,8 +73,8 @@ def test_statistics_of_both_forms_are_the_direct_sums():
     permutations = np.concatenate([np.arange(9)[None], stream(9).batch(0, 10)])
     p, y = (torch.from_numpy(values.astype(np.float64)) for values in (predictions[0], targets))
     direct = [float(np.sum(p.numpy()[row] * y.numpy())) for row in permutations]
-    np.testing.assert_allclose(nulls._gram_statistics(p, y, permutations), direct, rtol=1e-12)
-    np.testing.assert_allclose(nulls._gather_statistics(p, y, permutations), direct, rtol=1e-12)
+    np.testing.assert_allclose(nulls._gram_statistics(p, y, permutations, 2**24), direct, rtol=1e-12)
+    np.testing.assert_allclose(nulls._gather_statistics(p, y, permutations, 2**24), direct, rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
