@@ -18,10 +18,12 @@ from amici_eval.terminal import (
     TerminatedError,
     append_for_ci,
     catch_signals,
+    check_temporary_folder,
     cleaned,
     forget_signals,
     guard_logs,
     guarded_streams,
+    quiet_matplotlib,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     _set_up_process()
     try:
         with guarded_streams():
+            check_temporary_folder()
             code = _run(command, rest)
     except AmiciEvalError as error:
         _complain(error)
@@ -121,6 +124,7 @@ def _set_up_process() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     guard_logs()
     logging.getLogger("amici_eval").setLevel(logging.INFO)
+    quiet_matplotlib()
     for chatty in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

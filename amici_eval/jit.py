@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import pickle
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +13,21 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = ["compiled", "numba_if_usable"]
+
+logger = logging.getLogger(__name__)
+
+_SPOILT = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+"""What reading a pickle raises that was cut off or overwritten."""
 
 
 def numba_if_usable() -> ModuleType | None:
@@ -29,6 +47,33 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """
     numba = importlib.import_module("numba")
     try:
-        return numba.njit(nogil=True, cache=True, **options)(function)
+        dispatcher = numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written to
         return numba.njit(nogil=True, **options)(function)
+    _bear_with(getattr(dispatcher, "_cache", None))
+    return dispatcher
+
+
+def _bear_with(cache: Any) -> None:
+    """Let files of compiled code that are spoilt be made anew, and do without where they cannot be written."""
+    load, save = getattr(cache, "load_overload", None), getattr(cache, "save_overload", None)
+    if load is None or save is None:
+        return
+
+    def load_if_whole(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except _SPOILT as error:
+            logger.info("compiled code in %s is spoilt (%s) and made anew", cache.cache_path, type(error).__name__)
+        # an index without entries: what it named is compiled again
+        with suppress(OSError):
+            cache.flush()
+        return None
+
+    def save_if_possible(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            logger.info("compiled code cannot be kept in %s: %s", cache.cache_path, error)
+
+    cache.load_overload, cache.save_overload = load_if_whole, save_if_possible

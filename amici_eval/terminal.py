@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amici_eval.errors import OutputError
 from amici_eval.escaping import printable, terminal_text
 from amici_eval.masking import mask_secrets
 
@@ -24,11 +26,13 @@ __all__ = [
     "TerminatedError",
     "append_for_ci",
     "catch_signals",
+    "check_temporary_folder",
     "cleaned",
     "forget_signals",
     "guard_logs",
     "guarded_streams",
     "pause",
+    "quiet_matplotlib",
 ]
 
 logger = logging.getLogger(__name__)
@@ -62,6 +66,38 @@ def catch_signals() -> None:
 def forget_signals() -> None:
     """Forget signals that came to an earlier command of this process."""
     _interrupts.clear()
+
+
+def check_temporary_folder() -> None:
+    """Refuse to work where no temporary file can be written; say so if it will not be where ``TMPDIR`` says.
+
+    Raises
+    ------
+    OutputError
+        If neither ``TMPDIR`` nor any of the usual folders takes a file.
+    """
+    asked = os.environ.get("TMPDIR")
+    try:
+        taken = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise OutputError(
+            value=f"no temporary file can be written ({error.strerror}; TMPDIR={asked or 'not set'})",
+            rule="a folder for temporary files is needed, with space left",
+            fix="set TMPDIR to a folder that can be written to, or make space in it",
+        ) from error
+    if asked and Path(asked).absolute() != Path(taken).absolute():
+        logger.warning("TMPDIR=%s cannot be written to, or is full: temporary files go to %s", asked, taken)
+
+
+def quiet_matplotlib() -> None:
+    """Leave out that matplotlib found no folder for its cache: it takes a temporary one, and nothing is lost."""
+    logging.getLogger("matplotlib").addFilter(_is_not_about_folders)
+
+
+def _is_not_about_folders(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(
+        ("mkdir -p failed for path", "Matplotlib created a temporary cache directory")
+    )
 
 
 def pause(seconds: float) -> None:

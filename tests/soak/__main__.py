@@ -1,6 +1,6 @@
 """Inject faults of every kind at random stages, and report what was lost: nothing may be.
 
-``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR]``: forks commands from one process that has
+``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR]``: forks commands from a process that has
 everything imported and compiled, against SQLite and a real tracking server behind a proxy.
 """
 

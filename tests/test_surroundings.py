@@ -1,0 +1,140 @@
+"""What surrounds a command: folders that cannot be written to, spoilt caches, and a clock that jumps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import amici_eval
+from amici_eval.cli import main
+from amici_eval.evaluation import evaluate_access
+from amici_eval.specs import EvaluationSpec, PermutationSpec
+from amici_eval.terminal import Reporter, check_temporary_folder
+from tests.fakes import make_access
+
+NOWHERE = "/proc/none"
+CACHES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
+
+
+def command(*arguments: str, cwd: Path, package: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``amici-eval`` from a package elsewhere; an empty variable is one that is not set."""
+    given = {**os.environ, "PYTHONPATH": str(package.parent), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "amici_eval", *arguments],
+        cwd=cwd,
+        env={name: value for name, value in given.items() if value},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def evaluation(**where) -> subprocess.CompletedProcess[str]:
+    """Run a small evaluation."""
+    return command("evaluate", "model_uri=models:/tiny/1", "permutation.n_permutations=19", **where)
+
+
+@pytest.fixture(scope="module")
+def sealed_package(tmp_path_factory) -> Path:
+    """A copy of the package into which nobody, root neither, can write what was compiled."""
+    there = tmp_path_factory.mktemp("installed") / "amici_eval"
+    shutil.copytree(Path(amici_eval.__file__).parent, there, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(amici_eval.__file__).parents[1] / "configs", there.parent / "configs")
+    for folder in (there, *(path for path in there.rglob("*") if path.is_dir())):
+        (folder / "__pycache__").write_text("")
+    return there
+
+
+def heard(result: subprocess.CompletedProcess[str]) -> str:
+    """Return what the user sees on the second channel, if it is quiet as it should be."""
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == len(set(lines)), result.stderr
+    return result.stderr
+
+
+@pytest.mark.amici
+def test_an_evaluation_needs_neither_a_home_nor_a_package_to_write_to(registry, tmp_path, sealed_package):
+    nowhere = dict.fromkeys(CACHES, NOWHERE)
+    there = {"cwd": tmp_path, "package": sealed_package}
+    result = evaluation(**there, HOME=NOWHERE, NUMBA_CACHE_DIR="", MPLCONFIGDIR="", TORCH_HOME="", **nowhere)
+    assert result.returncode == 0, result.stderr
+    said = heard(result)
+    for noise in ("locator", "MPLCONFIGDIR", "matplotlib", "NumbaWarning", NOWHERE):
+        assert noise not in said, said
+
+
+def test_without_a_folder_for_temporary_files_the_message_names_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", NOWHERE)
+
+    def none() -> list[str]:
+        return [NOWHERE]
+
+    # Python would go on to /tmp, and root can write there
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", none)
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "model_uri=models:/tiny/1"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert NOWHERE in said
+    assert "set TMPDIR" in said
+
+
+def test_another_folder_for_temporary_files_than_was_asked_for_is_told(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", NOWHERE)
+    with caplog.at_level(logging.WARNING):
+        check_temporary_folder()
+    assert f"TMPDIR={NOWHERE} cannot be written to" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    check_temporary_folder()
+    assert not caplog.text
+
+
+@pytest.mark.amici
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_spoilt_files_of_compiled_code_do_no_harm(registry, tmp_path, suffix):
+    package = Path(amici_eval.__file__).parent
+    where = {"cwd": tmp_path, "package": package, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert evaluation(**where).returncode == 0
+    ours = [path for path in (tmp_path / "cache").rglob(f"*.{suffix}") if "kernel" in path.name]
+    assert ours
+    for path in ours:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = evaluation(**where)
+    assert result.returncode == 0, result.stderr
+    heard(result)
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_clock_that_jumps_changes_nothing(monkeypatch, capsys, jump):
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
+    whole = evaluate_access(make_access(), spec)
+    real, calls = time.time, 0
+
+    def jumping() -> float:
+        nonlocal calls
+        calls += 1
+        return real() + jump * (calls % 2)
+
+    monkeypatch.setattr(time, "time", jumping)
+    monkeypatch.setattr("amici_eval.terminal._LOG_SECONDS", 0.0)
+    with Reporter() as report:
+        found = evaluate_access(make_access(), spec, progress=report)
+    assert found == whole or np.array_equal(found.p_value, whole.p_value, equal_nan=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " s left" in line]
+    assert lines
+    for line in lines:
+        assert 0 <= int(line.split("about")[1].split()[0]) < 3600, line
