@@ -64,7 +64,7 @@ def _bear_with(cache: Any) -> None:
         try:
             return load(*arguments)
         except _SPOILT as error:
-            logger.info("compiled code in %s is spoilt (%s) and made anew", cache.cache_path, type(error).__name__)
+            logger.debug("compiled code in %s is spoilt (%s) and made anew", cache.cache_path, type(error).__name__)
         # an index without entries: what it named is compiled again
         with suppress(OSError):
             cache.flush()
@@ -74,6 +74,6 @@ def _bear_with(cache: Any) -> None:
         try:
             save(*arguments)
         except OSError as error:
-            logger.info("compiled code cannot be kept in %s: %s", cache.cache_path, error)
+            logger.debug("compiled code cannot be kept in %s: %s", cache.cache_path, error)
 
     cache.load_overload, cache.save_overload = load_if_whole, save_if_possible
