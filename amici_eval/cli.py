@@ -381,7 +381,7 @@ def _upload(rest: list[str]) -> int:
         raise InvalidSpecError(
             value=f"upload with {len(folders)} folders", rule="it takes one folder", fix="amici-eval upload DIR"
         )
-    from amici_eval.tracking.run_log import upload
+    from amici_eval.tracking.uploading import upload
 
     run_id = upload(Path(folders[0]))
     _say(f"run {run_id} is complete")

@@ -375,7 +375,7 @@ def test_the_command_evaluates_over_workers(registry, tmp_path):
     import mlflow
 
     from amici_eval.tracking.reuse import FINGERPRINT_TAG
-    from amici_eval.tracking.run_log import load_evaluation
+    from amici_eval.tracking.uploading import load_evaluation
 
     quick = ("model_uri=models:/tiny/1", "permutation.n_permutations=19", "report.figures=false", "ablation.device=cpu")
     runs = []

@@ -15,7 +15,7 @@ import amici_eval
 from amici_eval.errors import TrackingError
 from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking.jobs import evaluate_job, register_job
-from amici_eval.tracking.run_log import upload
+from amici_eval.tracking.uploading import upload
 from tests.serving import Server
 
 if TYPE_CHECKING:

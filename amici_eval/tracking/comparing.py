@@ -16,8 +16,9 @@ from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.comparison_contents import comparison_params, comparison_series, write_comparison
 from amici_eval.tracking.gathering import gather_evaluations
+from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, check_writable, remove_local
 from amici_eval.tracking.registry import connect, find_dataset
-from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, check_writable, remove_local, send
+from amici_eval.tracking.run_log import send
 from amici_eval.tracking.stored_model import open_stored_model
 from amici_eval.tracking.tracked_run import tracked_run
 from amici_eval.version_pairs import similarity_of

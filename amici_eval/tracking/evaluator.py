@@ -124,9 +124,10 @@ class AMICIEvaluator(ModelEvaluator):
         from amici_eval.model.access import open_access, resolve_device
         from amici_eval.tissue import prepare
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
+        from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, remove_local
         from amici_eval.tracking.registry import known_model_id
         from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
-        from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, deliver, remove_local
+        from amici_eval.tracking.run_log import deliver
 
         for name, value in (
             ("extra_metrics", extra_metrics),

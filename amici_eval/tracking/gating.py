@@ -20,11 +20,12 @@ from amici_eval.tracking.compared_cells import Column, cells_of
 from amici_eval.tracking.comparison_contents import comparison_params, write_comparison
 from amici_eval.tracking.gate_baseline import baseline_of
 from amici_eval.tracking.gathering import gather_evaluations
+from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, check_writable, remove_local
 from amici_eval.tracking.promotion import ROLLED_BACK_TAG, Promotion, promote
 from amici_eval.tracking.registry import connect, resolve_model
 from amici_eval.tracking.registry_tags import RegistryTags
 from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
-from amici_eval.tracking.run_log import ARTIFACTS, RunRecord, check_writable, remove_local, send
+from amici_eval.tracking.run_log import send
 from amici_eval.tracking.tracked_run import tracked_run
 from amici_eval.tracking.watching import VERDICT_TAG
 

@@ -11,10 +11,11 @@ from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
+from amici_eval.tracking.local_results import RunRecord, output_folder, remove_local
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
-from amici_eval.tracking.run_log import RunRecord, deliver, output_folder, remove_local
+from amici_eval.tracking.run_log import deliver
 from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
 from amici_eval.tracking.unfinished import UnfinishedWork
 

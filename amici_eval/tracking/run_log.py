@@ -2,186 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import logging
 import shutil
 import tempfile
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amici_eval.durable import FolderLock, is_disk_full, write_text_durably
-from amici_eval.errors import DataError, OutputError, TrackingError, first_line, mask_secrets
-from amici_eval.moments import MOMENTS_FILE
+from amici_eval.durable import is_disk_full
+from amici_eval.errors import OutputError, TrackingError, first_line
+from amici_eval.tracking.local_results import ARTIFACTS, RunRecord
 from amici_eval.tracking.patience import is_passing, patiently
 from amici_eval.tracking.run_contents import write_artifacts
 from amici_eval.tracking.tracked_run import mark_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from amici_eval.results import HeadEvaluation
     from amici_eval.specs import ReportSpec
 
-__all__ = [
-    "RunRecord",
-    "check_writable",
-    "deliver",
-    "output_folder",
-    "send",
-    "upload",
-]
+__all__ = ["deliver", "send"]
 
 logger = logging.getLogger(__name__)
 
-RECORD_FILE = "upload.json"
-ARTIFACTS = "artifacts"
 _METRICS_PER_BATCH = 1000
 _PARAMS_PER_BATCH = 100
 _LONGEST_TAG = 8000
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What has to be sent to a run besides its files.
-
-    Parameters
-    ----------
-    tracking_uri, run_id
-        The run.
-    params, metrics, tags
-        As logged.
-    dataset
-        The dataset input as text fields (name, digest, source, source_type, profile); ``None`` if MLflow logs it.
-    model_id
-        Logged model that the metrics belong to.
-    model_name, model_version
-        Registered version that gets tags pointing back to the run.
-    timestamp_ms
-        Time of the metrics.
-    series
-        Metrics with a value for several steps, as (step, value).
-    files
-        SHA-256 of each artifact by its path in the folder; ``None``: not all artifacts are written.
-    """
-
-    tracking_uri: str
-    run_id: str
-    params: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    dataset: Mapping[str, str] | None = None
-    model_id: str | None = None
-    model_name: str | None = None
-    model_version: str | None = None
-    timestamp_ms: int = field(default_factory=lambda: int(time.time() * 1000))
-    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    files: Mapping[str, str] | None = None
-
-    def save(self, folder: Path) -> None:
-        """Write the record beside the artifacts, without the credentials of the tracking URI."""
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {**asdict(self), "tracking_uri": mask_secrets(self.tracking_uri)}
-        write_text_durably(folder / RECORD_FILE, json.dumps(values, indent=1))
-
-    def with_files(self, folder: Path) -> RunRecord:
-        """Return the record of a folder whose artifacts are all written."""
-        return replace(self, files=_sums(folder / ARTIFACTS))
-
-    def check_files(self, folder: Path) -> None:
-        """Refuse artifacts that are not those that were written.
-
-        Raises
-        ------
-        OutputError
-            If one is missing or altered.
-        """
-        there = _sums(folder / ARTIFACTS)
-        for name, expected in (self.files or {}).items():
-            if there.get(name) != expected:
-                state = "missing" if name not in there else "not as it was written (SHA-256 differs)"
-                raise OutputError(
-                    value=f"{folder / ARTIFACTS / name} is {state}",
-                    rule="only whole results are sent",
-                    fix="run the same command again: it takes up what is whole, and computes the rest",
-                )
-
-    @classmethod
-    def load(cls, folder: Path) -> RunRecord:
-        """Read a record back.
-
-        Raises
-        ------
-        OutputError
-            If the folder holds none.
-        """
-        try:
-            return cls(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError, RecursionError) as error:
-            raise OutputError(
-                value=f"{folder} holds no readable {RECORD_FILE} ({type(error).__name__})",
-                rule="it must be the folder that an interrupted evaluation named",
-                fix="give that folder",
-            ) from error
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@dataclass(frozen=True)
-class OutputFolder:
-    """The folder below which results are written.
-
-    Parameters
-    ----------
-    path
-        Absolute.
-    made
-        Whether it was made for this job.
-    """
-
-    path: Path
-    made: bool
-
-
-@contextlib.contextmanager
-def output_folder(output_dir: str) -> Iterator[OutputFolder]:
-    """Make the folder for results, or refuse it; one that was made for a body that left nothing in it goes again.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-    """
-    path = Path(output_dir).absolute()
-    made = not path.exists()
-    check_writable(path)
-    try:
-        yield OutputFolder(path, made)
-    finally:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder and refuse one that cannot be written, before any long work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # a name of its own: jobs of a sweep share the folder
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            value=f"{folder} cannot be written ({error.strerror or error})",
-            rule="results are kept there until they are sent",
-            fix="choose another folder with tracking.output_dir=...",
-        ) from error
 
 
 def deliver(
@@ -340,91 +185,3 @@ def _send(folder: Path, record: RunRecord) -> None:
         logger.warning("the model could not be tagged with its evaluation: %s", first_line(error))
     if record.files is not None:
         mark_whole(client, run_id)
-
-
-def upload(folder: Path, *, retry_s: float = 0.0) -> str:
-    """Finish the run of an evaluation that could not be sent, and return its id; the folder stays.
-
-    Parameters
-    ----------
-    folder
-        The folder that the evaluation named.
-    retry_s
-        As for :func:`send`.
-
-    Raises
-    ------
-    OutputError
-        If the folder holds no results, partial ones, or damaged ones, or an evaluation is still at work there.
-    TrackingError
-        If the store still fails.
-    """
-    from mlflow import MlflowClient
-
-    from amici_eval.tracking.registry import connect
-    from amici_eval.tracking.unfinished import RESUME_FILE, forget_parts
-
-    if (folder / RESUME_FILE).is_file() and not (folder / RECORD_FILE).exists():
-        raise OutputError(
-            value=f"{folder} holds partial results",
-            rule="only an evaluation that is through can be sent",
-            fix="run the same command again: it goes on from there, and sends them",
-        )
-    record = RunRecord.load(folder)
-    record.check_files(folder)
-    lock = FolderLock.take(folder)
-    if lock is None and (folder / RESUME_FILE).is_file():
-        raise OutputError(
-            value=f"an evaluation is at work in {folder}", rule="it sends its results itself", fix="wait for its end"
-        )
-    if "***" in record.tracking_uri:
-        # credentials are not kept: MLFLOW_TRACKING_URI must give them
-        record = replace(record, tracking_uri=connect(None))
-    else:
-        connect(record.tracking_uri)
-    try:
-        if record.files is None:
-            logger.warning("not all artifacts were written: the run is marked as partial")
-        send(folder, record, retry_s=retry_s)
-        MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
-        if record.files is not None:
-            forget_parts(folder)
-    finally:
-        if lock is not None:
-            lock.release(remove=True)
-    return record.run_id
-
-
-def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEvaluation:
-    """Return the evaluation that a run holds, with its moments if it holds them.
-
-    Raises
-    ------
-    DataError
-        If the run holds none.
-    """
-    import mlflow.artifacts
-
-    from amici_eval.results import FILE_NAME, HeadEvaluation
-
-    there = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run_id, tracking_uri=tracking_uri)}
-    if FILE_NAME not in there:
-        raise DataError(
-            value=f"run {run_id} holds no {FILE_NAME}",
-            rule="it must be a run that amici_eval wrote and completed",
-            fix="give the id of such a run, or complete it with: amici-eval upload DIR",
-        )
-    with tempfile.TemporaryDirectory(prefix="amici-eval-") as scratch:
-        for name in sorted({FILE_NAME, MOMENTS_FILE} & there):
-            mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=name, dst_path=scratch, tracking_uri=tracking_uri
-            )
-        return HeadEvaluation.load(scratch)
-
-
-def remove_local(folder: Path, *, with_parent: bool) -> None:
-    """Remove the local copy of what was sent, and the folder above if that was made for it and is empty."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if with_parent:
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()

@@ -14,7 +14,7 @@ from amici_eval.durable import FolderLock, write_text_durably
 from amici_eval.errors import TrackingError, mask_secrets
 from amici_eval.finished_parts import FinishedParts
 from amici_eval.tracking.heartbeat import PARTIAL_TAG
-from amici_eval.tracking.run_log import RECORD_FILE, output_folder
+from amici_eval.tracking.local_results import RECORD_FILE, output_folder
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:

@@ -15,8 +15,10 @@ from amici_eval.moments import Moments
 from amici_eval.names import slugify
 from amici_eval.results import HeadEvaluation
 from amici_eval.specs import MODES, ReportSpec
+from amici_eval.tracking.local_results import RunRecord
 from amici_eval.tracking.run_contents import evaluation_metrics, write_artifacts
-from amici_eval.tracking.run_log import RunRecord, deliver, load_evaluation
+from amici_eval.tracking.run_log import deliver
+from amici_eval.tracking.uploading import load_evaluation
 from tests.builders import make_evaluation, make_moments
 
 NO_FIGURES = ReportSpec(figures=False)

@@ -13,7 +13,7 @@ import amici_eval
 from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, TrackingError
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.tracking.evaluator import AMICIEvaluator, settings_from_config
-from amici_eval.tracking.run_log import upload
+from amici_eval.tracking.uploading import upload
 
 pytestmark = pytest.mark.amici
 

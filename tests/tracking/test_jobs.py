@@ -19,7 +19,7 @@ from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
 from amici_eval.tissue import prepare
 from amici_eval.tracking.jobs import evaluate_job, register_job
-from amici_eval.tracking.run_log import load_evaluation, upload
+from amici_eval.tracking.uploading import load_evaluation, upload
 
 pytestmark = pytest.mark.amici
 

@@ -15,8 +15,9 @@ from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, Repo
 from amici_eval.tracking import run_log
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
 from amici_eval.tracking.jobs import evaluate_job
-from amici_eval.tracking.run_log import ARTIFACTS, RECORD_FILE, upload
+from amici_eval.tracking.local_results import ARTIFACTS, RECORD_FILE
 from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE
+from amici_eval.tracking.uploading import upload
 
 pytestmark = pytest.mark.amici
 

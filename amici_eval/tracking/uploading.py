@@ -1,0 +1,103 @@
+"""Finish a run from its local folder, and read an evaluation back from a run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from amici_eval.durable import FolderLock
+from amici_eval.errors import DataError, OutputError
+from amici_eval.moments import MOMENTS_FILE
+from amici_eval.tracking.local_results import RECORD_FILE, RunRecord
+from amici_eval.tracking.run_log import send
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from amici_eval.results import HeadEvaluation
+
+__all__ = ["load_evaluation", "upload"]
+
+logger = logging.getLogger(__name__)
+
+
+def upload(folder: Path, *, retry_s: float = 0.0) -> str:
+    """Finish the run of an evaluation that could not be sent, and return its id; the folder stays.
+
+    Parameters
+    ----------
+    folder
+        The folder that the evaluation named.
+    retry_s
+        As for :func:`send`.
+
+    Raises
+    ------
+    OutputError
+        If the folder holds no results, partial ones, or damaged ones, or an evaluation is still at work there.
+    TrackingError
+        If the store still fails.
+    """
+    from mlflow import MlflowClient
+
+    from amici_eval.tracking.registry import connect
+    from amici_eval.tracking.unfinished import RESUME_FILE, forget_parts
+
+    if (folder / RESUME_FILE).is_file() and not (folder / RECORD_FILE).exists():
+        raise OutputError(
+            value=f"{folder} holds partial results",
+            rule="only an evaluation that is through can be sent",
+            fix="run the same command again: it goes on from there, and sends them",
+        )
+    record = RunRecord.load(folder)
+    record.check_files(folder)
+    lock = FolderLock.take(folder)
+    if lock is None and (folder / RESUME_FILE).is_file():
+        raise OutputError(
+            value=f"an evaluation is at work in {folder}", rule="it sends its results itself", fix="wait for its end"
+        )
+    if "***" in record.tracking_uri:
+        # credentials are not kept: MLFLOW_TRACKING_URI must give them
+        record = replace(record, tracking_uri=connect(None))
+    else:
+        connect(record.tracking_uri)
+    try:
+        if record.files is None:
+            logger.warning("not all artifacts were written: the run is marked as partial")
+        send(folder, record, retry_s=retry_s)
+        MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
+        if record.files is not None:
+            forget_parts(folder)
+    finally:
+        if lock is not None:
+            lock.release(remove=True)
+    return record.run_id
+
+
+def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEvaluation:
+    """Return the evaluation that a run holds, with its moments if it holds them.
+
+    Raises
+    ------
+    DataError
+        If the run holds none.
+    """
+    import mlflow.artifacts
+
+    from amici_eval.results import FILE_NAME, HeadEvaluation
+
+    there = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run_id, tracking_uri=tracking_uri)}
+    if FILE_NAME not in there:
+        raise DataError(
+            value=f"run {run_id} holds no {FILE_NAME}",
+            rule="it must be a run that amici_eval wrote and completed",
+            fix="give the id of such a run, or complete it with: amici-eval upload DIR",
+        )
+    with tempfile.TemporaryDirectory(prefix="amici-eval-") as scratch:
+        for name in sorted({FILE_NAME, MOMENTS_FILE} & there):
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=name, dst_path=scratch, tracking_uri=tracking_uri
+            )
+        return HeadEvaluation.load(scratch)
