@@ -54,6 +54,8 @@ class Kind:
         How long the command asks a store again.
     at_once
         How many commands work at a time.
+    exact
+        Whether numbers must be the same bit for bit; else by rounding: sums of smaller pieces.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Kind:
     survives: bool = False
     retry_s: float = 0.0
     at_once: int = 1
+    exact: bool = True
 
 
 def _at_a_time(number: int) -> Callable[[int, Surroundings, random.Random], None]:
@@ -149,23 +152,24 @@ def _no_home(around: Surroundings, rng: random.Random) -> None:
 
 
 def _device_full(around: Surroundings, rng: random.Random) -> None:
-    """Some calls of the work on a device find its memory full, now and then."""
+    """Some pieces of the work find the memory of the device full, until they are small enough."""
     del around
     import torch
 
-    from amici_eval.model import factored
-    from amici_eval.stats import moments
+    from amici_eval.stats.shrinking import Shrinking
 
-    def failing(work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **settings: Any) -> Any:
-            if rng.random() < 0.2:
+    run = Shrinking.run
+
+    def scarce(self: Shrinking, work: Callable[[int], Any]) -> Any:
+        def fails(size: int) -> Any:
+            if size > self.floor and rng.random() < 0.3:
                 message = "CUDA out of memory. Tried to allocate 2.00 GiB (injected)"
                 raise torch.OutOfMemoryError(message)
-            return work(*arguments, **settings)
+            return work(size)
 
-        return call
+        return run(self, fails)
 
-    del factored, moments, failing
+    Shrinking.run = scarce  # type: ignore[method-assign]
 
 
 def _damage_parts(around: Surroundings, rng: random.Random) -> None:
@@ -214,7 +218,7 @@ KINDS = (
     Kind(name="artifact store full", remote=True, before=_proxy("full"), after=_proxy_ok),
     Kind(name="artifact store read-only", remote=True, before=_proxy("read-only"), after=_proxy_ok),
     Kind(name="disk full", inside=_disk_full),
-    Kind(name="device memory full", inside=_device_full, survives=True),
+    Kind(name="device memory full", inside=_device_full, survives=True, exact=False),
     # two that log the same data set at the same time are in each other's way in MLflow: one asks again
     Kind(name="two at once", at_once=2, survives=True, retry_s=20.0),
     Kind(name="two at once, one killed", at_once=2, retry_s=20.0, outside=_at_a_time(signal.SIGKILL)),
