@@ -196,7 +196,7 @@ def test_a_zarr_that_stores_a_pickle_is_refused(adata, tmp_path):
     content = array.read_text()
     assert "vlen-utf8" in content
     array.write_text(content.replace("vlen-utf8", "pickle"))
-    with pytest.raises(DataError, match="stores a pickle: data must not run code"):
+    with pytest.raises(DataError, match="stores a pickle"):
         amici_eval.open_anndata(tmp_path / "a.zarr")
 
 

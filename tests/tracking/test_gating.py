@@ -230,11 +230,11 @@ def test_weights_that_are_no_numbers_never_pass(model, trained, adata):
         Rule(name=kind, kind=kind, at_least=-1e9) for kind in ("explained_variance", "significant_heads", "stability")
     ]
     ruled += [Rule(name="near", kind="non_inferiority", margin=1e9)]
-    found = gated(model, 4, *ruled)
-    assert found.verdict.outcome != "pass"
-    assert not [
-        result.rule for result in found.verdict.results if result.outcome == "pass" and result.rule != "stability"
-    ]
+    # the reader refuses such a model, so there is nothing to judge
+    with pytest.raises(
+        DataError, match=r"could not be evaluated .*attention_layer.W_V holds values that are not finite"
+    ):
+        gated(model, 4, *ruled)
 
 
 def test_the_command_says_it_all_and_its_exit_code_tells_outcomes_apart(model, capsys, tmp_path, monkeypatch):
