@@ -70,9 +70,9 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="write it with adata.write_h5ad(...)",
         )
+    memory = available_memory()
     try:
         sizes = _checked_sizes(location)
-        memory = available_memory()
         if backed is None:
             size = sum(one.unpacked for one in sizes)
             backed = size > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY)
@@ -89,6 +89,12 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
         else:
             adata = anndata.read_zarr(location) if suffix == ".zarr" else anndata.read_h5ad(location)
         _check_content(adata)
+    except MemoryError as error:
+        raise DataError(
+            value=f"{location} does not fit into memory",
+            rule=f"{memory / 1e9:.3g} GB were free",
+            fix="leave its expression on disk with data.backed=true, end other programs, or take a machine with more",
+        ) from error
     except Exception as error:
         raise DataError(
             value=f"{location} cannot be read ({first_line(error)})",

@@ -29,6 +29,7 @@ from amici_eval.checks import (
 from amici_eval.data import coordinates_of, expression_matrix
 from amici_eval.errors import DataError
 from amici_eval.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
+from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,6 +142,7 @@ class Tissue:
         return {label: found[label] for label in sorted(found) if len(found[label])}
 
 
+@memory_errors_explained("preparing the tissue", "cpu")
 def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     """Check that an AnnData can be evaluated with a model, and return it as the model sees it.
 

@@ -200,3 +200,29 @@ def test_a_failure_inside_a_failure_shrinks_the_outer_work_too():
         return Shrinking(1, what="inside", device="cpu").run(fails)
 
     assert Shrinking(8, what="outside", device="cpu").run(inner) == 2
+
+
+def test_a_file_or_a_tissue_that_does_not_fit_is_told(trained, adata, tmp_path, monkeypatch):
+    import anndata
+
+    from amici_eval.errors import DataError
+    from amici_eval.files import open_anndata
+    from amici_eval.specs import DataSpec
+    from amici_eval.tissue import prepare
+
+    adata.write_h5ad(tmp_path / "tissue.h5ad")
+
+    def too_large(*_: object, **__: object):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(anndata, "read_h5ad", too_large)
+        with pytest.raises(DataError, match=r"tissue\.h5ad does not fit into memory: .* free; .*data\.backed=true"):
+            open_anndata(tmp_path / "tissue.h5ad")
+    monkeypatch.setattr("amici_eval.tissue.np.asarray", too_large)
+    with pytest.raises(DeviceMemoryError, match="preparing the tissue"):
+        prepare(adata, trained.card, DataSpec())
+    monkeypatch.undo()
+    monkeypatch.setattr("amici.AMICIModule", too_large)
+    with pytest.raises(DeviceMemoryError, match="building the model"):
+        trained.build_module()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amici_eval.data import describe_training_data, open_anndata
-from amici_eval.errors import DataError, ModelFormatError, first_line
+from amici_eval.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
 from amici_eval.model.saved_amici import read_saved_amici
@@ -32,6 +32,7 @@ from amici_eval.model.stored_setup import (
 from amici_eval.model.training_tissue import check_is_training_data
 from amici_eval.model_card import ModelCard
 from amici_eval.specs import DataSpec
+from amici_eval.stats.shrinking import memory_errors_explained
 from amici_eval.tissue import prepare
 from amici_eval.untrusted import check_names, load_json
 
@@ -58,7 +59,10 @@ _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "am
 def _weights_fit_setup() -> Iterator[None]:
     """Say in our words what torch says when a module cannot be built or cannot take the weights."""
     try:
-        yield
+        with memory_errors_explained("building the model", "cpu"):
+            yield
+    except DeviceMemoryError:
+        raise
     except (RuntimeError, TypeError) as error:
         message = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ModelFormatError(
