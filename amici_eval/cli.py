@@ -112,14 +112,15 @@ def main(argv: list[str] | None = None) -> None:
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         code = 143 if isinstance(interrupt, TerminatedError) else 130
-        sys.stderr.write("amici-eval: interrupted\n")
+        sys.stderr.write("amici-eval: interrupted; the same command again takes up what is finished\n")
     sys.exit(code)
 
 
 def _set_up_process() -> None:
     catch_signals()
     # MLflow's default retries keep a user waiting for minutes when a server is gone
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # tracking.retry_s says how long we ask again
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     guard_logs()
@@ -127,6 +128,8 @@ def _set_up_process() -> None:
     quiet_matplotlib()
     for chatty in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # it tells each attempt at length; we tell that the store does not answer
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def _complain(error: AmiciEvalError) -> None:
@@ -377,6 +380,13 @@ _TASKS: dict[str, Callable[..., int | None]] = {
 
 def _upload(rest: list[str]) -> int:
     folders = [argument for argument in rest if not argument.startswith("-")]
+    settings = [argument for argument in folders if "=" in argument and not Path(argument).exists()]
+    if settings:
+        raise InvalidSpecError(
+            value=f"upload with {settings[0]}",
+            rule="it takes no settings: the folder says where its run is",
+            fix="leave it out; credentials, or another address of the store, come from MLFLOW_TRACKING_URI",
+        )
     if len(folders) != 1:
         raise InvalidSpecError(
             value=f"upload with {len(folders)} folders", rule="it takes one folder", fix="amici-eval upload DIR"
@@ -384,7 +394,7 @@ def _upload(rest: list[str]) -> int:
     from amici_eval.tracking.uploading import upload
 
     run_id = upload(Path(folders[0]))
-    _say(f"run {run_id} is complete")
+    _say(f"run {run_id} has what the folder holds")
     return 0
 
 

@@ -101,6 +101,16 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix=f"write it again with adata.write_{suffix[1:]}(...), or copy it again if it was cut off",
         ) from error
+    for axis, names in (("var", adata.var_names), ("obs", adata.obs_names)):
+        try:
+            # that names are distinct is said with the count where they are used
+            check_names(names.tolist(), f"names of {'genes' if axis == 'var' else 'cells'}", distinct=False)
+        except ValueError as error:
+            raise DataError(
+                value=f"{location}: {error}",
+                rule="names are shown in tables, pages and terminals",
+                fix=f"rename them, as with adata.{axis}_names = adata.{axis}_names.str.strip(), and write it again",
+            ) from error
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise DataError(
             value=f"the AnnData in {location} is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
@@ -122,10 +132,7 @@ def _checked_sizes(location: Path) -> list[StoredSize]:
 
 
 def _check_content(adata: AnnData) -> None:
-    """Refuse names that are none, and sparse matrices that point outside themselves, where reading them would, too."""
-    # that names are distinct is said with the count where they are used
-    check_names(adata.var_names.tolist(), "names of genes", distinct=False)
-    check_names(adata.obs_names.tolist(), "names of cells", distinct=False)
+    """Refuse sparse matrices that point outside themselves, where reading them would, too."""
     matrices = {"X": adata.X, **{f"layers/{name}": matrix for name, matrix in adata.layers.items()}}
     for group in ("obsm", "varm", "obsp", "varp"):
         matrices |= {f"{group}/{name}": matrix for name, matrix in getattr(adata, group).items()}

@@ -34,15 +34,19 @@ def write_pack(path: Path, value: Any, *, label: Mapping[str, str]) -> None:
 
     Raises
     ------
+    OSError
+        If it cannot be written.
     TypeError
         If the value holds anything else.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays: dict[str, np.ndarray] = {}
     tree = json.dumps(_packed(value, arrays), ensure_ascii=False)
     said = json.dumps(dict(label), sort_keys=True, ensure_ascii=False)
-    save_file(arrays, path, metadata={"tree": tree, "label": said, "sha256": _digest(tree, said, arrays)})
+    content = save(arrays, metadata={"tree": tree, "label": said, "sha256": _digest(tree, said, arrays)})
+    # not by the library: a full disk would be an error of its own class
+    path.write_bytes(content)
 
 
 def read_pack(path: Path, *, label: Mapping[str, str], classes: Sequence[type[Any]]) -> Any:

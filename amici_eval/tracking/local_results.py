@@ -45,7 +45,9 @@ class RunRecord:
     series
         Metrics with a value for several steps, as (step, value).
     files
-        SHA-256 of each artifact by its path in the folder; ``None``: not all artifacts are written.
+        SHA-256 of each artifact by its path in the folder; ``None``: the writer did not come to its end.
+    whole
+        Whether all artifacts are written: one that cannot be drawn leaves the others.
     """
 
     tracking_uri: str
@@ -60,6 +62,7 @@ class RunRecord:
     timestamp_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     files: Mapping[str, str] | None = None
+    whole: bool = False
 
     def save(self, folder: Path) -> None:
         """Write the record beside the artifacts, without the credentials of the tracking URI."""
@@ -67,9 +70,9 @@ class RunRecord:
         values = {**asdict(self), "tracking_uri": mask_secrets(self.tracking_uri)}
         write_text_durably(folder / RECORD_FILE, json.dumps(values, indent=1))
 
-    def with_files(self, folder: Path) -> RunRecord:
-        """Return the record of a folder whose artifacts are all written."""
-        return replace(self, files=_sums(folder / ARTIFACTS))
+    def with_files(self, folder: Path, *, whole: bool = True) -> RunRecord:
+        """Return the record of a folder whose artifacts are written, all of them or some."""
+        return replace(self, files=_sums(folder / ARTIFACTS), whole=whole)
 
     def check_files(self, folder: Path) -> None:
         """Refuse artifacts that are not those that were written.
@@ -77,10 +80,16 @@ class RunRecord:
         Raises
         ------
         OutputError
-            If one is missing or altered.
+            If one is missing or altered, or not all were written.
         """
+        if self.files is None:
+            raise OutputError(
+                value=f"{folder} holds partial results",
+                rule="they were being written when the evaluation was interrupted",
+                fix="run the same command again: it takes up what is finished, and writes and sends the rest",
+            )
         there = _sums(folder / ARTIFACTS)
-        for name, expected in (self.files or {}).items():
+        for name, expected in self.files.items():
             if there.get(name) != expected:
                 state = "missing" if name not in there else "not as it was written (SHA-256 differs)"
                 raise OutputError(

@@ -98,6 +98,7 @@ def _write(
         whole.save(folder)
     except Exception as error:
         if not is_disk_full(error):
+            record.with_files(folder, whole=False).save(folder)
             logger.error("not all artifacts could be written; what there is: amici-eval upload %s", folder)
         raise
     return whole
@@ -127,7 +128,7 @@ def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
         raise TrackingError(
             value=f"the run {record.run_id} could not be completed ({first_line(error)})",
             rule=f"all results are safe in {folder}",
-            fix=f"when the tracking store is back, run: amici-eval upload {folder}",
+            fix=f"when the tracking store is back, run the same command again, or: amici-eval upload {folder}",
         ) from error
 
 
@@ -183,5 +184,5 @@ def _send(folder: Path, record: RunRecord) -> None:
         if is_passing(error):
             raise
         logger.warning("the model could not be tagged with its evaluation: %s", first_line(error))
-    if record.files is not None:
+    if record.whole:
         mark_whole(client, run_id)

@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import first_line
+from amici_eval.errors import TrackingError, first_line
 from amici_eval.masking import mask_mapping, masked
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
 from amici_eval.tracking.patience import patiently
@@ -23,6 +23,7 @@ __all__ = ["NOTE_TAG", "PARENT_RUN_VARIABLE", "mark_whole", "tracked_run", "undi
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = {"KeyboardInterrupt": "Ctrl-C", "TerminatedError": "SIGTERM"}
 PARENT_RUN_VARIABLE = "AMICI_EVAL_PARENT_RUN_ID"
 NOTE_TAG = "mlflow.note.content"
 """MLflow shows this tag as the description of a run; it reads Markdown."""
@@ -66,6 +67,8 @@ def tracked_run(
         if tracking.experiment is not None and go_on is None and "MLFLOW_RUN_ID" not in os.environ:
             mlflow.set_experiment(tracking.experiment)
         own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
+        if go_on is not None:
+            own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
         return mlflow.start_run(
             run_id=go_on,
             run_name=None if go_on is not None else masked(tracking.run_name or name),
@@ -76,7 +79,7 @@ def tracked_run(
 
     # a run whose start was not answered has signs of life of this process, and is closed when it is gone
     run = patiently(start, seconds=tracking.retry_s, what="starting the run")
-    status, why = "FAILED", ""
+    status, why, safe = "FAILED", "", False
     heartbeat = Heartbeat(run.info.run_id, mlflow.MlflowClient())
     try:
         heartbeat.start()
@@ -85,12 +88,16 @@ def tracked_run(
         status = "FINISHED"
     except BaseException as error:
         status = "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
-        why = f"{status} ({type(error).__name__})"
+        name = type(error).__name__
+        why = f"{status} ({_SIGNALS.get(name, name)})"
+        # such an error says itself where everything is
+        safe = isinstance(error, TrackingError)
         raise
     finally:
         with undisturbed():
             heartbeat.stop()
-            _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=why and f"{why}{finished()}")
+            partial = why and f"{why}{finished()}"
+            _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=partial, safe=safe)
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def mark_whole(client: Any, run_id: str) -> None:
             raise
 
 
-def _end_run(run_id: str, status: str, *, retry_s: float, partial: str) -> None:
+def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bool) -> None:
     import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -136,10 +143,11 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str) -> None:
         patiently(end, seconds=0.0 if partial else retry_s, what="closing the run")
         if partial:
             client.set_tag(run_id, PARTIAL_TAG, partial)
-            client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command again goes on from there.")
+            client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command takes up what is finished.")
     except (MlflowException, RequestException, OSError) as error:
         # the body's own error matters more and says how to go on
-        logger.error(
+        logger.log(
+            logging.DEBUG if safe else logging.ERROR,
             "run %s could not be closed as %s (%s); the next command that reaches the store closes it",
             run_id,
             status,

@@ -15,7 +15,7 @@ from amici_eval.errors import TrackingError, mask_secrets
 from amici_eval.finished_parts import FinishedParts
 from amici_eval.tracking.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.local_results import RECORD_FILE, output_folder
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
+from amici_eval.tracking.tracked_run import NOTE_TAG, PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = ["PARTS_FOLDER", "RESUME_FILE", "UnfinishedWork", "forget_parts"]
 logger = logging.getLogger(__name__)
 
 RESUME_FILE = "resume.json"
+CONTINUED_TAG = "amici_eval.continued_by"
 PARTS_FOLDER = "parts"
 _SCHEMA_VERSION = 1
 _NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
@@ -139,7 +140,8 @@ class UnfinishedWork:
         there = sum(FinishedParts.count_in(one.folder / PARTS_FOLDER) for one in self._left)
         if there:
             logger.info(
-                "%d finished parts of an interrupted evaluation are taken up (resume=never computes anew)", there
+                "an interrupted evaluation left %d finished parts (types, what they share): whole ones are taken up",
+                there,
             )
         return folder, self._parts
 
@@ -155,6 +157,7 @@ class UnfinishedWork:
         for one in self._left:
             if one.lock is not None and one.folder != folder:
                 shutil.rmtree(one.folder, ignore_errors=True)
+        self._point_to_successor(folder.name)
         made = self._made_output or any(one.made_output for one in self._left)
         if self._tracking.keep_local:
             forget_parts(folder)
@@ -166,6 +169,27 @@ class UnfinishedWork:
             with contextlib.suppress(OSError):
                 self._output.path.rmdir()
         return None
+
+    def _point_to_successor(self, run_id: str) -> None:
+        """Let interrupted runs whose parts were taken into another say so."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        for one in self._left:
+            if (
+                one.lock is None
+                or one.run_id == run_id
+                or not isinstance(one.where, list)
+                or one.where[0] != self._where[0]
+            ):
+                continue
+            try:
+                client = mlflow.MlflowClient()
+                client.set_tag(one.run_id, CONTINUED_TAG, run_id)
+                client.set_tag(one.run_id, NOTE_TAG, f"**Partial**: what it finished went into run {run_id}.")
+            except MlflowException as error:
+                # it may have been deleted
+                logger.debug("run %s could not be tagged: %s", one.run_id, error)
 
     def _find(self) -> None:
         found = []

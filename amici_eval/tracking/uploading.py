@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from amici_eval.durable import FolderLock
 from amici_eval.errors import DataError, OutputError
 from amici_eval.moments import MOMENTS_FILE
+from amici_eval.tracking.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.local_results import RECORD_FILE, RunRecord
 from amici_eval.tracking.run_log import send
 
@@ -64,12 +65,14 @@ def upload(folder: Path, *, retry_s: float = 0.0) -> str:
     else:
         connect(record.tracking_uri)
     try:
-        if record.files is None:
-            logger.warning("not all artifacts were written: the run is marked as partial")
         send(folder, record, retry_s=retry_s)
-        MlflowClient(tracking_uri=record.tracking_uri).set_terminated(record.run_id, "FINISHED")
-        if record.files is not None:
+        client = MlflowClient(tracking_uri=record.tracking_uri)
+        client.set_terminated(record.run_id, "FINISHED" if record.whole else "FAILED")
+        if record.whole:
             forget_parts(folder)
+        else:
+            client.set_tag(record.run_id, PARTIAL_TAG, "not all artifacts could be written")
+            logger.warning("not all artifacts could be written: run %s is FAILED and marked as partial", record.run_id)
     finally:
         if lock is not None:
             lock.release(remove=True)

@@ -82,7 +82,7 @@ def test_a_clock_that_jumps_closes_no_living_run_of_this_machine(bare_model, mon
 
 
 def test_a_run_that_was_closed_too_early_is_what_its_process_makes_of_it(bare_model):
-    with tracked_run(TrackingSpec(), name="x", tags={}) as run:
+    with tracked_run(TrackingSpec(experiment="Default"), name="x", tags={}) as run:
         mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
     assert status(run.info.run_id) == "FINISHED"
     assert PARTIAL_TAG not in mlflow.get_run(run.info.run_id).data.tags

@@ -143,6 +143,8 @@ def test_another_experiment_takes_the_parts_into_a_run_of_its_own(registry, tmp_
         run(experiment="first home")
     result = run(experiment="second home")
     assert len(seen["taken"]) == 3
+    (old,) = runs_of("first home")
+    assert old.data.tags["amici_eval.continued_by"] == result.run_id
     assert [one.info.run_id for one in runs_of("second home")] == [result.run_id]
     assert [one.info.status for one in runs_of("first home")] == ["KILLED"]
     assert not (tmp_path / "out").exists()
@@ -222,6 +224,24 @@ def test_what_could_not_be_sent_is_sent_by_the_same_command_too(registry, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_artifacts_that_were_being_written_are_not_sent(registry, tmp_path, monkeypatch):
+    def killed(*_: object, **__: object):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "write_artifacts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment="half written")
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / RECORD_FILE).exists()
+    with pytest.raises(OutputError, match="holds partial results: they were being written"):
+        upload(folder)
+    (killed_run,) = runs_of("half written")
+    assert killed_run.info.status == "KILLED"
+    assert not killed_run.data.metrics
+    assert run(experiment="half written").run_id == killed_run.info.run_id
+
+
 def test_damaged_results_are_not_sent(registry, tmp_path, monkeypatch):
     def gone(folder, record):
         raise ConnectionError("gone")
@@ -254,10 +274,14 @@ def test_a_folder_that_takes_no_more_costs_no_result(registry, tmp_path, monkeyp
 
     whole = run(experiment="room")
 
-    def full(path, write):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    write_bytes = Path.write_bytes
 
-    monkeypatch.setattr("amici_eval.finished_parts.write_durably", full)
+    def full(path, content):
+        if path.is_relative_to(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     save = run_log.RunRecord.save
 
     def only_elsewhere(self, folder):
