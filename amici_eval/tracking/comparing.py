@@ -16,7 +16,7 @@ from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.comparison_contents import comparison_params, comparison_series, write_comparison
 from amici_eval.tracking.gathering import gather_evaluations
-from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, check_writable, remove_local
+from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
 from amici_eval.tracking.registry import connect, find_dataset
 from amici_eval.tracking.run_log import send
 from amici_eval.tracking.stored_model import open_stored_model
@@ -102,16 +102,15 @@ def compare_job(
         If there is nothing to compare, or fewer than two versions could be evaluated.
     """
     tracking_uri = connect(tracking.uri)
-    output = Path(tracking.output_dir).absolute()
-    made_output = not output.exists()
-    check_writable(output)
+    output = checked_output(tracking.output_dir)
     columns = columns_of(model_uris(models, versions), runs, datasets, data_uri)
     cells = cells_of([column for column in columns if column.model is not None], spec, comparison, data_uri, datasets)
     tags = {"amici_eval.kind": "comparison"}
-    with tracked_run(tracking, name="compare", tags=tags) as run:
+    with (
+        tracked_run(tracking, name="compare", tags=tags) as run,
+        run_folder(output, run.info.run_id) as folder,
+    ):
         run_id, experiment_id = run.info.run_id, run.info.experiment_id
-        folder = output / run_id
-        check_writable(folder)
         with tempfile.TemporaryDirectory(prefix="evaluations-", dir=folder) as staging:
             found = gather_evaluations(
                 columns,
@@ -159,7 +158,7 @@ def compare_job(
         send(folder, record, retry_s=tracking.retry_s)
         _tag_versions([column.model for column in found.columns if column.model is not None], run_id)
     if not tracking.keep_local:
-        remove_local(folder, with_parent=made_output)
+        remove_local(folder, with_parent=output.made)
     return ComparisonRun(
         comparison=result, run_id=run_id, tracking_uri=tracking_uri, folder=folder if tracking.keep_local else None
     )

@@ -20,7 +20,7 @@ from amici_eval.tracking.compared_cells import Column, cells_of
 from amici_eval.tracking.comparison_contents import comparison_params, write_comparison
 from amici_eval.tracking.gate_baseline import baseline_of
 from amici_eval.tracking.gathering import gather_evaluations
-from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, check_writable, remove_local
+from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
 from amici_eval.tracking.promotion import ROLLED_BACK_TAG, Promotion, promote
 from amici_eval.tracking.registry import connect, resolve_model
 from amici_eval.tracking.registry_tags import RegistryTags
@@ -117,9 +117,7 @@ def gate_job(
         If the version cannot be evaluated, or something is misspelt; before the run starts where that can be known.
     """
     tracking_uri = connect(tracking.uri)
-    output = Path(tracking.output_dir).absolute()
-    made_output = not output.exists()
-    check_writable(output)
+    output = checked_output(tracking.output_dir)
     candidate = resolve_model(model_uri)
     if gate.promote is not None and (candidate.name is None or candidate.version is None):
         raise InvalidSpecError(
@@ -133,10 +131,11 @@ def gate_job(
     columns = [_column(one, data_uri) for one in (champion, candidate) if one is not None]
     cells = cells_of(columns, spec, comparison, data_uri, ())
     tags = {"amici_eval.kind": "gate", "amici_eval.gate_key": key}
-    with tracked_run(tracking, name=f"gate {columns[-1].label}", tags=tags) as run:
+    with (
+        tracked_run(tracking, name=f"gate {columns[-1].label}", tags=tags) as run,
+        run_folder(output, run.info.run_id) as folder,
+    ):
         run_id, experiment_id = run.info.run_id, run.info.experiment_id
-        folder = output / run_id
-        check_writable(folder)
         with tempfile.TemporaryDirectory(prefix="evaluations-", dir=folder) as staging:
             found = gather_evaluations(
                 columns,
@@ -231,7 +230,7 @@ def gate_job(
         if not dry_run:
             _tag_version(candidate, result, final=not outdated)
     if not tracking.keep_local:
-        remove_local(folder, with_parent=made_output)
+        remove_local(folder, with_parent=output.made)
     return result
 
 

@@ -11,7 +11,7 @@ from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
-from amici_eval.tracking.local_results import RunRecord, output_folder, remove_local
+from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
@@ -117,9 +117,9 @@ def evaluate_job(
 
     launch = launch or LaunchSpec()
     launch.check_device(resolve_device(spec.ablation.device))
-    with output_folder(tracking.output_dir):
-        tracking_uri = connect(tracking.uri)
-        model = resolve_model(model_uri)
+    checked_output(tracking.output_dir)
+    tracking_uri = connect(tracking.uri)
+    model = resolve_model(model_uri)
     with open_launcher(launch) as launcher, open_stored_model(model.uri) as stored:
         location = find_dataset(model, stored, data_uri)
         name = source = None

@@ -158,6 +158,27 @@ def output_folder(output_dir: str) -> Iterator[OutputFolder]:
                 path.rmdir()
 
 
+def checked_output(output_dir: str) -> OutputFolder:
+    """Return the folder for results, which can be written and is made once there are some, or refuse it."""
+    with output_folder(output_dir) as found:
+        return found
+
+
+@contextlib.contextmanager
+def run_folder(output: OutputFolder, run_id: str) -> Iterator[Path]:
+    """Make the folder of a run; one that a body left empty when it failed goes again, with the one above."""
+    folder = output.path / run_id
+    check_writable(folder)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            if output.made:
+                output.path.rmdir()
+        raise
+
+
 def check_writable(folder: Path) -> None:
     """Make a folder and refuse one that cannot be written, before any long work."""
     try:
