@@ -23,10 +23,10 @@ _USER = re.compile(r"(?i)(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<=:
 _QUERY = re.compile(r"\?[^\s=?'\"<>()]{1,80}=[^\s'\"<>)]*")
 
 _SECRET_WORD = (
-    r"(?:pass(?:word|wd|phrase)|secret|token(?!i[sz]|s(?![a-z]))|credential|api[_-]?key|access[_-]?key|account[_-]?key|"
+    r"(?:pass(?:word|wd|phrase)|secret(?!or|e[dst]|in)|token(?!i[sz]|s(?![a-z]))|credential|api[_-]?key|access[_-]?key|account[_-]?key|"
     r"private[_-]?key|sharedaccesssignature|x-amz-signature|connection[_-]?string)"
 )
-_SECRET_PART = r"(?:pwd|pass|sig|sas|auth|cookie|bearer|apikey)"
+_SECRET_PART = r"(?:pwd|auth|cookie|bearer|apikey|(?<![_/-])(?:sig|sas|pass))"
 _NAME = re.compile(rf"(?i){_SECRET_WORD}|(?<![a-z])(?:{_SECRET_PART}|authorization)(?![a-z])")
 # what stands for nothing is no secret, and what is masked stays as it is
 _VALUE = (
@@ -47,7 +47,7 @@ _BASIC = re.compile(r"(?i)\b(basic\s+)([a-z0-9+/]{4,}={0,2})")
 # credentials that show by their form what they are
 _SHAPES = re.compile(
     r"\b(?:A[KS]IA[0-9A-Z]{16}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|hf_\w{30,}|dapi[0-9a-f]{32}|"
-    r"xox[abprs]-[\w-]{10,}|sk-[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+    r"xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|sk_live_\w{16,}|glsa_\w{20,}|sk-[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
 )
 _PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)")
 

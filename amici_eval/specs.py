@@ -205,6 +205,12 @@ class AblationSpec:
             bytes_of("ablation.memory_budget", self.memory_budget)
         if self.modes is None:
             return
+        if not isinstance(self.modes, (str, list, tuple)):
+            raise InvalidSpecError(
+                value=f"ablation.modes={self.modes!r}",
+                rule="it must be a list of modes",
+                fix=f"choose among {', '.join(MODES)}",
+            )
         modes = (self.modes,) if isinstance(self.modes, str) else tuple(self.modes)
         for mode in modes:
             require_one_of("ablation.modes", mode, MODES)

@@ -152,7 +152,7 @@ def _evaluation_in(
         data_uri=cells.of(column),
         spec=cells.spec,
         report=report,
-        tracking=replace(tracking, run_name=None, keep_local=False, output_dir=str(place / "run")),
+        tracking=replace(tracking, run_name=None, keep_local=False),
         config_yaml=config_yaml,
         progress=progress,
     )

@@ -26,6 +26,7 @@ HEARTBEAT_TAG = "amici_eval.heartbeat"
 PARTIAL_TAG = "amici_eval.partial"
 """Is there as long as a run does not hold all that it is to hold."""
 BEAT_S = 30.0
+FEW_BEATS_S = 120.0
 STOPPED_S = 600.0
 """A process on another machine that has given no sign of life for so long is taken to be gone."""
 _JOIN_S = 5.0
@@ -79,16 +80,20 @@ class Beat:
         Notes
         -----
         On the machine of the process that is known at once, and no clock is asked; a machine that was started anew
-        has none of its old processes. Of a process elsewhere the last sign of life must be old: where clocks differ by
+        has none of its old processes, once the sign is two minutes old. Of a process elsewhere the last sign of life
+        must be old: where clocks differ by
         more than ten minutes, a run may be closed too early, and is then what its process makes of it at its end.
         """
         here = _machine()
+        age = time.time() - self.time
         if self.host == here["host"] and self.boot and here["boot"]:
             if self.boot != here["boot"]:
-                return True
+                # or another machine of the same name, which gives signs of life
+                return abs(age) > FEW_BEATS_S
             if self.namespace == here["namespace"]:
-                return _start_of(self.pid) != self.started
-        return time.time() - self.time > STOPPED_S
+                started = _start_of(self.pid)
+                return _is_gone(self.pid) if started is None else started != self.started
+        return age > STOPPED_S
 
 
 @cache
@@ -107,7 +112,7 @@ def _machine() -> dict[str, str]:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process of this machine started, in ticks since the machine did; ``None`` if there is none."""
+    """Return when a process of this machine started, in ticks since the machine did; ``None`` if that is not told."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -116,6 +121,20 @@ def _start_of(pid: int) -> str | None:
     values = text.rpartition(")")[2].split()
     # a zombie computes nothing more
     return None if len(values) < 20 or values[0] in "ZX" else values[19]
+
+
+def _is_gone(pid: int) -> bool:
+    """Return whether there is no such process; those of others may be hidden, and are there."""
+    if Path(f"/proc/{pid}/stat").exists():
+        # a zombie
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Heartbeat:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amici_eval.durable import is_disk_full
 from amici_eval.errors import OutputError, TrackingError, first_line
@@ -17,6 +17,8 @@ from amici_eval.tracking.run_contents import write_artifacts
 from amici_eval.tracking.tracked_run import mark_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from amici_eval.results import HeadEvaluation
     from amici_eval.specs import ReportSpec
 
@@ -165,8 +167,7 @@ def _send(folder: Path, record: RunRecord) -> None:
     metrics += [
         Metric(key, value, record.timestamp_ms, step)
         for key, values in record.series.items()
-        if key not in run.data.metrics
-        for step, value in values
+        for step, value in _missing_steps(client, run_id, key, values, there=key in run.data.metrics)
     ]
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
@@ -186,3 +187,13 @@ def _send(folder: Path, record: RunRecord) -> None:
         logger.warning("the model could not be tagged with its evaluation: %s", first_line(error))
     if record.whole:
         mark_whole(client, run_id)
+
+
+def _missing_steps(
+    client: Any, run_id: str, key: str, values: Sequence[tuple[int, float]], *, there: bool
+) -> Sequence[tuple[int, float]]:
+    """Return what a run does not hold yet of a metric with several steps."""
+    if not there:
+        return values
+    held = {point.step for point in client.get_metric_history(run_id, key)}
+    return [(step, value) for step, value in values if step not in held]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
-from amici_eval.errors import mask_secrets
+from amici_eval.errors import first_line, mask_secrets
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
+from amici_eval.tracking.patience import patiently
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, mark_whole
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ParentRun", "close_parent"]
 
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 60.0
 _HEARTS: dict[str, Heartbeat] = {}
 """Signs of life of the parents that this process opened, by run."""
 
@@ -24,20 +29,33 @@ _HEARTS: dict[str, Heartbeat] = {}
 def close_parent(status: str) -> None:
     """Close the parent run if one is open: Hydra does not tell its callbacks when a sweep fails or is interrupted."""
     run_id = os.environ.pop(PARENT_RUN_VARIABLE, None)
-    if run_id is not None:
-        import mlflow
+    if run_id is None:
+        return
+    if run_id in _HEARTS:
+        _HEARTS.pop(run_id).stop()
+    try:
+        patiently(lambda: _close(run_id, status), seconds=_RETRY_S, what="closing the sweep")
+    except Exception as error:  # noqa: BLE001, RUF100 - what ended the sweep matters more
+        logger.error(
+            "sweep %s could not be closed as %s (%s); the next command that reaches the store closes it",
+            run_id,
+            status,
+            first_line(error),
+        )
 
-        if run_id in _HEARTS:
-            _HEARTS.pop(run_id).stop()
-        client = mlflow.MlflowClient()
-        parent = client.get_run(run_id)
-        if status == "FINISHED":
-            mark_whole(client, run_id)
-        # workers that were killed could not close their runs
-        for child in client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
-            if child.info.status == "RUNNING":
-                client.set_terminated(child.info.run_id, status)
-        client.set_terminated(run_id, status)
+
+def _close(run_id: str, status: str) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    parent = client.get_run(run_id)
+    if status == "FINISHED":
+        mark_whole(client, run_id)
+    # workers that were killed could not close their runs
+    for child in client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
+        if child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, status)
+    client.set_terminated(run_id, status)
 
 
 class ParentRun(Callback):

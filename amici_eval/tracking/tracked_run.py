@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -36,7 +37,7 @@ def tracked_run(
     name: str | None,
     tags: dict[str, str],
     go_on: str | None = None,
-    finished: Callable[[], str] = lambda: "",
+    finished: Callable[[], str] | None = None,
 ) -> Iterator[Any]:
     """Run a body inside an MLflow run that never stays RUNNING: FINISHED, FAILED, or KILLED when interrupted.
 
@@ -63,16 +64,19 @@ def tracked_run(
         # the parent belongs to the sweep; each job starts a child of its own
         os.environ.pop("MLFLOW_RUN_ID", None)
 
+    # MLflow forgets the run that `mlflow run` opened before it asks the store for it
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None) or go_on
+
     def start() -> Any:
-        if tracking.experiment is not None and go_on is None and "MLFLOW_RUN_ID" not in os.environ:
+        if tracking.experiment is not None and run_id is None:
             mlflow.set_experiment(tracking.experiment)
         own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
         if go_on is not None:
             own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
         return mlflow.start_run(
-            run_id=go_on,
+            run_id=run_id,
             run_name=None if go_on is not None else masked(tracking.run_name or name),
-            parent_run_id=parent if go_on is None else None,
+            parent_run_id=parent if run_id is None else None,
             nested=parent is not None,
             tags={**tags, **mask_mapping(tracking.tags), **own_tags},
         )
@@ -96,7 +100,7 @@ def tracked_run(
     finally:
         with undisturbed():
             heartbeat.stop()
-            partial = why and f"{why}{finished()}"
+            partial = why and f"{why}{'' if finished is None else finished()}"
             _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=partial, safe=safe)
 
 
@@ -136,12 +140,14 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
     def end() -> None:
         if not partial:
             mark_whole(client, run_id)
-        mlflow.end_run(status)
+        # by its id: mlflow.end_run would close the run below on its stack when it is asked again
+        client.set_terminated(run_id, status)
 
     try:
         # after an error the store has been waited for, or is not to blame
         patiently(end, seconds=0.0 if partial else retry_s, what="closing the run")
-        if partial:
+        # what was sent whole stays so, also if something fails after it
+        if partial and PARTIAL_TAG in client.get_run(run_id).data.tags:
             client.set_tag(run_id, PARTIAL_TAG, partial)
             client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command takes up what is finished.")
     except (MlflowException, RequestException, OSError) as error:
@@ -153,3 +159,6 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
             status,
             first_line(error),
         )
+    finally:
+        with contextlib.suppress(MlflowException, RequestException, OSError):
+            mlflow.end_run(status)

@@ -155,7 +155,9 @@ class UnfinishedWork:
         assert self._own is not None  # noqa: S101, RUF100 - for the type checker
         folder, lock = self._own
         for one in self._left:
-            if one.lock is not None and one.folder != folder:
+            # results that were not sent yet may still be sent to their own run
+            unsent = (one.folder / RECORD_FILE).exists()
+            if one.lock is not None and one.folder != folder and not unsent:
                 shutil.rmtree(one.folder, ignore_errors=True)
         self._point_to_successor(folder.name)
         made = self._made_output or any(one.made_output for one in self._left)
@@ -178,6 +180,7 @@ class UnfinishedWork:
         for one in self._left:
             if (
                 one.lock is None
+                or (one.folder / RECORD_FILE).exists()
                 or one.run_id == run_id
                 or not isinstance(one.where, list)
                 or one.where[0] != self._where[0]

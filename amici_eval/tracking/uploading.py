@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -54,17 +55,20 @@ def upload(folder: Path, *, retry_s: float = 0.0) -> str:
         )
     record = RunRecord.load(folder)
     record.check_files(folder)
+    masked = "***" in record.tracking_uri
+    if masked and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise OutputError(
+            value=f"the store is {record.tracking_uri}",
+            rule="its credentials are not kept in the folder",
+            fix="set MLFLOW_TRACKING_URI to its whole address",
+        )
     lock = FolderLock.take(folder)
     if lock is None and (folder / RESUME_FILE).is_file():
         raise OutputError(
             value=f"an evaluation is at work in {folder}", rule="it sends its results itself", fix="wait for its end"
         )
-    if "***" in record.tracking_uri:
-        # credentials are not kept: MLFLOW_TRACKING_URI must give them
-        record = replace(record, tracking_uri=connect(None))
-    else:
-        connect(record.tracking_uri)
     try:
+        record = replace(record, tracking_uri=connect(None if masked else record.tracking_uri))
         send(folder, record, retry_s=retry_s)
         client = MlflowClient(tracking_uri=record.tracking_uri)
         client.set_terminated(record.run_id, "FINISHED" if record.whole else "FAILED")

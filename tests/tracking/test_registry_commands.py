@@ -96,7 +96,10 @@ def test_watch_goes_on_until_it_is_interrupted(bare_model, number, code):
             assert process.poll() is None
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.splitlines()[-1]) == (code, "amici-eval: interrupted")
+    assert (process.returncode, errors.splitlines()[-1]) == (
+        code,
+        "amici-eval: interrupted; the same command again takes up what is finished",
+    )
     assert [bare_model.tags(version) for version in "123"] == [{VERDICT: "pass abc"}] * 3
 
 
