@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ _LARGEST_RATIO = 200
 _WIDEST = 2**20
 _ATTRIBUTE_BYTES = 2**24
 _SHARE_OF_MEMORY = 4
+_LARGE_CHUNK_BYTES = 2**18
+_SLACK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,29 @@ def _check_attributes(where: str, item: Any) -> None:
             raise ValueError(msg)
 
 
+def _check_inflates(item: Any, shown: str) -> None:
+    """Refuse a chunk that is larger, once it is inflated, than chunks of its data set are."""
+    if item.compression != "gzip" or not item.chunks or not hasattr(item.id, "chunk_iter"):
+        return
+    most = prod(item.chunks) * item.dtype.itemsize + _SLACK_BYTES
+    large: list[tuple[int, ...]] = []
+    # what is smaller cannot fill much memory
+    item.id.chunk_iter(lambda info: large.append(info.chunk_offset) if info.size > _LARGE_CHUNK_BYTES else None)
+    for offset in large:
+        fed = item.id.read_direct_chunk(offset)[1]
+        inflate, found = zlib.decompressobj(), 0
+        try:
+            while fed and found <= most and not inflate.eof:
+                found += len(inflate.decompress(fed, _LARGE_CHUNK_BYTES))
+                fed = inflate.unconsumed_tail
+        except zlib.error:
+            # left out of the filter, or damaged: the library tells
+            continue
+        if found > most:
+            msg = f"a chunk of {shown} inflates to at least {found} bytes, and holds {most - _SLACK_BYTES}"
+            raise ValueError(msg)
+
+
 def _size_of(name: str, item: Any) -> StoredSize:
     import h5py
 
@@ -113,6 +139,7 @@ def _size_of(name: str, item: Any) -> StoredSize:
         msg = f"{shown} holds references"
         raise ValueError(msg)
     _check_attributes(name, item)
+    _check_inflates(item, shown)
     text = h5py.check_string_dtype(item.dtype)
     each = _TEXT_BYTES if text is not None and text.length is None else max(item.dtype.itemsize, 1)
     shape = item.shape or ()

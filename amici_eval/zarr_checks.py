@@ -29,6 +29,8 @@ _METADATA_VALUES = 2**21
 # below this, not even what packs best can fill much memory
 _SMALL_CHUNK = 2**16
 _BLOCK = 2**16
+_PACK_BEST = frozenset({"bz2", "lzma"})
+"""A few kilobytes of these unpack to gigabytes; the others pack by a thousand at most."""
 _TYPE = re.compile(r"[<>|=]?(?:[biufc]\d{1,2}|[SUV]\d{1,5}|O8?|[mM]8(?:\[\w{1,4}\])?)")
 _COMPRESSORS = frozenset({"blosc", "zstd", "lz4", "zlib", "gzip", "bz2", "lzma"})
 _FILTERS = frozenset(
@@ -174,23 +176,41 @@ def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str) -> Non
     with file.open("rb") as opened:
         if codec in ("blosc", "lz4", "zstd"):
             claimed = _claimed(codec, opened.read(18))
-        elif codec is not None and size > _SMALL_CHUNK:
-            decompress: Any = {
-                "zlib": zlib.decompressobj,
-                "gzip": lambda: zlib.decompressobj(wbits=31),
-                "bz2": bz2.BZ2Decompressor,
-                "lzma": lzma.LZMADecompressor,
-            }[codec]()
-            while claimed <= most and not decompress.eof:
-                fed = getattr(decompress, "unconsumed_tail", b"") or b""
-                if not fed and getattr(decompress, "needs_input", True):
-                    fed = opened.read(_BLOCK)
-                    if not fed:
-                        break
-                claimed += len(decompress.decompress(fed, _BLOCK * 16))
+        elif codec is not None and (size > _SMALL_CHUNK or codec in _PACK_BEST):
+            claimed = _unpacked_up_to(most, codec, opened)
     if claimed > most:
         msg = f"a chunk of {shown} unpacks to at least {claimed} bytes, and the array says {chunk}"
         raise ValueError(msg)
+
+
+def _unpacked_up_to(most: int, codec: str, opened: Any) -> int:
+    """Unpack a chunk piece by piece and count, until it is through or larger than ``most``."""
+    make: Any = {
+        "zlib": zlib.decompressobj,
+        "gzip": lambda: zlib.decompressobj(wbits=31),
+        "bz2": bz2.BZ2Decompressor,
+        "lzma": lzma.LZMADecompressor,
+    }[codec]
+    decompress, found, fed = make(), 0, b""
+    while found <= most:
+        if decompress.eof:
+            # another stream may follow, which the codecs read too
+            fed = decompress.unused_data or opened.read(_BLOCK)
+            if not fed or codec == "zlib":
+                break
+            decompress = make()
+        else:
+            fed = getattr(decompress, "unconsumed_tail", b"") or b""
+            if not fed and getattr(decompress, "needs_input", True):
+                fed = opened.read(_BLOCK)
+                if not fed:
+                    break
+        try:
+            found += len(decompress.decompress(fed, _BLOCK * 16))
+        except (OSError, zlib.error, lzma.LZMAError):
+            # what is no stream is an error of the codec's own
+            break
+    return found
 
 
 def _claimed(codec: str, head: bytes) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
 import os
 import pickle
 import shutil
@@ -128,6 +130,17 @@ def zlib_bomb(root: Path) -> None:
         file.write(packer.flush())
 
 
+def stream_bomb(codec: str) -> Callable[[Path], None]:
+    """Return what puts a few kilobytes, in many streams, in the place of a chunk; they unpack to gigabytes."""
+
+    def change(root: Path) -> None:
+        array_changed("obsm/spatial", compressor={"id": codec})(root)
+        packed = {"bz2": bz2.compress, "lzma": lzma.compress}[codec](bytes(2**26))
+        (root / "obsm/spatial/0.0").write_bytes(packed * 64)
+
+    return change
+
+
 def blosc_bomb(root: Path) -> None:
     path = root / "obsm/spatial/0.0"
     content = path.read_bytes()
@@ -197,7 +210,14 @@ def _cases() -> list[Case]:
         for start in range(0, 2**32, 2**26):
             made_of.id.write_direct_chunk((start,), packed)
 
+    def small_bomb(file: h5py.File) -> None:
+        made_of = file["uns"].create_dataset("bomb", (50, 10), "f8", chunks=(50, 10), compression="gzip")
+        packer, zeros = zlib.compressobj(9), bytes(2**24)
+        packed = b"".join([*(packer.compress(zeros) for _ in range(64)), packer.flush()])
+        made_of.id.write_direct_chunk((0, 0), packed)
+
     add("h5ad of zeros packed", h5(bomb))
+    add("h5ad of a chunk that is larger than it says", h5(small_bomb))
     add("h5ad external link", h5(lambda f: f["uns"].__setitem__("out", h5py.ExternalLink("/etc/passwd", "/"))))
     add("h5ad soft link", h5(lambda f: f["uns"].__setitem__("soft", h5py.SoftLink("/obs"))))
     add("h5ad soft link cycle", h5(lambda f: f["uns"].__setitem__("soft", h5py.SoftLink("/uns/soft"))))
@@ -241,6 +261,8 @@ def _cases() -> list[Case]:
         "unknown compressor": array_changed("obsm/spatial", compressor={"id": "mine"}),
         "zlib bomb": zlib_bomb,
         "blosc bomb": blosc_bomb,
+        "bz2 bomb": stream_bomb("bz2"),
+        "lzma bomb": stream_bomb("lzma"),
         "metadata cut": replaced("obsm/spatial/.zarray", lambda path: path.write_text('{"shape": [')),
         "metadata nested": replaced("obsm/.zattrs", lambda path: path.write_text("[" * 100_000)),
         "metadata not UTF-8": replaced("obsm/.zattrs", lambda path: path.write_bytes(b'{"a": "\xff"}')),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -16,6 +18,7 @@ from amici_eval.tracking import run_log
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
 from amici_eval.tracking.jobs import evaluate_job
 from amici_eval.tracking.local_results import ARTIFACTS, RECORD_FILE
+from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
 from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE
 from amici_eval.tracking.uploading import upload
 
@@ -331,3 +334,150 @@ def test_the_local_copy_is_without_parts(registry, tmp_path):
     result = run(experiment="kept", keep_local=True)
     assert sorted(path.name for path in result.folder.iterdir()) == [ARTIFACTS, RECORD_FILE]
     assert set(json.loads((result.folder / RECORD_FILE).read_text())["files"]) >= {"evaluation.json", "report.html"}
+
+
+LOCKER = """
+import sys, time
+from pathlib import Path
+from amici_eval.durable import FolderLock
+lock = FolderLock.take(Path(sys.argv[1]))
+print("locked" if lock else "not locked", flush=True)
+time.sleep(120)
+"""
+
+
+def test_what_another_process_works_at_is_read_and_left_alone(registry, tmp_path, stop):
+    seen = stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment="alive")
+    (folder,) = (tmp_path / "out").iterdir()
+    other = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline().strip() == "locked"
+        before = sorted(path.name for path in folder.rglob("*"))
+        result = run(experiment="alive")
+        # its parts are taken, its run and its folder are its own
+        assert len(seen["taken"]) == 3
+        assert result.run_id != folder.name
+        assert sorted(path.name for path in folder.rglob("*")) == before
+        assert mlflow.get_run(folder.name).info.status == "KILLED"
+        assert "amici_eval.continued_by" not in mlflow.get_run(folder.name).data.tags
+        (folder / RECORD_FILE).write_text(
+            json.dumps({"tracking_uri": registry.uri, "run_id": folder.name, "files": {}})
+        )
+        with pytest.raises(OutputError, match="an evaluation is at work"):
+            upload(folder)
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_results_that_were_not_sent_outlive_the_same_evaluation_elsewhere(registry, tmp_path, monkeypatch):
+    def gone(folder, record):
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "_send", gone)
+        with pytest.raises(TrackingError):
+            run(experiment="unsent here")
+    (folder,) = (tmp_path / "out").iterdir()
+    run(experiment="done there")
+    assert upload(folder) == folder.name
+    assert mlflow.get_run(folder.name).info.status == "FINISHED"
+
+
+def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatch):
+    def gone(folder, record):
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "_send", gone)
+        with pytest.raises(TrackingError):
+            run(experiment="twice")
+        (folder,) = (tmp_path / "out").iterdir()
+        for _ in range(2):
+            with pytest.raises(TrackingError, match="could not be completed"):
+                upload(folder)
+    assert upload(folder) == folder.name
+
+
+def test_an_interrupted_comparison_takes_up_the_types_of_its_evaluations(registry, tmp_path, stop):
+    from amici_eval.comparison_spec import ComparisonSpec
+    from amici_eval.tracking.comparing import compare_job
+
+    def compare():
+        return compare_job(
+            models=["tiny"],
+            versions=["1", "2"],
+            data_uri=None,
+            spec=QUICK,
+            comparison=ComparisonSpec(floor=False, n_permutations=19, n_flips=19, n_bootstrap=50),
+            report=ReportSpec(figures=False),
+            tracking=TrackingSpec(experiment="compared", output_dir="out", retry_s=0.0, reuse=False),
+            config_yaml="",
+        )
+
+    seen = stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    kept = list(seen["kept"])
+    assert len(list((tmp_path / "out").glob(f"*/{PARTS_FOLDER}/*"))) == len(kept) == 3
+    compare()
+    assert sorted(seen["taken"]) == sorted(kept)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_close_that_is_asked_again_closes_this_run_and_no_other(registry, monkeypatch):
+    client = mlflow.MlflowClient
+    real, fail = client.set_terminated, [True]
+
+    def once(self, run_id, status=None, end_time=None):
+        if fail and run_id == inner_id[0]:
+            fail.clear()
+            raise ConnectionError("gone")
+        return real(self, run_id, status, end_time)
+
+    inner_id = [""]
+    monkeypatch.setattr(client, "set_terminated", once)
+    monkeypatch.setattr("amici_eval.tracking.patience.time.sleep", lambda seconds: None)
+    tracking = TrackingSpec(experiment="nested", retry_s=30.0)
+    with tracked_run(tracking, name="outer", tags={}) as outer:
+        monkeypatch.setenv(PARENT_RUN_VARIABLE, outer.info.run_id)
+        with tracked_run(tracking, name="inner", tags={}) as inner:
+            inner_id[0] = inner.info.run_id
+        monkeypatch.delenv(PARENT_RUN_VARIABLE)
+        assert not fail
+        assert mlflow.get_run(inner.info.run_id).info.status == "FINISHED"
+        assert mlflow.get_run(outer.info.run_id).info.status == "RUNNING"
+    assert mlflow.get_run(outer.info.run_id).info.status == "FINISHED"
+
+
+def test_a_start_that_is_asked_again_keeps_the_run_of_mlflow_run(registry, monkeypatch):
+    opened = mlflow.MlflowClient().create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
+    real, fail = mlflow.start_run, [True]
+
+    def once(**options):
+        if fail:
+            fail.clear()
+            raise ConnectionError("gone")
+        return real(**options)
+
+    monkeypatch.setattr(mlflow, "start_run", once)
+    monkeypatch.setattr("amici_eval.tracking.patience.time.sleep", lambda seconds: None)
+    with tracked_run(TrackingSpec(retry_s=30.0), name="x", tags={}) as run:
+        assert run.info.run_id == opened
+
+
+def test_a_series_that_was_sent_in_part_is_completed(registry, tmp_path):
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    record = run_log.RunRecord(
+        tracking_uri=registry.uri, run_id=run_id, series={"a": [(step, 0.5) for step in range(5)]}
+    )
+    (tmp_path / ARTIFACTS).mkdir()
+    for step in (0, 1, 3):
+        client.log_metric(run_id, "a", 0.5, step=step)
+    run_log.send(tmp_path, record)
+    assert sorted(point.step for point in client.get_metric_history(run_id, "a")) == list(range(5))
+    client.set_terminated(run_id)
