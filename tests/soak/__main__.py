@@ -1,7 +1,7 @@
 """Inject faults of every kind at random stages, and report what was lost: nothing may be.
 
-``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR]``: forks commands from a process that has
-everything imported and compiled, against SQLite and a real tracking server behind a proxy.
+``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR] [--jobs 2]``: forks commands from a process
+that has everything imported and compiled, against SQLite and a real tracking server behind a proxy.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"), help="of stages and amounts")
     parser.add_argument("--only", default="", help="kinds whose name matches this pattern")
     parser.add_argument("--keep", type=Path, help="folder for what the trials leave; by default nothing stays")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many processes share them")
     asked = parser.parse_args(arguments)
+    if asked.jobs > 1 and asked.faults > 1:
+        return _share(asked)
     kinds = [kind for kind in KINDS if re.search(asked.only, kind.name)]
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="amici-eval-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
         f"{finished} parts were finished before a fault, {taken} were taken up after it"
     )
     return 1 if bad else 0
+
+
+def _share(asked: argparse.Namespace) -> int:
+    """Let several processes, with stores and servers of their own, inject a share of the faults each."""
+    began, jobs = time.monotonic(), []
+    for job in range(asked.jobs):
+        share = asked.faults // asked.jobs + (job < asked.faults % asked.jobs)
+        command = [sys.executable, "-m", "tests.soak", "--jobs", "1", "--faults", str(share), "--only", asked.only]
+        command += ["--seed", str(asked.seed + job)]
+        command += [] if asked.keep is None else ["--keep", str(asked.keep / str(job))]
+        jobs.append(subprocess.Popen(command))
+    codes = [job.wait() for job in jobs]
+    print(f"{asked.faults} faults in {time.monotonic() - began:.0f} s by {asked.jobs} processes: exit codes {codes}")
+    return max(map(abs, codes))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,21 @@ KINDS = "between types|server gone$|answers|disk full|two at once$|damaged|clock
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trials are forked")
 def test_faults_lose_nothing(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--faults", "9", "--seed", "7", "--only", KINDS, "--keep", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "tests.soak",
+            "--faults",
+            "9",
+            "--jobs",
+            "1",
+            "--seed",
+            "7",
+            "--only",
+            KINDS,
+            "--keep",
+            str(tmp_path),
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
