@@ -1,7 +1,7 @@
 """Inject faults of every kind at random stages, and report what was lost: nothing may be.
 
-``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR] [--jobs 2]``: forks commands from a process
-that has everything imported and compiled, against SQLite and a real tracking server behind a proxy.
+``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR] [--jobs 2]``: forks commands from a
+process that has everything imported and compiled, against SQLite and a real tracking server behind a proxy.
 """
 
 from __future__ import annotations
