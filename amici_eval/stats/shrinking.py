@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amici_eval.errors import DeviceMemoryError, first_line
 from amici_eval.free_memory import free_bytes
@@ -73,6 +73,14 @@ class Shrinking:
         self.floor = max(1, floor)
         self.size = max(self.floor, size)
         self._what, self._unit, self._device = what, unit, device
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a model is sent to workers with what it holds, and each has a lock of its own
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[int], Result]) -> Result:
