@@ -45,7 +45,8 @@ def test_runs_of_processes_that_are_gone_are_closed(bare_model):
     dead, alive = gone_process(), Beat.now()
     killed, whole = start(dead), start(dead, partial=False)
     own, other_number = start(alive), start(replace(alive, started="1"))
-    rebooted = start(replace(alive, boot="another"))
+    rebooted = start(replace(alive, boot="another", time=time.time() - 300.0))
+    same_name = start(replace(alive, boot="another machine"))
     not_ours = mlflow.MlflowClient().create_run("0").info.run_id
     broken = start("{broken")
     closed = connect(bare_model.uri) and {name: status(name) for name in (killed, whole, own, other_number, rebooted)}
@@ -56,8 +57,8 @@ def test_runs_of_processes_that_are_gone_are_closed(bare_model):
         other_number: "KILLED",
         rebooted: "KILLED",
     }
-    assert status(not_ours) == status(broken) == "RUNNING"
-    for run_id in (own, not_ours, broken):
+    assert status(not_ours) == status(broken) == status(same_name) == "RUNNING"
+    for run_id in (own, not_ours, broken, same_name):
         mlflow.MlflowClient().set_terminated(run_id)
 
 
