@@ -80,7 +80,7 @@ def test_a_json_text_stays_one():
         "http://127.0.0.1:5000/models/amici@champion",
         "https://mlflow.example.org:443/#/experiments/1",
         "'http://127.0.0.1:5000' and 'somebody@example.org'",
-        "sqlite:////work/mlflow.db",
+        "sqlite:////srv/store/mlflow.db",
         "s3://bucket/a@b/tissue.h5ad",
         "abfss://container@account.dfs.core.windows.net/tissue.h5ad",
         "permutation.seed=3 data.subset.key=cell_type n_tokens=4 design=2 passes=1",
