@@ -95,22 +95,24 @@ def warmed(folder: Path) -> Iterator[Soak]:
     port = free_port()
     proxy = f"http://127.0.0.1:{port}"
     process = subprocess.Popen([sys.executable, "-m", "tests.soak.proxy", str(port), server.uri])
+    before = Path.cwd()
+    # MLflow puts artifacts of SQLite's experiments below the folder that it is first used in
+    os.chdir(folder)
     try:
         _wait(proxy)
         local = f"sqlite:///{folder / 'm.db'}"
-        # artifacts of SQLite's experiments lie below the folder that a command is started in
         subprocess.run(
             [sys.executable, "-c", _SETUP, str(folder), local, server.uri],
             check=True,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(before) for path in sys.path)},
         )
         _warm_up(folder)
         reference, seconds, writes = _undisturbed(Place(local, "reference", folder / "reference"))
-        before = _count(proxy)
+        counted = _count(proxy)
         again, remote_seconds, _ = _undisturbed(Place(proxy, "reference", folder / "reference-server"))
         # what the check itself asks is more than what the command asks, but not by much
-        asked = max(10, (_count(proxy) - before) * 2 // 3)
+        asked = max(10, (_count(proxy) - counted) * 2 // 3)
         for table in sorted((reference / "tables").glob("*")):
             assert table.read_bytes() == (again / "tables" / table.name).read_bytes(), "a server changes numbers"
         parts = sum("finished" in line for line in (folder / "reference" / "finished.jsonl").read_text().splitlines())
@@ -118,6 +120,7 @@ def warmed(folder: Path) -> Iterator[Soak]:
         far = replace(around, seconds=remote_seconds)
         yield Soak(folder, {local: around, proxy: far}, local, proxy, {local: reference, proxy: again})
     finally:
+        os.chdir(before)
         process.terminate()
         process.wait(30)
         server.stop()
