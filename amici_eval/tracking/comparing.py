@@ -20,7 +20,7 @@ from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, checked_outp
 from amici_eval.tracking.registry import connect, find_dataset
 from amici_eval.tracking.run_log import send
 from amici_eval.tracking.stored_model import open_stored_model
-from amici_eval.tracking.tracked_run import tracked_run
+from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
 from amici_eval.version_pairs import similarity_of
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def compare_job(
             params={"cfg/compare.cells": result.cells, **comparison_params(comparison)},
             tags={
                 **tags,
-                "mlflow.note.content": "\n".join(f"- {markdown(one)}" for one in comparison_sentences(result)),
+                NOTE_TAG: "\n".join(f"- {markdown(one)}" for one in comparison_sentences(result)),
             },
             series=comparison_series(result),
         )

@@ -26,7 +26,7 @@ from amici_eval.tracking.registry import connect, resolve_model
 from amici_eval.tracking.registry_tags import RegistryTags
 from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
 from amici_eval.tracking.run_log import send
-from amici_eval.tracking.tracked_run import tracked_run
+from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
 from amici_eval.tracking.watching import VERDICT_TAG
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def gate_job(
                 **tags,
                 VERDICT_TAG: verdict.outcome,
                 f"{VERDICT_TAG}_reason": verdict_sentence(verdict),
-                "mlflow.note.content": markdown(verdict_sentence(verdict)),
+                NOTE_TAG: markdown(verdict_sentence(verdict)),
             },
         )
         record = record.with_files(folder)

@@ -74,7 +74,7 @@ class UnfinishedWork:
         self._left: list[_Left] = []
         self._own: tuple[Path, FolderLock | None] | None = None
         self._parts: FinishedParts | None = None
-        self._done = self._made_output = False
+        self._made_output = False
 
     def __enter__(self) -> UnfinishedWork:
         self._output = self._stack.enter_context(output_folder(self._tracking.output_dir))
@@ -88,7 +88,7 @@ class UnfinishedWork:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None and self._own is not None and not self._done:
+        if kind is not None and self._own is not None:
             self._say_what_is_kept(error)
         self._release()
 
@@ -151,7 +151,6 @@ class UnfinishedWork:
 
     def done(self) -> Path | None:
         """Remove what is not needed any more once all is sent; return the local copy if it is to stay."""
-        self._done = True
         assert self._own is not None  # noqa: S101, RUF100 - for the type checker
         folder, lock = self._own
         for one in self._left:
@@ -176,6 +175,7 @@ class UnfinishedWork:
         """Let interrupted runs whose parts were taken into another say so."""
         import mlflow
         from mlflow.exceptions import MlflowException
+        from requests import RequestException
 
         for one in self._left:
             if (
@@ -190,8 +190,8 @@ class UnfinishedWork:
                 client = mlflow.MlflowClient()
                 client.set_tag(one.run_id, CONTINUED_TAG, run_id)
                 client.set_tag(one.run_id, NOTE_TAG, f"**Partial**: what it finished went into run {run_id}.")
-            except MlflowException as error:
-                # it may have been deleted
+            except (MlflowException, RequestException, OSError) as error:
+                # it may have been deleted, and all is sent
                 logger.debug("run %s could not be tagged: %s", one.run_id, error)
 
     def _find(self) -> None:

@@ -40,6 +40,11 @@ def run(*, spec=QUICK, experiment="resume", data_uri=None, figures=False, **trac
     )
 
 
+def gone(folder, record):
+    """Stand in for the sending of results to a store that is away."""
+    raise ConnectionError("gone")
+
+
 def digests(run_id: str, folder: Path) -> dict[str, str]:
     got = Path(mlflow.artifacts.download_artifacts(run_id=run_id, dst_path=str(folder / run_id)))
     return {
@@ -213,9 +218,6 @@ def test_what_could_not_be_sent_is_sent_by_the_same_command_too(registry, tmp_pa
     seen = stop(99)
     send = run_log._send
 
-    def gone(folder, record):
-        raise ConnectionError("gone")
-
     monkeypatch.setattr(run_log, "_send", gone)
     with pytest.raises(TrackingError, match="amici-eval upload"):
         run(experiment="unsent")
@@ -246,9 +248,6 @@ def test_artifacts_that_were_being_written_are_not_sent(registry, tmp_path, monk
 
 
 def test_damaged_results_are_not_sent(registry, tmp_path, monkeypatch):
-    def gone(folder, record):
-        raise ConnectionError("gone")
-
     with monkeypatch.context() as patch:
         patch.setattr(run_log, "_send", gone)
         with pytest.raises(TrackingError):
@@ -373,9 +372,6 @@ def test_what_another_process_works_at_is_read_and_left_alone(registry, tmp_path
 
 
 def test_results_that_were_not_sent_outlive_the_same_evaluation_elsewhere(registry, tmp_path, monkeypatch):
-    def gone(folder, record):
-        raise ConnectionError("gone")
-
     with monkeypatch.context() as patch:
         patch.setattr(run_log, "_send", gone)
         with pytest.raises(TrackingError):
@@ -387,9 +383,6 @@ def test_results_that_were_not_sent_outlive_the_same_evaluation_elsewhere(regist
 
 
 def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatch):
-    def gone(folder, record):
-        raise ConnectionError("gone")
-
     with monkeypatch.context() as patch:
         patch.setattr(run_log, "_send", gone)
         with pytest.raises(TrackingError):
