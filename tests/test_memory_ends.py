@@ -30,7 +30,7 @@ STAGES = {
     ),
     "exact moments": ("amici_eval.stats.moment_sums", "_stratum_sums", lambda *a: a[4], 2**14),
     "test in tissue": ("amici_eval.stats.lag_test", "_lag_test", lambda *_, **k: k["n_heads"], 1),
-    "gram": ("amici_eval.stats.nulls", "_gram_statistics", lambda *a: a[3], 2**12),
+    "gram": ("amici_eval.stats.nulls", "_gram_statistics", lambda *a: a[3], 2**16),
 }
 
 

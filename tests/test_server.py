@@ -42,7 +42,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_register_run_evaluate_and_a_lost_server(server, amici_dir, adata, tmp_path, monkeypatch):
     adata.write_h5ad(tmp_path / "tissue.h5ad")
-    tracking = TrackingSpec(uri=server.uri, experiment="over http")
+    tracking = TrackingSpec(uri=server.uri, experiment="over http", retry_s=3.0)
     spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
     version = register_job(
         str(amici_dir),

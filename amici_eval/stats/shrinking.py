@@ -41,7 +41,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release(device: str) -> None:
     """Give back to a device what failed work has left."""
-    gc.collect()
+    # what just failed is young; a search through all objects takes long in a large process
+    gc.collect(1)
     if device.startswith("cuda"):
         import torch
 
