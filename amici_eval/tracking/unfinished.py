@@ -108,7 +108,9 @@ class UnfinishedWork:
                 run = mlflow.MlflowClient().get_run(one.run_id)
             except MlflowException:
                 continue
-            whole = run.info.status == "FINISHED" and PARTIAL_TAG not in run.data.tags
+            # a run whose last answer was lost is whole, and does not know that its folder can go
+            ended = run.info.status == "FINISHED" and not (one.folder / RECORD_FILE).exists()
+            whole = ended and PARTIAL_TAG not in run.data.tags
             if run.info.lifecycle_stage == "active" and not whole and active in (None, run.info.experiment_id):
                 return one.run_id
         return None

@@ -247,6 +247,28 @@ def test_artifacts_that_were_being_written_are_not_sent(registry, tmp_path, monk
     assert run(experiment="half written").run_id == killed_run.info.run_id
 
 
+def test_a_run_whose_last_answer_was_lost_is_the_one_that_is_completed(registry, tmp_path, monkeypatch):
+    send = run_log._send
+
+    def lost(folder, record):
+        send(folder, record)
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "_send", lost)
+        with pytest.raises(TrackingError):
+            run(experiment="lost answer")
+    (sent,) = runs_of("lost answer")
+    assert PARTIAL_TAG not in sent.data.tags
+    # as the next command closes it
+    mlflow.MlflowClient().set_terminated(sent.info.run_id, "FINISHED")
+    assert run(experiment="lost answer").run_id == sent.info.run_id
+    assert [one.info.status for one in runs_of("lost answer")] == ["FINISHED"]
+    assert not (tmp_path / "out").exists()
+    client = mlflow.MlflowClient()
+    assert all(len(client.get_metric_history(sent.info.run_id, name)) == 1 for name in sent.data.metrics)
+
+
 def test_damaged_results_are_not_sent(registry, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run_log, "_send", gone)
