@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ work asks again."""
 
 def _on_signal(signum: int, frame: object) -> None:  # noqa: ARG001, RUF100 - the signal module's signature
     _interrupts.append(KeyboardInterrupt if signum == signal.SIGINT else TerminatedError)
+    name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+    # a kernel that is under way may hold it up for seconds; a stream may be locked by what was interrupted
+    with suppress(OSError):
+        # in a terminal a bar of progress may stand in the line
+        os.write(2, f"{chr(10) if os.isatty(2) else ''}amici-eval: stopping ({name})\n".encode())
     raise _interrupts[-1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from amici_eval.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
+from amici_eval.tracking.patience import patiently
 from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
@@ -183,7 +185,12 @@ def _evaluate(
         data_info["n_evaluated"] = sum(len(rows) for rows in receivers.values())
         work = UnfinishedWork(
             tracking,
-            key=resume_key(same, files=stored.digest, device=access.statistics_device),
+            key=resume_key(
+                same,
+                files=stored.digest,
+                device=access.statistics_device,
+                launch="local" if launcher is None else "workers",
+            ),
             tracking_uri=tracking_uri,
             n_types=len(receivers),
         )
@@ -304,7 +311,8 @@ def register_job(
         )
     with tracked_run(tracking, name=f"register {name}", tags={"amici_eval.kind": "registration"}) as run:
         if dataset is not None:
-            mlflow.log_input(dataset, context="training")
+            known = partial(mlflow.log_input, dataset, context="training")
+            patiently(known, seconds=tracking.retry_s, what="naming the data")
         info = log_model(
             trained,
             name,

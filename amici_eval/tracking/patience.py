@@ -25,6 +25,8 @@ _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 20.0
 _PASSING_STATUS = {408, 425, 429}
 _PASSING_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "INTERNAL_ERROR"}
+# two writers made the same row, say of one data set, at once: the other one's is found next time
+_COLLISION = ("IntegrityError", "UniqueViolation", "Duplicate entry")
 _NO_ROOM = ("database or disk is full", "readonly database", "read-only")
 
 
@@ -81,13 +83,15 @@ def tracking_errors() -> Iterator[None]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Return whether an error of a store may be gone in a moment: no connection, too slow, overloaded."""
+    """Return whether an error of a store may be gone in a moment: no connection, too slow, overloaded, a collision."""
     from mlflow.exceptions import MlflowException
     from requests import HTTPError, RequestException
 
     if is_disk_full(error) or any(words in str(error) for words in _NO_ROOM):
         return False
     if isinstance(error, MlflowException):
+        if any(words in str(error) for words in _COLLISION):
+            return True
         status = error.get_http_status_code()
         return error.error_code in _PASSING_CODES or status in _PASSING_STATUS or status > 500
     if isinstance(error, HTTPError) and error.response is not None:

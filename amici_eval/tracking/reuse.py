@@ -37,7 +37,7 @@ def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def resume_key(same: str, *, files: str, device: str) -> str:
+def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
     """Return what evaluations share that may take up each other's finished parts.
 
     Parameters
@@ -48,8 +48,10 @@ def resume_key(same: str, *, files: str, device: str) -> str:
         Digest of the model's files: a model in a folder may be another one next time.
     device
         Where statistics are computed.
+    launch
+        Where types are evaluated: workers have one thread each, whose sums may end in another digit.
     """
-    return hashlib.sha256(json.dumps([same, files, device, __version__]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
 
 
 def find_evaluation(fingerprint: str) -> str | None:

@@ -70,6 +70,8 @@ def start_watch(model, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a job in the background of a shell ignores Ctrl-C, and its children with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -96,9 +98,12 @@ def test_watch_goes_on_until_it_is_interrupted(bare_model, number, code):
             assert process.poll() is None
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.splitlines()[-1]) == (
+    assert (process.returncode, errors.splitlines()[-2:]) == (
         code,
-        "amici-eval: interrupted; the same command again takes up what is finished",
+        [
+            f"amici-eval: stopping ({'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'})",
+            "amici-eval: interrupted; the same command again takes up what is finished",
+        ],
     )
     assert [bare_model.tags(version) for version in "123"] == [{VERDICT: "pass abc"}] * 3
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -13,6 +14,7 @@ import pytest
 
 from amici_eval.errors import OutputError, TrackingError
 from amici_eval.finished_parts import FinishedParts
+from amici_eval.launch_spec import LaunchSpec
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking import run_log
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
@@ -21,6 +23,7 @@ from amici_eval.tracking.local_results import ARTIFACTS, RECORD_FILE
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
 from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE
 from amici_eval.tracking.uploading import upload
+from amici_eval.type_tasks import evaluate_task
 
 pytestmark = pytest.mark.amici
 
@@ -29,7 +32,7 @@ HOOKED = EvaluationSpec(ablation=AblationSpec(engine="hooked"), permutation=Perm
 QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
 
 
-def run(*, spec=QUICK, experiment="resume", data_uri=None, figures=False, **tracking):
+def run(*, spec=QUICK, experiment="resume", data_uri=None, figures=False, launch=None, **tracking):
     return evaluate_job(
         "models:/tiny/1",
         data_uri=data_uri,
@@ -37,7 +40,21 @@ def run(*, spec=QUICK, experiment="resume", data_uri=None, figures=False, **trac
         report=ReportSpec(figures=figures, formats=("svg",)),
         tracking=TrackingSpec(**{"experiment": experiment, "output_dir": "out", "retry_s": 0.0, **tracking}),
         config_yaml="a: 1\n",
+        launch=launch,
     )
+
+
+class OneByOne:
+    """Stands in for worker processes, of one thread each."""
+
+    def prepare(self, n_tasks):
+        pass
+
+    def run(self, access, tasks, settings, *, heartbeat):
+        for task in tasks:
+            heartbeat()
+            quiet = {"on_cells": lambda n: None, "on_permutations": lambda n: None}
+            yield task.cell_type, evaluate_task(access, task, settings, n_threads=1, **quiet)
 
 
 def gone(folder, record):
@@ -125,10 +142,11 @@ def test_the_same_command_goes_on_in_the_same_run(registry, tmp_path, stop, spec
         {"spec": EvaluationSpec(permutation=PermutationSpec(n_permutations=29))},
         {"resume": "never"},
         {"data_uri": "other"},
+        {"launch": LaunchSpec(kind="ray")},
     ],
-    ids=["settings", "never", "data"],
+    ids=["settings", "never", "data", "launch"],
 )
-def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, changed):
+def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, changed, monkeypatch):
     seen = stop(3)
     with pytest.raises(KeyboardInterrupt):
         run(experiment="anew")
@@ -138,6 +156,8 @@ def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, 
         adata.X[0, 0] += 1
         adata.write_h5ad(tmp_path / "other.h5ad")
         changed = {"data_uri": str(tmp_path / "other.h5ad")}
+    if "launch" in changed:
+        monkeypatch.setattr("amici_eval.launching.open_launcher", lambda spec: nullcontext(OneByOne()))
     run(experiment="anew", **changed)
     assert seen["taken"] == []
     assert set(kept) < set(seen["kept"])
@@ -245,6 +265,31 @@ def test_artifacts_that_were_being_written_are_not_sent(registry, tmp_path, monk
     assert killed_run.info.status == "KILLED"
     assert not killed_run.data.metrics
     assert run(experiment="half written").run_id == killed_run.info.run_id
+
+
+def test_two_that_make_the_same_data_set_known_at_once_both_get_through(registry, monkeypatch, caplog):
+    from mlflow.store.tracking.dbmodels.models import SqlDataset
+
+    log_inputs, collided = mlflow.MlflowClient.log_inputs, []
+
+    def at_once(self, run_id, models=None, datasets=None):
+        if not collided:
+            collided.append(run_id)
+            experiment = int(self.get_run(run_id).info.experiment_id)
+            row = {"experiment_id": experiment, "name": "same", "digest": "1", "dataset_source_type": "a"}
+            # as the store meets a row that another process has just made
+            with self._tracking_client.store.ManagedSessionMaker(read_only=False) as session:
+                for number in "12":
+                    session.add(SqlDataset(dataset_uuid=number, dataset_source="b", **row))
+        return log_inputs(self, run_id, models=models, datasets=datasets)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", at_once)
+    result = run(experiment="at once", retry_s=5.0)
+    assert collided == [result.run_id]
+    assert "UNIQUE constraint failed" in caplog.text
+    (whole,) = runs_of("at once")
+    assert whole.info.status == "FINISHED"
+    assert len(whole.inputs.dataset_inputs) == 1
 
 
 def test_a_run_whose_last_answer_was_lost_is_the_one_that_is_completed(registry, tmp_path, monkeypatch):
