@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"), help="of stages and amounts")
     parser.add_argument("--only", default="", help="kinds whose name matches this pattern")
     parser.add_argument("--keep", type=Path, help="folder for what the trials leave; by default nothing stays")
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many processes share them")
     asked = parser.parse_args(arguments)
     if asked.jobs > 1 and asked.faults > 1:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = [kind for kind in KINDS if re.search(asked.only, kind.name)]
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="amici-eval-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    began, bad, finished, taken = time.monotonic(), 0, 0, 0
+    began, done, bad, finished, taken = time.monotonic(), 0, 0, 0, 0
     try:
         with warmed(folder) as soak:
             print(f"warm after {time.monotonic() - began:.0f} s; seed {asked.seed}", flush=True)
@@ -45,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"no kind matches {asked.only!r}")
                 return 2
             for number in range(asked.faults):
+                if not _is_ours(asked.claims, number):
+                    continue
+                done += 1
                 kind = kinds[number % len(kinds)]
                 outcome = soak.trial(kind, number, random.Random(f"{asked.seed} {number}"))
                 bad += bool(outcome.wrong)
@@ -59,24 +63,35 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
     print(
-        f"{asked.faults} faults of {len(kinds)} kinds in {time.monotonic() - began:.0f} s: {bad} bad; "
+        f"{done} faults of {len(kinds)} kinds in {time.monotonic() - began:.0f} s: {bad} bad; "
         f"{finished} parts were finished before a fault, {taken} were taken up after it"
     )
     return 1 if bad else 0
 
 
 def _share(asked: argparse.Namespace) -> int:
-    """Let several processes, with stores and servers of their own, inject a share of the faults each."""
+    """Let several processes, with stores and servers of their own, take the next fault each until all are injected."""
     began, jobs = time.monotonic(), []
-    for job in range(asked.jobs):
-        share = asked.faults // asked.jobs + (job < asked.faults % asked.jobs)
-        command = [sys.executable, "-m", "tests.soak", "--jobs", "1", "--faults", str(share), "--only", asked.only]
-        command += ["--seed", str(asked.seed + job)]
-        command += [] if asked.keep is None else ["--keep", str(asked.keep / str(job))]
-        jobs.append(subprocess.Popen(command))
-    codes = [job.wait() for job in jobs]
+    with tempfile.TemporaryDirectory(prefix="amici-eval-claims-") as claims:
+        for job in range(asked.jobs):
+            command = [sys.executable, "-m", "tests.soak", "--jobs", "1", "--faults", str(asked.faults)]
+            command += ["--seed", str(asked.seed), "--only", asked.only, "--claims", claims]
+            command += [] if asked.keep is None else ["--keep", str(asked.keep / str(job))]
+            jobs.append(subprocess.Popen(command))
+        codes = [job.wait() for job in jobs]
     print(f"{asked.faults} faults in {time.monotonic() - began:.0f} s by {asked.jobs} processes: exit codes {codes}")
     return max(map(abs, codes))
+
+
+def _is_ours(claims: Path | None, number: int) -> bool:
+    """Return whether no other process has taken a fault; then it is taken."""
+    if claims is None:
+        return True
+    try:
+        (claims / str(number)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
