@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from amici_eval.hdf5_texts import text_bytes
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -21,6 +23,7 @@ _ATTRIBUTE_BYTES = 2**24
 _SHARE_OF_MEMORY = 4
 _LARGE_CHUNK_BYTES = 2**18
 _SLACK_BYTES = 2**20
+_SLACK_TEXTS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class StoredSize:
         Bytes of what must be unpacked at a time; 0: any part can be read.
     rows_on_disk
         Whether it may be an expression matrix of which rows are read from disk.
+    texts
+        Bytes of what its entries point to, beside ``unpacked``.
     """
 
     name: str
@@ -44,6 +49,7 @@ class StoredSize:
     stored: int
     chunk: int
     rows_on_disk: bool
+    texts: int = 0
 
 
 def check_hdf5(path: Path) -> list[StoredSize]:
@@ -53,11 +59,14 @@ def check_hdf5(path: Path) -> list[StoredSize]:
     ------
     ValueError
         If it holds a link to another place or file, a virtual array, one that is stored in another file, references, a
-        group inside itself, or groups nested more than 64 deep.
+        group inside itself, groups nested more than 64 deep, or texts that together are far longer than the file.
     """
     import h5py
 
     sizes: list[StoredSize] = []
+    texts, held = 0, path.stat().st_size
+    # an array that is named twice is read twice
+    most = 2 * held + _SLACK_TEXTS
     with h5py.File(path, "r") as file:
         waiting: list[tuple[str, Any, tuple[Any, ...]]] = [("", file, (_place(file),))]
         while waiting:
@@ -78,7 +87,13 @@ def check_hdf5(path: Path) -> list[StoredSize]:
                         raise ValueError(msg)
                     waiting.append((name, item, (*above, _place(item))))
                 elif isinstance(item, h5py.Dataset):
-                    sizes.append(_size_of(name, item))
+                    sizes.append(_size_of(path, name, item))
+                    texts += sizes[-1].texts
+                    if texts > most:
+                        msg = (
+                            f"its texts take more than {most} bytes, and the file has {held}: they share what they hold"
+                        )
+                        raise ValueError(msg)
     return sizes
 
 
@@ -122,7 +137,7 @@ def _check_inflates(item: Any, shown: str) -> None:
             raise ValueError(msg)
 
 
-def _size_of(name: str, item: Any) -> StoredSize:
+def _size_of(path: Path, name: str, item: Any) -> StoredSize:
     import h5py
 
     shown = ascii(name[:200])
@@ -142,14 +157,28 @@ def _size_of(name: str, item: Any) -> StoredSize:
     _check_inflates(item, shown)
     text = h5py.check_string_dtype(item.dtype)
     each = _TEXT_BYTES if text is not None and text.length is None else max(item.dtype.itemsize, 1)
-    shape = item.shape or ()
+    unpacked = prod(item.shape) * each if item.shape is not None else 0
+    stored = int(item.id.get_storage_size())
+    texts = 0
+    # what is larger is refused by what it says of itself
+    if not _is_blown_up(unpacked, stored):
+        try:
+            texts = text_bytes(path, item)
+        except (ValueError, OSError) as error:
+            msg = f"{shown}: {error}"
+            raise ValueError(msg) from error
     return StoredSize(
         name=name,
-        unpacked=prod(shape) * each if item.shape is not None else 0,
-        stored=int(item.id.get_storage_size()),
+        unpacked=unpacked,
+        stored=stored,
+        texts=texts,
         chunk=prod(item.chunks) * item.dtype.itemsize if item.chunks else 0,
         rows_on_disk=is_expression(name) and each == item.dtype.itemsize,
     )
+
+
+def _is_blown_up(unpacked: int, stored: int) -> bool:
+    return unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * stored)
 
 
 def _has_references(dtype: Any) -> bool:
@@ -203,10 +232,10 @@ def check_sizes(sizes: list[StoredSize], *, on_disk: bool, memory: int) -> None:
                 msg = f"{shown} is stored in chunks of {size.chunk} bytes, and {memory} are free"
                 raise ValueError(msg)
             continue
-        if size.unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * size.stored):
+        if _is_blown_up(size.unpacked, size.stored):
             msg = f"{shown} would take {size.unpacked} bytes, of which {size.stored} are stored"
             raise ValueError(msg)
-        total += size.unpacked
+        total += size.unpacked + size.texts
     if total > max(_SMALL_BYTES, memory):
         msg = f"its arrays would take {total} bytes, and {memory} are free"
         raise ValueError(msg)

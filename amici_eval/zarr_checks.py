@@ -20,14 +20,16 @@ from amici_eval.untrusted import load_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_zarr"]
+__all__ = ["METADATA_BYTES", "check_zarr", "load_metadata", "shape_and_chunks"]
 
 _DEEPEST = 64
 _TEXT_BYTES = 64
-_METADATA_BYTES = 2**26
+METADATA_BYTES = 2**26
 _METADATA_VALUES = 2**21
 # below this, not even what packs best can fill much memory
 _SMALL_CHUNK = 2**16
+_LARGEST_TEXTS = 2**28
+_LARGEST_RATIO = 200
 _BLOCK = 2**16
 _PACK_BEST = frozenset({"bz2", "lzma"})
 """A few kilobytes of these unpack to gigabytes; the others pack by a thousand at most."""
@@ -51,9 +53,7 @@ def check_zarr(root: Path) -> list[StoredSize]:
     for folder, names in _folders(root):
         for name in names:
             if name in (".zattrs", ".zgroup", ".zmetadata", "zarr.json"):
-                metadata = load_json(
-                    folder / name, limit=_METADATA_BYTES, max_values=_METADATA_VALUES, allow_nan=True, links=True
-                )
+                metadata = load_metadata(folder / name)
                 _check_codecs_anywhere(metadata, folder / name)
         if ".zarray" in names:
             sizes.append(_size_of(root, folder, names))
@@ -106,11 +106,9 @@ def _check_codecs_anywhere(metadata: Any, path: Path) -> None:
 def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
     name = "" if folder == root else folder.relative_to(root).as_posix()
     shown = ascii(name[:200])
-    record = load_json(
-        folder / ".zarray", limit=_METADATA_BYTES, max_values=_METADATA_VALUES, allow_nan=True, links=True
-    )
+    record = load_metadata(folder / ".zarray")
     _check_codecs_anywhere(record, folder / ".zarray")
-    shape, chunks = _whole(record["shape"], shown), _whole(record["chunks"], shown)
+    shape, chunks = shape_and_chunks(record, shown)
     filters = [str(one.get("id")) for one in record.get("filters") or []]
     compressor = record.get("compressor")
     codec = None if compressor is None else str(compressor.get("id"))
@@ -122,21 +120,46 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
     if dtype.hasobject and not {"vlen-utf8", "vlen-bytes", "vlen-array"} & set(filters):
         msg = f"{shown} holds objects"
         raise ValueError(msg)
-    if len(shape) != len(chunks) or (shape and min(chunks) < 1):
-        msg = f"{shown} of shape {shape} has chunks of shape {chunks}"
-        raise ValueError(msg)
     each = _TEXT_BYTES if dtype.hasobject else max(dtype.itemsize, 1)
     chunk = prod(chunks) * each
-    stored = 0
+    stored = texts = 0
     for file in _chunk_files(folder, names):
         stored += file.stat().st_size
         if not dtype.hasobject:
             _check_unpacks(file, codec, chunk, shown)
-        else:
-            _check_unpacks(file, codec, max(chunk, 2**28), shown)
+            continue
+        texts += _check_unpacks(file, codec, max(chunk, _LARGEST_TEXTS), shown, measured=True)
+        if texts > max(_LARGEST_TEXTS, _LARGEST_RATIO * stored):
+            msg = f"the texts of {shown} unpack from {stored} to at least {texts} bytes"
+            raise ValueError(msg)
     return StoredSize(
-        name=name, unpacked=prod(shape) * each, stored=stored, chunk=chunk, rows_on_disk=is_expression(name)
+        name=name,
+        unpacked=prod(shape) * each,
+        stored=stored,
+        chunk=chunk,
+        rows_on_disk=is_expression(name),
+        texts=texts,
     )
+
+
+def load_metadata(path: Path) -> Any:
+    """Return what a file of metadata says, if it is of a size that such a file has."""
+    return load_json(path, limit=METADATA_BYTES, max_values=_METADATA_VALUES, allow_nan=True, links=True)
+
+
+def shape_and_chunks(record: Any, shown: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and chunks of an array by its metadata.
+
+    Raises
+    ------
+    ValueError
+        If they are no whole numbers, or do not fit each other.
+    """
+    shape, chunks = _whole(record["shape"], shown), _whole(record["chunks"], shown)
+    if len(shape) != len(chunks) or (shape and min(chunks) < 1):
+        msg = f"{shown} of shape {shape} has chunks of shape {chunks}"
+        raise ValueError(msg)
+    return shape, chunks
 
 
 def _dtype(record: Any, shown: str) -> np.dtype[Any]:
@@ -167,8 +190,11 @@ def _chunk_files(folder: Path, names: list[str]) -> Iterator[Path]:
             yield from (inner / name for name in inner_names)
 
 
-def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str) -> None:
-    """Refuse a chunk that says, or shows when it is unpacked piece by piece, that it is larger than a chunk is."""
+def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str, *, measured: bool = False) -> int:
+    """Refuse a chunk that says, or shows when it is unpacked piece by piece, that it is larger than a chunk is.
+
+    Returns how large it is; a small one is unpacked only if it is to be ``measured``.
+    """
     size = file.stat().st_size
     # a filter may pad a little
     most = 2 * chunk + _SMALL_CHUNK
@@ -176,11 +202,12 @@ def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str) -> Non
     with file.open("rb") as opened:
         if codec in ("blosc", "lz4", "zstd"):
             claimed = _claimed(codec, opened.read(18))
-        elif codec is not None and (size > _SMALL_CHUNK or codec in _PACK_BEST):
+        elif codec is not None and (measured or size > _SMALL_CHUNK or codec in _PACK_BEST):
             claimed = _unpacked_up_to(most, codec, opened)
     if claimed > most:
         msg = f"a chunk of {shown} unpacks to at least {claimed} bytes, and the array says {chunk}"
         raise ValueError(msg)
+    return claimed
 
 
 def _unpacked_up_to(most: int, codec: str, opened: Any) -> int:

@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlparse
@@ -18,6 +19,7 @@ from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
 from amici_eval.errors import DataError, first_line, mask_secrets
+from amici_eval.zarr_checks import METADATA_BYTES, load_metadata, shape_and_chunks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,6 +31,7 @@ _SUFFIXES = (".h5ad", ".zarr")
 _INDIRECT_SCHEMES = ("reference", "simplecache", "filecache", "blockcache", "zip", "tar", "libarchive", "dir")
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 2**20
+_MOST_CHUNKS = 10**6
 
 
 class AnnDataSource(DatasetSource):
@@ -193,17 +196,24 @@ def _download_zarr(url: str, target: Path) -> Path:
     import requests
 
     base, _, query = url.partition("?")
-    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata")
-    entries = json.loads(metadata.read_text(encoding="utf-8"))["metadata"]
+    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata", limit=METADATA_BYTES)
+    entries = load_metadata(metadata)["metadata"]
+    grids = {}
+    for key, content in entries.items():
+        if key.endswith(".zarray"):
+            shape, chunks = shape_and_chunks(content, ascii(key[:200]))
+            grids[key] = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    if (asked := sum(map(prod, grids.values()))) > _MOST_CHUNKS:
+        msg = f"its arrays have {asked} chunks, each of which would be asked for, and at most {_MOST_CHUNKS} are"
+        raise ValueError(msg)
     for key, content in entries.items():
         place = _inside(target, key)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(content), encoding="utf-8")
-        if not key.endswith(".zarray"):
+        if key not in grids:
             continue
-        grid = [range(-(-size // chunk)) for size, chunk in zip(content["shape"], content["chunks"], strict=True)]
         separator = content.get("dimension_separator", ".")
-        for chunk in itertools.product(*grid):
+        for chunk in itertools.product(*map(range, grids[key])):
             name = key.removesuffix(".zarray") + (separator.join(map(str, chunk)) or "0")
             try:
                 _download(_join(base, name, query), _inside(target, name))
@@ -218,7 +228,7 @@ def _join(base: str, key: str, query: str) -> str:
     return f"{base.rstrip('/')}/{quote(key)}" + (f"?{query}" if query else "")
 
 
-def _download(url: str, target: Path) -> Path:
+def _download(url: str, target: Path, *, limit: int | None = None) -> Path:
     import requests
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +238,9 @@ def _download(url: str, target: Path) -> Path:
         with target.open("wb") as file:
             for chunk in answer.iter_content(_CHUNK_BYTES):
                 file.write(chunk)
+                if limit is not None and file.tell() > limit:
+                    msg = f"{target.name} has more than {limit} bytes"
+                    raise ValueError(msg)
     return target
 
 

@@ -82,6 +82,27 @@ def in_itself(file: h5py.File) -> None:
     file["uns/again"] = file["uns"]
 
 
+def one_text(number: int, *, chunks: tuple[int, ...] | None = None) -> Callable[[h5py.File], None]:
+    """Return a change that adds an array of texts, all of which are one text of 30 MB, stored once."""
+
+    def change(file: h5py.File) -> None:
+        made = file["uns"].create_dataset("texts", (number,), h5py.string_dtype(), chunks=chunks)
+        made[0] = "x" * 30_000_000
+        if chunks is None:
+            start, path = made.id.get_offset(), file.filename
+            file.close()
+            with open(path, "r+b") as raw:  # noqa: PTH123, RUF100 - as bytes
+                raw.seek(start)
+                entry = raw.read(16)
+                raw.write(entry * (number - 1))
+            return
+        entry = made.id.read_direct_chunk((0,))[1][:16]
+        for at in range(0, number, chunks[0]):
+            made.id.write_direct_chunk((at,), entry * chunks[0])
+
+    return change
+
+
 def with_reference(file: h5py.File) -> None:
     file["uns"].create_dataset("ref", data=file["obs"].ref, dtype=h5py.ref_dtype)
 
@@ -139,6 +160,15 @@ def stream_bomb(codec: str) -> Callable[[Path], None]:
         (root / "obsm/spatial/0.0").write_bytes(packed * 64)
 
     return change
+
+
+def text_bomb(root: Path) -> None:
+    """Name chunks of texts that a kilobyte each stores, and 64 MB take."""
+    array_changed("obs/_index", shape=[50], chunks=[1], compressor={"id": "zlib", "level": 9})(root)
+    one = (2**26 - 8).to_bytes(4, "little") + bytes(2**26 - 8)
+    packed = zlib.compress((1).to_bytes(4, "little") + one, 9)
+    for chunk in range(50):
+        (root / f"obs/_index/{chunk}").write_bytes(packed)
 
 
 def blosc_bomb(root: Path) -> None:
@@ -218,6 +248,8 @@ def _cases() -> list[Case]:
 
     add("h5ad of zeros packed", h5(bomb))
     add("h5ad of a chunk that is larger than it says", h5(small_bomb))
+    add("h5ad texts that are one", h5(one_text(100)))
+    add("h5ad texts that are one, in chunks", h5(one_text(400, chunks=(50,))))
     add("h5ad external link", h5(lambda f: f["uns"].__setitem__("out", h5py.ExternalLink("/etc/passwd", "/"))))
     add("h5ad soft link", h5(lambda f: f["uns"].__setitem__("soft", h5py.SoftLink("/obs"))))
     add("h5ad soft link cycle", h5(lambda f: f["uns"].__setitem__("soft", h5py.SoftLink("/uns/soft"))))
@@ -261,6 +293,7 @@ def _cases() -> list[Case]:
         "unknown compressor": array_changed("obsm/spatial", compressor={"id": "mine"}),
         "zlib bomb": zlib_bomb,
         "blosc bomb": blosc_bomb,
+        "text bomb": text_bomb,
         "bz2 bomb": stream_bomb("bz2"),
         "lzma bomb": stream_bomb("lzma"),
         "metadata cut": replaced("obsm/spatial/.zarray", lambda path: path.write_text('{"shape": [')),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import http.server
+import json
 import tempfile
 import threading
 from functools import partial
@@ -176,6 +177,29 @@ def test_what_cannot_be_fetched_says_so(uri, message, web):
 def test_indirect_uris_are_refused(uri):
     with pytest.raises(DataError, match="data must be named directly"):
         amici_eval.from_anndata(uri)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [2**40, 2], "chunks": [1, 2]}, "chunks, each of which would be asked for, and at most 1000000 are"),
+        ({"shape": [-3, 2]}, "has sizes that are no whole numbers"),
+        ({"shape": [3]}, r"of shape \(3,\) has chunks of shape"),
+        ({"dimension_separator": "/../../"}, "keys must lie inside"),
+        (None, "has more than 67108864 bytes"),
+    ],
+)
+def test_what_a_web_server_says_of_a_zarr_is_checked_before_it_is_asked_for(adata, file, web, change, message):
+    root = file.with_suffix(".zarr")
+    adata.write_zarr(root)
+    said = json.loads((root / ".zmetadata").read_text())
+    if change is None:
+        said["metadata"][".zattrs"] = {"long": "x" * 2**26}
+    else:
+        said["metadata"]["obsm/spatial/.zarray"] |= change
+    (root / ".zmetadata").write_text(json.dumps(said))
+    with pytest.raises(DataError, match=message):
+        amici_eval.from_anndata(f"{web}/my%20tissue.zarr")
 
 
 def test_keys_that_lead_out_of_the_folder_are_refused(tmp_path):
