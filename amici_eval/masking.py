@@ -23,8 +23,8 @@ _USER = re.compile(r"(?i)(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<=:
 _QUERY = re.compile(r"\?[^\s=?'\"<>()]{1,80}=[^\s'\"<>)]*")
 
 _SECRET_WORD = (
-    r"(?:pass(?:word|wd|phrase)|secret(?!or|e[dst]|in)|token(?!i[sz]|s(?![a-z]))|credential|api[_-]?key|access[_-]?key|account[_-]?key|"
-    r"private[_-]?key|sharedaccesssignature|x-amz-signature|connection[_-]?string)"
+    r"(?:pass(?:[_-]?word|wd|[_-]?phrase)|secret(?!or|e[dst]|in)|token(?!i[sz]|s(?![a-z]))|credential|api[_-]?key|access[_-]?key|account[_-]?key|"
+    r"private[_-]?key|shared[_-]?access[_-]?signature|x-amz-signature|connection[_-]?string)"
 )
 _SECRET_PART = r"(?:pwd|auth|cookie|bearer|apikey|(?<![_/-])(?:sig|sas|pass))"
 _NAME = re.compile(rf"(?i){_SECRET_WORD}|(?<![a-z])(?:{_SECRET_PART}|authorization)(?![a-z])")

@@ -14,6 +14,11 @@ from amici_eval.masking import is_secret_name, mask_secrets, masked
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True)
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCY"
+SECRET_NAMES = (
+    *("password", "passwd", "passphrase", "client_secret", "auth_token", "credential", "api_key", "api-key"),
+    *("access_key", "accountKey", "private_key", "passWord", "SharedAccessSignature", "x-amz-signature"),
+    *("connection_string", "pwd", "auth", "cookie", "bearer", "apikey", "sig", "sas", "pass"),
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,14 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCY"
         f'{{"token": "{SECRET}", "n": 3}}',
         f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----",
         "hf_" + SECRET + "abcdef",
+        f"-----BEGIN PRIVATE KEY-----\n{SECRET}",
+        f"Proxy-Authorization: Negotiate {SECRET}",
+        f"authorization: Digest {SECRET}",
+        f"authorization: {SECRET}",
+        *(f"{scheme}://user:1234/{SECRET}@db/x" for scheme in "mariadb oracle mongodb redis rediss amqp".split()),
+        *(f"amqps+ssl://{SECRET}@queue/x", f"postgres://user:{SECRET}@db/x"),
+        *(f"{name}={SECRET}" for name in SECRET_NAMES),
+        *(f"{name}: {SECRET}" for name in SECRET_NAMES if name not in {"auth", "bearer", "sas", "sig", "pass"}),
     ],
 )
 def test_credentials_are_masked_once(text):
@@ -59,7 +72,14 @@ def test_basic_credentials_are_masked_and_basic_words_are_not():
 
 
 @pytest.mark.parametrize(
-    "secret", ["AKIAIOSFODNN7EXAMPLE", "ghp_" + "a1" * 18, "glpat-" + "a1" * 10, "dapi" + "0f" * 16]
+    "secret",
+    [
+        *("AKIAIOSFODNN7EXAMPLE", "ASIAIOSFODNN7EXAMPLE", "github_pat_" + "a1" * 15, "glpat-" + "a1" * 10),
+        *(f"gh{kind}_" + "a1" * 18 for kind in "pousr"),
+        *(f"xox{kind}-" + "1a" * 8 for kind in "abprs"),
+        *("dapi" + "0f" * 16, "AIza" + "a1" * 16, "ya29." + "a1" * 12, "sk_live_" + "a1" * 10, "glsa_" + "a1" * 12),
+        *("sk-" + "a1" * 12, "eyJ" + "hbGciOiJI" + ".eyJzdWIiOiIx" + ".c2lnbmF0dXJl"),
+    ],
 )
 def test_keys_that_show_by_their_form_are_masked_wherever_they_stand(secret):
     assert mask_secrets(f"x {secret}.") == "x ***."
@@ -87,6 +107,7 @@ def test_a_json_text_stays_one():
         "signal: pass; the token is expired",
         "token: null, password: ''",
         "what is this? a question = none",
+        "secretory: 3, secreted=4, secretin: 5, tokenize: 6, tokens: 7",
         "T cell, HLA-DRA, CD8+_T (12:34)",
     ],
 )
@@ -109,7 +130,7 @@ def test_whatever_a_password_holds_it_is_masked(password, scheme):
 
 
 @pytest.mark.parametrize(
-    "name", ["token", "tracking.tags.token", "MLFLOW_TRACKING_PASSWORD", "sessionToken", "api-key", "AccountKey", "sig"]
+    "name", ["token", "tracking.tags.token", "MLFLOW_TRACKING_PASSWORD", "sessionToken", "AccountKey", *SECRET_NAMES]
 )
 def test_names_of_secrets(name):
     assert is_secret_name(name)
