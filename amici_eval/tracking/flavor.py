@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from amici_eval.model.checkpoint import TrainedAMICI
 
-__all__ = ["FLAVOR_NAME", "load_model", "log_model", "save_model"]
+__all__ = ["FLAVOR_NAME", "check_tells_nothing", "load_model", "log_model", "save_model"]
 
 _FOLDER = "amici"
 _PINNED = (
@@ -81,12 +81,8 @@ def save_model(
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
     from amici_eval.model.manifest import sums_of, write_manifest
 
-    if isinstance(adata, str) and mask_secrets(adata) != adata:
-        raise InvalidSpecError(
-            value=f"adata={adata!r} holds credentials",
-            rule="everybody who may read the model would be given them",
-            fix="name the data without, and give credentials by the environment of whoever reads it",
-        )
+    if isinstance(adata, str):
+        check_tells_nothing(adata)
     source = training_adata if training_adata is not None else getattr(model, "adata", None)
     trained = model if isinstance(model, TrainedAMICI) else TrainedAMICI.from_amici(model, adata=training_adata)
     if isinstance(adata, str) and adata == "bundle":
@@ -140,6 +136,16 @@ def save_model(
                 # MLflow infers a signature from the type hints of a predict function; ours is set above
                 signature=mlflow_model.signature,
             )
+
+
+def check_tells_nothing(adata: str) -> None:
+    """Refuse a URI with credentials, which a model would tell to everybody who may read it."""
+    if mask_secrets(adata) != adata:
+        raise InvalidSpecError(
+            value=f"adata={adata!r} holds credentials",
+            rule="everybody who may read the model would be given them",
+            fix="name the data without, and give credentials by the environment of whoever reads it",
+        )
 
 
 def _unshared(value: Any) -> Any:

@@ -276,7 +276,7 @@ def register_job(
 
     from amici_eval.model.checkpoint import BUNDLED_ADATA, read_amici_directory
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
-    from amici_eval.tracking.flavor import log_model
+    from amici_eval.tracking.flavor import check_tells_nothing, log_model
 
     if not name or set(name) & set("/:@"):
         raise InvalidSpecError(
@@ -292,6 +292,7 @@ def register_job(
                 rule="it must be bundle, or the path or URI of a .h5ad or .zarr",
                 fix="set register.adata=bundle",
             )
+        check_tells_nothing(adata)
         adata = AnnDataSource(adata).uri
     folder = Path(model_dir).expanduser()
     location: str | Path | None = data_uri

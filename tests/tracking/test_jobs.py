@@ -324,6 +324,7 @@ def test_other_bad_input_starts_no_run(registry, options, kind, message):
     [
         ({"name": "a/b"}, "a registered model's name has no '/'"),
         ({"adata": "bundel"}, r"register\.adata='bundel': it must be bundle, or the path or URI"),
+        ({"adata": "https://user:secret@example.org/a.h5ad"}, r"holds credentials: everybody who may read the model"),
         ({"alias": "v1"}, r"register\.alias='v1'"),
         ({"adata": "bundle", "data_uri": None}, "there must be an AnnData to bundle"),
     ],
@@ -338,8 +339,10 @@ def test_bad_registration_is_refused(registry, amici_dir, options, message):
         "tracking": TrackingSpec(),
         **options,
     }
+    before = n_runs()
     with pytest.raises(AmiciEvalError, match=message):
         register_job(str(amici_dir), **arguments)
+    assert n_runs() == before
 
 
 def test_awkward_labels_go_all_the_way(registry, adata, trained, amici_dir, tmp_path):
