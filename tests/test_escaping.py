@@ -50,6 +50,21 @@ def test_what_cannot_be_seen_is_shown(text, shown):
     assert printable(text) == shown
 
 
+@pytest.mark.parametrize(
+    "codes",
+    [
+        *(range(0x20), range(0x7F, 0xA0), range(0x2028, 0x202F), range(0x2060, 0x2070), range(0xFFF9, 0xFFFC)),
+        *((0x61C, 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFE, 0xFFFF), range(0xD800, 0xE000), range(0xE0000, 0xE0080)),
+    ],
+    ids=lambda codes: f"{codes[0]:x}",
+)
+def test_nothing_that_cannot_be_seen_is_left_out(codes):
+    for code in codes:
+        shown = printable(f"a{chr(code)}b")
+        assert shown.isascii()
+        assert int(re.fullmatch(r"a\\[xuU]([0-9a-f]+)b", shown)[1], 16) == code
+
+
 @seeded
 @given(text=anything)
 def test_html_holds_the_text_and_no_element(text):

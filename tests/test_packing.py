@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amici_eval.durable import PARTIAL_SUFFIX, FolderLock, is_disk_full, write_durably, write_text_durably
+from amici_eval.finished_parts import FinishedParts
 from amici_eval.packing import DamagedPackError, read_pack, write_pack
 
 
@@ -119,6 +120,15 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     write_text_durably(path, "new")
     assert path.read_text() == "new"
     assert not list(tmp_path.glob(f"*{PARTIAL_SUFFIX}"))
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path):
+    parts = FinishedParts(tmp_path, key="k")
+    parts.put("attention", (1, 2))
+    (tmp_path / f"x{PARTIAL_SUFFIX}").write_bytes(b"half")
+    parts.sweep()
+    assert FinishedParts.count_in(tmp_path) == len(list(tmp_path.iterdir())) == 1
+    assert parts.get("attention") == (1, 2)
 
 
 def test_a_folder_has_one_owner(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import anndata as ad
@@ -18,8 +20,10 @@ import torch
 import yaml
 from scipy import sparse
 
+from amici_eval import untrusted
 from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError
 from amici_eval.files import open_anndata
+from amici_eval.hdf5_checks import check_hdf5
 from amici_eval.matrices import open_rows, spans
 from amici_eval.untrusted import check_names, parse_json
 
@@ -222,6 +226,72 @@ def test_a_sparse_matrix_on_disk_that_points_outside_is_refused(tmp_path, change
         list(spans(open_rows(open_anndata(tmp_path / "a.h5ad", backed=True).X)))
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda file: file.create_dataset("a", (3,), [("n", "i4"), ("r", h5py.ref_dtype)]), "'a' holds references"),
+        (lambda file: file.create_dataset("a", (3,), h5py.vlen_dtype(h5py.ref_dtype)), "'a' holds references"),
+        (lambda file: file.create_dataset("a", (3,), np.dtype((h5py.ref_dtype, (2,)))), "'a' holds references"),
+        (
+            lambda file: file.create_virtual_dataset("a", h5py.VirtualLayout((3,), "f8")),
+            "'a' is put together",
+        ),
+        (lambda file: file.create_dataset("a", (3,), "f8", external=[("/x", 0, 24)]), "'a' is stored in another file"),
+        (lambda file: file.create_dataset("a", (3,), f"S{2**20 + 1}"), f"'a' has items of {2**20 + 1} bytes"),
+        (
+            lambda file: file.create_group("g").attrs.create("long", np.zeros(2**21 + 1)),
+            f"an attribute of 'g' takes more than {2**24} bytes",
+        ),
+        (
+            lambda file: file.create_dataset("a", (3,), "f8").attrs.create("long", np.zeros(2**21 + 1)),
+            f"an attribute of 'a' takes more than {2**24} bytes",
+        ),
+    ],
+)
+def test_what_no_anndata_holds_is_refused_by_what_it_is(tmp_path, build, message):
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        build(file)
+    with pytest.raises(ValueError, match=message):
+        check_hdf5(tmp_path / "a.h5")
+
+
+def npy(array, version=(1, 0)):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=version, allow_pickle=True)
+    return file.getvalue()
+
+
+SOUND = npy(np.arange(4.0))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.npy", npy(np.zeros(50_000)))], r"it unpacks from \d+ to 400128 bytes"),
+        ([("a.npy", SOUND), ("a.npy", SOUND)], "it holds 'a' twice"),
+        ([("a.npy", SOUND), ("a", SOUND)], "it holds 'a' twice"),
+        ([("a.npy", npy(np.arange(4.0), (3, 0)))], r"a is written in version \(3, 0\)"),
+        ([("a.npy", npy(np.array([{}, 1], dtype=object)))], "a holds object, not numbers"),
+        ([("a.npy", npy(np.array(["x"])))], "a holds <U1, not numbers"),
+        ([("a.npy", SOUND.replace(b"(4,)", b"(9,)"))], "a has another size than it says"),
+        ([("a.npy", SOUND.replace(b"(4,), ", b"(99,),"))], r"a says that it is of shape \(99,\), which its \d+ bytes"),
+        ([("a.npy", SOUND.replace(b"(4,)", b"(3,)"))], "a has another size than it says"),
+        ([("a.npy", SOUND.replace(b"(4,), ", b"(-4,),"))], r"a says that it is of shape \(-4,\)"),
+    ],
+)
+def test_an_archive_of_arrays_holds_what_it_says(tmp_path, monkeypatch, members, message):
+    monkeypatch.setattr(untrusted, "_SMALL_BYTES", 2**17)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("sound.npy", SOUND)
+    assert untrusted.load_npz(tmp_path / "a.npz")["sound"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=message):
+        untrusted.load_npz(tmp_path / "a.npz")
+
+
 def test_a_limit_of_the_process_limits_the_memory():
     told = subprocess.run(  # noqa: S603, RUF100
         [
@@ -249,6 +319,14 @@ def test_brackets_in_texts_are_no_nesting():
     assert parse_json("[" * 64 + "]" * 64, max_values=1000)
     with pytest.raises(ValueError, match="more than 64 deep"):
         parse_json("[" * 65 + "]" * 65, max_values=1000)
+
+
+def test_json_holds_no_more_values_than_its_reader_takes():
+    # a list or an object counts as three, and each comma as one
+    assert parse_json("[[1, 2], {}]", max_values=11) == [[1, 2], {}]
+    for text in ("[[1, 2], {}]", "[" + "1," * 10 + "1]", '{"a": {"b": {"c": {}}}}'):
+        with pytest.raises(ValueError, match="more than the 10 values"):
+            parse_json(text, max_values=10)
 
 
 def test_what_json_reads_in_two_ways_is_refused():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 
 from amici_eval.specs import TrackingSpec
+from amici_eval.tracking import heartbeat
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, STOPPED_S, Beat, Heartbeat, close_abandoned
 from amici_eval.tracking.patience import patiently
 from amici_eval.tracking.registry import connect
@@ -60,6 +62,19 @@ def test_runs_of_processes_that_are_gone_are_closed(bare_model):
     assert status(not_ours) == status(broken) == status(same_name) == "RUNNING"
     for run_id in (own, not_ours, broken, same_name):
         mlflow.MlflowClient().set_terminated(run_id)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_process_that_has_ended_and_is_not_collected_is_gone():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        beat = replace(Beat.now(), pid=process.pid, started=heartbeat._start_of(process.pid))
+        assert not beat.has_stopped()
+        process.kill()
+        # until it is waited for, its entry stays, with the start that it had
+        state = Path(f"/proc/{process.pid}/stat")
+        while state.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        assert beat.has_stopped()
 
 
 def test_elsewhere_only_time_tells(bare_model):

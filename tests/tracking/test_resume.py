@@ -292,6 +292,31 @@ def test_two_that_make_the_same_data_set_known_at_once_both_get_through(registry
     assert len(whole.inputs.dataset_inputs) == 1
 
 
+def test_what_could_be_written_is_sent_and_said_to_be_partial(registry, tmp_path, monkeypatch, caplog):
+    write = run_log.write_artifacts
+
+    def half(evaluation, folder, **options):
+        write(evaluation, folder, **options)
+        raise RuntimeError("a figure could not be drawn")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "write_artifacts", half)
+        with pytest.raises(RuntimeError, match="could not be drawn"):
+            run(experiment="partly")
+    (folder,) = (tmp_path / "out").iterdir()
+    run_id = upload(folder)
+    assert run_id == folder.name
+    assert f"run {run_id} is FAILED and marked as partial" in caplog.text
+    sent = mlflow.get_run(run_id)
+    assert sent.info.status == "FAILED"
+    assert sent.data.tags[PARTIAL_TAG] == "not all artifacts could be written"
+    assert "summary/n_significant" in sent.data.metrics
+    # the same command draws the rest
+    assert run(experiment="partly").run_id == run_id
+    assert mlflow.get_run(run_id).info.status == "FINISHED"
+    assert PARTIAL_TAG not in mlflow.get_run(run_id).data.tags
+
+
 def test_a_run_whose_last_answer_was_lost_is_the_one_that_is_completed(registry, tmp_path, monkeypatch):
     send = run_log._send
 
