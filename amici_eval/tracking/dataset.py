@@ -2,36 +2,27 @@
 
 # MLflow reads the return annotation of a constructor as an object: no `from __future__ import annotations` here
 
-import itertools
 import json
 import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import urlparse
 
 from mlflow.data.dataset import Dataset
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
-from amici_eval.errors import DataError, first_line, mask_secrets
-from amici_eval.zarr_checks import METADATA_BYTES, load_metadata, shape_and_chunks
+from amici_eval.errors import mask_secrets
+from amici_eval.tracking.fetching import SUFFIXES, as_local_path, fetch
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["AnnDataDataset", "AnnDataEvaluationDataset", "AnnDataSource", "from_anndata"]
-
-_MLFLOW_SCHEMES = ("runs", "models", "mlflow-artifacts", "dbfs")
-_SUFFIXES = (".h5ad", ".zarr")
-_INDIRECT_SCHEMES = ("reference", "simplecache", "filecache", "blockcache", "zip", "tar", "libarchive", "dir")
-_TIMEOUT_S = 30
-_CHUNK_BYTES = 2**20
-_MOST_CHUNKS = 10**6
 
 
 class AnnDataSource(DatasetSource):
@@ -46,7 +37,7 @@ class AnnDataSource(DatasetSource):
     """
 
     def __init__(self, uri: str) -> None:
-        path = _as_local_path(uri)
+        path = as_local_path(uri)
         self._uri = uri if path is None else str(path.absolute())
 
     @property
@@ -61,7 +52,7 @@ class AnnDataSource(DatasetSource):
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:
         # only what is an AnnData by its name, or this class would claim other people's datasets
-        return isinstance(raw_source, (str, Path)) and str(raw_source).rstrip("/").lower().endswith(_SUFFIXES)
+        return isinstance(raw_source, (str, Path)) and str(raw_source).rstrip("/").lower().endswith(SUFFIXES)
 
     @classmethod
     def _resolve(cls, raw_source: Any) -> "AnnDataSource":
@@ -78,8 +69,12 @@ class AnnDataSource(DatasetSource):
 
     def load(self) -> str:
         """Fetch the AnnData if it is remote and return a local path, which the caller owns."""
-        local = _as_local_path(self._uri)
-        return str(local) if local is not None else str(self._fetch(Path(tempfile.mkdtemp(prefix="amici-eval-data-"))))
+        local = as_local_path(self._uri)
+        return (
+            str(local)
+            if local is not None
+            else str(fetch(self._uri, Path(tempfile.mkdtemp(prefix="amici-eval-data-"))))
+        )
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
@@ -90,12 +85,12 @@ class AnnDataSource(DatasetSource):
         DataError
             If it cannot be fetched.
         """
-        local = _as_local_path(self._uri)
+        local = as_local_path(self._uri)
         if local is not None:
             yield local
             return
         with tempfile.TemporaryDirectory(prefix="amici-eval-data-") as folder:
-            yield self._fetch(Path(folder))
+            yield fetch(self._uri, Path(folder))
 
     def open(self, *, backed: bool | None = None) -> "AnnData":
         """Read the AnnData; a fetched copy is removed as soon as nothing is read from it any more.
@@ -117,131 +112,6 @@ class AnnDataSource(DatasetSource):
             if is_on_disk(adata):
                 weakref.finalize(adata, stack.pop_all().close)
         return adata
-
-    def _fetch(self, folder: Path) -> Path:
-        parsed = urlparse(self._uri)
-        if "::" in self._uri or parsed.scheme in _INDIRECT_SCHEMES:
-            raise DataError(
-                value=f"data.uri={self._uri}",
-                rule="data must be named directly: chained file systems could write outside their folder",
-                fix="give the URI of the .h5ad or .zarr itself",
-            )
-        name = Path(unquote(parsed.path)).name
-        if not name.lower().endswith(_SUFFIXES):
-            raise DataError(
-                value=f"data.uri={self._uri}",
-                rule="data must be an AnnData written as .h5ad or .zarr",
-                fix="correct the URI",
-            )
-        try:
-            if parsed.scheme in _MLFLOW_SCHEMES:
-                import mlflow.artifacts
-
-                return Path(mlflow.artifacts.download_artifacts(artifact_uri=self._uri, dst_path=str(folder)))
-            if parsed.scheme in ("http", "https"):
-                if name.lower().endswith(".h5ad"):
-                    return _download(self._uri, folder / name)
-                return _download_zarr(self._uri, folder / name)
-            _copy_from_store(self._uri, folder / name)
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                value=f"{self._uri} cannot be fetched ({first_line(error)})",
-                rule="data.uri must name a readable .h5ad or .zarr",
-                fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
-            ) from error
-        return folder / name
-
-
-def _as_local_path(uri: str) -> Path | None:
-    parsed = urlparse(uri)
-    if parsed.scheme == "file":
-        return Path(unquote(parsed.path))
-    # a one-letter scheme is a Windows drive
-    return Path(uri).expanduser() if len(parsed.scheme) <= 1 else None
-
-
-def _inside(folder: Path, key: str) -> Path:
-    """Return the place of a store's key in a folder, or refuse a key that leads out of it."""
-    if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise DataError(
-            value=f"the store holds the key {key!r}",
-            rule="keys must lie inside the .zarr",
-            fix="do not use this store; somebody may want to write to your disk",
-        )
-    return folder.joinpath(*key.split("/"))
-
-
-def _copy_from_store(uri: str, target: Path) -> None:
-    """Copy a file, or a folder key by key, from a store that fsspec opens."""
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    if not target.name.lower().endswith(".zarr"):
-        filesystem.get_file(path, str(target))
-        return
-    root = path.rstrip("/") + "/"
-    found = filesystem.find(path)
-    if not found:
-        raise FileNotFoundError(uri)
-    for remote in found:
-        local = _inside(target, remote.removeprefix(root))
-        local.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(remote, str(local))
-
-
-def _download_zarr(url: str, target: Path) -> Path:
-    """Fetch a .zarr from a web server, which cannot list it: its consolidated metadata name the arrays and chunks."""
-    import requests
-
-    base, _, query = url.partition("?")
-    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata", limit=METADATA_BYTES)
-    entries = load_metadata(metadata)["metadata"]
-    grids = {}
-    for key, content in entries.items():
-        if key.endswith(".zarray"):
-            shape, chunks = shape_and_chunks(content, ascii(key[:200]))
-            grids[key] = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-    if (asked := sum(map(prod, grids.values()))) > _MOST_CHUNKS:
-        msg = f"its arrays have {asked} chunks, each of which would be asked for, and at most {_MOST_CHUNKS} are"
-        raise ValueError(msg)
-    for key, content in entries.items():
-        place = _inside(target, key)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(content), encoding="utf-8")
-        if key not in grids:
-            continue
-        separator = content.get("dimension_separator", ".")
-        for chunk in itertools.product(*map(range, grids[key])):
-            name = key.removesuffix(".zarray") + (separator.join(map(str, chunk)) or "0")
-            try:
-                _download(_join(base, name, query), _inside(target, name))
-            except requests.HTTPError as error:
-                # a chunk of fill values need not be stored
-                if error.response.status_code != requests.codes.not_found:
-                    raise
-    return target
-
-
-def _join(base: str, key: str, query: str) -> str:
-    return f"{base.rstrip('/')}/{quote(key)}" + (f"?{query}" if query else "")
-
-
-def _download(url: str, target: Path, *, limit: int | None = None) -> Path:
-    import requests
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-    with requests.get(url, stream=True, timeout=_TIMEOUT_S) as answer:
-        answer.raise_for_status()
-        with target.open("wb") as file:
-            for chunk in answer.iter_content(_CHUNK_BYTES):
-                file.write(chunk)
-                if limit is not None and file.tell() > limit:
-                    msg = f"{target.name} has more than {limit} bytes"
-                    raise ValueError(msg)
-    return target
 
 
 class AnnDataEvaluationDataset(EvaluationDataset):

@@ -1,0 +1,167 @@
+"""AnnData that are elsewhere: fetched from artifacts, web servers and object stores into a folder, and nowhere else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from math import prod
+from pathlib import Path
+from urllib.parse import quote, unquote, urlparse
+
+from amici_eval.errors import DataError, first_line
+from amici_eval.zarr_checks import METADATA_BYTES, load_metadata, shape_and_chunks
+
+__all__ = ["SUFFIXES", "as_local_path", "fetch"]
+
+SUFFIXES = (".h5ad", ".zarr")
+_MLFLOW_SCHEMES = ("runs", "models", "mlflow-artifacts", "dbfs")
+_INDIRECT_SCHEMES = ("reference", "simplecache", "filecache", "blockcache", "zip", "tar", "libarchive", "dir")
+_TIMEOUT_S = 30
+_CHUNK_BYTES = 2**20
+_MOST_CHUNKS = 10**6
+
+
+def fetch(uri: str, folder: Path) -> Path:
+    """Fetch an AnnData that is not here into a folder.
+
+    Parameters
+    ----------
+    uri
+        Of a ``.h5ad`` or ``.zarr``, of any scheme that :class:`~amici_eval.tracking.dataset.AnnDataSource` takes.
+    folder
+        Where to; it exists.
+
+    Returns
+    -------
+    Path
+        What was fetched.
+
+    Raises
+    ------
+    DataError
+        If it cannot be fetched, or would write outside the folder.
+    """
+    parsed = urlparse(uri)
+    if "::" in uri or parsed.scheme in _INDIRECT_SCHEMES:
+        raise DataError(
+            value=f"data.uri={uri}",
+            rule="data must be named directly: chained file systems could write outside their folder",
+            fix="give the URI of the .h5ad or .zarr itself",
+        )
+    name = Path(unquote(parsed.path)).name
+    if not name.lower().endswith(SUFFIXES):
+        raise DataError(
+            value=f"data.uri={uri}",
+            rule="data must be an AnnData written as .h5ad or .zarr",
+            fix="correct the URI",
+        )
+    try:
+        if parsed.scheme in _MLFLOW_SCHEMES:
+            import mlflow.artifacts
+
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+        if parsed.scheme in ("http", "https"):
+            if name.lower().endswith(".h5ad"):
+                return _download(uri, folder / name)
+            return _download_zarr(uri, folder / name)
+        _copy_from_store(uri, folder / name)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            value=f"{uri} cannot be fetched ({first_line(error)})",
+            rule="data.uri must name a readable .h5ad or .zarr",
+            fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
+        ) from error
+    return folder / name
+
+
+def as_local_path(uri: str) -> Path | None:
+    """Return the path that a URI names on this machine, ``None`` if it is elsewhere."""
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    # a one-letter scheme is a Windows drive
+    return Path(uri).expanduser() if len(parsed.scheme) <= 1 else None
+
+
+def _inside(folder: Path, key: str) -> Path:
+    """Return the place of a store's key in a folder, or refuse a key that leads out of it."""
+    if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise DataError(
+            value=f"the store holds the key {key!r}",
+            rule="keys must lie inside the .zarr",
+            fix="do not use this store; somebody may want to write to your disk",
+        )
+    return folder.joinpath(*key.split("/"))
+
+
+def _copy_from_store(uri: str, target: Path) -> None:
+    """Copy a file, or a folder key by key, from a store that fsspec opens."""
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if not target.name.lower().endswith(".zarr"):
+        filesystem.get_file(path, str(target))
+        return
+    root = path.rstrip("/") + "/"
+    found = filesystem.find(path)
+    if not found:
+        raise FileNotFoundError(uri)
+    for remote in found:
+        local = _inside(target, remote.removeprefix(root))
+        local.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(remote, str(local))
+
+
+def _download_zarr(url: str, target: Path) -> Path:
+    """Fetch a .zarr from a web server, which cannot list it: its consolidated metadata name the arrays and chunks."""
+    import requests
+
+    base, _, query = url.partition("?")
+    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata", limit=METADATA_BYTES)
+    entries = load_metadata(metadata)["metadata"]
+    grids = {}
+    for key, content in entries.items():
+        if key.endswith(".zarray"):
+            shape, chunks = shape_and_chunks(content, ascii(key[:200]))
+            grids[key] = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    if (asked := sum(map(prod, grids.values()))) > _MOST_CHUNKS:
+        msg = f"its arrays have {asked} chunks, each of which would be asked for, and at most {_MOST_CHUNKS} are"
+        raise ValueError(msg)
+    for key, content in entries.items():
+        place = _inside(target, key)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(content), encoding="utf-8")
+        if key not in grids:
+            continue
+        separator = content.get("dimension_separator", ".")
+        for chunk in itertools.product(*map(range, grids[key])):
+            name = key.removesuffix(".zarray") + (separator.join(map(str, chunk)) or "0")
+            try:
+                _download(_join(base, name, query), _inside(target, name))
+            except requests.HTTPError as error:
+                # a chunk of fill values need not be stored
+                if error.response.status_code != requests.codes.not_found:
+                    raise
+    return target
+
+
+def _join(base: str, key: str, query: str) -> str:
+    return f"{base.rstrip('/')}/{quote(key)}" + (f"?{query}" if query else "")
+
+
+def _download(url: str, target: Path, *, limit: int | None = None) -> Path:
+    import requests
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    with requests.get(url, stream=True, timeout=_TIMEOUT_S) as answer:
+        answer.raise_for_status()
+        with target.open("wb") as file:
+            for chunk in answer.iter_content(_CHUNK_BYTES):
+                file.write(chunk)
+                if limit is not None and file.tell() > limit:
+                    msg = f"{target.name} has more than {limit} bytes"
+                    raise ValueError(msg)
+    return target
