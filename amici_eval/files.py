@@ -109,7 +109,8 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
             raise DataError(
                 value=f"{location}: {error}",
                 rule="names are shown in tables, pages and terminals",
-                fix=f"rename them, as with adata.{axis}_names = adata.{axis}_names.str.strip(), and write it again",
+                fix=f"rename them, say by adata.{axis}_names.str.replace(r'[\\x00-\\x1f]', '_', regex=True), "
+                "and write it again",
             ) from error
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise DataError(
@@ -128,6 +129,15 @@ def _checked_sizes(location: Path) -> list[StoredSize]:
             raise ValueError(msg)
         return check_zarr(location)
     check_is_plain_file(location, links=True)
+    import h5py
+
+    if not h5py.is_hdf5(location):
+        with location.open("rb") as file:
+            head = file.read(4)
+        known = {b"\x80": ", but a pickle", b"PK": ", but a zip archive", b"\x1f\x8b": ", but packed by gzip"}
+        what = next((kind for start, kind in known.items() if head.startswith(start)), "" if head else ": it is empty")
+        msg = f"it is no HDF5 file{what}"
+        raise ValueError(msg)
     return check_hdf5(location)
 
 

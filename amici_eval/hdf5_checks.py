@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.hdf5_texts import text_bytes
+from amici_eval.hdf5_texts import layout_of, text_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,13 +16,16 @@ __all__ = ["StoredSize", "check_hdf5", "check_sizes"]
 
 _DEEPEST = 64
 _TEXT_BYTES = 64
+_OBJECT_BYTES = 128
 _SMALL_BYTES = 2**28
 _LARGEST_RATIO = 200
 _WIDEST = 2**20
 _ATTRIBUTE_BYTES = 2**24
 _SHARE_OF_MEMORY = 4
-_LARGE_CHUNK_BYTES = 2**18
-_SLACK_BYTES = 2**20
+_PIECE_BYTES = 2**18
+_SUM_BYTES = 4
+_MOST_CHUNKS = 2**18
+_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF, _FIRST_PLUGIN = 1, 2, 3, 32000, 256
 _SLACK_TEXTS = 2**26
 
 
@@ -42,6 +45,8 @@ class StoredSize:
         Whether it may be an expression matrix of which rows are read from disk.
     texts
         Bytes of what its entries point to, beside ``unpacked``.
+    n_chunks
+        How many chunks its shape has, stored or not.
     """
 
     name: str
@@ -50,6 +55,7 @@ class StoredSize:
     chunk: int
     rows_on_disk: bool
     texts: int = 0
+    n_chunks: int = 1
 
 
 def check_hdf5(path: Path) -> list[StoredSize]:
@@ -59,7 +65,8 @@ def check_hdf5(path: Path) -> list[StoredSize]:
     ------
     ValueError
         If it holds a link to another place or file, a virtual array, one that is stored in another file, references, a
-        group inside itself, groups nested more than 64 deep, or texts that together are far longer than the file.
+        group that lies in two places, groups nested more than 64 deep, texts that together are far longer than the
+        file, an array that is packed more than once, or a chunk that is not as large as its array says.
     """
     import h5py
 
@@ -68,6 +75,7 @@ def check_hdf5(path: Path) -> list[StoredSize]:
     # an array that is named twice is read twice
     most = 2 * held + _SLACK_TEXTS
     with h5py.File(path, "r") as file:
+        seen, known = {_place(file)}, {}
         waiting: list[tuple[str, Any, tuple[Any, ...]]] = [("", file, (_place(file),))]
         while waiting:
             where, group, above = waiting.pop()
@@ -81,18 +89,21 @@ def check_hdf5(path: Path) -> list[StoredSize]:
                     msg = f"{name[:200]!a} is a link to another place or file"
                     raise ValueError(msg)
                 item = group[key]
+                place = _place(item)
                 if isinstance(item, h5py.Group):
-                    if _place(item) in above:
-                        msg = f"the group {name[:200]!a} lies inside itself"
+                    if place in seen:
+                        msg = f"the group {name[:200]!a} lies {'inside itself' if place in above else 'in two places'}"
                         raise ValueError(msg)
-                    waiting.append((name, item, (*above, _place(item))))
+                    seen.add(place)
+                    waiting.append((name, item, (*above, place)))
                 elif isinstance(item, h5py.Dataset):
-                    sizes.append(_size_of(path, name, item))
+                    same = place, is_expression(name)
+                    if same not in known:
+                        known[same] = _size_of(path, name, item, enough=most)
+                    sizes.append(replace(known[same], name=name))
                     texts += sizes[-1].texts
                     if texts > most:
-                        msg = (
-                            f"its texts take more than {most} bytes, and the file has {held}: they share what they hold"
-                        )
+                        msg = f"its texts take more than {most} bytes, and the file has {held}: they share some"
                         raise ValueError(msg)
     return sizes
 
@@ -114,30 +125,61 @@ def _check_attributes(where: str, item: Any) -> None:
             raise ValueError(msg)
 
 
-def _check_inflates(item: Any, shown: str) -> None:
-    """Refuse a chunk that is larger, once it is inflated, than chunks of its data set are."""
-    if item.compression != "gzip" or not item.chunks or not hasattr(item.id, "chunk_iter"):
+def _check_filters(item: Any, shown: str) -> list[int]:
+    """Return the filters of an array; refuse those that no AnnData has, and two that pack."""
+    plist = item.id.get_create_plist()
+    codes = [plist.get_filter(index)[0] for index in range(plist.get_nfilters())]
+    # what a plugin brings fails where there is none
+    known = {_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF}
+    if any(code not in known and code < _FIRST_PLUGIN for code in codes):
+        msg = f"{shown} is packed by a filter that no AnnData has"
+        raise ValueError(msg)
+    if sum(code not in (_SHUFFLE, _FLETCHER32) for code in codes) > 1 or len(set(codes)) < len(codes):
+        msg = f"{shown} is packed more than once"
+        raise ValueError(msg)
+    return codes
+
+
+def _check_chunks(item: Any, codes: list[int], width: int, shown: str) -> None:
+    """Refuse a chunk that holds more, or less, than its array says once it is unpacked.
+
+    The library takes a chunk for as large as its array says, and reads on behind a shorter one in the process's memory.
+    """
+    if not codes or not item.chunks or _LZF in codes or any(code >= _FIRST_PLUGIN for code in codes):
         return
-    most = prod(item.chunks) * item.dtype.itemsize + _SLACK_BYTES
-    large: list[tuple[int, ...]] = []
-    # what is smaller cannot fill much memory
-    item.id.chunk_iter(lambda info: large.append(info.chunk_offset) if info.size > _LARGE_CHUNK_BYTES else None)
-    for offset in large:
-        fed = item.id.read_direct_chunk(offset)[1]
-        inflate, found = zlib.decompressobj(), 0
-        try:
-            while fed and found <= most and not inflate.eof:
-                found += len(inflate.decompress(fed, _LARGE_CHUNK_BYTES))
-                fed = inflate.unconsumed_tail
-        except zlib.error:
-            # left out of the filter, or damaged: the library tells
-            continue
-        if found > most:
-            msg = f"a chunk of {shown} inflates to at least {found} bytes, and holds {most - _SLACK_BYTES}"
+    held = prod(item.chunks) * width
+    places: list[tuple[int, ...]] = []
+    item.id.chunk_iter(lambda info: places.append(info.chunk_offset))
+    for place in places:
+        skipped, content = item.id.read_direct_chunk(place)
+        size, packed = len(content), False
+        for index, code in reversed(list(enumerate(codes))):
+            if skipped >> index & 1 or code == _SHUFFLE:
+                continue
+            if code == _FLETCHER32:
+                size -= _SUM_BYTES
+            elif packed := code == _DEFLATE:
+                size = _inflated(content, held + _SUM_BYTES)
+        if size != held:
+            what = "at least " if packed and size > held else ""
+            msg = f"a chunk of {shown} unpacks to {what}{size} bytes, and holds {held}"
             raise ValueError(msg)
 
 
-def _size_of(path: Path, name: str, item: Any) -> StoredSize:
+def _inflated(content: bytes, most: int) -> int:
+    """Return how many bytes a chunk inflates to, or a number above ``most``."""
+    inflate, found, fed = zlib.decompressobj(), 0, content
+    while fed and found <= most and not inflate.eof:
+        try:
+            found += len(inflate.decompress(fed, _PIECE_BYTES))
+        except zlib.error as error:
+            msg = f"a chunk is damaged: {error}"
+            raise ValueError(msg) from error
+        fed = inflate.unconsumed_tail
+    return found
+
+
+def _size_of(path: Path, name: str, item: Any, *, enough: int) -> StoredSize:
     import h5py
 
     shown = ascii(name[:200])
@@ -154,16 +196,22 @@ def _size_of(path: Path, name: str, item: Any) -> StoredSize:
         msg = f"{shown} holds references"
         raise ValueError(msg)
     _check_attributes(name, item)
-    _check_inflates(item, shown)
-    text = h5py.check_string_dtype(item.dtype)
-    each = _TEXT_BYTES if text is not None and text.length is None else max(item.dtype.itemsize, 1)
+    width, places = layout_of(item)
+    each = max(item.dtype.itemsize, 1)
+    if places:
+        each = _TEXT_BYTES if h5py.check_string_dtype(item.dtype) else each + _OBJECT_BYTES * len(places)
     unpacked = prod(item.shape) * each if item.shape is not None else 0
     stored = int(item.id.get_storage_size())
-    texts = 0
+    n_chunks = (
+        prod(-(-size // chunk) for size, chunk in zip(item.shape, item.chunks, strict=True)) if item.chunks else 1
+    )
+    texts, codes = 0, _check_filters(item, shown)
+    rows_on_disk = is_expression(name) and not places
     # what is larger is refused by what it says of itself
-    if not _is_blown_up(unpacked, stored):
+    if rows_on_disk or not (_is_blown_up(unpacked, stored) or n_chunks > _MOST_CHUNKS):
+        _check_chunks(item, codes, width, shown)
         try:
-            texts = text_bytes(path, item)
+            texts = text_bytes(path, item, enough=enough)
         except (ValueError, OSError) as error:
             msg = f"{shown}: {error}"
             raise ValueError(msg) from error
@@ -173,7 +221,8 @@ def _size_of(path: Path, name: str, item: Any) -> StoredSize:
         stored=stored,
         texts=texts,
         chunk=prod(item.chunks) * item.dtype.itemsize if item.chunks else 0,
-        rows_on_disk=is_expression(name) and each == item.dtype.itemsize,
+        rows_on_disk=rows_on_disk,
+        n_chunks=n_chunks,
     )
 
 
@@ -222,9 +271,10 @@ def check_sizes(sizes: list[StoredSize], *, on_disk: bool, memory: int) -> None:
     -----
     Real tables shrink ten to fifty times at best where they are large; an array of more than 256 MiB of which less than
     a two-hundredth is stored holds one value all over, or was made to fill the memory of whoever reads it. An
-    expression matrix of which rows are read from disk may be as large as it likes.
+    expression matrix of which rows are read from disk may be as large as it likes. Each chunk of a shape costs
+    the library kilobytes, whether it is stored or not.
     """
-    total = 0
+    total = n_chunks = 0
     for size in sizes:
         shown = ascii(size.name[:200])
         if on_disk and size.rows_on_disk:
@@ -236,6 +286,10 @@ def check_sizes(sizes: list[StoredSize], *, on_disk: bool, memory: int) -> None:
             msg = f"{shown} would take {size.unpacked} bytes, of which {size.stored} are stored"
             raise ValueError(msg)
         total += size.unpacked + size.texts
+        n_chunks += size.n_chunks
+    if n_chunks > _MOST_CHUNKS:
+        msg = f"its arrays are stored in {n_chunks} chunks, more than the {_MOST_CHUNKS} that are read at once"
+        raise ValueError(msg)
     if total > max(_SMALL_BYTES, memory):
         msg = f"its arrays would take {total} bytes, and {memory} are free"
         raise ValueError(msg)

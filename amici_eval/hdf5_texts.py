@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -11,14 +12,36 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["text_bytes"]
+__all__ = ["layout_of", "text_bytes"]
 
 _LARGEST_CHUNK = 2**28
 _BLOCK = 2**16
 _MOST_PLACES = 1024
 
 
-def text_bytes(path: Path, item: Any) -> int:
+def layout_of(item: Any) -> tuple[int, list[tuple[int, int]]]:
+    """Return how an array's entries stand in the file.
+
+    Parameters
+    ----------
+    item
+        An ``h5py.Dataset``.
+
+    Returns
+    -------
+    tuple of int and list
+        Bytes of an entry; and for each part of it that is of varying length, where its length stands and how many bytes
+        one of it takes.
+
+    Raises
+    ------
+    ValueError
+        If parts of varying length hold such parts, or there are more than 1024.
+    """
+    return _layout(item.id.get_type(), item.id)
+
+
+def text_bytes(path: Path, item: Any, *, enough: int) -> int:
     """Return how many bytes the texts, and other entries of varying length, of an array take once they are read.
 
     Parameters
@@ -27,6 +50,8 @@ def text_bytes(path: Path, item: Any) -> int:
         The file.
     item
         An ``h5py.Dataset`` of it.
+    enough
+        It need not go on beyond so many.
 
     Returns
     -------
@@ -44,23 +69,37 @@ def text_bytes(path: Path, item: Any) -> int:
     -----
     Where such an entry stands, the file has its length (4 bytes), and the place of its content in a heap (format
     specification of HDF5, "Global heap"). The library gives the content only, so that these are read raw: contiguous
-    ones from the file, chunks through a file in memory with the same filters and plain bytes as type.
+    ones from the file, chunks through a file in memory with the same filters and plain bytes as type. An array within
+    the head of its object has a few thousand entries at most, which are read one by one.
     """
     from h5py import h5d
 
-    width, places = _layout(item.id.get_type(), item.id)
+    width, places = layout_of(item)
     if not places or item.shape is None or not prod(item.shape):
         return 0
     layout = item.id.get_create_plist().get_layout()
-    if layout not in (h5d.CHUNKED, h5d.CONTIGUOUS):
-        # within the object's head: few, and none is longer than the file
-        return prod(item.shape) * len(places) * path.stat().st_size
     total = 0
+    if layout not in (h5d.CHUNKED, h5d.CONTIGUOUS):
+        for index in np.ndindex(item.shape):
+            total += _length_of(item[index])
+            if total > enough:
+                break
+        return total
     for rows in _chunks(item, width) if layout == h5d.CHUNKED else _block(path, item, width):
         for offset, unit in places:
             lengths = np.ascontiguousarray(rows[:, offset : offset + 4]).view("<u4")
             total += unit * int(lengths.sum(dtype=np.uint64))
+        if total > enough:
+            break
     return total
+
+
+def _length_of(value: Any) -> int:
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, np.void):
+        return sum(_length_of(part) for part in value.item())
+    return int(value.nbytes) if isinstance(value, np.ndarray) else 0
 
 
 def _layout(kind: Any, within: Any) -> tuple[int, list[tuple[int, int]]]:
@@ -98,7 +137,8 @@ def _layout(kind: Any, within: Any) -> tuple[int, list[tuple[int, int]]]:
 def _block(path: Path, item: Any, width: int) -> Iterator[np.ndarray]:
     """Give the entries of a contiguous array, as bytes, entries x width."""
     start, left = item.id.get_offset(), prod(item.shape)
-    if start is None:
+    # behind a user block also what is stored nowhere has an offset
+    if start is None or item.id.get_storage_size() == 0:
         return
     with path.open("rb") as file:
         file.seek(start)
@@ -121,7 +161,7 @@ def _chunks(item: Any, width: int) -> Iterator[np.ndarray]:
     if held > _LARGEST_CHUNK:
         msg = f"its texts are stored in chunks of {held} bytes"
         raise ValueError(msg)
-    with h5py.File("chunks", "w", driver="core", backing_store=False) as file:
+    with h5py.File(uuid4().hex, "w", driver="core", backing_store=False) as file:
         for number, place in enumerate(places):
             skipped, content = item.id.read_direct_chunk(place)
             like, unit = h5p.create(h5p.DATASET_CREATE), width

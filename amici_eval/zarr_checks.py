@@ -29,6 +29,7 @@ _METADATA_VALUES = 2**21
 # below this, not even what packs best can fill much memory
 _SMALL_CHUNK = 2**16
 _LARGEST_TEXTS = 2**28
+_COUNT_BYTES = 4
 _LARGEST_RATIO = 200
 _BLOCK = 2**16
 _PACK_BEST = frozenset({"bz2", "lzma"})
@@ -112,6 +113,12 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
     filters = [str(one.get("id")) for one in record.get("filters") or []]
     compressor = record.get("compressor")
     codec = None if compressor is None else str(compressor.get("id"))
+    for one in record.get("filters") or []:
+        for kind in (value for key, value in one.items() if "type" in key):
+            # some filters make another type of it, which may be as long as a book
+            if _dtype(kind, shown).kind in "SUV":
+                msg = f"{shown} is filtered to {str(kind)[:80]!a}"
+                raise ValueError(msg)
     for one, known in [(codec, _COMPRESSORS), *((one, _FILTERS) for one in filters)]:
         if one is not None and one not in known:
             msg = f"{shown} is packed by {one[:80]!a}, which is not among {', '.join(sorted(known))}"
@@ -128,7 +135,8 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
         if not dtype.hasobject:
             _check_unpacks(file, codec, chunk, shown)
             continue
-        texts += _check_unpacks(file, codec, max(chunk, _LARGEST_TEXTS), shown, measured=True)
+        _check_unpacks(file, codec, max(chunk, _LARGEST_TEXTS), shown)
+        texts += _texts_of(file, compressor, prod(chunks), shown)
         if texts > max(_LARGEST_TEXTS, _LARGEST_RATIO * stored):
             msg = f"the texts of {shown} unpack from {stored} to at least {texts} bytes"
             raise ValueError(msg)
@@ -139,6 +147,7 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
         chunk=chunk,
         rows_on_disk=is_expression(name),
         texts=texts,
+        n_chunks=prod(-(-size // one) for size, one in zip(shape, chunks, strict=True)),
     )
 
 
@@ -190,11 +199,23 @@ def _chunk_files(folder: Path, names: list[str]) -> Iterator[Path]:
             yield from (inner / name for name in inner_names)
 
 
-def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str, *, measured: bool = False) -> int:
-    """Refuse a chunk that says, or shows when it is unpacked piece by piece, that it is larger than a chunk is.
+def _texts_of(file: Path, compressor: Any, most: int, shown: str) -> int:
+    """Return how many bytes a chunk of texts takes; refuse one that says that it holds more than a chunk does."""
+    from numcodecs import get_codec
 
-    Returns how large it is; a small one is unpacked only if it is to be ``measured``.
-    """
+    content = file.read_bytes()
+    if compressor is not None:
+        content = bytes(get_codec(compressor).decode(content))
+    # the three filters that make objects begin with their number, which is believed
+    held = int.from_bytes(content[:_COUNT_BYTES], "little")
+    if held > most:
+        msg = f"a chunk of {shown} says that it holds {held} texts, of at most {most}"
+        raise ValueError(msg)
+    return len(content)
+
+
+def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str) -> None:
+    """Refuse a chunk that says, or shows when it is unpacked piece by piece, that it is larger than a chunk is."""
     size = file.stat().st_size
     # a filter may pad a little
     most = 2 * chunk + _SMALL_CHUNK
@@ -202,12 +223,11 @@ def _check_unpacks(file: Path, codec: str | None, chunk: int, shown: str, *, mea
     with file.open("rb") as opened:
         if codec in ("blosc", "lz4", "zstd"):
             claimed = _claimed(codec, opened.read(18))
-        elif codec is not None and (measured or size > _SMALL_CHUNK or codec in _PACK_BEST):
+        elif codec is not None and (size > _SMALL_CHUNK or codec in _PACK_BEST):
             claimed = _unpacked_up_to(most, codec, opened)
     if claimed > most:
         msg = f"a chunk of {shown} unpacks to at least {claimed} bytes, and the array says {chunk}"
         raise ValueError(msg)
-    return claimed
 
 
 def _unpacked_up_to(most: int, codec: str, opened: Any) -> int:

@@ -171,6 +171,20 @@ def text_bomb(root: Path) -> None:
         (root / f"obs/_index/{chunk}").write_bytes(packed)
 
 
+ASTYPE = {"id": "astype", "encode_dtype": "|u1", "decode_dtype": "<U100000"}
+
+
+def text_count(number: int, *, texts: bool = False) -> Callable[[Path], None]:
+    """Return what puts a chunk in place that says that it holds so many texts, and may do so."""
+
+    def change(root: Path) -> None:
+        array_changed("obs/_index", compressor={"id": "zlib", "level": 9})(root)
+        content = number.to_bytes(4, "little") + (b"\x02\0\0\0ab" * number if texts else b"")
+        (root / "obs/_index/0").write_bytes(zlib.compress(content, 9))
+
+    return change
+
+
 def blosc_bomb(root: Path) -> None:
     path = root / "obsm/spatial/0.0"
     content = path.read_bytes()
@@ -246,7 +260,55 @@ def _cases() -> list[Case]:
         packed = b"".join([*(packer.compress(zeros) for _ in range(64)), packer.flush()])
         made_of.id.write_direct_chunk((0, 0), packed)
 
+    def short(name: str, dtype: Any, *, filters: dict[str, Any]) -> Callable[[h5py.File], None]:
+        def change(file: h5py.File) -> None:
+            # large enough that reading on behind a short one leaves the memory of the process
+            made = file["uns"].create_dataset(name, (2**22,), dtype, chunks=(2**22,), **filters)
+            made.id.write_direct_chunk((0,), zlib.compress(b"\x01" * 100))
+
+        return change
+
+    def packed_twice(file: h5py.File) -> None:
+        like = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        like.set_chunk((2**26,))
+        for _ in range(2):
+            like.set_filter(h5py.h5z.FILTER_DEFLATE, 0, (9,))
+        space = h5py.h5s.create_simple((2**32,))
+        made = h5py.h5d.create(file["uns"].id, b"twice", h5py.h5t.STD_U8LE, space, like)
+        packed = zlib.compress(zlib.compress(bytes(2**26), 9), 9)
+        for start in range(0, 2**32, 2**26):
+            made.write_direct_chunk((start,), packed)
+
+    def many_paths(file: h5py.File) -> None:
+        # two names for each of thirty groups in one another: a walk along all of them has no end
+        group = file["uns"]
+        for _ in range(30):
+            group = group.create_group("a")
+            group.parent["b"] = group
+
+    def many_names(file: h5py.File) -> None:
+        for number in range(3000):
+            file[f"uns/name{number}"] = file["obs/_index"]
+        instead("uns/name0", data=["x" * 50_000] * 100)(file)
+        for number in range(1, 3000):
+            del file[f"uns/name{number}"]
+            file[f"uns/name{number}"] = file["uns/name0"]
+
+    gz = {"compression": "gzip"}
+    shuffled = {**gz, "shuffle": True}
     add("h5ad of zeros packed", h5(bomb))
+    add("h5ad of zeros packed twice", h5(packed_twice))
+    add("h5ad of a chunk that is shorter than it says", h5(short("short", "f8", filters=gz)))
+    add(
+        "h5ad of a shuffled chunk that is shorter than it says",
+        h5(short("short", "f8", filters=shuffled)),
+    )
+    add("h5ad of texts in a chunk that is shorter than it says", h5(short("short", h5py.string_dtype(), filters=gz)))
+    add("h5ad of a million chunks", h5(instead("uns/many", shape=(2**20,), dtype="u1", chunks=(1,))))
+    add("h5ad of lists of nothing", h5(instead("uns/lists", shape=(2**25,), dtype=h5py.vlen_dtype("f4"))))
+    add("h5ad of tables of texts", h5(instead("uns/t", shape=(2**22,), dtype=[("a", h5py.string_dtype(), (9,))])))
+    add("h5ad of one group on many paths", h5(many_paths))
+    add("h5ad of one array with many names", h5(many_names))
     add("h5ad of a chunk that is larger than it says", h5(small_bomb))
     add("h5ad texts that are one", h5(one_text(100)))
     add("h5ad texts that are one, in chunks", h5(one_text(400, chunks=(50,))))
@@ -294,6 +356,13 @@ def _cases() -> list[Case]:
         "zlib bomb": zlib_bomb,
         "blosc bomb": blosc_bomb,
         "text bomb": text_bomb,
+        "texts that are counted as more than there is room for": text_count(400_000_000),
+        "more texts than there is room for": text_count(2**20, texts=True),
+        "a filter of huge texts": array_changed("obsm/spatial", filters=[ASTYPE]),
+        "a filter of texts whose size wraps around": array_changed(
+            "obsm/spatial", filters=[{**ASTYPE, "encode_dtype": "<U1073741826"}]
+        ),
+        "a million chunks": array_changed("obsm/spatial", shape=[2**20, 2], chunks=[1, 2]),
         "bz2 bomb": stream_bomb("bz2"),
         "lzma bomb": stream_bomb("lzma"),
         "metadata cut": replaced("obsm/spatial/.zarray", lambda path: path.write_text('{"shape": [')),
