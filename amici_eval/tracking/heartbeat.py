@@ -211,6 +211,8 @@ def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) ->
                 continue
             status = "KILLED" if PARTIAL_TAG in run.data.tags else "FINISHED"
             client.set_terminated(run.info.run_id, status)
+            if status == "KILLED":
+                client.set_tag(run.info.run_id, PARTIAL_TAG, "KILLED (its process is gone)")
             closed.append(run.info.run_id)
             (say or logger.info)(
                 f"run {run.info.run_id} was left RUNNING by a process on {beat.host} that is gone; closed as {status}"

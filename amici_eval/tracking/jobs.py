@@ -18,7 +18,7 @@ from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, k
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
 from amici_eval.tracking.run_log import deliver
-from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
+from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run, undisturbed
 from amici_eval.tracking.unfinished import UnfinishedWork
 
 if TYPE_CHECKING:
@@ -194,36 +194,36 @@ def _evaluate(
             tracking_uri=tracking_uri,
             n_types=len(receivers),
         )
-        with (
-            work,
-            tracked_run(tracking, name=title, tags=tags, go_on=work.run_id, finished=work.finished) as run,
-        ):
-            run_id, experiment_id = run.info.run_id, run.info.experiment_id
-            folder, parts = work.begin(run_id)
-            evaluation = evaluate_access(
-                access,
-                spec,
-                progress=progress,
-                model_info=info,
-                data_info=data_info,
-                launcher=launcher,
-                parts=parts,
-            )
-            record = RunRecord(
-                tracking_uri=tracking_uri,
-                run_id=run_id,
-                params=evaluation_params(evaluation),
-                metrics=evaluation_metrics(evaluation),
-                tags={**tags, NOTE_TAG: code_block(summary_lines(evaluation))},
-                dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
-                model_id=model_id,
-                model_name=model.name,
-                model_version=model.version,
-            )
-            written = deliver(
-                evaluation, folder, record, report=report, config_yaml=config_yaml, retry_s=tracking.retry_s
-            )
-        kept = work.done()
+        with work:
+            with tracked_run(tracking, name=title, tags=tags, go_on=work.run_id, finished=work.finished) as run:
+                run_id, experiment_id = run.info.run_id, run.info.experiment_id
+                folder, parts = work.begin(run_id)
+                evaluation = evaluate_access(
+                    access,
+                    spec,
+                    progress=progress,
+                    model_info=info,
+                    data_info=data_info,
+                    launcher=launcher,
+                    parts=parts,
+                )
+                record = RunRecord(
+                    tracking_uri=tracking_uri,
+                    run_id=run_id,
+                    params=evaluation_params(evaluation),
+                    metrics=evaluation_metrics(evaluation),
+                    tags={**tags, NOTE_TAG: code_block(summary_lines(evaluation))},
+                    dataset={key: source[key] for key in ("name", "digest", "source", "source_type", "profile")},
+                    model_id=model_id,
+                    model_name=model.name,
+                    model_version=model.version,
+                )
+                written = deliver(
+                    evaluation, folder, record, report=report, config_yaml=config_yaml, retry_s=tracking.retry_s
+                )
+            # while the folder is locked: another process could take the finished run up and lose its folder
+            with undisturbed():
+                kept = work.done()
     if written != folder:
         # there was no room where it was to be
         if not tracking.keep_local:

@@ -25,8 +25,10 @@ _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 20.0
 _PASSING_STATUS = {408, 425, 429}
 _PASSING_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "INTERNAL_ERROR"}
-# two writers made the same row, say of one data set, at once: the other one's is found next time
-_COLLISION = ("IntegrityError", "UniqueViolation", "Duplicate entry")
+# two writers made the same row, say of one data set, at once: the other one's is found next time. In the words of
+# SQLite, of PostgreSQL and SQL Server, and of MySQL
+_COLLISION = ("UNIQUE constraint failed", "duplicate key", "Duplicate entry")
+_COLLISION_CODES = {"BAD_REQUEST", "INTERNAL_ERROR"}
 _NO_ROOM = ("database or disk is full", "readonly database", "read-only")
 
 
@@ -90,7 +92,7 @@ def is_passing(error: BaseException) -> bool:
     if is_disk_full(error) or any(words in str(error) for words in _NO_ROOM):
         return False
     if isinstance(error, MlflowException):
-        if any(words in str(error) for words in _COLLISION):
+        if error.error_code in _COLLISION_CODES and any(words in str(error) for words in _COLLISION):
             return True
         status = error.get_http_status_code()
         return error.error_code in _PASSING_CODES or status in _PASSING_STATUS or status > 500

@@ -75,6 +75,7 @@ class UnfinishedWork:
         self._own: tuple[Path, FolderLock | None] | None = None
         self._parts: FinishedParts | None = None
         self._made_output = False
+        self._is_done = False
 
     def __enter__(self) -> UnfinishedWork:
         self._output = self._stack.enter_context(output_folder(self._tracking.output_dir))
@@ -88,7 +89,7 @@ class UnfinishedWork:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None and self._own is not None:
+        if kind is not None and self._own is not None and not self._is_done:
             self._say_what_is_kept(error)
         self._release()
 
@@ -142,8 +143,11 @@ class UnfinishedWork:
         there = sum(FinishedParts.count_in(one.folder / PARTS_FOLDER) for one in self._left)
         if there:
             logger.info(
-                "an interrupted evaluation left %d finished parts (types, what they share): whole ones are taken up",
+                "an interrupted evaluation left %d finished parts (attention, each cell type, baselines) in %s; "
+                "what is not damaged is taken up, %s",
                 there,
+                ", ".join(str(one.folder) for one in self._left),
+                "and its run goes on" if own is not None else f"into run {run_id}",
             )
         return folder, self._parts
 
@@ -155,6 +159,7 @@ class UnfinishedWork:
         """Remove what is not needed any more once all is sent; return the local copy if it is to stay."""
         assert self._own is not None  # noqa: S101, RUF100 - for the type checker
         folder, lock = self._own
+        self._is_done = True
         for one in self._left:
             # results that were not sent yet may still be sent to their own run
             unsent = (one.folder / RECORD_FILE).exists()
@@ -204,9 +209,13 @@ class UnfinishedWork:
                 own = state["schema_version"] == _SCHEMA_VERSION and path.parent.name == state["run_id"]
                 if own and state["key"] == self._key:
                     found.append((path.stat().st_mtime_ns, path.parent, state))
-            except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            except OSError as error:
                 # it may be another process's that is just being removed
                 logger.debug("%s is not taken up: %s", path, error)
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                logger.warning(
+                    "%s is damaged (%s): what is finished there is not taken up; remove the folder", path, error
+                )
         for _, folder, state in sorted(found, key=lambda one: one[0], reverse=True):
             self._left.append(
                 _Left(
@@ -221,7 +230,8 @@ class UnfinishedWork:
     def _say_what_is_kept(self, error: BaseException | None) -> None:
         assert self._own is not None  # noqa: S101, RUF100 - for the type checker
         folder, kept = self._own[0], FinishedParts.count_in(self._own[0] / PARTS_FOLDER)
-        if kept == 0 and not (folder / RECORD_FILE).exists():
+        # an interrupted run goes on also if nothing was finished
+        if kept == 0 and not (folder / RECORD_FILE).exists() and not isinstance(error, KeyboardInterrupt):
             shutil.rmtree(folder, ignore_errors=True)
         elif not isinstance(error, TrackingError):
             logger.warning(

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
 
 from amici_eval.specs import TrackingSpec
 from amici_eval.tracking import heartbeat
@@ -59,6 +60,8 @@ def test_runs_of_processes_that_are_gone_are_closed(bare_model):
         other_number: "KILLED",
         rebooted: "KILLED",
     }
+    tags = {name: mlflow.get_run(name).data.tags.get(PARTIAL_TAG) for name in (killed, whole, own)}
+    assert tags == {killed: "KILLED (its process is gone)", whole: None, own: "in progress"}
     assert status(not_ours) == status(broken) == status(same_name) == "RUNNING"
     for run_id in (own, not_ours, broken, same_name):
         mlflow.MlflowClient().set_terminated(run_id)
@@ -178,6 +181,26 @@ def test_a_store_that_comes_back_is_waited_for(monkeypatch):
     assert waits[0] < waits[1]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name",
+        '(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint "dataset_pk"',
+        "(pymysql.err.IntegrityError) (1062, \"Duplicate entry '1-a' for key 'datasets.PRIMARY'\")",
+    ],
+)
+def test_two_that_write_the_same_at_once_ask_again(monkeypatch, words):
+    waits, answers = waiting(monkeypatch), [MlflowException(words, error_code=BAD_REQUEST)]
+
+    def ask():
+        if answers:
+            raise answers.pop()
+        return "done"
+
+    assert patiently(ask, seconds=60.0, what="asking") == "done"
+    assert len(waits) == 1
+
+
 def test_patience_ends(monkeypatch):
     waits = waiting(monkeypatch)
 
@@ -197,6 +220,8 @@ def test_patience_ends(monkeypatch):
         PermissionError(13, "denied"),
         MlflowException("RESOURCE_DOES_NOT_EXIST", error_code=5),
         MlflowException("(sqlite3.OperationalError) database or disk is full"),
+        MlflowException("(sqlite3.IntegrityError) NOT NULL constraint failed: a.b", error_code=BAD_REQUEST),
+        MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed", error_code=RESOURCE_ALREADY_EXISTS),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
 from amici_eval.tracking.jobs import evaluate_job
 from amici_eval.tracking.local_results import ARTIFACTS, RECORD_FILE
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
-from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE
+from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
 from amici_eval.tracking.uploading import upload
 from amici_eval.type_tasks import evaluate_task
 
@@ -195,13 +195,48 @@ def test_damaged_parts_are_computed_again(registry, tmp_path, stop, caplog):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 1}', "[" * 100_000, '{"schema_version": 9, "key": 1}'])
-def test_a_damaged_state_is_no_obstacle(registry, tmp_path, stop, text):
+def test_a_damaged_state_is_no_obstacle(registry, tmp_path, stop, text, caplog):
     stop(3)
     with pytest.raises(KeyboardInterrupt):
         run(experiment="state")
     (state,) = (tmp_path / "out").glob(f"*/{RESUME_FILE}")
     state.write_text(text)
+    caplog.clear()
     assert mlflow.get_run(run(experiment="state").run_id).info.status == "FINISHED"
+    # of another version it may be whole
+    assert (f"{state} is damaged" in caplog.text) == ('"key"' not in text)
+
+
+def test_a_run_in_which_nothing_was_finished_goes_on_too(registry, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("amici_eval.evaluation.evaluate_access", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment="nothing")
+    (killed,) = runs_of("nothing")
+    assert "0 of 5 cell types are finished" in killed.data.tags[PARTIAL_TAG]
+    assert run(experiment="nothing").run_id == killed.info.run_id
+    assert [one.info.status for one in runs_of("nothing")] == ["FINISHED"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nobody_takes_up_what_is_just_being_completed(registry, tmp_path, monkeypatch):
+    done, there = UnfinishedWork.done, []
+
+    def watched(self):
+        (folder,) = (tmp_path / "out").iterdir()
+        assert mlflow.get_run(folder.name).info.status == "FINISHED"
+        tracking = TrackingSpec(experiment="completed", output_dir="out")
+        with UnfinishedWork(tracking, key=self._key, tracking_uri=registry.uri, n_types=5) as other:
+            there.append((folder.name, other.run_id))
+        return done(self)
+
+    monkeypatch.setattr(UnfinishedWork, "done", watched)
+    result = run(experiment="completed")
+    assert there == [(result.run_id, None)]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_was_deleted_meanwhile_is_not_taken_up(registry, stop):
