@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -53,9 +54,11 @@ def _on_signal(signum: int, frame: object) -> None:  # noqa: ARG001, RUF100 - th
     _interrupts.append(KeyboardInterrupt if signum == signal.SIGINT else TerminatedError)
     name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
     # a kernel that is under way may hold it up for seconds; a stream may be locked by what was interrupted
-    with suppress(OSError):
-        # in a terminal a bar of progress may stand in the line
-        os.write(2, f"{chr(10) if os.isatty(2) else ''}amici-eval: stopping ({name})\n".encode())
+    with suppress(OSError, ValueError):
+        # nobody may read it; and where there was no such stream, the number is that of a file by now
+        if sys.__stderr__ is not None and select.select([], [2], [], 0)[1]:
+            # in a terminal a bar of progress may stand in the line
+            os.write(2, f"{chr(10) if os.isatty(2) else ''}amici-eval: stopping ({name})\n".encode())
     raise _interrupts[-1]
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
 import sys
 import traceback
+from contextlib import suppress
 
 import pytest
 
@@ -73,6 +77,54 @@ def test_messages_with_a_mapping_are_formatted(safe_logs, caplog):
     logging.getLogger("mlflow").warning("%(a)s and %(b)s", {"a": 1, "b": "x"})
     logging.getLogger("amici_eval").warning("%(a)s and 100 %%", {"a": 1})
     assert caplog.messages == ["1 and x", "1 and 100 %"]
+
+
+STOPPING = """
+import os, signal, sys, time
+from amici_eval.terminal import TerminatedError, catch_signals
+catch_signals()
+{before}
+print("ready", flush=True)
+try:
+    time.sleep(60)
+except TerminatedError:
+    {after}
+    sys.exit(143)
+"""
+
+
+def stopped(tmp_path, *, before="", after="pass", **streams) -> tuple[int, str]:
+    """Return how a process ends that gets a SIGTERM, and what it says to its stream of errors."""
+    code = STOPPING.format(before=before, after=after)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, **streams) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=50)
+        return code, process.stderr.read() if process.stderr else ""
+
+
+def test_a_signal_is_answered_at_once(tmp_path):
+    assert stopped(tmp_path, stderr=subprocess.PIPE) == (143, "amici-eval: stopping (SIGTERM)\n")
+
+
+def test_a_signal_does_not_wait_for_somebody_who_reads(tmp_path):
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writes, bytes(2**12))
+    os.set_blocking(writes, True)
+    assert stopped(tmp_path, stderr=writes)[0] == 143
+    os.close(reads)
+    os.close(writes)
+
+
+def test_a_signal_writes_into_no_file_that_has_the_number_of_the_stream(tmp_path):
+    before = "file = open('result.json', 'w'); assert file.fileno() == 2; file.write('{}')"
+    code, _ = stopped(tmp_path, before=before, after="file.close()", preexec_fn=lambda: os.close(2))
+    assert code == 143
+    assert (tmp_path / "result.json").read_text() == "{}"
 
 
 def test_what_is_written_to_the_streams_is_masked(capsys):

@@ -79,7 +79,8 @@ def _share(asked: argparse.Namespace) -> int:
             command += [] if asked.keep is None else ["--keep", str(asked.keep / str(job))]
             jobs.append(subprocess.Popen(command))
         codes = [job.wait() for job in jobs]
-    print(f"{asked.faults} faults in {time.monotonic() - began:.0f} s by {asked.jobs} processes: exit codes {codes}")
+    took = time.monotonic() - began
+    print(f"{asked.faults} faults asked for; {asked.jobs} processes in {took:.0f} s: exit codes {codes}")
     return max(map(abs, codes))
 
 

@@ -27,6 +27,8 @@ __all__ = ["Outcome", "Place", "evaluate_in_fork", "run_trial", "tables_of", "wa
 SPEC = EvaluationSpec(permutation=PermutationSpec(n_permutations=99))
 MODEL = "models:/tiny/1"
 _HANG_S = 120.0
+# through, refused, interrupted; killed by the fault itself, or ended before it listens to signals
+_CODES = (0, 2, 130, 143, -9, -15)
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ def run_trial(kind: Kind, place: Place, around: Surroundings, rng: random.Random
     outcome = Outcome(kind=kind.name, first=" ".join(map(str, codes)))
     if -999 in codes:
         outcome.wrong.append("the command hung")
-    if 1 in codes:
-        outcome.wrong.append("the command crashed without a word of ours")
+    if strange := set(codes) - {-999, *_CODES}:
+        outcome.wrong.append(f"the command ended with {sorted(strange)}, without a word of ours")
     if kind.survives and any(codes):
         outcome.wrong.append(f"the command ended with {codes} in spite of a fault that it is to survive")
     finished_runs = codes.count(0)
