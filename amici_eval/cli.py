@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -118,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _set_up_process() -> None:
     catch_signals()
+    # at its end the interpreter would search the hundreds of thousands of objects of the packages, for seconds
+    atexit.register(gc.freeze)
     # MLflow's default retries keep a user waiting for minutes when a server is gone
     # tracking.retry_s says how long we ask again
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
