@@ -159,21 +159,21 @@ def _check_chunks(item: Any, codes: list[int], width: int, shown: str) -> None:
             if code == _FLETCHER32:
                 size -= _SUM_BYTES
             elif packed := code == _DEFLATE:
-                size = _inflated(content, held + _SUM_BYTES)
+                size = _inflated(content, held + _SUM_BYTES, shown)
         if size != held:
             what = "at least " if packed and size > held else ""
             msg = f"a chunk of {shown} unpacks to {what}{size} bytes, and holds {held}"
             raise ValueError(msg)
 
 
-def _inflated(content: bytes, most: int) -> int:
+def _inflated(content: bytes, most: int, shown: str) -> int:
     """Return how many bytes a chunk inflates to, or a number above ``most``."""
     inflate, found, fed = zlib.decompressobj(), 0, content
     while fed and found <= most and not inflate.eof:
         try:
             found += len(inflate.decompress(fed, _PIECE_BYTES))
         except zlib.error as error:
-            msg = f"a chunk is damaged: {error}"
+            msg = f"a chunk of {shown} is damaged: {error}"
             raise ValueError(msg) from error
         fed = inflate.unconsumed_tail
     return found
@@ -277,10 +277,11 @@ def check_sizes(sizes: list[StoredSize], *, on_disk: bool, memory: int) -> None:
     total = n_chunks = 0
     for size in sizes:
         shown = ascii(size.name[:200])
+        # the whole of a chunk is unpacked, however little of it an array covers
+        if size.chunk > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY):
+            msg = f"{shown} is stored in chunks of {size.chunk} bytes, and {memory} are free"
+            raise ValueError(msg)
         if on_disk and size.rows_on_disk:
-            if size.chunk > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY):
-                msg = f"{shown} is stored in chunks of {size.chunk} bytes, and {memory} are free"
-                raise ValueError(msg)
             continue
         if _is_blown_up(size.unpacked, size.stored):
             msg = f"{shown} would take {size.unpacked} bytes, of which {size.stored} are stored"

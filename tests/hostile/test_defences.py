@@ -23,7 +23,7 @@ from scipy import sparse
 from amici_eval import untrusted
 from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError
 from amici_eval.files import open_anndata
-from amici_eval.hdf5_checks import check_hdf5
+from amici_eval.hdf5_checks import StoredSize, check_hdf5, check_sizes
 from amici_eval.matrices import open_rows, spans
 from amici_eval.untrusted import check_names, parse_json
 
@@ -212,6 +212,13 @@ def test_expression_larger_than_memory_stays_legal_on_disk(tmp_path, monkeypatch
     assert open_anndata(tmp_path / "a.h5ad").n_obs == 500
     with pytest.raises(DataError, match=r"would take 200000 bytes|take \d+ bytes, and 100000 are free"):
         open_anndata(tmp_path / "a.h5ad", backed=False)
+
+
+def test_a_chunk_is_no_larger_than_memory_takes_however_small_its_array():
+    size = StoredSize(name="obsm/a", unpacked=24, stored=2**21, chunk=2**31, rows_on_disk=False)
+    check_sizes([size], on_disk=False, memory=2**33)
+    with pytest.raises(ValueError, match="'obsm/a' is stored in chunks of 2147483648 bytes, and 4294967296 are free"):
+        check_sizes([size], on_disk=False, memory=2**32)
 
 
 @pytest.mark.parametrize("change", ["column", "negative", "offsets"])
