@@ -1,6 +1,6 @@
 """Inject faults of every kind at random stages, and report what was lost: nothing may be.
 
-``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR] [--jobs 2]``: forks commands from a
+``python -m tests.soak [--faults 200] [--seed 0] [--only PATTERN] [--keep DIR] [--jobs 3]``: forks commands from a
 process that has everything imported and compiled, against SQLite and a real tracking server behind a proxy.
 """
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kinds whose name matches this pattern")
     parser.add_argument("--keep", type=Path, help="folder for what the trials leave; by default nothing stays")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many processes share them")
+    parser.add_argument("--jobs", type=int, default=3, help="how many processes share them; they mostly wait")
     asked = parser.parse_args(arguments)
     if asked.jobs > 1 and asked.faults > 1:
         return _share(asked)

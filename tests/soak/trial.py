@@ -87,7 +87,7 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     from amici_eval.tracking.jobs import evaluate_job
     from amici_eval.tracking.patience import tracking_errors
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     forget_signals()
     # a shell that started the soak in the background lets its children ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
