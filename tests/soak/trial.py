@@ -27,8 +27,9 @@ __all__ = ["Outcome", "Place", "evaluate_in_fork", "run_trial", "tables_of", "wa
 SPEC = EvaluationSpec(permutation=PermutationSpec(n_permutations=99))
 MODEL = "models:/tiny/1"
 _HANG_S = 120.0
-# through, refused, interrupted; killed by the fault itself, or ended before it listens to signals
-_CODES = (0, 2, 130, 143, -9, -15)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# through, refused, interrupted, or killed by the fault itself
+_CODES = (0, 2, 130, 143, -9)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ class Outcome:
 
 def evaluate_in_fork(place: Place, *, retry_s: float, name: str, inject: Callable[[], None] | None = None) -> int:
     """Start the command in a fork and return its process id; what it says goes to a file beside its results."""
+    # a command that is not set up yet would end as Python does
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return pid
     code = 1
     try:
@@ -97,6 +101,7 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     if inject is not None:
         inject()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         with tracking_errors():
             evaluate_job(
                 MODEL,
