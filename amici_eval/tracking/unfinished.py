@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 RESUME_FILE = "resume.json"
 CONTINUED_TAG = "amici_eval.continued_by"
 PARTS_FOLDER = "parts"
+_DONE_SUFFIX = ".done"
 _SCHEMA_VERSION = 1
 _NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 
@@ -164,7 +165,7 @@ class UnfinishedWork:
             # results that were not sent yet may still be sent to their own run
             unsent = (one.folder / RECORD_FILE).exists()
             if one.lock is not None and one.folder != folder and not unsent:
-                shutil.rmtree(one.folder, ignore_errors=True)
+                _remove(one.folder)
         self._point_to_successor(folder.name)
         made = self._made_output or any(one.made_output for one in self._left)
         if self._tracking.keep_local:
@@ -172,7 +173,7 @@ class UnfinishedWork:
             if lock is not None:
                 lock.release(remove=True)
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         if made:
             with contextlib.suppress(OSError):
                 self._output.path.rmdir()
@@ -202,6 +203,8 @@ class UnfinishedWork:
                 logger.debug("run %s could not be tagged: %s", one.run_id, error)
 
     def _find(self) -> None:
+        for left in self._output.path.glob(f"*{_DONE_SUFFIX}"):
+            shutil.rmtree(left, ignore_errors=True)
         found = []
         for path in self._output.path.glob(f"*/{RESUME_FILE}"):
             try:
@@ -243,6 +246,16 @@ class UnfinishedWork:
             if lock is not None:
                 lock.release()
         self._stack.close()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whose results are all sent; if this is cut short, what is left is no work to be taken up."""
+    done = folder.with_name(f"{folder.name}{_DONE_SUFFIX}")
+    try:
+        folder.rename(done)
+    except OSError:
+        done = folder
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def forget_parts(folder: Path) -> None:

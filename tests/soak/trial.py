@@ -184,9 +184,9 @@ def run_trial(kind: Kind, place: Place, around: Surroundings, rng: random.Random
         outcome.wrong.append(f"the command ended with {sorted(strange)}, without a word of ours")
     if kind.survives and any(codes):
         outcome.wrong.append(f"the command ended with {codes} in spite of a fault that it is to survive")
-    finished_runs = codes.count(0)
     if kind.after is not None:
         kind.after(around, rng)
+    finished_runs = codes.count(0) or _whole_runs(place)
     said = _journal(place)
     first = {entry["finished"] for entry in said if "finished" in entry}
     code = wait_for(evaluate_in_fork(place, retry_s=0.0, name="again"))
@@ -203,6 +203,21 @@ def run_trial(kind: Kind, place: Place, around: Surroundings, rng: random.Random
     if left and not kind.name.startswith("damaged"):
         outcome.wrong.append(f"left behind: {[str(path.relative_to(place.output)) for path in left][:5]}")
     return outcome
+
+
+def _whole_runs(place: Place) -> int:
+    """Return how many runs were sent whole and closed before their process was killed, with their folder gone."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=place.uri)
+    experiment = client.get_experiment_by_name(place.experiment)
+    runs = [] if experiment is None else client.search_runs([experiment.experiment_id])
+    return sum(
+        run.info.status == "FINISHED"
+        and "amici_eval.partial" not in run.data.tags
+        and not (place.output / run.info.run_id).exists()
+        for run in runs
+    )
 
 
 def _journal(place: Place) -> list[dict[str, str]]:

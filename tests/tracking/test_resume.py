@@ -222,6 +222,21 @@ def test_a_run_in_which_nothing_was_finished_goes_on_too(registry, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_whose_removal_was_cut_short_is_removed_by_the_next(registry, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        # as if killed once the folder was to go
+        patch.setattr("amici_eval.tracking.unfinished.shutil.rmtree", lambda *_, **__: None)
+        first = run(experiment="cut short")
+    assert mlflow.get_run(first.run_id).info.status == "FINISHED"
+    (left,) = (tmp_path / "out").iterdir()
+    assert left.name == f"{first.run_id}.done"
+    second = run(experiment="cut short")
+    # what was whole is not taken up, and nothing of it stays
+    assert second.run_id != first.run_id
+    assert not left.exists()
+    assert [one.info.status for one in runs_of("cut short")] == ["FINISHED"] * 2
+
+
 def test_nobody_takes_up_what_is_just_being_completed(registry, tmp_path, monkeypatch):
     done, there = UnfinishedWork.done, []
 
