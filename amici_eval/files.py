@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _SHARE_OF_MEMORY = 4
 _SMALL_BYTES = 2**28
-_TEXT_BYTES = 64
 
 
 def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
@@ -123,14 +122,14 @@ def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
 
 def _checked_sizes(location: Path) -> list[StoredSize]:
     """Look at a file without reading its arrays, and refuse what no AnnData holds."""
+    import h5py
+
     if location.suffix.lower() == ".zarr":
         if not location.is_dir():
             msg = "it is no folder"
             raise ValueError(msg)
         return check_zarr(location)
     check_is_plain_file(location, links=True)
-    import h5py
-
     if not h5py.is_hdf5(location):
         with location.open("rb") as file:
             head = file.read(4)

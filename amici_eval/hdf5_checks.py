@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.hdf5_texts import layout_of, text_bytes
+from amici_eval.hdf5_texts import filters_of, layout_of, stored_chunks, text_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["StoredSize", "check_hdf5", "check_sizes"]
+__all__ = ["StoredSize", "check_hdf5", "check_sizes", "chunk_grid", "is_blown_up", "is_expression"]
 
 _DEEPEST = 64
 _TEXT_BYTES = 64
@@ -25,7 +26,7 @@ _SHARE_OF_MEMORY = 4
 _PIECE_BYTES = 2**18
 _SUM_BYTES = 4
 _MOST_CHUNKS = 2**18
-_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF, _FIRST_PLUGIN = 1, 2, 3, 32000, 256
+_FIRST_PLUGIN = 256
 _SLACK_TEXTS = 2**26
 
 
@@ -56,6 +57,11 @@ class StoredSize:
     rows_on_disk: bool
     texts: int = 0
     n_chunks: int = 1
+
+
+def chunk_grid(shape: Sequence[int], chunks: Sequence[int]) -> list[int]:
+    """Return how many chunks an array has along each axis."""
+    return [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
 
 
 def check_hdf5(path: Path) -> list[StoredSize]:
@@ -127,14 +133,16 @@ def _check_attributes(where: str, item: Any) -> None:
 
 def _check_filters(item: Any, shown: str) -> list[int]:
     """Return the filters of an array; refuse those that no AnnData has, and two that pack."""
-    plist = item.id.get_create_plist()
-    codes = [plist.get_filter(index)[0] for index in range(plist.get_nfilters())]
+    from h5py import h5z
+
+    codes = [code for code, *_ in filters_of(item)]
     # what a plugin brings fails where there is none
-    known = {_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF}
+    known = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32}
     if any(code not in known and code < _FIRST_PLUGIN for code in codes):
         msg = f"{shown} is packed by a filter that no AnnData has"
         raise ValueError(msg)
-    if sum(code not in (_SHUFFLE, _FLETCHER32) for code in codes) > 1 or len(set(codes)) < len(codes):
+    packing = [code for code in codes if code not in (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)]
+    if len(packing) > 1 or len(set(codes)) < len(codes):
         msg = f"{shown} is packed more than once"
         raise ValueError(msg)
     return codes
@@ -145,20 +153,20 @@ def _check_chunks(item: Any, codes: list[int], width: int, shown: str) -> None:
 
     The library takes a chunk for as large as its array says, and reads on behind a shorter one in the process's memory.
     """
-    if not codes or not item.chunks or _LZF in codes or any(code >= _FIRST_PLUGIN for code in codes):
+    from h5py import h5z
+
+    # LZF, which h5py brings, is a plugin too
+    if not codes or any(code >= _FIRST_PLUGIN for code in codes):
         return
     held = prod(item.chunks) * width
-    places: list[tuple[int, ...]] = []
-    item.id.chunk_iter(lambda info: places.append(info.chunk_offset))
-    for place in places:
-        skipped, content = item.id.read_direct_chunk(place)
+    for _, skipped, content in stored_chunks(item):
         size, packed = len(content), False
         for index, code in reversed(list(enumerate(codes))):
-            if skipped >> index & 1 or code == _SHUFFLE:
+            if skipped >> index & 1 or code == h5z.FILTER_SHUFFLE:
                 continue
-            if code == _FLETCHER32:
+            if code == h5z.FILTER_FLETCHER32:
                 size -= _SUM_BYTES
-            elif packed := code == _DEFLATE:
+            elif packed := code == h5z.FILTER_DEFLATE:
                 size = _inflated(content, held + _SUM_BYTES, shown)
         if size != held:
             what = "at least " if packed and size > held else ""
@@ -202,13 +210,11 @@ def _size_of(path: Path, name: str, item: Any, *, enough: int) -> StoredSize:
         each = _TEXT_BYTES if h5py.check_string_dtype(item.dtype) else each + _OBJECT_BYTES * len(places)
     unpacked = prod(item.shape) * each if item.shape is not None else 0
     stored = int(item.id.get_storage_size())
-    n_chunks = (
-        prod(-(-size // chunk) for size, chunk in zip(item.shape, item.chunks, strict=True)) if item.chunks else 1
-    )
+    n_chunks = prod(chunk_grid(item.shape, item.chunks)) if item.chunks else 1
     texts, codes = 0, _check_filters(item, shown)
     rows_on_disk = is_expression(name) and not places
     # what is larger is refused by what it says of itself
-    if rows_on_disk or not (_is_blown_up(unpacked, stored) or n_chunks > _MOST_CHUNKS):
+    if rows_on_disk or not (is_blown_up(unpacked, stored) or n_chunks > _MOST_CHUNKS):
         _check_chunks(item, codes, width, shown)
         try:
             texts = text_bytes(path, item, enough=enough)
@@ -226,7 +232,8 @@ def _size_of(path: Path, name: str, item: Any, *, enough: int) -> StoredSize:
     )
 
 
-def _is_blown_up(unpacked: int, stored: int) -> bool:
+def is_blown_up(unpacked: int, stored: int) -> bool:
+    """Return whether something takes far more than is stored of it, and much."""
     return unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * stored)
 
 
@@ -283,7 +290,7 @@ def check_sizes(sizes: list[StoredSize], *, on_disk: bool, memory: int) -> None:
             raise ValueError(msg)
         if on_disk and size.rows_on_disk:
             continue
-        if _is_blown_up(size.unpacked, size.stored):
+        if is_blown_up(size.unpacked, size.stored):
             msg = f"{shown} would take {size.unpacked} bytes, of which {size.stored} are stored"
             raise ValueError(msg)
         total += size.unpacked + size.texts

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["layout_of", "text_bytes"]
+__all__ = ["filters_of", "layout_of", "stored_chunks", "text_bytes"]
 
 _LARGEST_CHUNK = 2**28
 _BLOCK = 2**16
@@ -39,6 +39,20 @@ def layout_of(item: Any) -> tuple[int, list[tuple[int, int]]]:
         If parts of varying length hold such parts, or there are more than 1024.
     """
     return _layout(item.id.get_type(), item.id)
+
+
+def filters_of(item: Any) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return code, flags and settings of each filter of an array, in the order in which they were applied."""
+    plist = item.id.get_create_plist()
+    return [plist.get_filter(index)[:3] for index in range(plist.get_nfilters())]
+
+
+def stored_chunks(item: Any) -> Iterator[tuple[tuple[int, ...], int, bytes]]:
+    """Give each stored chunk of an array: where it is, which filters it went without (a bit each), its bytes."""
+    places: list[tuple[int, ...]] = []
+    item.id.chunk_iter(lambda info: places.append(info.chunk_offset))
+    for place in places:
+        yield (place, *item.id.read_direct_chunk(place))
 
 
 def text_bytes(path: Path, item: Any, *, enough: int) -> int:
@@ -153,17 +167,12 @@ def _chunks(item: Any, width: int) -> Iterator[np.ndarray]:
     import h5py
     from h5py import h5d, h5p, h5s, h5t, h5z
 
-    places: list[tuple[int, ...]] = []
-    item.id.chunk_iter(lambda info: places.append(info.chunk_offset))
-    plist = item.id.get_create_plist()
-    filters = [plist.get_filter(index)[:3] for index in range(plist.get_nfilters())]
-    held = prod(item.chunks) * width
+    filters, held = filters_of(item), prod(item.chunks) * width
     if held > _LARGEST_CHUNK:
         msg = f"its texts are stored in chunks of {held} bytes"
         raise ValueError(msg)
     with h5py.File(uuid4().hex, "w", driver="core", backing_store=False) as file:
-        for number, place in enumerate(places):
-            skipped, content = item.id.read_direct_chunk(place)
+        for number, (place, skipped, content) in enumerate(stored_chunks(item)):
             like, unit = h5p.create(h5p.DATASET_CREATE), width
             for index, (code, flags, values) in enumerate(filters):
                 if skipped >> index & 1:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.hdf5_checks import StoredSize, is_expression
+from amici_eval.hdf5_checks import StoredSize, chunk_grid, is_blown_up, is_expression
 from amici_eval.untrusted import load_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _METADATA_VALUES = 2**21
 _SMALL_CHUNK = 2**16
 _LARGEST_TEXTS = 2**28
 _COUNT_BYTES = 4
-_LARGEST_RATIO = 200
 _BLOCK = 2**16
 _PACK_BEST = frozenset({"bz2", "lzma"})
 """A few kilobytes of these unpack to gigabytes; the others pack by a thousand at most."""
@@ -137,7 +136,7 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
             continue
         _check_unpacks(file, codec, max(chunk, _LARGEST_TEXTS), shown)
         texts += _texts_of(file, compressor, prod(chunks), shown)
-        if texts > max(_LARGEST_TEXTS, _LARGEST_RATIO * stored):
+        if is_blown_up(texts, stored):
             msg = f"the texts of {shown} unpack from {stored} to at least {texts} bytes"
             raise ValueError(msg)
     return StoredSize(
@@ -147,7 +146,7 @@ def _size_of(root: Path, folder: Path, names: list[str]) -> StoredSize:
         chunk=chunk,
         rows_on_disk=is_expression(name),
         texts=texts,
-        n_chunks=prod(-(-size // one) for size, one in zip(shape, chunks, strict=True)),
+        n_chunks=prod(chunk_grid(shape, chunks)),
     )
 
 

@@ -70,11 +70,9 @@ class AnnDataSource(DatasetSource):
     def load(self) -> str:
         """Fetch the AnnData if it is remote and return a local path, which the caller owns."""
         local = as_local_path(self._uri)
-        return (
-            str(local)
-            if local is not None
-            else str(fetch(self._uri, Path(tempfile.mkdtemp(prefix="amici-eval-data-"))))
-        )
+        if local is None:
+            local = fetch(self._uri, Path(tempfile.mkdtemp(prefix="amici-eval-data-")))
+        return str(local)
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:

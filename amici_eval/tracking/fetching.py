@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlparse
 
 from amici_eval.errors import DataError, first_line
+from amici_eval.hdf5_checks import chunk_grid
 from amici_eval.zarr_checks import METADATA_BYTES, load_metadata, shape_and_chunks
 
 __all__ = ["SUFFIXES", "as_local_path", "fetch"]
@@ -125,10 +126,13 @@ def _download_zarr(url: str, target: Path) -> Path:
     for key, content in entries.items():
         if key.endswith(".zarray"):
             shape, chunks = shape_and_chunks(content, ascii(key[:200]))
-            grids[key] = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+            grids[key] = chunk_grid(shape, chunks)
     if (asked := sum(map(prod, grids.values()))) > _MOST_CHUNKS:
-        msg = f"its arrays have {asked} chunks, each of which would be asked for, and at most {_MOST_CHUNKS} are"
-        raise ValueError(msg)
+        raise DataError(
+            value=f"the arrays of {url} have {asked} chunks",
+            rule=f"each would be asked for, and at most {_MOST_CHUNKS} are",
+            fix="copy the .zarr to this machine, and give its folder",
+        )
     for key, content in entries.items():
         place = _inside(target, key)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,10 @@ def test_indirect_uris_are_refused(uri):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": [2**40, 2], "chunks": [1, 2]}, "chunks, each of which would be asked for, and at most 1000000 are"),
+        (
+            {"shape": [2**40, 2], "chunks": [1, 2]},
+            r"have 1099511627\d+ chunks: each would be asked for, .* 1000000",
+        ),
         ({"shape": [-3, 2]}, "has sizes that are no whole numbers"),
         ({"shape": [3]}, r"of shape \(3,\) has chunks of shape"),
         ({"dimension_separator": "/../../"}, "keys must lie inside"),
