@@ -9,7 +9,8 @@ import numpy as np
 
 from amici_eval.comparison_parts import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
 from amici_eval.sketches import attention_of_both, blocks_of, contributions, outputs_of, shared_by
-from amici_eval.stats.alignment import head_products, match_heads
+from amici_eval.stats.alignment import match_heads
+from amici_eval.stats.head_products import head_products
 from amici_eval.stats.likeness import attention_divergence, linear_cka, profile_cosine
 from amici_eval.stats.multiplicity import adjust_p_values
 from amici_eval.stats.paired import PairedDifferences, PairedRows, paired_differences, pooled_difference, verdict_of

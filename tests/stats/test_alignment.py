@@ -9,12 +9,8 @@ import pytest
 from scipy.stats import binom, kstest, ortho_group
 
 from amici_eval.stats import alignment
-from amici_eval.stats.alignment import (
-    HeadContributions,
-    assign_heads,
-    head_products,
-    match_heads,
-)
+from amici_eval.stats.alignment import assign_heads, match_heads
+from amici_eval.stats.head_products import HeadContributions, head_products
 from amici_eval.stats.likeness import attention_divergence, linear_cka, profile_cosine
 from amici_eval.stats.spatial import balanced_blocks
 

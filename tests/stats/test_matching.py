@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import binom
 
 from amici_eval.stats import alignment
-from amici_eval.stats.alignment import HeadContributions, head_products, match_heads
+from amici_eval.stats.alignment import match_heads
+from amici_eval.stats.head_products import HeadContributions, head_products
 from amici_eval.stats.permutations import PermutationStream
 from tests.oracles import alignment as oracle
 

@@ -1,0 +1,207 @@
+"""How far the contributions of two models' heads go together, cell by cell, from their factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.stats.likeness import product_scale
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64, Int64
+
+__all__ = ["HeadContributions", "HeadProducts", "contracted", "head_products"]
+
+_CONSTANT = 1e-12
+"""Factors that vary by less, relative to their size, vary by rounding alone."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadContributions:
+    """What the heads of a model, each kept alone, contribute to the prediction of some cells, as factors.
+
+    The prediction of cell i of type c with head h alone is ``factors[i, h] @ [query_weights[c], head_weights[h]]`` plus
+    an offset of the type.
+
+    Parameters
+    ----------
+    types
+        Type of each cell, from 0, shape (cells,).
+    blocks
+        Block of tissue in which each cell lies, shape (cells,); -1: not known.
+    weights
+        How many cells of the tissue each stands for, shape (cells,); one number within a type, so that cells of a type
+        can change places.
+    factors
+        ``[1, z] / scale`` of each head, shape (cells, heads, 1 + head_size).
+    query_weights
+        How the first factor becomes expression, shape (types, genes).
+    head_weights
+        How the others do, shape (heads, genes, head_size).
+    """
+
+    types: Int64[np.ndarray, " cells"]
+    blocks: Int64[np.ndarray, " cells"]
+    weights: Float64[np.ndarray, " cells"]
+    factors: Float64[np.ndarray, "cells heads rank"]
+    query_weights: Float64[np.ndarray, "types genes"]
+    head_weights: Float64[np.ndarray, "heads genes size"]
+
+    def __post_init__(self) -> None:
+        n_cells, n_heads, rank = self.factors.shape
+        n_types, n_genes = self.query_weights.shape
+        for name, shape in (
+            ("types", (n_cells,)),
+            ("blocks", (n_cells,)),
+            ("weights", (n_cells,)),
+            ("head_weights", (n_heads, n_genes, rank - 1)),
+        ):
+            if getattr(self, name).shape != shape:
+                msg = f"{name} has shape {getattr(self, name).shape}; the factors and query weights ask for {shape}"
+                raise ValueError(msg)
+        if n_cells and not (0 <= self.types.min() and self.types.max() < n_types):
+            msg = f"types run from {self.types.min()} to {self.types.max()}; query_weights has {n_types} types"
+            raise ValueError(msg)
+        for code in range(n_types):
+            own = self.weights[self.types == code]
+            if own.size and not (own.min() > 0.0 and np.isclose(own.min(), own.max())):
+                msg = f"weights of type {code} run from {own.min()} to {own.max()}; they must be one number above 0"
+                raise ValueError(msg)
+
+    def centred(self, code: int) -> tuple[Float64[np.ndarray, "cells heads rank"], float]:
+        """Return the factors of one type as deviations from their mean, and what its cells weigh."""
+        of_type = self.types == code
+        own = self.factors[of_type]
+        deviations = own - own.mean(axis=0)
+        # the mean of a constant is rounded: what is left would make heads without contribution alike
+        constant = np.ptp(own, axis=0) <= _CONSTANT * np.abs(own).max(axis=0)
+        return np.where(constant, 0.0, deviations), float(self.weights[of_type][0])
+
+    def gram(
+        self, other: HeadContributions, code: int, inner: Float64[np.ndarray, "heads size others size"]
+    ) -> Float64[np.ndarray, "heads rank others rank"]:
+        """Return products over genes of what unit factors contribute; ``inner``: those of the heads' own weights."""
+        n_heads, rank = self.factors.shape[1:]
+        n_others, others_rank = other.factors.shape[1:]
+        ours, theirs = self.query_weights[code], other.query_weights[code]
+        gram = np.empty((n_heads, rank, n_others, others_rank))
+        gram[:, 0, :, 0] = ours @ theirs
+        gram[:, 0, :, 1:] = np.einsum("g,kgs->ks", ours, other.head_weights)[None]
+        gram[:, 1:, :, 0] = np.einsum("hgs,g->hs", self.head_weights, theirs)[:, :, None]
+        gram[:, 1:, :, 1:] = inner
+        return gram
+
+    def inner(self, other: HeadContributions) -> Float64[np.ndarray, "heads size others size"]:
+        """Return products over genes of the heads' own weights."""
+        n_heads, n_genes, size = self.head_weights.shape
+        n_others, _, others_size = other.head_weights.shape
+        ours = self.head_weights.transpose(0, 2, 1).reshape(n_heads * size, n_genes)
+        theirs = other.head_weights.transpose(1, 0, 2).reshape(n_genes, n_others * others_size)
+        inner: Float64[np.ndarray, "heads size others size"] = (ours @ theirs).reshape(
+            n_heads, size, n_others, others_size
+        )
+        return inner
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadProducts:
+    """Products of the contributions of the heads of two models, centred within types.
+
+    Parameters
+    ----------
+    products
+        Of each cell, summed over genes and weighted, shape (cells, heads, others).
+    size, size_other
+        Weighted squares of the contributions by type, shape (types, heads) and (types, others).
+    types
+        Of each cell.
+    """
+
+    products: Float64[np.ndarray, "cells heads others"]
+    size: Float64[np.ndarray, "types heads"]
+    size_other: Float64[np.ndarray, "types others"]
+    types: Int64[np.ndarray, " cells"]
+
+    @property
+    def scale(self) -> Float64[np.ndarray, "heads others"]:
+        """What sums of products are divided by to be similarities; NaN for heads without contribution."""
+        return product_scale(self.size.sum(axis=0), self.size_other.sum(axis=0))
+
+    @property
+    def similarity(self) -> Float64[np.ndarray, "heads others"]:
+        """Correlation of contributions over all cells and genes, shape (heads, others)."""
+        similarity: Float64[np.ndarray, "heads others"] = self.products.sum(axis=0) / self.scale
+        return similarity
+
+    @property
+    def similarity_by_type(self) -> Float64[np.ndarray, "types heads others"]:
+        """The same within each type, shape (types, heads, others)."""
+        sums = np.zeros((len(self.size), *self.products.shape[1:]))
+        np.add.at(sums, self.types, self.products)
+        scales = [product_scale(one, other) for one, other in zip(self.size, self.size_other, strict=True)]
+        similarity: Float64[np.ndarray, "types heads others"] = sums / np.stack(scales)
+        return similarity
+
+
+def head_products(one: HeadContributions, other: HeadContributions) -> HeadProducts:
+    """Return how far the contributions of two models' heads go together, cell by cell.
+
+    Parameters
+    ----------
+    one, other
+        On the same cells in the same order, and the same genes; heads and their sizes may differ.
+
+    Raises
+    ------
+    ValueError
+        If cells or genes differ.
+    """
+    _check_same(one, other)
+    n_types = len(one.query_weights)
+    products = np.zeros((len(one.types), one.factors.shape[1], other.factors.shape[1]))
+    size, size_other = (np.zeros((n_types, each.factors.shape[1])) for each in (one, other))
+    inner = one.inner(other)
+    for code in np.unique(one.types):
+        (ours, weight), (theirs, _) = one.centred(code), other.centred(code)
+        products[one.types == code] = weight * contracted(ours, one.gram(other, code, inner), theirs)
+        for each, factors, into in ((one, ours, size), (other, theirs, size_other)):
+            into[code] = weight * _squares(each, factors, code)
+    return HeadProducts(products=products, size=size, size_other=size_other, types=one.types)
+
+
+def contracted(ours: np.ndarray, gram: Float64[np.ndarray, "heads rank others rank"], theirs: np.ndarray) -> np.ndarray:
+    """Return ``sum_pq ours[i, h, p] gram[h, p, k, q] theirs[i, k, q]``, shape (cells, heads, others)."""
+    n_heads, rank, n_others, others_rank = gram.shape
+    found = np.empty((len(ours), n_heads, n_others), dtype=np.result_type(ours, theirs))
+    for head in range(n_heads):
+        turned = (ours[:, head] @ gram[head].reshape(rank, -1)).reshape(len(ours), n_others, others_rank)
+        found[:, head] = (turned * theirs).sum(axis=2)
+    return found
+
+
+def _squares(
+    of: HeadContributions, factors: Float64[np.ndarray, "cells heads rank"], code: int
+) -> Float64[np.ndarray, " heads"]:
+    found = np.empty(factors.shape[1])
+    for head, own in enumerate(of.head_weights):
+        weights = np.hstack([of.query_weights[code][:, None], own])
+        found[head] = np.einsum("ip,pq,iq->", factors[:, head], weights.T @ weights, factors[:, head], optimize=True)
+    return np.maximum(found, 0.0)
+
+
+def _check_same(one: HeadContributions, other: HeadContributions) -> None:
+    for what, ours, theirs in (
+        ("types of cells", one.types, other.types),
+        ("weights of cells", one.weights, other.weights),
+    ):
+        if not np.array_equal(ours, theirs):
+            msg = f"{what} differ: both must be of the same cells in the same order"
+            raise ValueError(msg)
+    if one.query_weights.shape != other.query_weights.shape:
+        msg = (
+            f"query_weights have shapes {one.query_weights.shape} and {other.query_weights.shape}; both must be of the "
+            "same types and genes"
+        )
+        raise ValueError(msg)
