@@ -282,7 +282,7 @@ def _compare(config: DictConfig) -> None:
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     comparison = comparison_spec(config)
     _set_up_process()
-    from amici_eval.report.comparison_page import comparison_sentences
+    from amici_eval.report.comparison_words import comparison_sentences
     from amici_eval.tracking.comparing import compare_job
 
     with Reporter() as progress:

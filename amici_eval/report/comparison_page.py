@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.report.csv_files import write_csv
+from amici_eval.report.comparison_words import comparison_sentences
 from amici_eval.report.markup import cell, row, section, table, text
 from amici_eval.report.page import write_page
-from amici_eval.report.sender_changes import counted_changes, few_tiles, sender_changes_section
+from amici_eval.report.sender_changes import sender_changes_section
 from amici_eval.report.svg import inline_figure
-from amici_eval.report.wording import effect, interval, made_folder, p_text, printable, unwritable
+from amici_eval.report.wording import effect, interval, made_folder, p_text, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from amici_eval.comparison_results import HeadComparison
     from amici_eval.comparison_senders import SenderDifferences
 
-__all__ = ["comparison_sentences", "write_comparison_html", "write_comparison_tables"]
+__all__ = ["write_comparison_html"]
 
-_VERDICTS = ("better", "worse", "same", "undecided")
 _MOST_GENES = 30
 _HOW_TO_READ = (
     "Heads of a retrained model stand in another order. Two heads are the same if, kept alone, they contribute the "
@@ -36,73 +35,6 @@ _HOW_TO_READ = (
     "is better or worse if its p (signs of tiles flipped, adjusted) and its interval (tiles drawn again) both say so, "
     "the same if it surely lies within the margin, else undecided."
 )
-
-
-def comparison_sentences(comparison: HeadComparison) -> list[str]:
-    """Return what the comparison found, a sentence each, the most important first."""
-    labels = comparison.labels
-    sentences = []
-    if comparison.kind == "datasets":
-        sentences.append(
-            f"One model on {len(labels)} data sets: {', '.join(map(printable, labels))}. Cells differ, so differences "
-            "are those of independent intervals."
-        )
-    for whole in comparison.overall:
-        if comparison.kind == "datasets":
-            break
-        what = {
-            "better": "explains more than",
-            "worse": "explains less than",
-            "same": "explains as much as",
-            "undecided": "may explain more or less than",
-        }[whole.verdict]
-        between = interval(whole.low, whole.high)
-        sentences.append(
-            f"{printable(labels[whole.after])} {what} {printable(labels[whole.before])} "
-            f"({whole.verdict}): explained variance of all cells differs by {effect(whole.difference)}"
-            f"{f' ({between})' if between else ''}, margin {comparison.margin:g}."
-        )
-    for match in comparison.matches:
-        n_matched = int(np.count_nonzero(match.partner >= 0))
-        gone = len(match.partner) - n_matched
-        sentences.append(
-            f"{n_matched} of {len(match.partner)} heads of {printable(labels[match.before])} are heads of "
-            f"{printable(labels[match.after])}"
-            f"{f' (similarity {_range(match.matched)})' if n_matched else ''}; {gone} gone, {len(match.new)} new."
-        )
-    for found in comparison.differences:
-        counted = ", ".join(f"{found.verdict.count(one)} {one}" for one in _VERDICTS if one in found.verdict)
-        sentences.append(
-            f"{printable(labels[found.after])} against {printable(labels[found.before])}, matched heads and all heads "
-            f"by cell type: {counted}."
-        )
-    if comparison.senders:
-        sentences.append(f"Who talks to whom, matched heads: {counted_changes(comparison.senders_frame())}.")
-    if few := few_tiles(comparison):
-        sentences.append(few)
-    if comparison.floor is not None and np.isfinite(comparison.floor).any():
-        sentences.append(
-            f"Two untrained models of the architecture have heads of similarity {_range(comparison.floor)} if matched."
-        )
-    if comparison.reseeded.size and np.isfinite(comparison.reseeded).any():
-        sentences.append(
-            f"Versions trained by one set-up have heads of similarity {_range(comparison.reseeded)} if matched: so "
-            "much a retraining alone changes."
-        )
-    where = {
-        True: " Some version was fitted on some of these cells: what it explains there is optimistic (in-sample).",
-        None: " It is not known for all versions which cells they were fitted on: read this as in-sample.",
-        False: "",
-    }[comparison.in_sample]
-    sentences.append(f"Compared on {comparison.cells}.{where}")
-    sentences += [f"{printable(one.label)} is left out: {printable(one.reason)}." for one in comparison.failed]
-    return sentences
-
-
-def _range(values: np.ndarray) -> str:
-    known = values[np.isfinite(values)]
-    low, high = f"{known.min():.2f}", f"{known.max():.2f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def write_comparison_html(
@@ -151,36 +83,6 @@ def write_comparison_html(
         ]
     )
     return write_page(made_folder(directory) / "report.html", title=title, body=body)
-
-
-def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -> tuple[Path, ...]:
-    """Write ``tables/head_matches.csv``, ``head_differences.csv``, ``sender_differences.csv``, ``versions.csv`` and, of
-    genes, a ``.parquet``.
-
-    Raises
-    ------
-    OutputError
-        If a file cannot be written.
-    """
-    folder = made_folder(made_folder(directory) / "tables")
-    written = []
-    for name, frame in (
-        ("head_matches.csv", comparison.matches_frame()),
-        ("head_differences.csv", comparison.differences_frame()),
-        ("sender_differences.csv", comparison.senders_frame()),
-        ("versions.csv", comparison.versions_frame()),
-        ("gene_differences.parquet", comparison.gene_differences_frame()),
-    ):
-        path = folder / name
-        try:
-            if path.suffix == ".csv":
-                write_csv(frame, path)
-            else:
-                frame.to_parquet(path, index=False)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        written.append(path)
-    return tuple(written)
 
 
 def _versions(comparison: HeadComparison) -> str:

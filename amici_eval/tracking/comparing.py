@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from amici_eval.comparison import compare, matched_similarity
 from amici_eval.errors import AmiciEvalError, DataError, first_line
 from amici_eval.escaping import markdown
-from amici_eval.report.comparison_page import comparison_sentences
+from amici_eval.report.comparison_words import comparison_sentences
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.comparison_contents import comparison_params, comparison_series, write_comparison

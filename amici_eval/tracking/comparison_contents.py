@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from amici_eval.names import slugify
-from amici_eval.report.comparison_page import write_comparison_html, write_comparison_tables
+from amici_eval.report.comparison_page import write_comparison_html
+from amici_eval.report.comparison_tables import write_comparison_tables
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,9 @@ from amici_eval.report.comparison_figures import (
     plot_versions,
     save_comparison_figures,
 )
-from amici_eval.report.comparison_page import comparison_sentences, write_comparison_html, write_comparison_tables
+from amici_eval.report.comparison_page import write_comparison_html
+from amici_eval.report.comparison_tables import write_comparison_tables
+from amici_eval.report.comparison_words import comparison_sentences
 from amici_eval.report.sender_changes import plot_sender_differences, sender_changes_section
 from tests.builders import make_comparison
 from tests.report.test_html import Page

@@ -1,0 +1,84 @@
+"""What a comparison found, in sentences: for the page, the run's description and the console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from amici_eval.report.sender_changes import counted_changes, few_tiles
+from amici_eval.report.wording import effect, interval, printable
+
+if TYPE_CHECKING:
+    from amici_eval.comparison_results import HeadComparison
+
+__all__ = ["VERDICTS", "comparison_sentences"]
+
+VERDICTS = ("better", "worse", "same", "undecided")
+
+
+def comparison_sentences(comparison: HeadComparison) -> list[str]:
+    """Return what the comparison found, a sentence each, the most important first."""
+    labels = comparison.labels
+    sentences = []
+    if comparison.kind == "datasets":
+        sentences.append(
+            f"One model on {len(labels)} data sets: {', '.join(map(printable, labels))}. Cells differ, so differences "
+            "are those of independent intervals."
+        )
+    for whole in comparison.overall:
+        if comparison.kind == "datasets":
+            break
+        what = {
+            "better": "explains more than",
+            "worse": "explains less than",
+            "same": "explains as much as",
+            "undecided": "may explain more or less than",
+        }[whole.verdict]
+        between = interval(whole.low, whole.high)
+        sentences.append(
+            f"{printable(labels[whole.after])} {what} {printable(labels[whole.before])} "
+            f"({whole.verdict}): explained variance of all cells differs by {effect(whole.difference)}"
+            f"{f' ({between})' if between else ''}, margin {comparison.margin:g}."
+        )
+    for match in comparison.matches:
+        n_matched = int(np.count_nonzero(match.partner >= 0))
+        gone = len(match.partner) - n_matched
+        sentences.append(
+            f"{n_matched} of {len(match.partner)} heads of {printable(labels[match.before])} are heads of "
+            f"{printable(labels[match.after])}"
+            f"{f' (similarity {_range(match.matched)})' if n_matched else ''}; {gone} gone, {len(match.new)} new."
+        )
+    for found in comparison.differences:
+        counted = ", ".join(f"{found.verdict.count(one)} {one}" for one in VERDICTS if one in found.verdict)
+        sentences.append(
+            f"{printable(labels[found.after])} against {printable(labels[found.before])}, matched heads and all heads "
+            f"by cell type: {counted}."
+        )
+    if comparison.senders:
+        sentences.append(f"Who talks to whom, matched heads: {counted_changes(comparison.senders_frame())}.")
+    if few := few_tiles(comparison):
+        sentences.append(few)
+    if comparison.floor is not None and np.isfinite(comparison.floor).any():
+        sentences.append(
+            f"Two untrained models of the architecture have heads of similarity {_range(comparison.floor)} if matched."
+        )
+    if comparison.reseeded.size and np.isfinite(comparison.reseeded).any():
+        sentences.append(
+            f"Versions trained by one set-up have heads of similarity {_range(comparison.reseeded)} if matched: so "
+            "much a retraining alone changes."
+        )
+    where = {
+        True: " Some version was fitted on some of these cells: what it explains there is optimistic (in-sample).",
+        None: " It is not known for all versions which cells they were fitted on: read this as in-sample.",
+        False: "",
+    }[comparison.in_sample]
+    sentences.append(f"Compared on {comparison.cells}.{where}")
+    sentences += [f"{printable(one.label)} is left out: {printable(one.reason)}." for one in comparison.failed]
+    return sentences
+
+
+def _range(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    low, high = f"{known.min():.2f}", f"{known.max():.2f}"
+    return low if low == high else f"{low} to {high}"
