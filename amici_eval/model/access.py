@@ -30,7 +30,7 @@ from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int64
 
     from amici_eval.model_card import ModelCard
     from amici_eval.specs import AblationSpec
@@ -51,6 +51,11 @@ class ModelAccess(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks on model and data."""
+        ...
+
+    @property
+    def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
+        """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
         ...
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
@@ -176,6 +181,11 @@ class HookedAccess:
         """Remarks on model and data."""
         return (*self.tissue.notes, *self._notes)
 
+    @property
+    def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
+        """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
+        return self.tissue.fitted
+
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
         """Return the evaluated rows by cell type, in canonical order."""
         return self.tissue.receivers()
@@ -269,7 +279,7 @@ class HookedAccess:
     def to_send(self) -> HookedAccess:
         """Return the same without what only an AnnData has and without the names of training cells."""
         other = copy(self)
-        other.card = replace(self.card, training_cells=None)
+        other.card = replace(self.card, training_cells=None, fingerprints=None)
         other.tissue = replace(self.tissue, matrix=sent(self.tissue.matrix), adata=None)
         return other
 
@@ -318,14 +328,17 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
         module, card = model.build_module(), model.card
     else:
         module, card = model.module, card_of(model, adata=model.adata)
-    if tissue.renamed:
-        # membership goes by name
-        card = replace(card, training_cells=None)
     reason = why_not_factored(module) if spec.engine == "factored" else None
     notes: tuple[str, ...] = ()
     if reason is not None:
         notes = (f"evaluated by the hooked engine, through the model's own forward pass: {reason}",)
-        logger.warning("%s", notes[0])
+    if tissue.fitted is None and getattr(model, "train_indices_", None) is not None:
+        notes += (
+            "which cells the model was fitted on is not known: it is bound to other cells than those of its split; say "
+            "which it was trained on, by data.trained_on or DataSpec(trained_on=TrainedOnSpec(key=..., value=...))",
+        )
+    for note in notes:
+        logger.warning("%s", note)
     with memory_errors_explained("the evaluation", device), eval_mode_on(module, device):
         hooked = HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size, notes=notes)
         if spec.engine == "hooked" or reason is not None:

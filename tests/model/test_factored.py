@@ -351,7 +351,7 @@ def test_a_fallback_says_which_ablations_are_missing(native, adata):
 
 
 def test_cells_with_the_same_expression_count_as_ties_whatever_the_blocks(trained, adata):
-    x = np.asarray(adata.X).copy()
+    x = adata.X.toarray()
     few = np.flatnonzero((adata.obs["cell_type"] == "Endothelial").to_numpy())[:12]
     x[few[1::2]] = x[few[::2]]
     adata.X = x

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix, issparse
 from scipy.stats import false_discovery_control
 
 from amici_eval.evaluation import evaluate
@@ -138,9 +139,13 @@ def load(folder, adata):
         return amici.AMICI.load(str(folder), adata=adata)
 
 
-@pytest.fixture(params=ENGINES)
-def small(native, monkeypatch, request) -> Comparison:
-    return compare(native, 300, monkeypatch, request.param)
+@pytest.fixture(params=[(engine, form) for engine in ENGINES for form in ("sparse", "dense")], ids="-".join)
+def small(amici_dir, dense_amici_dir, adata, monkeypatch, request) -> Comparison:
+    """The small models, trained and evaluated on sparse and on dense expression."""
+    engine, form = request.param
+    if form == "dense":
+        adata.X = adata.X.toarray()
+    return compare(load(amici_dir if form == "sparse" else dense_amici_dir, adata), 300, monkeypatch, engine)
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +282,9 @@ def test_saved_model_agrees_too(small, trained, adata):
 def test_gene_of_one_value_is_undefined_here_and_zero_in_the_reference(amici_dir, adata, monkeypatch, engine):
     cell_type = sorted(adata.obs["cell_type"].unique())[0]
     rows = np.flatnonzero(adata.obs["cell_type"] == cell_type)
-    x = np.asarray(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X, dtype=np.float32).copy()
+    x = adata.X.toarray()
     x[rows, 3] = 0.0
-    adata.X = x
+    adata.X = csr_matrix(x)
     comparison = compare(load(amici_dir, adata), 40, monkeypatch, engine)
     assert_same_explained_variance(comparison)
     index = comparison.ours.cell_types.index(cell_type)
@@ -291,10 +296,11 @@ def test_gene_of_one_value_is_undefined_here_and_zero_in_the_reference(amici_dir
     assert_same_counts(comparison, all_pairs=True)
 
 
-def test_cells_in_another_order(amici_dir, adata, small, monkeypatch):
+def test_cells_in_another_order(amici_dir, dense_amici_dir, adata, small, monkeypatch):
     shuffled = adata[np.random.default_rng(5).permutation(adata.n_obs)].copy()
     assert list(shuffled.obs_names) != list(adata.obs_names)
-    comparison = compare(load(amici_dir, shuffled), 300, monkeypatch, small.ours.engine)
+    folder = amici_dir if issparse(adata.X) else dense_amici_dir
+    comparison = compare(load(folder, shuffled), 300, monkeypatch, small.ours.engine)
     assert_same_explained_variance(comparison)
     assert_same_counts(comparison, all_pairs=True)
     np.testing.assert_array_equal(comparison.ours.exceedances, small.ours.exceedances)
