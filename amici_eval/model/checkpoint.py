@@ -223,8 +223,11 @@ class TrainedAMICI:
         check_card(card)
         cells: dict[str, Fingerprints] = {}
         if adata is not None:
-            found = training_tissue(adata, registry, genes, weights, trained_rows(adata, trained_on or TrainedOnSpec()))
-            cells = found.fingerprints({split: attributes.get(f"{split}_indices_") for split in _SPLITS}, card.genes)
+            splits = {split: attributes.get(f"{split}_indices_") for split in _SPLITS}
+            n_split = sum(0 if rows is None else len(rows) for rows in splits.values())
+            part = trained_rows(adata, trained_on or TrainedOnSpec())
+            found = training_tissue(adata, registry, genes, weights, part, n_split)
+            cells = found.fingerprints(splits, card.genes)
             card = replace(
                 _with_cells(card, cells),
                 training_data=describe_training_data(

@@ -57,14 +57,17 @@ def training_tissue(
     genes: list[str],
     weights: Mapping[str, Tensor],
     part: Bool[np.ndarray, " cells"] | None,
+    n_split: int,
 ) -> TrainingTissue:
     """Return the tissue and the cells of training; refuse those whose number, genes or mean profiles are others.
 
     Splits are row numbers in the training AnnData: with another one they would name the wrong cells.
     """
     setup = registry["setup_args"]
-    n_cells = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
+    # a live model that was bound to another AnnData records the number of that
+    n_bound = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
     rows = np.arange(adata.n_obs) if part is None else np.flatnonzero(part)
+    n_cells = n_split if len(rows) == n_split else n_bound
     fix = "give the AnnData the model was trained on, cells in the same order" + _a_part_of(adata, n_cells)
     if len(rows) != n_cells:
         chosen = "" if part is None else ", of which trained_on chooses " + str(len(rows))
