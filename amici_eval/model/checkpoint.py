@@ -8,7 +8,10 @@ import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,13 +45,12 @@ from amici_eval.untrusted import check_names, load_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from anndata import AnnData
     from jaxtyping import Float32
     from torch import Tensor
 
-__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
+__all__ = ["AMICI_SOURCES", "BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ _SETUP_BYTES, _SETUP_VALUES = 2**26, 2**21
 _CELLS_BYTES, _CELLS_VALUES = 2**30, 2**25
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, RecursionError, SafetensorError)
 _SPLITS = ("train", "validation", "test")
+AMICI_SOURCES = "amici-st sources"
 _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
 
 
@@ -152,12 +155,13 @@ class TrainedAMICI:
         DataError
             If the AnnData is not the one of training.
         """
-        if type(model).__name__ != "AMICI" or type(model).__module__.split(".")[0] != "amici":
-            raise ModelFormatError(
-                value=f"the model is a {type(model).__module__}.{type(model).__name__}",
-                rule="only amici.AMICI itself can be saved: its weights are put back into that class",
-                fix="evaluate other classes directly with amici_eval.evaluate(model, adata)",
-            )
+        for part, name in ((model, "AMICI"), (model.module, "AMICIModule")):
+            if type(part).__name__ != name or type(part).__module__.split(".")[0] != "amici":
+                raise ModelFormatError(
+                    value=f"the model is a {type(part).__module__}.{type(part).__name__}",
+                    rule="only amici.AMICI itself can be saved: its weights are put back into that class",
+                    fix="evaluate other classes directly with amici_eval.evaluate(model, adata)",
+                )
         if not model.is_trained_:
             raise ModelFormatError(
                 value="the model is not trained", rule="only trained models are saved", fix="call train()"
@@ -466,8 +470,21 @@ def _explained(source: object) -> Iterator[None]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a model depends on, as installed here."""
-    return {package: _version(package) for package in _PACKAGES}
+    """Return the versions of the packages that a model depends on, as installed here, and a digest of AMICI's sources.
+
+    AMICI's development branch has the version number of the release.
+    """
+    return {**{package: _version(package) for package in _PACKAGES}, AMICI_SOURCES: _amici_sources()}
+
+
+@cache
+def _amici_sources() -> str:
+    digest = hashlib.sha256()
+    spec = find_spec("amici")
+    for folder in [] if spec is None else spec.submodule_search_locations or []:
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str:
