@@ -21,6 +21,7 @@ from amici_eval.permutation_spec import default_n_permutations
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.tissue import prepare
+from tests.same_numbers import assert_counts, assert_rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,9 +34,9 @@ SEED = 7
 SHRINK = 1e-2
 FLOAT32 = float(np.finfo(np.float32).eps)
 ENGINES = ("factored", "hooked")
-GAP_OF_PREDICTIONS = {"hooked": 1e-6, "factored": 1e-5}
-# the hooked engine has the reference's own predictions; those of the factored one differ from them by float32 rounding
-NEAR_TIE = {"hooked": 1e-9, "factored": 1e-6}
+# of the largest prediction; the hooked engine makes the reference's own products, cut into other batches
+GAP_OF_PREDICTIONS = {"hooked": 16 * FLOAT32, "factored": 64 * FLOAT32}
+NEAR_TIE = {"hooked": 1e-8, "factored": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def assert_same_p_values(comparison: Comparison) -> None:
 def largest_gap_of_predictions(comparison: Comparison) -> float:
     model, adata = comparison.native, comparison.adata
     n_heads = model.module.n_heads
-    gap = 0.0
+    gap = largest = 0.0
     with open_access(
         model, prepare(adata, card_of(model, adata=adata), DataSpec()), comparison.ours.spec.ablation
     ) as access:
@@ -235,8 +236,9 @@ def largest_gap_of_predictions(comparison: Comparison) -> float:
             for head in range(n_heads):
                 theirs, expression = comparison.reference_predictions(head, cell_type)
                 gap = max(gap, float(np.abs(ours[head] - theirs).max()))
+                largest = max(largest, float(np.abs(theirs).max()))
                 np.testing.assert_array_equal(access.expression(rows), expression)
-    return gap
+    return gap / largest
 
 
 # --- the small model --------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def test_default_number_of_permutations(native, monkeypatch, engine):
 def test_saved_model_agrees_too(small, trained, adata):
     saved = evaluate(trained, adata, small.ours.spec)
     np.testing.assert_array_equal(saved.exceedances, small.ours.exceedances)
-    np.testing.assert_allclose(saved.expl_var_gene, small.ours.expl_var_gene, atol=1e-6, rtol=0)
+    assert_rounded(saved.expl_var_gene, small.ours.expl_var_gene)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -303,7 +305,7 @@ def test_cells_in_another_order(amici_dir, dense_amici_dir, adata, small, monkey
     comparison = compare(load(folder, shuffled), 300, monkeypatch, small.ours.engine)
     assert_same_explained_variance(comparison)
     assert_same_counts(comparison, all_pairs=True)
-    np.testing.assert_array_equal(comparison.ours.exceedances, small.ours.exceedances)
+    assert_counts(comparison.ours.exceedances, small.ours.exceedances)
 
 
 def test_head_that_hardly_speaks_is_counted_by_float64(native, monkeypatch):
@@ -362,5 +364,5 @@ def test_saved_model_agrees_on_real_tissue(on_tissue, shared, cell_type, engine)
     spec = replace(scrambled.ours.spec, data=DataSpec(subset=SubsetSpec(key="cell_type", value=cell_type)))
     result = evaluate(saved, scrambled.adata, spec)
     index = scrambled.ours.cell_types.index(cell_type)
-    np.testing.assert_array_equal(result.exceedances[:, 0], scrambled.ours.exceedances[:, index])
+    assert_counts(result.exceedances[:, 0], scrambled.ours.exceedances[:, index])
     np.testing.assert_allclose(result.expl_var_gene[:, 0], scrambled.ours.expl_var_gene[:, index], atol=1e-5, rtol=0)
