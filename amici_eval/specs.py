@@ -377,7 +377,13 @@ def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:
     return spec
 
 
-_NESTED = {"data": DataSpec, "ablation": AblationSpec, "permutation": PermutationSpec, "subset": SubsetSpec}
+_NESTED = {
+    "data": DataSpec,
+    "ablation": AblationSpec,
+    "permutation": PermutationSpec,
+    "subset": SubsetSpec,
+    "trained_on": TrainedOnSpec,
+}
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
