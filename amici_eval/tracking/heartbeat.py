@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import first_line
+from amici_eval.tracking.searching import runs_anywhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,8 @@ FEW_BEATS_S = 120.0
 STOPPED_S = 600.0
 """A process on another machine that has given no sign of life for so long is taken to be gone."""
 _JOIN_S = 5.0
-_RUNS_AT_A_TIME = 1000
+_SEARCH_S = 10.0
+"""Nobody waits longer for the runs of others to be found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +201,8 @@ def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) ->
 
     closed: list[str] = []
     try:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(
-            experiments,
-            f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'",
-            max_results=_RUNS_AT_A_TIME,
-        )
-        for run in runs:
+        running = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'"
+        for run in runs_anywhere(client, running, seconds=_SEARCH_S):
             beat = Beat.parse(run.data.tags[HEARTBEAT_TAG])
             if beat is None or not beat.has_stopped():
                 continue

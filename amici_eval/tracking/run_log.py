@@ -144,8 +144,9 @@ def _send(folder: Path, record: RunRecord) -> None:
     run = client.get_run(run_id)
     params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
     for start in range(0, len(params), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
-    client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()])
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH], synchronous=True)
+    tags = [RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()]
+    client.log_batch(run_id, tags=tags, synchronous=True)
     if record.dataset is not None and not (run.inputs and run.inputs.dataset_inputs):
         datasets = [DatasetInput(Dataset(**record.dataset), tags=[InputTag("mlflow.data.context", "evaluation")])]
         models = [] if record.model_id is None else [LoggedModelInput(record.model_id)]
@@ -170,7 +171,7 @@ def _send(folder: Path, record: RunRecord) -> None:
         for step, value in _missing_steps(client, run_id, key, values, there=key in run.data.metrics)
     ]
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
+        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH], synchronous=True)
     client.log_artifacts(run_id, str(folder / ARTIFACTS))
     # last: a version or model that points to a run points to a complete one
     try:

@@ -70,7 +70,8 @@ class UnfinishedWork:
         self._tracking, self._key, self._n_types = tracking, key, n_types
         # a setting wins over the environment, which MLflow changes itself
         experiment = [tracking.experiment] if tracking.experiment is not None else [os.environ.get(n) for n in _NAMES]
-        self._where = [mask_secrets(tracking_uri), *experiment, os.environ.get(PARENT_RUN_VARIABLE)]
+        below = os.environ.get(PARENT_RUN_VARIABLE) or os.environ.get("MLFLOW_RUN_ID")
+        self._where = [mask_secrets(tracking_uri), *experiment, below]
         self._stack = contextlib.ExitStack()
         self._left: list[_Left] = []
         self._own: tuple[Path, FolderLock | None] | None = None
@@ -100,8 +101,6 @@ class UnfinishedWork:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        if "MLFLOW_RUN_ID" in os.environ and PARENT_RUN_VARIABLE not in os.environ:
-            return None
         active = getattr(mlflow.tracking.fluent, "_active_experiment_id", None)
         for one in self._left:
             if one.lock is None or one.where != self._where:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import (
@@ -18,6 +19,7 @@ from amici_eval.errors import (
 )
 from amici_eval.tracking.lease import held
 from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+from amici_eval.tracking.searching import all_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -282,13 +284,7 @@ def _versions(name: str) -> list[tuple[str, dict[str, str]]]:
     registered = RegistryTags(name=name)
     with registry_errors(name):
         client = registered.client
-        found, token = [], None
-        while True:
-            page = client.search_model_versions(f"name='{name}'", page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                break
+        found = list(all_pages(partial(client.search_model_versions, f"name='{name}'")))
         if not found:
             client.get_registered_model(name)  # an error if there is no such model
     return [(str(one.version), dict(one.tags)) for one in sorted(found, key=lambda one: int(one.version))]
