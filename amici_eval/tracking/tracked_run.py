@@ -60,6 +60,7 @@ def tracked_run(
     """
     import mlflow
 
+    given = os.environ.get(_RUN_VARIABLE)
     run = start_run(
         tracking.experiment,
         name=masked(tracking.run_name or name),
@@ -86,6 +87,9 @@ def tracked_run(
             heartbeat.stop()
             partial = why and f"{why}{'' if finished is None else finished()}"
             _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=partial, safe=safe)
+            if given is not None:
+                # for the next run of this process: MLflow forgets it with the end of any run
+                os.environ[_RUN_VARIABLE] = given
 
 
 def start_run(
@@ -121,12 +125,8 @@ def start_run(
             tags={**tags, **own_tags},
         )
 
-    try:
-        # a run whose start was not answered has signs of life of this process, and is closed when it is gone
-        run = patiently(start, seconds=retry_s, what="starting the run")
-    finally:
-        if given is not None:
-            os.environ[_RUN_VARIABLE] = given
+    # a run whose start was not answered has signs of life of this process, and is closed when it is gone
+    run = patiently(start, seconds=retry_s, what="starting the run")
     if above is not None:
         logger.info(
             "%s names run %s, which holds %s: run %s is a child of it", _RUN_VARIABLE, above, holds, run.info.run_id
