@@ -11,13 +11,10 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amici_eval.errors import first_line
 from amici_eval.tracking.searching import runs_anywhere
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]
 
@@ -37,16 +34,9 @@ _SEARCH_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """A sign of life.
+    """A sign of life: of which process, on which machine (since which start of it, in which namespace), and when.
 
-    Parameters
-    ----------
-    host, boot, namespace
-        Which machine, since which start of it, and which processes are seen there.
-    pid, started
-        The process; its start tells it from a later one of the same number.
-    time
-        Seconds since 1970 by the clock of that machine.
+    The start of a process tells it from a later one of the same number; the time is by the clock of that machine.
     """
 
     host: str
@@ -140,17 +130,7 @@ def _is_gone(pid: int) -> bool:
 
 
 class Heartbeat:
-    """Gives signs of life for a run until it is stopped, from a thread of its own.
-
-    Parameters
-    ----------
-    run_id
-        The run.
-    client
-        Where it is.
-    every_s
-        Seconds between signs.
-    """
+    """Gives signs of life for a run until it is stopped, from a thread of its own."""
 
     def __init__(self, run_id: str, client: Any, *, every_s: float = BEAT_S) -> None:
         self._run_id, self._client, self._every = run_id, client, every_s
@@ -181,20 +161,11 @@ class Heartbeat:
                 self._missed = False
 
 
-def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) -> list[str]:
-    """Close the runs of amici_eval that are RUNNING although their process is gone, and return their ids.
+def close_abandoned(client: Any) -> list[str]:
+    """Close runs of amici_eval that are RUNNING although their process is gone, and return their ids.
 
-    Parameters
-    ----------
-    client
-        A client of the tracking store.
-    say
-        Is told of each; ``None``: the log.
-
-    Notes
-    -----
-    A run that holds all it was to hold becomes FINISHED, any other KILLED. Where this may not be done, or the store
-    fails, nothing is done: it is a service to others, and no reason to fail.
+    One that holds all it was to hold becomes FINISHED, any other KILLED. Errors are ignored: this is a service to
+    others.
     """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -211,8 +182,9 @@ def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) ->
             if status == "KILLED":
                 client.set_tag(run.info.run_id, PARTIAL_TAG, "KILLED (its process is gone)")
             closed.append(run.info.run_id)
-            (say or logger.info)(
-                f"run {run.info.run_id} was left RUNNING by a process on {beat.host} that is gone; closed as {status}"
+            logger.info(
+                "run %s was left RUNNING by a process on %s that is gone; closed as %s",
+                *(run.info.run_id, beat.host, status),
             )
     except (MlflowException, RequestException, OSError) as error:
         logger.debug("runs of processes that are gone could not be closed: %s", first_line(error))

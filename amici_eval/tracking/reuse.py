@@ -28,35 +28,14 @@ FINGERPRINT_TAG = "amici_eval.fingerprint"
 
 
 def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
-    """Return what two evaluations share that give the same numbers.
-
-    Parameters
-    ----------
-    model
-        Id of the logged model, or its URI where there is none.
-    digest
-        Of the data.
-    spec
-        Settings.
-    """
+    """Return what evaluations share that give the same numbers; ``model`` is the id of the logged model, or its URI."""
     text = json.dumps([SCHEMA_VERSION, model, digest, settings_that_matter(spec)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
-    """Return what evaluations share that may take up each other's finished parts.
-
-    Parameters
-    ----------
-    same
-        Their :func:`fingerprint`.
-    files
-        Digest of the model's files: a model in a folder may be another one next time.
-    device
-        Where statistics are computed.
-    launch
-        Where types are evaluated: workers have one thread each, whose sums may end in another digit.
-    """
+    """Return what evaluations share that may take up each other's finished parts."""
+    # a model in a folder may have other files next time; workers have one thread each, whose sums may differ in a digit
     return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
 
 

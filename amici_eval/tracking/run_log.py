@@ -41,30 +41,10 @@ def deliver(
     log_metrics: bool = True,
     retry_s: float = 0.0,
 ) -> Path:
-    """Write an evaluation into a folder and send it to its run; whatever fails, ``upload`` can send what there is.
+    """Write an evaluation into a folder, send it to its run, and return the folder; ``upload`` can send it again.
 
-    Parameters
-    ----------
-    evaluation, folder, record
-        What to deliver, by way of which local folder, to which run.
-    report, config_yaml
-        What to draw, and the settings to keep with it.
-    log_metrics
-        ``False`` if the caller logs the metrics of the record; ``upload`` logs them in any case.
-    retry_s
-        As for :func:`send`.
-
-    Returns
-    -------
-    Path
-        The folder it was written into: one for temporary files where ``folder`` takes no more.
-
-    Raises
-    ------
-    OutputError
-        If there is no room for the results, neither there nor among temporary files.
-    TrackingError
-        If the store fails; the message says how to go on.
+    Without ``log_metrics`` the caller logs the metrics of the record. Where the folder takes no more, the results go to
+    one for temporary files.
     """
     try:
         whole = _write(evaluation, folder, record, report=report, config_yaml=config_yaml)
@@ -107,20 +87,7 @@ def _write(
 
 
 def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
-    """Send a folder of results to its run; what is there already is not logged twice.
-
-    Parameters
-    ----------
-    folder, record
-        What to send.
-    retry_s
-        Seconds for which a store that is away is asked again.
-
-    Raises
-    ------
-    TrackingError
-        If the store fails half way; the folder stays and the message says how to go on.
-    """
+    """Send a folder of results to its run; what is there is not logged twice, and what fails stays in the folder."""
     try:
         patiently(lambda: _send(folder, record), seconds=retry_s, what="sending the results")
     except KeyboardInterrupt:

@@ -40,23 +40,9 @@ def tracked_run(
     go_on: str | None = None,
     finished: Callable[[], str] | None = None,
 ) -> Iterator[Any]:
-    """Run a body inside an MLflow run that never stays RUNNING: FINISHED, FAILED, or KILLED when interrupted.
+    """Run a body inside a run (:func:`start_run`) that never stays RUNNING: FINISHED, FAILED, or KILLED if interrupted.
 
-    Which run: see :func:`start_run`.
-
-    Parameters
-    ----------
-    tracking, name, tags
-        Experiment, name and tags of the run.
-    go_on
-        Id of a run that was interrupted, to be taken up instead of starting one.
-    finished
-        Says how much is finished, for a run that does not get through.
-
-    Notes
-    -----
-    The run gives signs of life, so that another process can close it if this one is killed; and it is marked as partial
-    until the body is through.
+    ``go_on`` is the interrupted run to take up; ``finished`` says how much is done, for a run that does not end well.
     """
     import mlflow
 
@@ -139,15 +125,13 @@ def _contents(run_id: str) -> str:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient()
+    client, run = mlflow.MlflowClient(), None
     try:
         run = client.get_run(run_id)
-        there = run.info.lifecycle_stage == "active"
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        there = False
-    if not there:
+    if run is None or run.info.lifecycle_stage != "active":
         raise InvalidSpecError(
             value=f"{_RUN_VARIABLE}={run_id}",
             rule=f"the environment names a run that {mlflow.get_tracking_uri()} does not hold, or that is deleted",

@@ -46,24 +46,11 @@ class _Left:
 
 
 class UnfinishedWork:
-    """The local folder of an evaluation, with what earlier ones of the same finished; use it as a context manager.
+    """The local folder of an evaluation, with what earlier ones of the same left; use it as a context manager.
 
-    Parameters
-    ----------
-    tracking
-        Settings: ``output_dir``, in which folders are named by their runs, ``resume``, ``keep_local``.
-    key
-        What is evaluated, on what and how.
-    tracking_uri
-        Where runs are.
-    n_types
-        How many cell types there are to finish.
-
-    Notes
-    -----
-    A folder is locked as long as its process lives. A folder without an owner is taken up: its run goes on if it is one
-    of the same experiment and parent, else a new run takes its parts. The parts of a folder with an owner are read
-    only. Folders that were taken up are removed when all is sent, and not before.
+    A folder is locked as long as its process lives. One without an owner is taken up: its run goes on if it has the
+    same experiment and parent, else a new run takes its parts. Of one with an owner the parts are read only. Folders
+    that were taken up are removed when all is sent, and not before.
     """
 
     def __init__(self, tracking: TrackingSpec, *, key: str, tracking_uri: str, n_types: int) -> None:
