@@ -13,6 +13,7 @@ from amici_eval.comparison_parts import FailedVersion
 from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.specs import EvaluationSpec, SubsetSpec
 from amici_eval.tracking.registry import find_dataset, resolve_model
+from amici_eval.tracking.searching import version_numbers
 from amici_eval.tracking.stored_model import open_stored_model
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ def model_uris(models: Sequence[str], versions: Sequence[str]) -> list[str]:
             if name.startswith("@") or name.isdigit():
                 uris.append(f"models:/{model}{name}" if name.startswith("@") else f"models:/{model}/{name}")
             elif name == "all" or _LATEST.fullmatch(name):
-                numbers = sorted(
-                    int(entry.version) for entry in MlflowClient().search_model_versions(f"name='{model}'")
-                )
+                numbers = version_numbers(MlflowClient(), model)
                 if not numbers:
                     resolve_model(f"models:/{model}/1")  # says what there is instead
                 match = _LATEST.fullmatch(name)

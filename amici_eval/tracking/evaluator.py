@@ -119,6 +119,7 @@ class AMICIEvaluator(ModelEvaluator):
             If model, data or settings do not fit.
         """
         import mlflow
+        from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_LOGGING
 
         from amici_eval.evaluation import evaluate_access
         from amici_eval.model.access import open_access, resolve_device
@@ -187,8 +188,9 @@ class AMICIEvaluator(ModelEvaluator):
             record,
             report=report,
             config_yaml=yaml.safe_dump(_plain({**spec.to_dict(), "report": vars(report)}), sort_keys=False),
-            # with a model_id MLflow logs the returned metrics itself; twice would make two points of each
-            log_metrics=model_id is None,
+            # with a model_id MLflow logs the returned metrics itself; twice would make two points of each, which is
+            # better than none where MLflow does it in the background
+            log_metrics=model_id is None or MLFLOW_ENABLE_ASYNC_LOGGING.get(),
         )
         artifacts = _artifacts(folder / ARTIFACTS, run_id)
         remove_local(folder, with_parent=False)

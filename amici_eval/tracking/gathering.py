@@ -141,7 +141,7 @@ def _evaluation_in(
     if tracking.reuse:
         digest = cells.digest if cells.digest is not None else _digest(column, cells.spec)
         key = fingerprint(model=known_model_id(model.model_id) or model.uri, digest=digest, spec=cells.spec)
-        there = find_evaluation(key)
+        there = find_evaluation(key, retry_s=tracking.retry_s)
         if there is not None:
             download_evaluation(there, place)
             if (place / FILE_NAME).is_file():
@@ -175,7 +175,7 @@ def _digest(column: Column, spec: EvaluationSpec) -> str:
 def _children_of(run_id: str, experiment_id: str) -> Iterator[None]:
     """Let runs that are started meanwhile be children of a run, in its experiment."""
     values = {PARENT_RUN_VARIABLE: run_id, "MLFLOW_EXPERIMENT_ID": experiment_id}
-    before: dict[str, Any] = {name: os.environ.get(name) for name in (*values, "MLFLOW_RUN_ID")}
+    before: dict[str, Any] = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield

@@ -11,12 +11,10 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amici_eval.errors import first_line
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from amici_eval.tracking.searching import runs_anywhere
 
 __all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]
 
@@ -30,21 +28,15 @@ FEW_BEATS_S = 120.0
 STOPPED_S = 600.0
 """A process on another machine that has given no sign of life for so long is taken to be gone."""
 _JOIN_S = 5.0
-_RUNS_AT_A_TIME = 1000
+_SEARCH_S = 10.0
+"""Nobody waits longer for the runs of others to be found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """A sign of life.
+    """A sign of life: of which process, on which machine (since which start of it, in which namespace), and when.
 
-    Parameters
-    ----------
-    host, boot, namespace
-        Which machine, since which start of it, and which processes are seen there.
-    pid, started
-        The process; its start tells it from a later one of the same number.
-    time
-        Seconds since 1970 by the clock of that machine.
+    The start of a process tells it from a later one of the same number; the time is by the clock of that machine.
     """
 
     host: str
@@ -138,17 +130,7 @@ def _is_gone(pid: int) -> bool:
 
 
 class Heartbeat:
-    """Gives signs of life for a run until it is stopped, from a thread of its own.
-
-    Parameters
-    ----------
-    run_id
-        The run.
-    client
-        Where it is.
-    every_s
-        Seconds between signs.
-    """
+    """Gives signs of life for a run until it is stopped, from a thread of its own."""
 
     def __init__(self, run_id: str, client: Any, *, every_s: float = BEAT_S) -> None:
         self._run_id, self._client, self._every = run_id, client, every_s
@@ -179,33 +161,19 @@ class Heartbeat:
                 self._missed = False
 
 
-def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) -> list[str]:
-    """Close the runs of amici_eval that are RUNNING although their process is gone, and return their ids.
+def close_abandoned(client: Any) -> list[str]:
+    """Close runs of amici_eval that are RUNNING although their process is gone, and return their ids.
 
-    Parameters
-    ----------
-    client
-        A client of the tracking store.
-    say
-        Is told of each; ``None``: the log.
-
-    Notes
-    -----
-    A run that holds all it was to hold becomes FINISHED, any other KILLED. Where this may not be done, or the store
-    fails, nothing is done: it is a service to others, and no reason to fail.
+    One that holds all it was to hold becomes FINISHED, any other KILLED. Errors are ignored: this is a service to
+    others.
     """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
     closed: list[str] = []
     try:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(
-            experiments,
-            f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'",
-            max_results=_RUNS_AT_A_TIME,
-        )
-        for run in runs:
+        running = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'"
+        for run in runs_anywhere(client, running, seconds=_SEARCH_S):
             beat = Beat.parse(run.data.tags[HEARTBEAT_TAG])
             if beat is None or not beat.has_stopped():
                 continue
@@ -214,8 +182,9 @@ def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) ->
             if status == "KILLED":
                 client.set_tag(run.info.run_id, PARTIAL_TAG, "KILLED (its process is gone)")
             closed.append(run.info.run_id)
-            (say or logger.info)(
-                f"run {run.info.run_id} was left RUNNING by a process on {beat.host} that is gone; closed as {status}"
+            logger.info(
+                "run %s was left RUNNING by a process on %s that is gone; closed as %s",
+                *(run.info.run_id, beat.host, status),
             )
     except (MlflowException, RequestException, OSError) as error:
         logger.debug("runs of processes that are gone could not be closed: %s", first_line(error))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -14,6 +16,7 @@ from urllib.parse import urlparse
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line, mask_secrets
 from amici_eval.tracking.heartbeat import close_abandoned
 from amici_eval.tracking.patience import is_passing
+from amici_eval.tracking.searching import all_pages, version_numbers
 
 if TYPE_CHECKING:
     from amici_eval.tracking.stored_model import StoredModel
@@ -23,8 +26,8 @@ __all__ = ["ResolvedModel", "connect", "find_dataset", "keep_artifacts_in", "kno
 logger = logging.getLogger(__name__)
 
 _MODELS_SOUGHT, _MODELS_NAMED = 1000, 20
-_CONNECT_TIMEOUT_S = 5
-_READ_TIMEOUT_S = 10
+_TIMEOUTS_S = 5, 20
+"""For a connection and for an answer, where ``MLFLOW_HTTP_REQUEST_TIMEOUT`` is not set."""
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))/?")
 _LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]+)/?")
@@ -53,6 +56,8 @@ def connect(uri: str | None) -> str:
     absolute = _absolute_sqlite(uri or mlflow.get_tracking_uri())
     _check_reachable(absolute)
     mlflow.set_tracking_uri(absolute)
+    # what is logged in the background can be lost without an error
+    mlflow.config.enable_async_logging(enable=False)
     close_abandoned(mlflow.MlflowClient(tracking_uri=absolute))
     return absolute
 
@@ -65,27 +70,38 @@ def _absolute_sqlite(uri: str) -> str:
 
 
 def _check_reachable(uri: str) -> None:
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
     parsed = urlparse(uri)
     scheme = parsed.scheme.partition("+")[0]
     try:
         if scheme in ("http", "https"):
-            import requests
-
             # any answer will do: 401 and 404 come from a server that is there
-            requests.get(f"{uri.rstrip('/')}/health", timeout=(_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S))
+            http_request(
+                get_default_host_creds(uri),
+                "/health",
+                "GET",
+                timeout=None if MLFLOW_HTTP_REQUEST_TIMEOUT.is_set() else _TIMEOUTS_S,
+                max_retries=None if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set() else 0,
+                raise_on_status=False,
+            )
         elif scheme in _PORTS and parsed.hostname:
             address = (parsed.hostname, parsed.port or _PORTS[scheme])
-            socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S).close()
+            socket.create_connection(address, timeout=_TIMEOUTS_S[0]).close()
         elif scheme == "sqlite":
             folder = Path(uri.removeprefix("sqlite:///")).parent
             if not folder.is_dir():
                 message = f"no folder {folder}"
                 raise OSError(message)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MlflowException) as error:
         raise TrackingError(
             value=f"tracking store {uri} cannot be reached ({first_line(error)})",
             rule="the store must answer before any work starts",
-            fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI",
+            fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI; for a slow one, set "
+            "MLFLOW_HTTP_REQUEST_TIMEOUT",
         ) from error
 
 
@@ -197,7 +213,9 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
                 rule="it must be an MLflow server that you may read",
                 fix="check tracking.uri and your credentials",
             ) from error
-        known = [model.name for model in client.search_registered_models(max_results=_MODELS_SOUGHT)]
+        known: list[str] = []
+        with suppress(MlflowException):
+            known = [one.name for one in islice(all_pages(client.search_registered_models), _MODELS_SOUGHT)]
         near = get_close_matches(name, known, n=3)
         known = [*near, *(one for one in known if one not in near)][:_MODELS_NAMED]
         raise ModelNotFoundError(
@@ -205,7 +223,7 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
             rule=f"the registry of {mlflow.get_tracking_uri()} holds {', '.join(known) or 'no models'}",
             fix="correct the name or tracking.uri, or register it with amici-eval register",
         ) from error
-    versions = sorted(int(entry.version) for entry in client.search_model_versions(f"name='{name}'"))
+    versions = version_numbers(client, name)
     shown = ", ".join(map(str, versions)) or "none"
     if alias is not None:
         if alias not in registered.aliases:

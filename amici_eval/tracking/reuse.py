@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import TYPE_CHECKING
 
 from amici_eval import __version__
+from amici_eval.errors import first_line
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
 from amici_eval.specs import settings_that_matter
+from amici_eval.tracking.patience import patiently
+from amici_eval.tracking.searching import runs_anywhere
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,55 +22,41 @@ if TYPE_CHECKING:
 
 __all__ = ["FINGERPRINT_TAG", "download_evaluation", "find_evaluation", "fingerprint", "resume_key"]
 
+logger = logging.getLogger(__name__)
+
 FINGERPRINT_TAG = "amici_eval.fingerprint"
 
 
 def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
-    """Return what two evaluations share that give the same numbers.
-
-    Parameters
-    ----------
-    model
-        Id of the logged model, or its URI where there is none.
-    digest
-        Of the data.
-    spec
-        Settings.
-    """
+    """Return what evaluations share that give the same numbers; ``model`` is the id of the logged model, or its URI."""
     text = json.dumps([SCHEMA_VERSION, model, digest, settings_that_matter(spec)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
-    """Return what evaluations share that may take up each other's finished parts.
-
-    Parameters
-    ----------
-    same
-        Their :func:`fingerprint`.
-    files
-        Digest of the model's files: a model in a folder may be another one next time.
-    device
-        Where statistics are computed.
-    launch
-        Where types are evaluated: workers have one thread each, whose sums may end in another digit.
-    """
+    """Return what evaluations share that may take up each other's finished parts."""
+    # a model in a folder may have other files next time; workers have one thread each, whose sums may differ in a digit
     return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
 
 
-def find_evaluation(fingerprint: str) -> str | None:
-    """Return the newest run that holds such an evaluation and ended well, in any experiment of the store."""
+def find_evaluation(fingerprint: str, *, retry_s: float = 0.0) -> str | None:
+    """Return a run that holds such an evaluation and ended well, in any experiment; a refused search finds none."""
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
-    client = MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(
-        experiments,
-        f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}' and attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    return runs[0].info.run_id if runs else None
+    condition = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}' and attributes.status = 'FINISHED'"
+
+    def search() -> str | None:
+        return next((run.info.run_id for run in runs_anywhere(MlflowClient(), condition)), None)
+
+    try:
+        return patiently(search, seconds=retry_s, what="searching for an earlier evaluation")
+    except (MlflowException, RequestException) as error:
+        logger.warning(
+            "the store refused to search for an earlier evaluation (%s): a new one is made", first_line(error)
+        )
+        return None
 
 
 def download_evaluation(run_id: str, folder: Path) -> Path:

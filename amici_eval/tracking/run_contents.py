@@ -78,8 +78,6 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
 def metric_intervals(evaluation: HeadEvaluation) -> dict[str, tuple[float, float]]:
     """Return the confidence interval of each metric that has one, NaN where it is not known.
 
-    Notes
-    -----
     That of ``gain`` is the interval of what the head explains, moved: the predictor's own uncertainty is not in it.
     """
     bounds, parts, trivial = evaluation.intervals, evaluation.parts, evaluation.trivial
@@ -156,15 +154,7 @@ def write_artifacts(
     report: ReportSpec,
     config_yaml: str,
 ) -> None:
-    """Write the tables, figures and report of an evaluation, as a run holds them, into a folder.
-
-    Parameters
-    ----------
-    evaluation, folder
-        What to write, and where.
-    report, config_yaml
-        What to draw, and the settings to keep with it.
-    """
+    """Write the tables, figures and report of an evaluation, as a run holds them, into a folder."""
     from amici_eval.report.html import write_html
     from amici_eval.report.significance import write_significance
     from amici_eval.report.tables import write_tables

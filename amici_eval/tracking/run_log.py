@@ -41,30 +41,10 @@ def deliver(
     log_metrics: bool = True,
     retry_s: float = 0.0,
 ) -> Path:
-    """Write an evaluation into a folder and send it to its run; whatever fails, ``upload`` can send what there is.
+    """Write an evaluation into a folder, send it to its run, and return the folder; ``upload`` can send it again.
 
-    Parameters
-    ----------
-    evaluation, folder, record
-        What to deliver, by way of which local folder, to which run.
-    report, config_yaml
-        What to draw, and the settings to keep with it.
-    log_metrics
-        ``False`` if the caller logs the metrics of the record; ``upload`` logs them in any case.
-    retry_s
-        As for :func:`send`.
-
-    Returns
-    -------
-    Path
-        The folder it was written into: one for temporary files where ``folder`` takes no more.
-
-    Raises
-    ------
-    OutputError
-        If there is no room for the results, neither there nor among temporary files.
-    TrackingError
-        If the store fails; the message says how to go on.
+    Without ``log_metrics`` the caller logs the metrics of the record. Where the folder takes no more, the results go to
+    one for temporary files.
     """
     try:
         whole = _write(evaluation, folder, record, report=report, config_yaml=config_yaml)
@@ -107,20 +87,7 @@ def _write(
 
 
 def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
-    """Send a folder of results to its run; what is there already is not logged twice.
-
-    Parameters
-    ----------
-    folder, record
-        What to send.
-    retry_s
-        Seconds for which a store that is away is asked again.
-
-    Raises
-    ------
-    TrackingError
-        If the store fails half way; the folder stays and the message says how to go on.
-    """
+    """Send a folder of results to its run; what is there is not logged twice, and what fails stays in the folder."""
     try:
         patiently(lambda: _send(folder, record), seconds=retry_s, what="sending the results")
     except KeyboardInterrupt:
@@ -144,8 +111,9 @@ def _send(folder: Path, record: RunRecord) -> None:
     run = client.get_run(run_id)
     params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
     for start in range(0, len(params), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
-    client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()])
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH], synchronous=True)
+    tags = [RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()]
+    client.log_batch(run_id, tags=tags, synchronous=True)
     if record.dataset is not None and not (run.inputs and run.inputs.dataset_inputs):
         datasets = [DatasetInput(Dataset(**record.dataset), tags=[InputTag("mlflow.data.context", "evaluation")])]
         models = [] if record.model_id is None else [LoggedModelInput(record.model_id)]
@@ -170,7 +138,7 @@ def _send(folder: Path, record: RunRecord) -> None:
         for step, value in _missing_steps(client, run_id, key, values, there=key in run.data.metrics)
     ]
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
+        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH], synchronous=True)
     client.log_artifacts(run_id, str(folder / ARTIFACTS))
     # last: a version or model that points to a run points to a complete one
     try:

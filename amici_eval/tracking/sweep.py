@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
 from amici_eval.errors import first_line, mask_secrets
-from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
+from amici_eval.tracking.heartbeat import Heartbeat
 from amici_eval.tracking.patience import patiently
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, mark_whole
+from amici_eval.tracking.searching import all_pages
+from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, mark_whole, start_run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -52,7 +54,8 @@ def _close(run_id: str, status: str) -> None:
     if status == "FINISHED":
         mark_whole(client, run_id)
     # workers that were killed could not close their runs
-    for child in client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
+    children = f"tags.`mlflow.parentRunId` = '{run_id}'"
+    for child in all_pages(partial(client.search_runs, [parent.info.experiment_id], children)):
         if child.info.status == "RUNNING":
             client.set_terminated(child.info.run_id, status)
     client.set_terminated(run_id, status)
@@ -75,10 +78,12 @@ class ParentRun(Callback):
 
         tracking = config.tracking
         os.environ["MLFLOW_TRACKING_URI"] = connect(tracking.uri)
-        if tracking.experiment is not None and "MLFLOW_RUN_ID" not in os.environ:
-            mlflow.set_experiment(tracking.experiment)
-        marks = {"amici_eval.kind": "sweep", HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
-        run = mlflow.start_run(run_name=mask_secrets(tracking.run_name or "sweep"), tags=marks)
+        run = start_run(
+            tracking.experiment,
+            name=mask_secrets(tracking.run_name or "sweep"),
+            tags={"amici_eval.kind": "sweep"},
+            retry_s=_RETRY_S,
+        )
         self._run_id = run.info.run_id
         _HEARTS[self._run_id] = Heartbeat(self._run_id, mlflow.MlflowClient()).start()
         os.environ[PARENT_RUN_VARIABLE] = self._run_id

@@ -10,7 +10,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import TrackingError, first_line
+from amici_eval.errors import InvalidSpecError, TrackingError, first_line
 from amici_eval.masking import mask_mapping, masked
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
 from amici_eval.tracking.patience import patiently
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
     from amici_eval.specs import TrackingSpec
 
-__all__ = ["NOTE_TAG", "PARENT_RUN_VARIABLE", "mark_whole", "tracked_run", "undisturbed"]
+__all__ = ["NOTE_TAG", "PARENT_RUN_VARIABLE", "mark_whole", "start_run", "tracked_run", "undisturbed"]
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = {"KeyboardInterrupt": "Ctrl-C", "TerminatedError": "SIGTERM"}
 PARENT_RUN_VARIABLE = "AMICI_EVAL_PARENT_RUN_ID"
+_RUN_VARIABLE = "MLFLOW_RUN_ID"
 NOTE_TAG = "mlflow.note.content"
 """MLflow shows this tag as the description of a run; it reads Markdown."""
 
@@ -39,50 +40,20 @@ def tracked_run(
     go_on: str | None = None,
     finished: Callable[[], str] | None = None,
 ) -> Iterator[Any]:
-    """Run a body inside an MLflow run that never stays RUNNING: FINISHED, FAILED, or KILLED when interrupted.
+    """Run a body inside a run (:func:`start_run`) that never stays RUNNING: FINISHED, FAILED, or KILLED if interrupted.
 
-    Takes over the run that ``mlflow run`` opened, becomes a child in a sweep, else starts a run of its own.
-
-    Parameters
-    ----------
-    tracking, name, tags
-        Experiment, name and tags of the run.
-    go_on
-        Id of a run that was interrupted, to be taken up instead of starting one.
-    finished
-        Says how much is finished, for a run that does not get through.
-
-    Notes
-    -----
-    The run gives signs of life, so that another process can close it if this one is killed; and it is marked as partial
-    until the body is through.
+    ``go_on`` is the interrupted run to take up; ``finished`` says how much is done, for a run that does not end well.
     """
     import mlflow
 
-    parent = os.environ.get(PARENT_RUN_VARIABLE)
-    if parent is not None:
-        # the parent belongs to the sweep; each job starts a child of its own
-        os.environ.pop("MLFLOW_RUN_ID", None)
-
-    # MLflow forgets the run that `mlflow run` opened before it asks the store for it
-    run_id = os.environ.pop("MLFLOW_RUN_ID", None) or go_on
-
-    def start() -> Any:
-        if tracking.experiment is not None and run_id is None:
-            mlflow.set_experiment(tracking.experiment)
-        own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
-        if go_on is not None:
-            own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
-        return mlflow.start_run(
-            run_id=run_id,
-            run_name=None if go_on is not None else masked(tracking.run_name or name),
-            parent_run_id=parent if run_id is None else None,
-            nested=parent is not None,
-            tags={**tags, **mask_mapping(tracking.tags), **own_tags},
-        )
-
-    # a run whose start was not answered has signs of life of this process, and is closed when it is gone
-    run = patiently(start, seconds=tracking.retry_s, what="starting the run")
+    given = os.environ.get(_RUN_VARIABLE)
+    run = start_run(
+        tracking.experiment,
+        name=masked(tracking.run_name or name),
+        tags={**tags, **mask_mapping(tracking.tags)},
+        go_on=go_on,
+        retry_s=tracking.retry_s,
+    )
     status, why, safe = "FAILED", "", False
     heartbeat = Heartbeat(run.info.run_id, mlflow.MlflowClient())
     try:
@@ -102,6 +73,80 @@ def tracked_run(
             heartbeat.stop()
             partial = why and f"{why}{'' if finished is None else finished()}"
             _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=partial, safe=safe)
+            if given is not None:
+                # for the next run of this process: MLflow forgets it with the end of any run
+                os.environ[_RUN_VARIABLE] = given
+
+
+def start_run(
+    experiment: str | None, *, name: str | None, tags: dict[str, str], go_on: str | None = None, retry_s: float
+) -> Any:
+    """Start a run with a sign of life, marked as partial; never one that mixes with what another run holds.
+
+    In this order: the interrupted run that goes on, a child of the sweep or comparison, the run that ``MLFLOW_RUN_ID``
+    names if it is empty, a child of that run if it is not, a run of its own.
+    """
+    import mlflow
+
+    parent, above, run_id = os.environ.get(PARENT_RUN_VARIABLE), None, go_on
+    # MLflow takes it for the id of any run that is started
+    given = os.environ.pop(_RUN_VARIABLE, None)
+    if given is not None and parent is None and go_on is None:
+        holds = patiently(lambda: _contents(given), seconds=retry_s, what=f"looking at the run of {_RUN_VARIABLE}")
+        above, run_id = (given, None) if holds else (None, given)
+
+    def start() -> Any:
+        if experiment is not None and run_id is None:
+            mlflow.set_experiment(experiment)
+        own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
+        if go_on is not None:
+            own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
+        return mlflow.start_run(
+            run_id=run_id,
+            # children are shown where their parent is
+            experiment_id=mlflow.get_run(above).info.experiment_id if above and experiment is None else None,
+            run_name=None if go_on is not None else name,
+            parent_run_id=(parent or above) if run_id is None else None,
+            nested=parent is not None,
+            tags={**tags, **own_tags},
+        )
+
+    # a run whose start was not answered has signs of life of this process, and is closed when it is gone
+    run = patiently(start, seconds=retry_s, what="starting the run")
+    if above is not None:
+        logger.info(
+            "%s names run %s, which holds %s: run %s is a child of it", _RUN_VARIABLE, above, holds, run.info.run_id
+        )
+    return run
+
+
+def _contents(run_id: str) -> str:
+    """Say what a run holds besides what MLflow and ``mlflow run`` put into an empty one; "" if nothing."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client, run = mlflow.MlflowClient(), None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    if run is None or run.info.lifecycle_stage != "active":
+        raise InvalidSpecError(
+            value=f"{_RUN_VARIABLE}={run_id}",
+            rule=f"the environment names a run that {mlflow.get_tracking_uri()} does not hold, or that is deleted",
+            fix=f"unset {_RUN_VARIABLE}, or set tracking.uri to the store of that run",
+        )
+    inputs, outputs = run.inputs, run.outputs
+    found = {
+        "a run of amici-eval": any(name.startswith("amici_eval.") for name in run.data.tags),
+        "metrics": any(not name.startswith("system/") for name in run.data.metrics),
+        "params": bool(run.data.params) and "mlflow.project.entryPoint" not in run.data.tags,
+        "data sets": bool(inputs and inputs.dataset_inputs),
+        "models": bool((inputs and inputs.model_inputs) or (outputs and outputs.model_outputs)),
+        "artifacts": bool(client.list_artifacts(run_id)),
+    }
+    return ", ".join(what for what, held in found.items() if held)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ __all__ = ["ModelInTraining", "Once", "RunInTraining", "generators_untouched", "
 
 _METRICS_PER_BATCH = 1000
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
-"""MLflow's own are 7 retries of 120 s each, for which training would stand still."""
+"""Unless the user says otherwise: MLflow's own are 7 retries of 120 s, for which training would stand still."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,7 @@ def _impatient() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _PATIENCE}
     try:
         for name, most in _PATIENCE.items():
-            own = before[name] or ""
-            os.environ[name] = own if own.isdecimal() and int(own) < most else str(most)
+            os.environ.setdefault(name, str(most))
         yield
     finally:
         for name, value in before.items():

@@ -46,31 +46,19 @@ class _Left:
 
 
 class UnfinishedWork:
-    """The local folder of an evaluation, with what earlier ones of the same finished; use it as a context manager.
+    """The local folder of an evaluation, with what earlier ones of the same left; use it as a context manager.
 
-    Parameters
-    ----------
-    tracking
-        Settings: ``output_dir``, in which folders are named by their runs, ``resume``, ``keep_local``.
-    key
-        What is evaluated, on what and how.
-    tracking_uri
-        Where runs are.
-    n_types
-        How many cell types there are to finish.
-
-    Notes
-    -----
-    A folder is locked as long as its process lives. A folder without an owner is taken up: its run goes on if it is one
-    of the same experiment and parent, else a new run takes its parts. The parts of a folder with an owner are read
-    only. Folders that were taken up are removed when all is sent, and not before.
+    A folder is locked as long as its process lives. One without an owner is taken up: its run goes on if it has the
+    same experiment and parent, else a new run takes its parts. Of one with an owner the parts are read only. Folders
+    that were taken up are removed when all is sent, and not before.
     """
 
     def __init__(self, tracking: TrackingSpec, *, key: str, tracking_uri: str, n_types: int) -> None:
         self._tracking, self._key, self._n_types = tracking, key, n_types
         # a setting wins over the environment, which MLflow changes itself
         experiment = [tracking.experiment] if tracking.experiment is not None else [os.environ.get(n) for n in _NAMES]
-        self._where = [mask_secrets(tracking_uri), *experiment, os.environ.get(PARENT_RUN_VARIABLE)]
+        below = os.environ.get(PARENT_RUN_VARIABLE) or os.environ.get("MLFLOW_RUN_ID")
+        self._where = [mask_secrets(tracking_uri), *experiment, below]
         self._stack = contextlib.ExitStack()
         self._left: list[_Left] = []
         self._own: tuple[Path, FolderLock | None] | None = None
@@ -100,8 +88,6 @@ class UnfinishedWork:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        if "MLFLOW_RUN_ID" in os.environ and PARENT_RUN_VARIABLE not in os.environ:
-            return None
         active = getattr(mlflow.tracking.fluent, "_active_experiment_id", None)
         for one in self._left:
             if one.lock is None or one.where != self._where:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import (
@@ -18,6 +19,7 @@ from amici_eval.errors import (
 )
 from amici_eval.tracking.lease import held
 from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+from amici_eval.tracking.searching import all_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,47 +102,13 @@ def watch(
     pause: Callable[[float], None] = time.sleep,
     owner: str | None = None,
 ) -> WatchResult:
-    """Judge the versions of a registered model that have no verdict yet, oldest first.
+    """Judge the versions of a registered model that have no verdict yet, oldest first, in one round or until an error.
 
-    Parameters
-    ----------
-    name
-        Registered model.
-    key
-        Names the configuration: a version has a verdict if it has the tag ``amici_eval.verdict.<key>``.
-    judge
-        Judges ``models:/NAME/VERSION``, writes that tag, and returns the outcome.
-    once
-        One round; else round after round until an exception, such as that of Ctrl-C, ends it.
-    lease_s
-        Seconds after which other watchers take over the version of a watcher that died.
-    interval_s, max_interval_s
-        Seconds between rounds: doubled from the first to the second while there is nothing to do.
-    pause
-        Waits for some seconds.
-    owner
-        Named to other watchers; by default host and process.
-
-    Returns
-    -------
-    WatchResult
-        Of the round.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a time is not allowed.
-    ModelNotFoundError
-        If there is no such model.
-    TrackingError
-        With ``once``: if the registry does not answer.
-
-    Notes
-    -----
-    A version is judged under a lease on it (see `amici_eval.tracking.lease.held`), and its tags are read again once
-    the lease is there: watchers share the work, and none judges what another has judged. A watcher that is stopped for
-    longer than ``lease_s`` while it judges is taken for dead; then two may judge a version, both with the same
-    configuration.
+    A version has a verdict if it has the tag ``amici_eval.verdict.<key>``, which ``judge`` writes. It is judged under a
+    lease on it (see `amici_eval.tracking.lease.held`), and its tags are read again once the lease is there: watchers
+    share the work, and none judges what another has judged. A watcher that is stopped for longer than ``lease_s`` while
+    it judges is taken for dead; then two may judge a version, both with the same configuration. The seconds between
+    rounds double from ``interval_s`` to ``max_interval_s`` while there is nothing to do.
     """
     _check_times(lease_s=lease_s, interval_s=interval_s, max_interval_s=max_interval_s)
     given_up: set[str] = set()
@@ -282,13 +250,7 @@ def _versions(name: str) -> list[tuple[str, dict[str, str]]]:
     registered = RegistryTags(name=name)
     with registry_errors(name):
         client = registered.client
-        found, token = [], None
-        while True:
-            page = client.search_model_versions(f"name='{name}'", page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                break
+        found = list(all_pages(partial(client.search_model_versions, f"name='{name}'")))
         if not found:
             client.get_registered_model(name)  # an error if there is no such model
     return [(str(one.version), dict(one.tags)) for one in sorted(found, key=lambda one: int(one.version))]

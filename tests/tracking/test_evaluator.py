@@ -8,6 +8,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.async_logging.run_operations import RunOperations
 
 import amici_eval
 from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, TrackingError
@@ -156,6 +158,17 @@ def test_one_run_holds_one_evaluation(registry, adata):
         evaluate_tiny(adata)
         with pytest.raises(InvalidSpecError, match=f"run {run.info.run_id} holds an evaluation already"):
             evaluate_tiny(adata)
+
+
+def test_metrics_that_mlflow_loses_in_the_background_are_there(registry, adata, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setattr(SqlAlchemyStore, "log_batch_async", lambda *_, **__: RunOperations([]))
+    # a URI of the logged model: MLflow knows its id and logs the metrics once more
+    with mlflow.start_run() as run:
+        result = evaluate_tiny(adata, f"models:/{registry.model_id}")
+    held = mlflow.get_run(run.info.run_id).data
+    assert held.metrics == result.metrics
+    assert held.tags["amici_eval.kind"] == "evaluation"
 
 
 def test_what_a_failing_store_did_not_take_is_where_the_error_says(registry, adata, monkeypatch):

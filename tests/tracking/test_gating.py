@@ -192,7 +192,7 @@ def test_a_baseline_that_cannot_be_evaluated_leaves_the_verdict_open(model, monk
         return evaluate_job(model_uri, **options)
 
     monkeypatch.setattr(gathering, "evaluate_job", broken)
-    monkeypatch.setattr(gathering, "find_evaluation", lambda key: None)
+    monkeypatch.setattr(gathering, "find_evaluation", lambda *_, **__: None)
     found = gated(model, 2)
     assert found.verdict.outcome == "undecided"
     assert "the baseline could not be evaluated: version 1: it breaks" in found.verdict.results[1].reason

@@ -145,6 +145,9 @@ def test_a_store_that_fails_is_no_obstacle():
         def search_experiments(self) -> None:
             raise MlflowException("gone")
 
+        def search_runs(self, *_: object, **__: object) -> None:
+            raise MlflowException("gone")
+
     assert close_abandoned(Store()) == []
 
 

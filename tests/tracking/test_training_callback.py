@@ -376,14 +376,14 @@ def test_a_server_that_is_gone_is_not_waited_for_long(store, model, evaluations,
 
     real = rest_utils._get_http_response_with_retries
     monkeypatch.setattr(rest_utils, "_get_http_response_with_retries", request)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "4")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "40")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     mlflow.set_tracking_uri(f"http://user:secret@127.0.0.1:{port}")
     fit(HeadEvaluationCallback(model, every_n_epochs=1, run_id="1" * 32, max_share=math.inf), model, 5)
-    assert set(asked) == {("1", "4")}
+    assert set(asked) == {("1", "40")}
     assert len(evaluations) == 3
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "4"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "40"
     assert "no metrics of heads" in caplog.text
     assert "secret" not in caplog.text
 
