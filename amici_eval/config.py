@@ -6,6 +6,7 @@ further than this module.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -326,7 +327,13 @@ def gate_spec(config: DictConfig) -> GateSpec:
     InvalidSpecError
         If a rule is not allowed.
     """
-    return gate_spec_from(_plain(config)["gate"])
+    values = _plain(config)["gate"]
+    for rule in values["rules"].values():
+        for name in ("at_least", "at_most", "margin", "min_cells"):
+            if isinstance(rule, dict) and isinstance(rule.get(name), str):  # a file has 1e-3 as text
+                with suppress(ValueError):
+                    rule[name] = int(rule[name]) if name == "min_cells" else float(rule[name])
+    return gate_spec_from(values)
 
 
 def launch_spec(config: DictConfig) -> LaunchSpec:
