@@ -10,6 +10,7 @@ import pandas as pd
 from amici_eval.data import check_is_filled, digest_of_places, is_integer_valued, median_nn_distance
 from amici_eval.errors import DataError
 from amici_eval.matrices import as_dense, spans, stored_values
+from amici_eval.names import meant_by
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -122,8 +123,10 @@ def obs_column(adata: AnnData, key: str, what: str) -> pd.Series:
 
 
 def labels_of(adata: AnnData, card: ModelCard, key: str) -> np.ndarray:
-    """Return the cell types as text, shape (cells,); refuse those the model has not seen."""
+    """Return the cell types as the model writes them, shape (cells,); refuse those it has not seen."""
     labels = obs_column(adata, key, "cell types (data.labels_key names another column)").astype(str)
+    found = {label: meant_by(label, card.cell_types) for label in labels.unique()}
+    labels = labels.map({label: names[0] if len(names) == 1 else label for label, names in found.items()})
     unseen = sorted(set(labels.unique()) - set(card.cell_types))
     if unseen:
         counts = labels.value_counts()
@@ -234,16 +237,16 @@ def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells
     if subset.key is None:
         return np.ones(adata.n_obs, dtype=bool)
     column = obs_column(adata, subset.key, "subset (data.subset.key)").astype(str)
-    chosen = (column == subset.value).to_numpy()
-    if not chosen.any():
-        values = sorted(column.unique())
+    values = sorted(column.unique())
+    names = meant_by(subset.value or "", values)
+    if len(names) != 1:
         some = ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
         raise DataError(
-            value=f"no cell has {subset.key} = {subset.value!r}",
+            value=f"{'it is not clear which' if names else 'no'} cell has {subset.key} = {subset.value!r}",
             rule=f"its values are {some}",
             fix="choose one of these",
         )
-    return chosen
+    return (column == names[0]).to_numpy()
 
 
 def fitted_cells(

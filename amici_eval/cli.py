@@ -194,9 +194,7 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         if is_flag:
             flags.append(argument)
             continue
-        plain = argument.startswith(("~", "hydra/", "hydra.")) or (
-            "=" in argument and "/" in argument.split("=")[0]
-        )
+        plain = argument.startswith(("~", "hydra/", "hydra.")) or ("=" in argument and "/" in argument.split("=")[0])
         overrides.append(
             argument if plain else hydra_override(written_out(argument, command), sweep=sweep, command=command)
         )

@@ -8,14 +8,13 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from amici_eval.config import SCHEMAS
 from amici_eval.errors import InvalidSpecError
 from amici_eval.gate_spec import Rule
+
+if TYPE_CHECKING:
+    from hydra.plugins.config_source import ConfigResult
 
 __all__ = ["check_override", "hydra_override", "keep_texts_of_files"]
 
@@ -148,7 +150,7 @@ def _part_of(kind: Any, name: str) -> Any:
 
 
 def _held(value: str, group: Any, name: str) -> str:
-    """Quote what is text in a value that a group holds: ``null`` leaves a setting of ours unset, and is text in tags."""
+    """Quote what is text in a value that a group holds; ``null`` unsets a setting, but is text in tags and lists."""
     value = value.strip()
     return value if value == "null" and is_dataclass(group) else _written(value, _part_of(group, name))
 

@@ -43,7 +43,7 @@ class SubsetSpec:
     key
         Column of ``adata.obs``; together with ``value``.
     value
-        The cells whose ``obs[key]``, written as text, equals this are chosen.
+        The cells whose ``obs[key]``, written as text, equals this are chosen; whole numbers may end in ``.0``.
     indices
         Row numbers of the chosen cells in the AnnData; instead of ``key`` and ``value``.
     held_out
@@ -80,6 +80,8 @@ class SubsetSpec:
                 rule="it must be true or false",
                 fix="set data.subset.buffer=true to drop cells with a training cell among their neighbours",
             )
+        if self.value is not None:
+            object.__setattr__(self, "value", str(self.value))
         if (self.key is None) != (self.value is None):
             missing = "value" if self.value is None else "key"
             raise InvalidSpecError(
@@ -274,6 +276,8 @@ class ReportSpec:
 
     def __post_init__(self) -> None:
         require_int("report.n_top_genes", self.n_top_genes, 1)
+        if self.cell_types is not None:
+            object.__setattr__(self, "cell_types", tuple(map(str, self.cell_types)))
         for name in self.formats:
             require_one_of("report.formats", name, ("png", "svg"))
         for name in ("formats", "cell_types"):
