@@ -19,7 +19,7 @@ from amici_eval.errors import InvalidSpecError
 from amici_eval.gate_spec import GateSpec, gate_spec_from
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.masking import masked
-from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
+from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
 
 __all__ = [
     "SCHEMAS",
@@ -349,11 +349,7 @@ def launch_spec(config: DictConfig) -> LaunchSpec:
 
 def report_spec(config: DictConfig) -> ReportSpec:
     """Return the settings of the report."""
-    values = _plain(config)["report"]
-    types = values["cell_types"]
-    return ReportSpec(
-        **{**values, "formats": tuple(values["formats"]), "cell_types": None if types is None else tuple(types)}
-    )
+    return spec_of(ReportSpec, _plain(config)["report"], "report.")
 
 
 def tracking_spec(config: DictConfig) -> TrackingSpec:

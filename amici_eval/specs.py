@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amici_eval.errors import InvalidSpecError
 from amici_eval.permutation_spec import PermutationSpec
 from amici_eval.spec_checks import bytes_of, require_int, require_one_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "AblationSpec",
@@ -26,6 +29,7 @@ __all__ = [
     "SubsetSpec",
     "TrackingSpec",
     "spec_from_mapping",
+    "spec_of",
 ]
 
 ENGINES = ("factored", "hooked")
@@ -344,15 +348,15 @@ def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:
     InvalidSpecError
         If a key is not a setting, or a value is not allowed.
     """
-    spec = _build(EvaluationSpec, values, "")
-    assert isinstance(spec, EvaluationSpec)
-    return spec
+    return spec_of(EvaluationSpec, values, "")
 
 
+_Spec = TypeVar("_Spec", bound="DataclassInstance")
 _NESTED = {"data": DataSpec, "ablation": AblationSpec, "permutation": PermutationSpec, "subset": SubsetSpec}
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
+def spec_of(cls: type[_Spec], values: Mapping[str, Any], prefix: str) -> _Spec:
+    """Build settings of one kind, whose names begin with ``prefix`` in messages."""
     if not isinstance(values, Mapping):
         raise InvalidSpecError(
             value=f"{prefix.rstrip('.')}={values!r}", rule="it must be a group of settings", fix="give a mapping"
@@ -367,9 +371,9 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
         )
     arguments: dict[str, Any] = {}
     for name, value in values.items():
-        if name in _NESTED and is_dataclass(_NESTED[name]):
-            arguments[name] = _build(_NESTED[name], value, f"{prefix}{name}.")
-        elif name in ("modes", "tile_widths") and isinstance(value, list):
+        if name in _NESTED:
+            arguments[name] = spec_of(_NESTED[name], value, f"{prefix}{name}.")
+        elif name in ("modes", "tile_widths", "formats", "cell_types") and isinstance(value, list):
             arguments[name] = tuple(value)
         elif name in ("alpha", "confidence") and isinstance(value, int) and not isinstance(value, bool):
             arguments[name] = float(value)
