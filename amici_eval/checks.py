@@ -11,6 +11,7 @@ import pandas as pd
 from amici_eval.data import check_is_filled, is_integer_valued, median_nn_distance
 from amici_eval.errors import DataError, first_line
 from amici_eval.matrices import as_dense, spans, stored_values
+from amici_eval.names import meant_by
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -103,8 +104,10 @@ def obs_column(adata: AnnData, key: str, what: str) -> pd.Series:
 
 
 def labels_of(adata: AnnData, card: ModelCard, key: str) -> np.ndarray:
-    """Return the cell types as text, shape (cells,); refuse those the model has not seen."""
+    """Return the cell types as the model writes them, shape (cells,); refuse those it has not seen."""
     labels = obs_column(adata, key, "cell types (data.labels_key names another column)").astype(str)
+    found = {label: meant_by(label, card.cell_types) for label in labels.unique()}
+    labels = labels.map({label: names[0] if len(names) == 1 else label for label, names in found.items()})
     unseen = sorted(set(labels.unique()) - set(card.cell_types))
     if unseen:
         counts = labels.value_counts()
@@ -219,18 +222,17 @@ def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells
 
 def cells_with(adata: AnnData, key: str, value: str, what: str) -> Bool[np.ndarray, " cells"]:
     """Return which cells have a value, written as text, in a column of ``obs``; refuse a value that none has."""
-    column = obs_column(adata, key, what)
-    texts = column.astype(str)
-    chosen: Bool[np.ndarray, " cells"] = (texts == value).to_numpy()
-    if pd.api.types.is_bool_dtype(column):
-        chosen = np.array([str(text).casefold() == value.casefold() for text in texts])
-    if not chosen.any():
-        values = sorted(texts.unique())
+    column = obs_column(adata, key, what).astype(str)
+    values = sorted(column.unique())
+    names = meant_by(value, values)
+    if len(names) != 1:
         some = ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
         raise DataError(
-            value=f"no cell has {key} = {value!r}", rule=f"its values are {some}", fix="choose one of these"
+            value=f"{'it is not clear which' if names else 'no'} cell has {key} = {value!r}",
+            rule=f"its values are {some}",
+            fix="choose one of these",
         )
-    return chosen
+    return (column == names[0]).to_numpy()
 
 
 def trained_on(adata: AnnData, spec: TrainedOnSpec) -> Bool[np.ndarray, " cells"] | None:

@@ -170,11 +170,11 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
     import hydra
 
     from amici_eval.config import register_schemas
-    from amici_eval.overrides import check_override, hydra_override
+    from amici_eval.overrides import check_override, hydra_override, keep_texts_of_files
     from amici_eval.tracking.patience import tracking_errors
 
     own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
-    sweep = "-m" in arguments or "--multirun" in arguments
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     flags, overrides, takes_value = [], [], False
     for argument in arguments:
         is_flag = takes_value or argument.startswith("-")
@@ -194,15 +194,14 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         if is_flag:
             flags.append(argument)
             continue
-        plain = argument.startswith(("~", "+", "hydra/", "hydra.")) or (
-            "=" in argument and "/" in argument.split("=")[0]
-        )
+        plain = argument.startswith(("~", "hydra/", "hydra.")) or ("=" in argument and "/" in argument.split("=")[0])
         overrides.append(
             argument if plain else hydra_override(written_out(argument, command), sweep=sweep, command=command)
         )
-        if not plain and not own_configs and not overrides[-1].startswith("++"):
+        if not plain and not own_configs and not overrides[-1].startswith("+"):
             check_override(command, overrides[-1], configs=config_directory(), sweep=sweep)
     register_schemas()
+    keep_texts_of_files(command)
 
     def task(config: DictConfig) -> None:
         # jobs of a sweep may run in processes of their own: each leaves its exit code in a file

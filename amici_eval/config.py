@@ -6,6 +6,7 @@ further than this module.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -18,7 +19,7 @@ from amici_eval.errors import InvalidSpecError
 from amici_eval.gate_spec import GateSpec, gate_spec_from
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.masking import masked
-from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping
+from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
 
 __all__ = [
     "SCHEMAS",
@@ -337,7 +338,13 @@ def gate_spec(config: DictConfig) -> GateSpec:
     InvalidSpecError
         If a rule is not allowed.
     """
-    return gate_spec_from(_plain(config)["gate"])
+    values = _plain(config)["gate"]
+    for rule in values["rules"].values():
+        for name in ("at_least", "at_most", "margin", "min_cells"):
+            if isinstance(rule, dict) and isinstance(rule.get(name), str):  # a file has 1e-3 as text
+                with suppress(ValueError):
+                    rule[name] = int(rule[name]) if name == "min_cells" else float(rule[name])
+    return gate_spec_from(values)
 
 
 def launch_spec(config: DictConfig) -> LaunchSpec:
@@ -353,11 +360,7 @@ def launch_spec(config: DictConfig) -> LaunchSpec:
 
 def report_spec(config: DictConfig) -> ReportSpec:
     """Return the settings of the report."""
-    values = _plain(config)["report"]
-    types = values["cell_types"]
-    return ReportSpec(
-        **{**values, "formats": tuple(values["formats"]), "cell_types": None if types is None else tuple(types)}
-    )
+    return spec_of(ReportSpec, _plain(config)["report"], "report.")
 
 
 def tracking_spec(config: DictConfig) -> TrackingSpec:

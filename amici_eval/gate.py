@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.gate_wording import Element, listed, number_of, reason_of, threshold_of
+from amici_eval.names import meant_by
 from amici_eval.verdict import RuleResult, Verdict, overall_outcome
 
 if TYPE_CHECKING:
@@ -202,7 +203,8 @@ def _cells(rule: Rule, tables: Callable[[str], pd.DataFrame]) -> list[Element]:
             ]
     kept = np.ones(len(frame), dtype=bool)
     for column, value in rule.where.items():
-        kept &= (frame[column].astype(str) == value).to_numpy()
+        texts = frame[column].astype(str)
+        kept &= texts.isin(meant_by(value, texts.unique())).to_numpy()
     chosen = frame[kept]
     asked = " and ".join(f"{column} = {value}" for column, value in rule.where.items()) or "at all"
     if not len(chosen):

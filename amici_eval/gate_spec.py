@@ -260,10 +260,11 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
                 fix="write {column: value}",
             )
         for key in _TEXTS & set(entries):
-            if not isinstance(entries[key], str):
+            if not isinstance(entries[key], (str, int, float)):
                 raise InvalidSpecError(
                     value=f"gate.rules.{name}.{key}={entries[key]!r}", rule="it must be a name", fix="write a text"
                 )
+            entries[key] = str(entries[key])
         if "where" in entries:
             entries["where"] = {str(key): str(value) for key, value in dict(entries["where"]).items()}
         if "need" in entries:

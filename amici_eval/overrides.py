@@ -1,46 +1,35 @@
-"""Overrides as typed: checked against the settings there are, and written as Hydra reads them."""
+"""Settings as typed and as files hold them: checked against those there are, and text kept as text."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, get_type_hints
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
+import yaml
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from amici_eval.config import SCHEMAS
 from amici_eval.errors import InvalidSpecError
+from amici_eval.gate_spec import Rule
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from hydra.plugins.config_source import ConfigResult
 
-__all__ = ["check_override", "hydra_override"]
+__all__ = ["check_override", "hydra_override", "keep_texts_of_files"]
 
-_TEXT_KEYS = re.compile(
-    r"(model_uri|baseline|model_dir|name|alias|gate\.promote|output_dir|ablation\.(device|memory_budget)|report\.palette"
-    r"|data\.(uri|labels_key|coord_obsm_key|layer|sample_key|subset\.(key|value))"
-    r"|launch\.address|register\.(adata|alias)|tracking\.(uri|experiment|run_name|output_dir)|\+\+tracking\.tags\..+)"
-)
-
-
-_ONE_MODEL = ("watch", "rollback")
-"""Commands whose ``model`` is one name."""
-
-_LIST_KEYS = (
-    "model",
-    "versions",
-    "runs",
-    "datasets",
-    "ablation.modes",
-    "permutation.tile_widths",
-    "report.formats",
-    "report.cell_types",
-    "data.subset.indices",
-)
+_QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+_CALL = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\((.*)\)", re.DOTALL)
 
 
 def check_override(command: str, text: str, *, configs: Path | None, sweep: bool = False) -> None:
@@ -106,55 +95,156 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
         return
 
 
-def hydra_override(text: str, *, sweep: bool = False, command: str | None = None) -> str:
+def hydra_override(text: str, *, command: str = "evaluate", sweep: bool = False) -> str:
     """Return an override that Hydra reads as the user meant it.
 
     Parameters
     ----------
     text
         ``key=value`` as typed.
+    command
+        Whose settings: its schema says what is text.
     sweep
         Whether a comma separates the values of a sweep.
-    command
-        Whose settings: ``model`` is one name for some, a list for others.
 
     Returns
     -------
     str
-        The same, with the value quoted where Hydra's grammar would refuse it (``data.subset.value=A_&_B``) or read text
-        as a number (``data.subset.value=007``).
+        The same, with text quoted where the schema has text, alone or in a list, a mapping or a sweep, so that Hydra
+        reads no number in it (``data.subset.value=007``), and where Hydra's grammar would refuse it.
 
     Raises
     ------
     InvalidSpecError
-        If it is no override at all.
+        If it is no override at all, or a sweep over texts calls a function of Hydra that makes numbers of them.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InvalidSpecError(
             value=f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
         )
-    one_model = key == "model" and command in _ONE_MODEL
-    if key in _LIST_KEYS and not one_model and not sweep and value not in ("", "null") and value[0] not in "[$":
-        return hydra_override(f"{key}=[{value}]")
-    quoted = f"{key}='{_escape(value)}'"
-    is_text = (one_model or _TEXT_KEYS.fullmatch(key)) and value not in ("", "null") and value[0] not in "'\"[{$"
-    if is_text and not (sweep and "," in value):
-        return quoted
+    *groups, name = key.lstrip("+").split(".")
+    kind: Any = SCHEMAS[command]
+    for group in groups:
+        kind = _part_of(kind, group)
+    if _part_of(kind, name) is not None:
+        text = f"{key}={_swept(value, kind, name) if sweep else _held(value, kind, name)}"
     try:
         OverridesParser.create().parse_override(text)
     except HydraException:
         if value.startswith("[") and value.endswith("]"):
-            return f"{key}=[{_quote_each(value[1:-1])}]"
-        return f"{key}={_quote_each(value)}" if sweep and "," in value else quoted
+            return f"{key}=[{','.join(map(_quoted, _split(value[1:-1])))}]"
+        return f"{key}={','.join(map(_quoted, _split(value) if sweep else [value]))}"
     return text
 
 
-def _quote_each(values: str) -> str:
-    return ",".join(f"'{_escape(value.strip())}'" for value in values.split(","))
+def _part_of(kind: Any, name: str) -> Any:
+    """Return the type of a part of a setting, ``None`` if the schema does not say."""
+    if is_dataclass(kind):
+        # Hydra's schema leaves rules open
+        kind = dict[str, Rule] if name == "rules" else get_type_hints(kind).get(name)
+    else:
+        kind = get_args(kind)[1] if get_origin(kind) in (dict, Mapping) else None
+    known = [one for one in get_args(kind) if one is not type(None)]
+    return known[0] if len(known) < len(get_args(kind)) else kind
 
 
-def _escape(value: str) -> str:
+def _held(value: str, group: Any, name: str) -> str:
+    """Quote what is text in a value that a group holds; ``null`` unsets a setting, but is text in tags and lists."""
+    value = value.strip()
+    return value if value == "null" and is_dataclass(group) else _written(value, _part_of(group, name))
+
+
+def _written(value: str, kind: Any) -> str:
+    """Quote what is text in a value, and make a list of one where the schema has a list."""
+    origin = get_origin(kind)
+    if value.startswith("${") or _QUOTED.fullmatch(value):
+        return value
+    if origin in (list, tuple):
+        inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        return f"[{','.join(_written(part, get_args(kind)[0]) for part in _split(inner))}]"
+    if value.startswith("{") and value.endswith("}") and (origin or is_dataclass(kind)):
+        entries = [part.partition(":") for part in _split(value[1:-1])]
+        return f"{{{','.join(f'{name}:{_held(one, kind, name.strip())}' for name, _, one in entries)}}}"
+    # a group's option needs quotes only where it may look like a number
+    is_text = kind is str or (is_dataclass(kind) and kind is not Rule and not value.isidentifier())
+    return _quoted(value) if is_text and value[:1] not in ("", "[", "{") else value
+
+
+def _swept(values: str, group: Any, name: str) -> str:
+    """Quote what is text in the values of a sweep; Hydra forgets quotation marks within ``choice(...)``."""
+    written = []
+    for value in _split(values):
+        call = _CALL.fullmatch(value)
+        if call is None:
+            written.append(_held(value, group, name))
+        elif call[1] == "choice":
+            written.append(_swept(call[2], group, name))
+        elif call[1] in ("range", "interval", "glob") or _part_of(group, name) in (int, float, bool):
+            written.append(value)
+        else:
+            raise InvalidSpecError(
+                value=value, rule="Hydra would read numbers in text here", fix="write the values as a,b or choice(a,b)"
+            )
+    return ",".join(written)
+
+
+def _split(values: str) -> list[str]:
+    """Split at commas outside quotation marks and brackets."""
+    parts, depth, at = [""], 0, 0
+    while at < len(values):
+        quoted = _QUOTED.match(values, at) if parts[-1].rstrip()[-1:] in ("", *"[{(:,") else None
+        token = quoted[0] if quoted else values[at]
+        depth += (token in "[{(") - (token in "]})")
+        if token == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+        at += len(token)
+    return [part.strip() for part in parts] if values.strip() else []
+
+
+def _quoted(value: str) -> str:
     # a backslash is special to Hydra only before a quote or at the end
     value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
-    return re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
+    return "'" + re.sub(r"(\\+)$", lambda match: match[1] * 2, value) + "'"
+
+
+def keep_texts_of_files(command: str) -> None:
+    """Let Hydra read the files of settings of a command with values as they are written."""
+    FileConfigSource.command = command
+    SourcesRegistry.instance().types["file"] = FileConfigSource
+
+
+class FileConfigSource(file_config_source.FileConfigSource):  # Hydra replaces a source by one of its name only
+    """Files whose values stay text until the schema says what they are; Hydra's own have the types of YAML."""
+
+    command: ClassVar[str] = "evaluate"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        found = super().load_config(config_path)
+        if isinstance(found.config, DictConfig) and not config_path.startswith("hydra/"):
+            path = Path(self.path, self._normalize_file_name(config_path))
+            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_texts_loader()) or {}  # noqa: S506, RUF100 - safe
+            config = OmegaConf.create(values)
+            for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items():
+                written = hydra_override(f"{key}={value}", command=self.command, sweep=True)
+                OmegaConf.update(found.config.hydra.sweeper, "params", {key: written.partition("=")[2]})
+            found.config = OmegaConf.create({**values, "hydra": found.config.hydra} if "hydra" in values else values)
+        return found
+
+
+def _texts_loader() -> Any:
+    loader = get_yaml_loader()
+    for name, kind in (("int", int), ("float", float), ("bool", str)):
+        loader.add_constructor(f"tag:yaml.org,2002:{name}", partial(_as_written, kind))
+    return loader
+
+
+def _as_written(kind: type, _: yaml.Loader, node: yaml.ScalarNode) -> Any:
+    """Return a number if Python writes it just so, else the text."""
+    try:
+        value = kind(node.value)
+    except ValueError:
+        return node.value
+    return value if str(value) == node.value else node.value

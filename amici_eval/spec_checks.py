@@ -9,7 +9,7 @@ from amici_eval.errors import InvalidSpecError
 
 __all__ = ["bytes_of", "check_alias", "require_int", "require_one_of"]
 
-_ALIAS = re.compile(r"[\w-]+")
+_ALIAS = re.compile(r"(?!(latest|v\d+)\Z)[\w-]{1,255}", re.IGNORECASE)
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {
@@ -63,9 +63,9 @@ def check_alias(setting: str, alias: str) -> None:
     InvalidSpecError
         With the name of the setting.
     """
-    if not _ALIAS.fullmatch(alias) or alias == "latest" or re.fullmatch(r"v\d+", alias):
+    if not _ALIAS.fullmatch(alias):
         raise InvalidSpecError(
             value=f"{setting}={alias!r}",
-            rule="an alias has letters, digits, '_' and '-'; 'latest' and 'v<number>' are MLflow's own",
+            rule="an alias has letters, digits, '_' and '-', at most 255; 'latest' and 'v<number>' are MLflow's own",
             fix="choose another",
         )

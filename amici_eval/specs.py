@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amici_eval.errors import InvalidSpecError
 from amici_eval.permutation_spec import PermutationSpec
 from amici_eval.spec_checks import bytes_of, require_int, require_one_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "AblationSpec",
@@ -27,6 +30,7 @@ __all__ = [
     "TrackingSpec",
     "TrainedOnSpec",
     "spec_from_mapping",
+    "spec_of",
 ]
 
 ENGINES = ("factored", "hooked")
@@ -44,7 +48,7 @@ class SubsetSpec:
     key
         Column of ``adata.obs``; together with ``value``.
     value
-        The cells whose ``obs[key]``, written as text, equals this are chosen.
+        The cells whose ``obs[key]``, written as text, equals this are chosen; whole numbers may end in ``.0``.
     indices
         Row numbers of the chosen cells in the AnnData; instead of ``key`` and ``value``.
     held_out
@@ -81,6 +85,8 @@ class SubsetSpec:
                 rule="it must be true or false",
                 fix="set data.subset.buffer=true to drop cells with a training cell among their neighbours",
             )
+        if self.value is not None:
+            object.__setattr__(self, "value", str(self.value))
         if (self.key is None) != (self.value is None):
             missing = "value" if self.value is None else "key"
             raise InvalidSpecError(
@@ -306,6 +312,8 @@ class ReportSpec:
 
     def __post_init__(self) -> None:
         require_int("report.n_top_genes", self.n_top_genes, 1)
+        if self.cell_types is not None:
+            object.__setattr__(self, "cell_types", tuple(map(str, self.cell_types)))
         for name in self.formats:
             require_one_of("report.formats", name, ("png", "svg"))
         for name in ("formats", "cell_types"):
@@ -372,11 +380,10 @@ def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:
     InvalidSpecError
         If a key is not a setting, or a value is not allowed.
     """
-    spec = _build(EvaluationSpec, values, "")
-    assert isinstance(spec, EvaluationSpec)
-    return spec
+    return spec_of(EvaluationSpec, values, "")
 
 
+_Spec = TypeVar("_Spec", bound="DataclassInstance")
 _NESTED = {
     "data": DataSpec,
     "ablation": AblationSpec,
@@ -386,7 +393,8 @@ _NESTED = {
 }
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
+def spec_of(cls: type[_Spec], values: Mapping[str, Any], prefix: str) -> _Spec:
+    """Build settings of one kind, whose names begin with ``prefix`` in messages."""
     if not isinstance(values, Mapping):
         raise InvalidSpecError(
             value=f"{prefix.rstrip('.')}={values!r}", rule="it must be a group of settings", fix="give a mapping"
@@ -401,9 +409,9 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> object:
         )
     arguments: dict[str, Any] = {}
     for name, value in values.items():
-        if name in _NESTED and is_dataclass(_NESTED[name]):
-            arguments[name] = _build(_NESTED[name], value, f"{prefix}{name}.")
-        elif name in ("modes", "tile_widths") and isinstance(value, list):
+        if name in _NESTED:
+            arguments[name] = spec_of(_NESTED[name], value, f"{prefix}{name}.")
+        elif name in ("modes", "tile_widths", "formats", "cell_types") and isinstance(value, list):
             arguments[name] = tuple(value)
         elif name in ("alpha", "confidence") and isinstance(value, int) and not isinstance(value, bool):
             arguments[name] = float(value)

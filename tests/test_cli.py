@@ -9,8 +9,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 
 from amici_eval.cli import main
+from amici_eval.config import gate_spec
 from amici_eval.errors import InvalidSpecError
 from amici_eval.overrides import hydra_override
 from amici_eval.project_arguments import project_overrides
@@ -60,7 +62,7 @@ def test_unknown_command(capsys):
         ("data.uri=/tmp/my tissue (1),x.h5ad", "data.uri='/tmp/my tissue (1),x.h5ad'"),
         ("data.uri=null", "data.uri=null"),
         ("permutation.seed=3", "permutation.seed=3"),
-        ("report.cell_types=[A,B]", "report.cell_types=[A,B]"),
+        ("report.cell_types=[A,B]", "report.cell_types=['A','B']"),
         ("report.cell_types=[β cell]", "report.cell_types=['β cell']"),
         ("report.cell_types=[A,Stromal_&_T_Cell_Hybrid]", "report.cell_types=['A','Stromal_&_T_Cell_Hybrid']"),
         ("permutation=reference", "permutation=reference"),
@@ -78,13 +80,140 @@ def test_overrides_are_quoted_where_hydra_would_misread_them(given, expected):
 
 
 def test_a_sweep_keeps_its_commas():
-    assert hydra_override("model_uri=models:/a/1,models:/a/2", sweep=True) == "model_uri=models:/a/1,models:/a/2"
+    assert hydra_override("model_uri=models:/a/1,models:/a/2", sweep=True) == "model_uri='models:/a/1','models:/a/2'"
     assert hydra_override("data.subset.value=CD8+,A_&_B", sweep=True) == "data.subset.value='CD8+','A_&_B'"
 
 
 def test_what_is_no_override_is_told():
     with pytest.raises(InvalidSpecError, match="settings are written key=value"):
         hydra_override("models:/a/1")
+
+
+TEXTS = ["10_1", "1E1", "1e10", "007", "0x10", "1_000", "true", "False", "yes", "off", "nan", "inf", "1.0", "-0", "+1"]
+TEXTS += ["12345678901234567890", "2026-11-30", "1:30", "it's", "CD8+ (a)", "L2/3 IT", "a\\", "β"]
+"""Names that Hydra or YAML would take for something else."""
+
+
+def jobs(override: str) -> list:
+    """Return the values that Hydra gives to the jobs of a sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    parsed = parser.parse_override(override)
+    return [parser.parse_override(f"a={value}").value() for value in parsed.sweep_string_iterator()]
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        *[("evaluate", key) for key in ("data.subset.value", "tracking.experiment", "model_uri", "++tracking.tags.a")],
+        *[("gate", key) for key in ("gate.promote", "++gate.rules.mine.metric", "++gate.rules.mine.where.section")],
+        *[("watch", "model"), ("rollback", "alias"), ("register", "name"), ("evaluate", "+data.subset.key")],
+    ],
+)
+def test_text_stays_text(command, key):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for text in TEXTS:
+        alone = hydra_override(f"{key}={text}", command=command)
+        assert OverridesParser.create().parse_override(alone).value() == text
+    for values in (",".join(TEXTS), f"choice({','.join(TEXTS)})"):
+        assert jobs(hydra_override(f"{key}={values}", command=command, sweep=True)) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("evaluate", "report.cell_types"),
+        *[("compare", key) for key in ("model", "versions", "runs", "datasets")],
+        *[("gate", key) for key in ("++gate.rules.mine.types", "++gate.rules.mine.genes")],
+    ],
+)
+def test_text_stays_text_in_lists(command, key):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    names = [*TEXTS, "null"]
+    for values in (",".join(names), f"[{','.join(names)}]", f"[ {' , '.join(names)} ]"):
+        text = hydra_override(f"{key}={values}", command=command)
+        assert OverridesParser.create().parse_override(text).value() == names
+    assert jobs(hydra_override(f"{key}=[10_1,'b,c'],007", command=command, sweep=True)) == [["10_1", "b,c"], ["007"]]
+
+
+def test_text_stays_text_in_mappings():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    rule = (
+        "{kind: cell, table: heads, column: 1_0, where: {ct_name: 10_1, b: null}, need: 2, at_least: 1e-3, types: null}"
+    )
+    assert OverridesParser.create().parse_override(
+        hydra_override(f"gate.rules.mine={rule}", command="gate")
+    ).value() == {
+        "kind": "cell",
+        "table": "heads",
+        "column": "1_0",
+        "where": {"ct_name": "10_1", "b": "null"},
+        "need": "2",
+        "at_least": 1e-3,
+        "types": None,
+    }
+    assert hydra_override("tracking.tags={a: 007}") == "tracking.tags={a:'007'}"
+    assert hydra_override("data.subset={key: on, value: 1_0}") == "data.subset={key:'on',value:'1_0'}"
+
+
+def test_what_is_no_text_is_left_to_hydra():
+    assert hydra_override("data.layer=null,007", sweep=True) == "data.layer=null,'007'"
+    assert hydra_override("data.subset.value='1_0',\"2 3\"", sweep=True) == "data.subset.value='1_0',\"2 3\""
+    assert hydra_override("data.uri=${oc.env:HOME}/x") == "data.uri=${oc.env:HOME}/x"
+    assert jobs(hydra_override("data.subset.value=range(1,4)", sweep=True)) == [1, 2, 3]
+    assert jobs(hydra_override("permutation.seed=sort(3,1)", sweep=True)) == [1, 3]
+    assert hydra_override("permutation.tile_widths=[1,2],[3]", sweep=True) == "permutation.tile_widths=[1,2],[3]"
+    with pytest.raises(InvalidSpecError, match=r"sort\(10_1,2\): Hydra would read numbers in text here"):
+        hydra_override("data.subset.value=sort(10_1,2)", sweep=True)
+
+
+def test_text_stays_text_in_files_of_settings(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "10_1.yaml").write_text("uri: 1E1\n")
+    (tmp_path / "mine" / "one.yaml").write_text(
+        "# @package _global_\n"
+        "data: {subset: {key: on, value: 10_1, held_out: no}}\n"
+        "report: {cell_types: [10_1, 1E1, 007, yes, 1.0, 2026-11-30], figures: off}\n"
+        "permutation: {n_permutations: 1_000, alpha: 1e-2, tile_widths: [10, 2.5e1]}\n"
+        "tracking: {experiment: 12345678901234567890, tags: {a: 1_0, b: true}}\n"
+    )
+    arguments = ["--config-dir", str(tmp_path), "+mine=one", "data=10_1", "model_uri=1E1", "--cfg", "job"]
+    assert call("evaluate", *arguments) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model_uri"] == shown["data"]["uri"] == "1E1"
+    assert [shown["data"]["subset"][name] for name in ("key", "value", "held_out")] == ["on", "10_1", False]
+    assert shown["report"]["cell_types"] == ["10_1", "1E1", "007", "yes", "1.0", "2026-11-30"]
+    assert shown["report"]["figures"] is False
+    assert [shown["permutation"][name] for name in ("n_permutations", "alpha", "tile_widths")] == [1000, 0.01, [10, 25]]
+    assert shown["tracking"]["experiment"] == "12345678901234567890"
+    assert shown["tracking"]["tags"] == {"a": "1_0", "b": "true"}
+
+
+def test_a_sweep_in_a_file_of_settings_keeps_text(tmp_path, capsys):
+    (tmp_path / "many.yaml").write_text(
+        "defaults: [evaluate, _self_]\n"
+        "hydra: {sweeper: {params: {data.subset.value: '10_1,1E1', model_uri: 1_0, permutation.seed: '1,2'}}}\n"
+    )
+    assert call("evaluate", "--config-dir", str(tmp_path), "--config-name", "many", "--cfg", "hydra") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["hydra"]["sweeper"]["params"]
+    assert shown == {"data.subset.value": "'10_1','1E1'", "model_uri": "'1_0'", "permutation.seed": "1,2"}
+
+
+def test_numbers_of_rules_in_files_are_numbers(tmp_path):
+    (tmp_path / "gate").mkdir()
+    rule = "{kind: explained_variance, at_least: 1e-3, min_cells: 1_0, types: [0, 1_0]}"
+    (tmp_path / "gate" / "mine.yaml").write_text(f"rules: {{mine: {rule}}}\n")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amici_eval.cli._TASKS", {"gate": lambda config, **_: seen.append(gate_spec(config))})
+        assert call("gate", "--config-dir", str(tmp_path), "gate=mine", "model_uri=models:/a/1") == 0
+    (found,) = seen[0].rules
+    assert (found.at_least, found.min_cells, found.types) == (0.001, 10, ("0", "1_0"))
 
 
 def test_project_parameters_become_overrides():

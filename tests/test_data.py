@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from scipy import sparse
 
 from amici_eval import matrices as module
+from amici_eval.checks import labels_of
 from amici_eval.data import content_digest, describe_training_data, digest_of_places, open_anndata
 from amici_eval.errors import DataError
 from amici_eval.model_card import TrainingData
@@ -627,6 +629,42 @@ def test_a_subset_by_numbers_or_truth_values_is_written_as_text(adata, key, valu
     tissue = prepared(adata, subset=SubsetSpec(key=key, value=value))
     assert tissue.evaluated.sum() == size
     np.testing.assert_array_equal(tissue.evaluated, adata.obs[key].astype(str) == value)
+
+
+@pytest.mark.parametrize("kind", ["int64", "float32", "Int64", "object", "category", "str"])
+def test_whole_numbers_of_a_column_equal_their_integers(adata, kind):
+    number = np.arange(adata.n_obs) % 3
+    column = pd.Series(number.astype(float) if kind in ("float32", "category") else number, index=adata.obs_names)
+    adata.obs["cluster"] = column.astype(kind)
+    for value in ("1", "1.0", 1, 1.0):
+        tissue = prepared(adata, subset=SubsetSpec(key="cluster", value=value))
+        np.testing.assert_array_equal(tissue.evaluated, number == 1)
+    assert refused(adata, subset=SubsetSpec(key="cluster", value="0_1"))[0] == "no cell has cluster = '0_1'"
+
+
+def test_a_truth_value_is_found_in_any_case(adata):
+    for column in (adata.obs["kept"], adata.obs["kept"].astype(str), adata.obs["kept"].astype(str).str.lower()):
+        adata.obs["chosen"] = column
+        for value in ("true", "True", True):
+            tissue = prepared(adata, subset=SubsetSpec(key="chosen", value=value))
+            np.testing.assert_array_equal(tissue.evaluated, adata.obs["kept"].to_numpy())
+
+
+def test_a_value_that_two_others_equal_is_refused(adata):
+    adata.obs["cluster"] = ["1", "1.0"] * (adata.n_obs // 2)
+    assert prepared(adata, subset=SubsetSpec(key="cluster", value="1")).evaluated.sum() == adata.n_obs // 2
+    value, rule, _ = refused(adata, subset=SubsetSpec(key="cluster", value="1.00"))
+    assert (value, rule) == ("it is not clear which cell has cluster = '1.00'", "its values are 1, 1.0")
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64", "str", "category"])
+@pytest.mark.parametrize("ending", ["", ".0"])
+def test_numeric_labels_are_those_of_training_whatever_their_kind(adata, kind, ending):
+    codes = adata.obs["cell_type"].cat.codes.astype("int64")
+    known = tuple(f"{code}{ending}" for code in sorted(codes.unique()))
+    adata.obs["cell_type"] = codes.astype(kind)
+    found = labels_of(adata, SimpleNamespace(cell_types=known), "cell_type")
+    assert found.tolist() == [f"{code}{ending}" for code in codes]
 
 
 def test_a_subset_by_index(adata):

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from amici_eval.names import slugify
+from amici_eval.names import meant_by, slugify
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True)
 awkward = st.text(alphabet=st.sampled_from("aA1_-+/&. β\n\0é"), max_size=6) | st.text(max_size=80)
@@ -81,3 +82,48 @@ def test_a_name_is_one_part_of_a_path_below_the_folder(label):
 def test_different_labels_have_different_names(labels):
     for left, right in itertools.combinations(sorted(labels), 2):
         assert slugify(left) != slugify(right)
+
+
+cases = st.text(alphabet=st.sampled_from("aAbBkK_1+ éÉ\u0301\u212aß"), max_size=4)
+
+
+@seeded
+@given(labels=st.sets(awkward | cases, min_size=2, max_size=8))
+@example({"A", "a", "b"})
+@example({"k", "K", "\u212a"})
+@example({"é", "e\u0301"})
+@example({"A" * 61, "a" * 61})
+def test_names_stay_apart_where_case_does_not_count(labels):
+    names = {label: slugify(label, labels) for label in labels}
+    assert len({unicodedata.normalize("NFKC", name).casefold() for name in names.values()}) == len(labels)
+    alone = [slugify(label).casefold() for label in labels]
+    for label, name in names.items():
+        # whoever collides with nobody keeps the name that it has alone
+        assert name == slugify(label) or alone.count(slugify(label).casefold()) > 1
+
+
+def test_types_that_differ_by_case_get_a_hash():
+    types = ("A", "a", "B", "B+")
+    assert [slugify(label, types) for label in types] == ["A-af3c7293", "a-ca234c55", "B", slugify("B+")]
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "found"),
+    [
+        ("1", ["1.0", "2.0"], ["1.0"]),
+        ("1.0", ["1", "10"], ["1"]),
+        ("-1.", ["-1"], ["-1"]),
+        ("true", ["True", "False"], ["True"]),
+        ("1", ["1", "1.0"], ["1"]),
+        ("1.00", ["1", "1.0"], ["1", "1.0"]),
+        ("10_1", ["101", "10_1"], ["10_1"]),
+        ("10_1", ["101"], []),
+        ("1E1", ["10", "10.0"], []),
+        ("007", ["7"], []),
+        ("1.5", ["1"], []),
+        ("1", ["True"], []),
+        ("tumor", ["Tumor"], []),
+    ],
+)
+def test_a_text_means_itself_or_the_same_whole_number_or_truth_value(text, known, found):
+    assert meant_by(text, known) == found

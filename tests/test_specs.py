@@ -278,3 +278,9 @@ def test_default_number_of_permutations_is_the_formula(n_heads, n_types, alpha):
 @pytest.mark.parametrize(("arguments", "expected"), [((8, 6, 0.05), 960), ((3, 3, 0.1), 90), ((2, 5, 0.3), 34)])
 def test_default_number_of_permutations_by_hand(arguments, expected):
     assert default_n_permutations(*arguments) == expected
+
+
+def test_texts_given_as_numbers_become_text():
+    assert SubsetSpec(key="section", value=101).value == "101"
+    assert spec_from_mapping({"data": {"subset": {"key": "kept", "value": True}}}).data.subset.value == "True"
+    assert ReportSpec(cell_types=(0, 1.5)).cell_types == ("0", "1.5")

@@ -52,9 +52,9 @@ _GROUP_WIDTH = 0.86
 _ASTERISK = (6, 2, 0)
 
 
-def heatmap_stem(cell_type: str) -> str:
+def heatmap_stem(evaluation: HeadEvaluation, cell_type: str) -> str:
     """Return the file name, without ending, of a type's heatmap."""
-    return f"expl_variance_heatmap_{slugify(cell_type)}"
+    return f"expl_variance_heatmap_{slugify(cell_type, evaluation.cell_types)}"
 
 
 def plot_barplot(

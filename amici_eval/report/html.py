@@ -233,7 +233,8 @@ def _figures(evaluation: HeadEvaluation, figures: Mapping[str, Path]) -> str:
         "Who talks to whom: the strongest links from sender to receiver types as arrows, coloured by head"
     )
     for cell_type in evaluation.cell_types:
-        captions[f"expl_variance_heatmap_{slugify(cell_type)}"] = f"Explained variance of genes per head in {cell_type}"
+        stem = f"expl_variance_heatmap_{slugify(cell_type, evaluation.cell_types)}"
+        captions[stem] = f"Explained variance of genes per head in {cell_type}"
     parts = []
     for number, (name, path) in enumerate(figures.items()):
         caption = printable(captions.get(name, name))

@@ -177,7 +177,7 @@ def _drawings(
     for name in chosen:
         n_shown = len(top_genes(evaluation.expl_var_gene[:, evaluation.type_index(name)].T, n_top_genes))
         yield (
-            heatmap_stem(name),
+            heatmap_stem(evaluation, name),
             heatmap_size(evaluation.n_heads, n_shown),
             partial(_draw_heatmap, evaluation, name, n_top_genes),
         )

@@ -68,7 +68,8 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
     """
     folder = made_folder(Path(directory) / "tables")
     labels = pd.DataFrame(
-        [("cell_type", slugify(label), label) for label in evaluation.cell_types], columns=["kind", "slug", "label"]
+        [("cell_type", slugify(label, evaluation.cell_types), label) for label in evaluation.cell_types],
+        columns=["kind", "slug", "label"],
     )
     genes = evaluation.to_frame()
     tables = {

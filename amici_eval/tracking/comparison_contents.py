@@ -53,10 +53,11 @@ def comparison_series(comparison: HeadComparison) -> dict[str, list[tuple[int, f
         for position, head in enumerate(one.heads)
         if head is not None
     }
+    cell_types = {cell_type for version in comparison.versions for cell_type in version.cell_types}
     for position, (step, version) in enumerate(zip(steps, comparison.versions, strict=True)):
         add("summary/n_significant", step, version.n_significant)
         for at, cell_type in enumerate(version.cell_types):
-            slug = slugify(cell_type)
+            slug = slugify(cell_type, cell_types)
             add(f"ev_full_model/{slug}", step, version.full[at])
             for head in range(version.n_heads):
                 if (position, head) in lineage:

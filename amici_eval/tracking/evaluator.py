@@ -12,7 +12,7 @@ import yaml
 from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError
-from amici_eval.specs import EvaluationSpec, ReportSpec, spec_from_mapping
+from amici_eval.specs import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
 from amici_eval.tracking.stored_model import FLAVOR_NAME
 
 __all__ = ["AMICIEvaluator", "settings_from_config"]
@@ -43,16 +43,7 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
     nested: dict[str, Any] = {}
     for key, value in (config or {}).items():
         _merge(nested, _SHORTHANDS.get(key, key), value)
-    report = nested.pop("report", {})
-    if not isinstance(report, dict):
-        raise _no_group(name="report", value=report)
-    unknown = sorted(set(report) - set(ReportSpec.__dataclass_fields__))
-    if unknown:
-        raise InvalidSpecError(
-            value=f"unknown setting report.{unknown[0]}",
-            rule=f"known here are {', '.join(ReportSpec.__dataclass_fields__)}",
-            fix="correct the name or drop it",
-        )
+    report = spec_of(ReportSpec, nested.pop("report", {}), "report.")
     strange = sorted(set(nested) - {"data", "ablation", "permutation"})
     if strange:
         raise InvalidSpecError(
@@ -60,10 +51,7 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
             rule=f"known here are the groups data, ablation, permutation and report, and {', '.join(_SHORTHANDS)}",
             fix="correct the name, as permutation.alpha, or drop it",
         )
-    for name in ("formats", "cell_types"):
-        if report.get(name) is not None:
-            report[name] = tuple(report[name])
-    return spec_from_mapping(nested), ReportSpec(**report)
+    return spec_from_mapping(nested), report
 
 
 def _merge(target: dict[str, Any], key: str, value: Any) -> None:

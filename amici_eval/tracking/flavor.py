@@ -193,11 +193,21 @@ def log_model(
     -------
     ModelInfo
         MLflow's record, with ``model_uri``, ``model_id`` and ``registered_model_version``.
+
+    Raises
+    ------
+    InvalidSpecError
+        If MLflow would refuse a name; before anything is written.
     """
     import mlflow
     from mlflow.models import Model
 
     import amici_eval.tracking.flavor as flavor
+    from amici_eval.tracking.registry import check_model_name
+
+    check_model_name("name", name, kind="logged")
+    if registered_model_name is not None:
+        check_model_name("registered_model_name", registered_model_name)
 
     return Model.log(
         artifact_path=None,

@@ -14,7 +14,14 @@ from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
 from amici_eval.tracking.patience import patiently
-from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
+from amici_eval.tracking.registry import (
+    ResolvedModel,
+    check_model_name,
+    connect,
+    find_dataset,
+    known_model_id,
+    resolve_model,
+)
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
 from amici_eval.tracking.run_log import deliver
@@ -283,10 +290,8 @@ def register_job(
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.flavor import check_tells_nothing, log_model
 
-    if not name or set(name) & set("/:@"):
-        raise InvalidSpecError(
-            value=f"name={name!r}", rule="a registered model's name has no '/', ':' or '@'", fix="rename it"
-        )
+    check_model_name("name", name)
+    check_model_name("name", name, kind="logged")
     if alias is not None:
         check_alias("register.alias", alias)
     connect(tracking.uri)

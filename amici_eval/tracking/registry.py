@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from amici_eval.errors import DataError, ModelNotFoundError, TrackingError, first_line, mask_secrets
+from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError, first_line, mask_secrets
 from amici_eval.tracking.heartbeat import close_abandoned
 from amici_eval.tracking.patience import is_passing
 from amici_eval.tracking.searching import all_pages, version_numbers
@@ -21,7 +21,15 @@ from amici_eval.tracking.searching import all_pages, version_numbers
 if TYPE_CHECKING:
     from amici_eval.tracking.stored_model import StoredModel
 
-__all__ = ["ResolvedModel", "connect", "find_dataset", "keep_artifacts_in", "known_model_id", "resolve_model"]
+__all__ = [
+    "ResolvedModel",
+    "check_model_name",
+    "connect",
+    "find_dataset",
+    "keep_artifacts_in",
+    "known_model_id",
+    "resolve_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +120,28 @@ def keep_artifacts_in(folder: Path, *, uri: str, experiment: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     if client.get_experiment_by_name(experiment) is None:
         client.create_experiment(experiment, artifact_location=folder.as_uri())
+
+
+def check_model_name(setting: str, name: str, *, kind: str = "registered") -> None:
+    """Refuse a name that MLflow refuses for a registered or logged model, or that a model URI cannot hold.
+
+    Raises
+    ------
+    InvalidSpecError
+        With the name of the setting.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils import validation
+
+    try:
+        getattr(validation, "_validate_model_name" if kind == "registered" else "_validate_logged_model_name", str)(
+            name
+        )
+        refused = "a model URI has the alias behind '@'" if kind == "registered" and "@" in name else ""
+    except MlflowException as error:
+        refused = f"MLflow refuses it ({first_line(error)})"
+    if refused:
+        raise InvalidSpecError(value=f"{setting}={name!r}", rule=refused, fix="choose letters, digits, '_' and '-'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
     if trivial is not None:
         of_heads["gain"] = trivial.gain
     for index, cell_type in enumerate(evaluation.cell_types):
-        slug = slugify(cell_type)
+        slug = slugify(cell_type, evaluation.cell_types)
         metrics |= {f"{name}/{slug}": float(values[index]) for name, values in of_types.items()}
         for head in range(evaluation.n_heads):
             metrics |= {f"{name}/{slug}/head_{head}": float(values[head, index]) for name, values in of_heads.items()}
@@ -83,7 +83,7 @@ def metric_intervals(evaluation: HeadEvaluation) -> dict[str, tuple[float, float
     bounds, parts, trivial = evaluation.intervals, evaluation.parts, evaluation.trivial
     found: dict[str, tuple[float, float]] = {}
     for index, cell_type in enumerate(evaluation.cell_types):
-        slug, missing = slugify(cell_type), (math.nan, math.nan)
+        slug, missing = slugify(cell_type, evaluation.cell_types), (math.nan, math.nan)
         found[f"ev_full_model/{slug}"] = (
             missing if bounds is None else (float(bounds.full_low[index]), float(bounds.full_high[index]))
         )
@@ -127,10 +127,11 @@ def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
     named: dict[str, str] = {}
     for cell_type in cell_types:
         # 32 bits of a hash keep names apart that are not made to collide
-        other = named.setdefault(slugify(cell_type), cell_type)
+        name = slugify(cell_type, cell_types)
+        other = named.setdefault(name.lower(), cell_type)
         if other != cell_type:
             raise DataError(
-                value=f"cell types {other!r} and {cell_type!r} have the same name {slugify(cell_type)} for files",
+                value=f"cell types {other!r} and {cell_type!r} have the same name {name} for files",
                 rule="each type needs files and metrics of its own",
                 fix="rename one of them in the data",
             )

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import re
 import socket
 import time
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.utils import validation
 
-from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.registry import connect, find_dataset, resolve_model
+from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
+from amici_eval.spec_checks import check_alias
+from amici_eval.tracking.flavor import log_model
+from amici_eval.tracking.registry import check_model_name, connect, find_dataset, resolve_model
 from amici_eval.tracking.stored_model import open_stored_model
 
 pytestmark = pytest.mark.amici
@@ -94,3 +99,47 @@ def test_an_unreachable_store_is_told_within_30_s():
             # a limit that the job promises, not a measure of speed
             assert time.monotonic() - begun < 30
             assert "secret" not in str(caught.value)
+
+
+NAMES = ["a", "a b", "CD8+", "β", "", " ", "a/b", "a:b", ".", "..", "..a", "a.b", "50%", "it's", 'a"b', "a" * 300, "7"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_names_are_refused_by_mlflows_own_rule(name):
+    for kind, rule in (
+        ("registered", validation._validate_model_name),
+        ("logged", validation._validate_logged_model_name),
+    ):
+        try:
+            rule(name)
+        except MlflowException:
+            with pytest.raises(InvalidSpecError, match=rf"name={re.escape(repr(name))}: MLflow refuses it"):
+                check_model_name("name", name, kind=kind)
+        else:
+            check_model_name("name", name, kind=kind)
+
+
+def test_a_model_name_that_no_uri_can_hold_is_refused():
+    with pytest.raises(InvalidSpecError, match="a model URI has the alias behind '@'"):
+        check_model_name("name", "a@b")
+
+
+@pytest.mark.parametrize(
+    "alias",
+    ["champion", "V2", "v1", "v1a", "latest", "LATEST", "a.b", "a b", "", "7", "β", "a" * 255, "a" * 256, "a-_b"],
+)
+def test_aliases_are_refused_by_mlflows_own_rule(alias):
+    try:
+        validation._validate_model_alias_name(alias)
+        validation._validate_model_alias_name_reserved(alias)
+    except MlflowException:
+        with pytest.raises(InvalidSpecError, match="an alias has letters"):
+            check_alias("register.alias", alias)
+    else:
+        check_alias("register.alias", alias)
+
+
+@pytest.mark.parametrize("names", [{"registered_model_name": "a/b"}, {"name": "a.b"}])
+def test_log_model_refuses_a_name_before_any_work(names):
+    with pytest.raises(InvalidSpecError, match="MLflow refuses it"):
+        log_model(None, **names)
