@@ -387,8 +387,8 @@ def _without_ties(
     )
     note = (
         f"{tied.sum()} of {len(tied)} evaluated cells have several neighbours at the least distance, so that none is "
-        f"the nearest: explained variance without the nearest neighbour {types if left_out else ''}leaves them all their "
-        "neighbours"
+        f"the nearest: explained variance without the nearest neighbour {types if left_out else ''}leaves them all "
+        "their neighbours"
     )
     return replace(outputs, without_nearest=masked), (note,) if tied.mean() >= _TIED_SAID else ()
 
