@@ -8,11 +8,13 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: help install demo test browser lint bench calibrate soak clean
+.PHONY: help install demo test test-processors test-mlflow browser lint bench calibrate soak clean
 
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
 	@echo "make test   install and run the tests; with CI=true, make browser first"
+	@echo "make test-processors  run the tests of numbers as other processors would, with 1 and 2 threads: about 80 min"
+	@echo "make test-mlflow MLFLOW=3.8  run the tests of what is tracked with another MLflow, in an environment of its own"
 	@echo "make browser  install Chromium and its driver with apt-get, for the tests that open pages: else they are skipped"
 	@echo "make lint   install and run ruff, mypy and import-linter"
 	@echo "make bench  measure speed and memory beside amici-st and write docs/performance.md: about 25 min"
@@ -35,6 +37,18 @@ demo: install
 
 test: install $(if $(filter true,$(CI)),browser)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# PROCESSORS="zen reordered-1" chooses settings, PROCESSOR_TESTS="tests/stats" tests
+test-processors: install
+	PROCESSOR_TESTS="$(PROCESSOR_TESTS)" $(BIN)/python -m tests.processors $(PROCESSORS)
+
+# constraints.txt first, then the other MLflow and what it needs
+MLFLOW ?= 3.17
+OTHER := $(VENV)-mlflow-$(MLFLOW)
+test-mlflow:
+	$(MAKE) install VENV=$(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check 'mlflow==$(MLFLOW).*'
+	$(OTHER)/bin/python -m pytest tests/tracking tests/test_server.py tests/test_cli.py $(PYTEST_ARGS)
 
 # selenium and axe-core come with the dev extra; without a browser the tests that need one are skipped and say so
 SUDO = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
@@ -62,5 +76,5 @@ soak: install
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 clean:
-	rm -rf $(VENV) demo-output benchmark-results calibration-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-mlflow-* demo-output benchmark-results calibration-results amici-eval-results mlflow.db mlruns build dist .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,7 @@ _EXPORTS = {
     "SubsetSpec": "amici_eval.specs",
     "TissueSpec": "amici_eval.simulate",
     "TrainedAMICI": "amici_eval.model.checkpoint",
+    "TrainedOnSpec": "amici_eval.specs",
     "Undefined": "amici_eval.results",
     "Verdict": "amici_eval.verdict",
     "compare": "amici_eval.comparison",

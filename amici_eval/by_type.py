@@ -133,9 +133,8 @@ def evaluate_types(
         )
         if not batches or senders is not None:
             _keep(parts, _ATTENTION, outputs)
-    # of the whole tissue if baselines may be fitted to cells that are not evaluated
-    all_fitted = None if tissue is None else _fitted_cells(access, np.arange(len(tissue.label_codes)))
-    fitted = _fitted_cells(access, everyone) if all_fitted is None else all_fitted[everyone]
+    all_fitted = access.fitted
+    fitted = None if all_fitted is None else all_fitted[everyone]
     tiling = None
     if isinstance(access, LocatedAccess) and len(everyone):
         tiling = Tiling.of(access, everyone, fitted=fitted, n_types=len(usable))
@@ -206,11 +205,7 @@ def evaluate_types(
         baselines=baselines,
         senders=senders,
         tile_width=None if tiling is None else tiling.width,
-        held_out=tuple(
-            None if (own := _fitted_cells(access, rows)) is None else not own.any() for rows in receivers.values()
-        )
-        if all_fitted is None
-        else tuple(not all_fitted[rows].any() for rows in receivers.values()),
+        held_out=tuple(None if all_fitted is None else not all_fitted[rows].any() for rows in receivers.values()),
         notes=(
             *(() if tissue is None or all_fitted is None else _crowded(tissue, everyone, all_fitted, spec)),
             *ties,
@@ -339,14 +334,6 @@ def _undefined(
             Undefined(cell_type=cell_type, head=head, reason=why) for head, why in found[cell_type].dead.items()
         ]
     return undefined
-
-
-def _fitted_cells(access: ModelAccess, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " cells"] | None:
-    """Return which of some cells the model was fitted on; ``None`` if that is not known."""
-    training = access.card.training_cells
-    if training is None:
-        return None
-    return np.fromiter((name in training for name in access.cell_names(rows)), dtype=bool, count=len(rows))
 
 
 def _crowded(

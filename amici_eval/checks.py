@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from amici_eval.data import check_is_filled, digest_of_places, is_integer_valued
-from amici_eval.errors import DataError
+from amici_eval.data import check_is_filled, is_integer_valued
+from amici_eval.errors import DataError, first_line
 from amici_eval.matrices import as_dense, spans, stored_values
 
 if TYPE_CHECKING:
@@ -17,49 +18,29 @@ if TYPE_CHECKING:
 
     from amici_eval.matrices import RowReader
     from amici_eval.model_card import ModelCard
-    from amici_eval.specs import SubsetSpec
+    from amici_eval.specs import SubsetSpec, TrainedOnSpec
 
 __all__ = [
     "align_genes",
+    "cells_with",
     "check_expression",
+    "check_known",
     "check_neighbours",
     "check_scale",
     "check_type",
     "chosen_cells",
-    "compare_names",
     "compare_with_training",
-    "fitted_cells",
     "labels_of",
     "n_types",
     "obs_column",
     "radii_of",
     "split_cells",
+    "trained_on",
 ]
 
 _SCALE_RATIO = 3.0
 # micrometres; cells of a section lie about 5 to 20 apart
 _CELL_SPACING = (1.0, 50.0)
-
-
-def compare_names(card: ModelCard, names: np.ndarray, coordinates: np.ndarray, notes: list[str]) -> bool:
-    """Return whether the cells are those of training under other names, so that held-out cells cannot be told."""
-    if card.training_cells is None:
-        return False
-    known = len(card.training_cells.intersection(names.tolist()))
-    if 0 < known < len(card.training_cells):
-        notes.append(
-            f"{known} of the {len(card.training_cells)} cells the model was fitted on are in the data: if it is a "
-            "part of the training tissue, its cells have lost neighbours; give the whole tissue and choose receivers "
-            "with data.subset"
-        )
-    training = card.training_data
-    if known == 0 and training is not None and digest_of_places(coordinates) == training.places:
-        notes.append(
-            "cells lie where the training cells lay but have other names: which of them were held out is not known; "
-            "give the tissue with its original obs_names"
-        )
-        return True
-    return False
 
 
 def check_type(adata: object) -> None:
@@ -230,40 +211,64 @@ def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells
         chosen = np.zeros(adata.n_obs, dtype=bool)
         chosen[list(subset.indices)] = True
         return chosen
-    if subset.key is None:
+    if subset.key is None or subset.value is None:
         return np.ones(adata.n_obs, dtype=bool)
-    column = obs_column(adata, subset.key, "subset (data.subset.key)").astype(str)
-    chosen = (column == subset.value).to_numpy()
+    return cells_with(adata, subset.key, subset.value, "subset (data.subset.key)")
+
+
+def cells_with(adata: AnnData, key: str, value: str, what: str) -> Bool[np.ndarray, " cells"]:
+    """Return which cells have a value, written as text, in a column of ``obs``; refuse a value that none has."""
+    column = obs_column(adata, key, what)
+    texts = column.astype(str)
+    chosen: Bool[np.ndarray, " cells"] = (texts == value).to_numpy()
+    if pd.api.types.is_bool_dtype(column):
+        chosen = np.array([str(text).casefold() == value.casefold() for text in texts])
     if not chosen.any():
-        values = sorted(column.unique())
+        values = sorted(texts.unique())
         some = ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
         raise DataError(
-            value=f"no cell has {subset.key} = {subset.value!r}",
-            rule=f"its values are {some}",
-            fix="choose one of these",
+            value=f"no cell has {key} = {value!r}", rule=f"its values are {some}", fix="choose one of these"
         )
     return chosen
 
 
-def fitted_cells(
-    card: ModelCard, names: np.ndarray, subset: SubsetSpec, *, renamed: bool
-) -> Bool[np.ndarray, " cells"] | None:
-    """Return which cells the model was fitted on, shape (cells,), if a setting needs it; refuse if it is not known."""
+def trained_on(adata: AnnData, spec: TrainedOnSpec) -> Bool[np.ndarray, " cells"] | None:
+    """Return which cells were in the AnnData that the model was trained on; ``None`` if the settings do not say."""
+    if spec.key is not None and spec.value is not None:
+        return cells_with(adata, spec.key, spec.value, "training cells (trained_on.key)")
+    if spec.names is None:
+        return None
+    try:
+        listed = Path(spec.names).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            value=f"trained_on.names={spec.names} cannot be read ({first_line(error)})",
+            rule="it must be a text file with the name of a cell in each line",
+            fix="write it with pathlib.Path(FILE).write_text('\\n'.join(adata_train.obs_names))",
+        ) from error
+    names = [name for name in listed if name]
+    found: Bool[np.ndarray, " cells"] = adata.obs_names.astype(str).isin(names)
+    if (missing := len(set(names)) - int(found.sum())) or not names:
+        raise DataError(
+            value=f"{missing} of the {len(names)} names in {spec.names} are no cells of the data",
+            rule="trained_on.names must list obs_names of this tissue, one in each line",
+            fix="write the file from the same AnnData, or name the cells by a column: trained_on.key, trained_on.value",
+        )
+    return found
+
+
+def check_known(fitted: Bool[np.ndarray, " cells"] | None, subset: SubsetSpec) -> None:
+    """Refuse settings that need to know which cells the model was fitted on if that is not known."""
     asked = [] if subset.held_out is None else [f"data.subset.held_out={str(subset.held_out).lower()}"]
     if subset.buffer:
         asked.append("data.subset.buffer=true")
-    if not asked:
-        return None
-    if card.training_cells is None or renamed:
-        why = "cells lie where the training cells lay but have other names" if renamed else "the model recorded none"
+    if asked and fitted is None:
         raise DataError(
             value=" and ".join(asked),
-            rule=f"the names of the cells that the model was fitted on must be known, and {why}",
-            fix=f"{'give the tissue with its original obs_names, or ' if renamed else ''}choose the "
-            "cells by a column with the split instead: data.subset.key=... data.subset.value=...",
+            rule="it must be known which cells the model was fitted on, and the model does not tell",
+            fix="say which cells it was trained on: data.trained_on.key=COLUMN data.trained_on.value=VALUE, or "
+            "data.trained_on.names=FILE; or choose the cells by a column: data.subset.key=... data.subset.value=...",
         )
-    training = card.training_cells
-    return np.array([name in training for name in names.tolist()], dtype=bool)
 
 
 def split_cells(

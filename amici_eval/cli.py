@@ -316,6 +316,7 @@ def _register(config: DictConfig) -> None:
     from amici_eval.config import tracking_spec
 
     tracking = tracking_spec(config)
+    from amici_eval.specs import TrainedOnSpec
     from amici_eval.tracking.jobs import register_job
 
     if config.register.trust:
@@ -327,6 +328,7 @@ def _register(config: DictConfig) -> None:
         adata=config.register.adata,
         trust=config.register.trust,
         alias=config.register.alias,
+        trained_on=TrainedOnSpec(**config.register.trained_on),
         tracking=tracking,
     )
     _say(

@@ -49,6 +49,15 @@ class SubsetConfig:
 
 
 @dataclass
+class TrainedOnConfig:
+    """Groups ``data.trained_on`` and ``register.trained_on``."""
+
+    key: Optional[str] = None
+    value: Optional[str] = None
+    names: Optional[str] = None
+
+
+@dataclass
 class DataConfig:
     """Group ``data``."""
 
@@ -59,6 +68,7 @@ class DataConfig:
     sample_key: Optional[str] = None
     backed: Optional[bool] = None
     subset: SubsetConfig = field(default_factory=SubsetConfig)
+    trained_on: TrainedOnConfig = field(default_factory=TrainedOnConfig)
 
 
 @dataclass
@@ -253,6 +263,7 @@ class RegisterGroupConfig:
     adata: Optional[str] = None
     trust: bool = False
     alias: Optional[str] = None
+    trained_on: TrainedOnConfig = field(default_factory=TrainedOnConfig)
 
 
 @dataclass

@@ -90,7 +90,7 @@ def evaluate(
                 fix="call evaluate(model, adata)",
             )
     resolve_device(spec.ablation.device)
-    tissue = prepare(adata, card_of(model, adata=adata), spec.data)
+    tissue = prepare(adata, card_of(model, adata=adata, trained_on=spec.data.trained_on), spec.data)
     with open_access(model, tissue, spec.ablation) as access:
         return evaluate_access(
             access, spec, progress=progress, model_info=model_info, data_info=data_info, launcher=launcher
@@ -191,7 +191,7 @@ def evaluate_access(
         else intervals(types, evaluated, test=test, n_heads=n_heads, tile_width=found.tile_width),
         # rows tell the parts apart only where tiles do
         parts=None
-        if access.card.training_cells is None or found.tile_width is None
+        if access.fitted is None or found.tile_width is None
         else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
         trivial=found.baselines,
         senders=found.senders,

@@ -10,13 +10,11 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from amici_eval.matrices import expression_blocks
-
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from jaxtyping import Float64, Int64
+    from collections.abc import Callable
 
-    from amici_eval.matrices import RowReader
+    from anndata import AnnData
+    from jaxtyping import Float64, Int64, UInt64
 
 __all__ = ["Geometry"]
 
@@ -28,8 +26,6 @@ _FURTHER_WORDS = frozenset("brain id ident index key label name nr num number nu
 _MOST_GROUPS, _CELLS_PER_GROUP = 1000, 10
 _MOST_QUERIES = 100_000
 """Cells, evenly spread, whose nearest other cell is looked up."""
-_MOST_COMPARED = 20_000
-"""Cells at a shared position whose expression is compared."""
 _OVERLAID, _CELLS_FOR_SHARE = 0.4, 50
 """Share of a group's cells with their nearest cell in another one; of m cells in a tile it is about .64 / sqrt(m)."""
 _MIXED = 0.6
@@ -41,16 +37,8 @@ _FEW_LEVELS, _APART_IN_Z = 10, 0.9
 class Geometry:
     """What checks and statistics need of the positions.
 
-    Parameters
-    ----------
-    nn_distance
-        Median distance of a cell to the nearest other cell, in coordinate units.
-    samples
-        Stratum of each cell for tests, tiles and intervals: its named section, its plane in z, or both.
-    sections
-        The named sections that neighbours must not leave; ``None`` also where sections are stacked in z.
-    notes
-        Cells at one place, groups laid over each other, planes.
+    ``samples`` are the strata of tests, tiles and intervals: named sections, planes in z, or both. ``sections`` are the
+    named ones that neighbours must not leave: ``None`` where these are stacked in z.
     """
 
     nn_distance: float
@@ -65,16 +53,15 @@ class Geometry:
         coordinates: Float64[np.ndarray, "cells dimensions"],
         *,
         named: pd.Series | None,
-        reader: RowReader,
-        columns: Int64[np.ndarray, " genes"] | None,
+        expression: Callable[[], UInt64[np.ndarray, " cells"]],
     ) -> Geometry:
-        """Look at the positions once; ``named`` is the column of the sections, ``reader`` gives expression."""
+        """Look at the positions once; ``named`` is the column of the sections, ``expression`` returns fingerprints."""
         notes: list[str] = []
         order = np.lexsort(coordinates.T)
         starts = np.flatnonzero(np.append(True, np.diff(coordinates[order], axis=0).any(axis=1)))
         sizes = np.diff(starts, append=len(order))
         if len(starts) < len(order):
-            notes.append(_shared_positions(coordinates, order, np.repeat(sizes, sizes), reader, columns))
+            notes.append(_shared_positions(coordinates[order], np.repeat(sizes, sizes), expression()[order]))
         rows, nearest, distance = _nearest(coordinates, order, starts, sizes)
         z = coordinates[:, 2] if coordinates.shape[1] > 2 else np.zeros(len(coordinates))
         overlaid, stacked = {}, []
@@ -113,34 +100,24 @@ class Geometry:
 
 
 def _shared_positions(
-    coordinates: Float64[np.ndarray, "cells dimensions"],
-    order: Int64[np.ndarray, " cells"],
-    size: Int64[np.ndarray, " cells"],
-    reader: RowReader,
-    columns: Int64[np.ndarray, " genes"] | None,
+    ordered: Float64[np.ndarray, "cells dimensions"],
+    sizes: Int64[np.ndarray, " cells"],
+    expression: UInt64[np.ndarray, " cells"],
 ) -> str:
     """Say how many cells share a position, and how many of them have the same expression too."""
-    shared, largest = order[size > 1], coordinates[order[size.argmax()]]
-    compared = shared[:_MOST_COMPARED]
-    content = np.zeros(len(compared), dtype=np.int64)
-    for block in expression_blocks(reader, compared, columns, max_rows=4096):
-        content[block.positions] = [hash(values.tobytes()) for values in block.values]
-    twice = pd.DataFrame(coordinates[compared]).assign(content=content).duplicated(keep=False).sum()
-    at = ", ".join(f"{value:g}" for value in largest)
+    shared = pd.DataFrame(ordered[sizes > 1]).assign(expression=expression[sizes > 1])
+    at = ", ".join(f"{value:g}" for value in ordered[sizes.argmax()])
     return (
-        f"{len(shared)} of {len(order)} cells share a position with another cell, {size.max()} of them at ({at}); "
-        f"{twice}{' or more' if len(compared) < len(shared) else ''} have the same expression as one there. Which of "
-        "them are nearest neighbours is arbitrary: AMICI goes by the order of rows, here sorted by cell name. Give "
-        "each cell its own position (not that of its spot, bin or field), and drop copies of cells and cells without a "
-        "position before training"
+        f"{len(shared)} of {len(ordered)} cells share a position with another cell, {sizes.max()} of them at ({at}); "
+        f"{shared.duplicated(keep=False).sum()} have the same expression as one there. Which of them are nearest "
+        "neighbours is arbitrary: AMICI goes by the order of rows, here sorted by cell name. Give each cell its own "
+        "position (not that of its spot, bin or field), and drop copies of cells and cells without a position before "
+        "training"
     )
 
 
 def _nearest(
-    coordinates: Float64[np.ndarray, "cells dimensions"],
-    order: Int64[np.ndarray, " cells"],
-    starts: Int64[np.ndarray, " places"],
-    sizes: Int64[np.ndarray, " places"],
+    coordinates: Float64[np.ndarray, "cells dimensions"], order: np.ndarray, starts: np.ndarray, sizes: np.ndarray
 ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
     """Return evenly spread cells, the nearest other cell of each (the next one at the same place), and its distance."""
     following = np.roll(order, -1)

@@ -107,7 +107,7 @@ def kept_moments(
         n_heads=access.card.n_heads,
         row_type=np.concatenate([np.full(len(part.tiles), index, dtype=np.int64) for index, part in parts]),
         row_tile=tile_of(joined("tiles")),
-        row_held_out=part_of(joined("tiles")) if access.card.training_cells is not None else np.full(n_rows, -1),
+        row_held_out=part_of(joined("tiles")) if access.fitted is not None else np.full(n_rows, -1),
         n_cells=joined("n_cells"),
         target_mean=joined("target_mean").astype(np.float32),
         target_m2=joined("target_m2").astype(np.float32),

@@ -5,10 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from amici_eval.errors import ModelFormatError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ModelCard", "TrainingData"]
+    from jaxtyping import UInt32, UInt64
+    from numpy import ndarray
+
+__all__ = ["Fingerprints", "ModelCard", "TrainingData"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Fingerprints:
+    """Names of some cells, and hashes of their places and their expression, by which they are told from others."""
+
+    names: tuple[str, ...]
+    places: UInt32[ndarray, " cells"]
+    expression: UInt64[ndarray, " cells"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,13 @@ class ModelCard:
         Facts of the training tissue; ``None`` if they were not recorded.
     training_cells
         Names of the cells the model was fitted on; ``None`` if they were not recorded.
+    fingerprints
+        Their places and expression; ``None`` if they were not recorded, as for models of older versions.
+
+    Raises
+    ------
+    ModelFormatError
+        If two genes have one name.
     """
 
     n_heads: int
@@ -69,3 +90,13 @@ class ModelCard:
     versions: Mapping[str, str] = field(default_factory=dict)
     training_data: TrainingData | None = None
     training_cells: frozenset[str] | None = None
+    fingerprints: Fingerprints | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(set(self.genes)) < len(self.genes):
+            twice = next(gene for gene in self.genes if self.genes.count(gene) > 1)
+            raise ModelFormatError(
+                value=f"the model was trained with gene {twice!r} more than once",
+                rule="genes are matched by name, so such a model cannot be evaluated on any data",
+                fix="call adata.var_names_make_unique() before setup_anndata, and train again",
+            )

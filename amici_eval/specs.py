@@ -25,6 +25,7 @@ __all__ = [
     "ReportSpec",
     "SubsetSpec",
     "TrackingSpec",
+    "TrainedOnSpec",
     "spec_from_mapping",
 ]
 
@@ -107,6 +108,34 @@ class SubsetSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedOnSpec:
+    """Which cells of the tissue were in the AnnData that the model was trained on, if that was a part of the tissue.
+
+    Parameters
+    ----------
+    key, value
+        Column of ``adata.obs`` and its value, written as text: ``key="in_test", value="false"``.
+    names
+        Text file with the name of a cell in each line; instead of ``key`` and ``value``.
+    """
+
+    key: str | None = None
+    value: str | None = None
+    names: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.value is None) or (self.key is not None and self.names is not None):
+            raise InvalidSpecError(
+                value=f"trained_on.key={self.key!r}, trained_on.value={self.value!r}, trained_on.names={self.names!r}",
+                rule="training cells are named by a column and its value, or by a file with their names",
+                fix="give trained_on.key and trained_on.value, or trained_on.names alone",
+            )
+
+    def __bool__(self) -> bool:
+        return self.key is not None or self.names is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """How the AnnData is read; ``None`` takes what the model was trained with.
 
@@ -126,6 +155,8 @@ class DataSpec:
         and speed, not results; without meaning for an AnnData that is open already.
     subset
         The cells to evaluate.
+    trained_on
+        Which cells the model was trained on, where the model does not tell; else what the model recorded counts.
     """
 
     labels_key: str | None = None
@@ -134,6 +165,7 @@ class DataSpec:
     sample_key: str | None = None
     backed: bool | None = None
     subset: SubsetSpec = field(default_factory=SubsetSpec)
+    trained_on: TrainedOnSpec = field(default_factory=TrainedOnSpec)
 
     def __post_init__(self) -> None:
         if self.backed is not None and not isinstance(self.backed, bool):

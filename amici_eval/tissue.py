@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,30 +13,31 @@ import pandas as pd
 from amici_eval.checks import (
     align_genes,
     check_expression,
+    check_known,
     check_neighbours,
     check_scale,
     check_type,
     chosen_cells,
-    compare_names,
     compare_with_training,
-    fitted_cells,
     labels_of,
     n_types,
     obs_column,
     radii_of,
     split_cells,
+    trained_on,
 )
 from amici_eval.data import coordinates_of, expression_matrix
 from amici_eval.errors import DataError
 from amici_eval.geometry import Geometry
 from amici_eval.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
+from amici_eval.membership import expression_prints, fitted_cells
 from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
-    from jaxtyping import Bool, Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 
     from amici_eval.matrices import RowReader
     from amici_eval.model_card import ModelCard
@@ -74,11 +75,11 @@ class Tissue:
         The AnnData's own expression matrix; not a copy.
     gene_columns
         Columns of ``matrix`` in the model's gene order; ``None`` if they are in order already.
-    renamed
-        Whether these are the cells of training under other names.
-    buffered
-        Cells that no evaluated cell may have among its neighbours: those the model was fitted on, with a buffer; else
-        ``None``. :func:`keep_away_from_training` acts on it once neighbours are known.
+    fitted
+        Which cells the model was fitted on; ``None`` if that is not known.
+    buffer
+        Whether no evaluated cell may have a fitted one among its neighbours; :func:`keep_away_from_training` acts on it
+        once neighbours are known.
     adata
         What it was made of; a fetched file lasts as long as this is referred to.
     """
@@ -94,8 +95,8 @@ class Tissue:
     notes: tuple[str, ...]
     matrix: Any
     gene_columns: Int64[np.ndarray, " genes"] | None
-    renamed: bool = False
-    buffered: Bool[np.ndarray, " cells"] | None = None
+    fitted: Bool[np.ndarray, " cells"] | None = None
+    buffer: bool = False
     adata: AnnData | None = field(default=None, repr=False)
 
     @property
@@ -187,16 +188,18 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     if card.cell_radius_key is not None:
         radii = radii_of(adata, card.cell_radius_key)
     named = None if spec.sample_key is None else obs_column(adata, spec.sample_key, "samples")
-    integer_valued = check_expression(open_rows(matrix), columns, card.genes, names)
+    reader = open_rows(matrix)
+    integer_valued = check_expression(reader, columns, card.genes, names)
     compare_with_training(card, integer_valued, notes)
-    geometry = Geometry.of(adata, coordinates, named=named, reader=open_rows(matrix), columns=columns)
+    prints = cache(lambda: expression_prints(reader, columns, card.genes))
+    geometry = Geometry.of(adata, coordinates, named=named, expression=prints)
     check_scale(card, geometry.nn_distance, notes)
     notes += geometry.notes
-    renamed = compare_names(card, names, coordinates, notes)
+    fitted = _fitted(adata, card, spec, prints, coordinates, notes)
+    check_known(fitted, spec.subset)
     for note in notes:
         logger.warning("%s", note)
     evaluated = chosen_cells(adata, spec.subset)
-    fitted = fitted_cells(card, names, spec.subset, renamed=renamed)
     if fitted is not None and spec.subset.held_out is not None:
         evaluated = split_cells(evaluated, fitted, labels, held_out=spec.subset.held_out, notes=notes)
     if not evaluated.all():
@@ -215,10 +218,28 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
         notes=tuple(notes),
         matrix=matrix,
         gene_columns=columns,
-        renamed=renamed,
-        buffered=fitted if spec.subset.buffer else None,
+        fitted=fitted,
+        buffer=spec.subset.buffer,
         adata=adata,
     )
+
+
+def _fitted(
+    adata: AnnData,
+    card: ModelCard,
+    spec: DataSpec,
+    expression: Callable[[], UInt64[np.ndarray, " cells"]],
+    coordinates: Float64[np.ndarray, "cells dimensions"],
+    notes: list[str],
+) -> Bool[np.ndarray, " cells"] | None:
+    """Return which cells the model was fitted on, by what the user says or else by what the model recorded."""
+    names = np.asarray(adata.obs_names.astype(str), dtype=object)
+    said = trained_on(adata, spec.trained_on)
+    if said is None:
+        return fitted_cells(card, names, coordinates, expression, notes)
+    # a split within these cells is known from the model; without one, all of them count
+    split = np.isin(names, sorted(card.training_cells or ()))
+    return split if split.any() and not (split & ~said).any() else said
 
 
 def check_sections(
@@ -274,9 +295,9 @@ def keep_away_from_training(tissue: Tissue, neighbours: Int64[np.ndarray, "cells
     DataError
         If no evaluated cell is left.
     """
-    if tissue.buffered is None:
+    if tissue.fitted is None or not tissue.buffer:
         return tissue
-    kept = tissue.evaluated & ~tissue.buffered[neighbours].any(axis=1)
+    kept = tissue.evaluated & ~tissue.fitted[neighbours].any(axis=1)
     before, after, n_neighbours = int(tissue.evaluated.sum()), int(kept.sum()), neighbours.shape[1]
     if not after:
         raise DataError(

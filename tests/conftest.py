@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,44 +36,74 @@ def shared() -> Path:
 def _tissue() -> AnnData:
     from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
 
-    return simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
+    tissue = simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
+    # as most tissues are stored
+    tissue.X = csr_matrix(tissue.X)
+    return tissue
 
 
 @pytest.fixture
 def adata(_tissue: AnnData) -> AnnData:
-    """A simulated tissue of 500 cells x 40 genes, a fresh copy for each test."""
+    """A simulated tissue of 500 cells x 40 genes, expression in CSR form, a fresh copy for each test."""
     return _tissue.copy()
+
+
+SMALL_MODEL = {
+    "n_heads": 2,
+    "n_head_size": 4,
+    "n_query_dim": 16,
+    "n_kv_dim": 16,
+    "n_nn_embed": 16,
+    "n_nn_embed_hidden": 16,
+    "n_query_embed_hidden": 16,
+    "n_pos_coef_mlp_hidden": 16,
+    "distance_kernel_unit_scale": 10.0,
+}
+
+
+def train_plainly(adata: AnnData, rows: np.ndarray, *, epochs: int = 4):
+    """Train an AMICI with AMICI's own means on some rows of a tissue, as its users do."""
+    import amici
+    import scvi
+
+    from amici_eval.model.scvi_loader import own_data_loader
+
+    own = adata.copy()
+    own.obs["cell_type"] = own.obs["cell_type"].astype(str).astype("category")
+    with own_data_loader(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seed = scvi.settings.seed
+        scvi.settings.seed = 0
+        amici.AMICI.setup_anndata(own, labels_key="cell_type", coord_obsm_key="spatial", n_neighbors=8)
+        model = amici.AMICI(own, **SMALL_MODEL)
+        model.train(
+            max_epochs=epochs,
+            accelerator="cpu",
+            external_indexing=[rows, np.setdiff1d(np.arange(own.n_obs), rows), np.array([], dtype=int)],
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            logger=None,
+        )
+        scvi.settings.seed = seed
+    return model
 
 
 @pytest.fixture(scope="session")
 def amici_dir(_tissue: AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``AMICI.save`` writes of a small model (2 heads x 4, 8 neighbours) trained on the tissue's region "rest"."""
-    from amici_eval.model.training import train_amici
-
     rows = np.flatnonzero((_tissue.obs["region"] == "rest").to_numpy())
-    model = train_amici(
-        _tissue,
-        labels_key="cell_type",
-        coord_obsm_key="spatial",
-        n_neighbors=8,
-        seed=0,
-        max_epochs=4,
-        batch_size=128,
-        train_indices=rows,
-        model_params={
-            "n_heads": 2,
-            "n_head_size": 4,
-            "n_query_dim": 16,
-            "n_kv_dim": 16,
-            "n_nn_embed": 16,
-            "n_nn_embed_hidden": 16,
-            "n_query_embed_hidden": 16,
-            "n_pos_coef_mlp_hidden": 16,
-            "distance_kernel_unit_scale": 10.0,
-        },
-    )
     folder = tmp_path_factory.mktemp("amici") / "model"
-    model.save(str(folder))
+    train_plainly(_tissue, rows).save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense_amici_dir(_tissue: AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, trained on the dense expression."""
+    dense = _tissue.copy()
+    dense.X = dense.X.toarray()
+    folder = tmp_path_factory.mktemp("amici") / "dense"
+    train_plainly(dense, np.flatnonzero((dense.obs["region"] == "rest").to_numpy())).save(str(folder))
     return folder
 
 

@@ -48,6 +48,11 @@ class FakeAccess:
         types = sorted(set(self.labels.tolist()), reverse=self.last_type_first)
         return {label: order[self.labels[order] == label] for label in types}
 
+    @property
+    def fitted(self) -> np.ndarray | None:
+        trained = self.card.training_cells
+        return None if trained is None else np.isin(self.names, list(trained))
+
     def cell_names(self, rows: np.ndarray) -> list[str]:
         return self.names[rows].tolist()
 

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from amici_eval.geometry import Geometry
-from amici_eval.matrices import open_rows
 from amici_eval.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -20,12 +19,11 @@ SIDE = 200.0
 N = 1200
 
 
-def look(coordinates, obs: Mapping[str, object] | None = None, *, sample_key=None, x=None) -> Geometry:
+def look(coordinates, obs: Mapping[str, object] | None = None, *, sample_key=None, expression=None) -> Geometry:
     n_cells = len(coordinates)
-    x = np.arange(2.0 * n_cells, dtype=np.float32).reshape(n_cells, 2) if x is None else x
-    adata = ad.AnnData(x, obs=pd.DataFrame(obs or {}, index=[f"c{number}" for number in range(n_cells)]))
+    adata = ad.AnnData(obs=pd.DataFrame(obs or {}, index=[f"c{number}" for number in range(n_cells)]))
     named = None if sample_key is None else adata.obs[sample_key]
-    return Geometry.of(adata, np.asarray(coordinates, float), named=named, reader=open_rows(adata.X), columns=None)
+    return Geometry.of(adata, np.asarray(coordinates, float), named=named, expression=lambda: expression)
 
 
 def scattered(n_cells=N, *, seed=0):
@@ -47,23 +45,23 @@ def test_cells_apart_need_no_note():
     assert found.nn_distance == pytest.approx(np.median(distances.min(axis=1)))
 
 
-def placeholders(xy, x):
+def placeholders(xy, expression):
     xy[:70] = 0.0
     return "70 of 1200 cells share a position with another cell, 70 of them at (0, 0); 0 have"
 
 
-def rounded(xy, x):
+def rounded(xy, expression):
     xy[:] = np.round(xy / 40.0) * 40.0
     return "1200 of 1200 cells share a position"
 
 
-def copied(xy, x):
-    xy[:30], x[:30] = xy[30:60], x[30:60]
+def copied(xy, expression):
+    xy[:30], expression[:30] = xy[30:60], expression[30:60]
     return "60 of 1200 cells share a position with another cell, 2 of them at"
 
 
-def segmented_twice_at_one_place_of_three(xy, x):
-    xy[1], xy[2], x[1] = xy[0], xy[0], x[0]
+def segmented_twice_at_one_place_of_three(xy, expression):
+    xy[1], xy[2], expression[1] = xy[0], xy[0], expression[0]
     return "3 of 1200 cells share a position with another cell, 3 of them at"
 
 
@@ -72,19 +70,13 @@ def segmented_twice_at_one_place_of_three(xy, x):
 )
 @pytest.mark.parametrize("n_dimensions", [2, 3])
 def test_cells_at_one_place_are_counted_whatever_put_them_there(spoil, n_same, n_dimensions):
-    xy, x = scattered(), np.arange(2.0 * N, dtype=np.float32).reshape(N, 2)
-    shown = spoil(xy, x)
-    (note,) = look(np.column_stack([xy, np.zeros(N)])[:, :n_dimensions], x=x).notes
+    xy, expression = scattered(), np.arange(N, dtype=np.uint64)
+    shown = spoil(xy, expression)
+    (note,) = look(np.column_stack([xy, np.zeros(N)])[:, :n_dimensions], expression=expression).notes
     assert shown.replace("(0, 0)", "(0, 0, 0)" if n_dimensions == 3 else "(0, 0)") in note
     assert f"; {n_same} have the same expression as one there" in note
     assert "nearest neighbours is arbitrary" in note
     assert note.endswith("drop copies of cells and cells without a position before training")
-
-
-def test_many_cells_at_one_place_are_compared_in_part(monkeypatch):
-    monkeypatch.setattr("amici_eval.geometry._MOST_COMPARED", 40)
-    (note,) = look(np.zeros((N, 2)), x=np.zeros((N, 2), dtype=np.float32)).notes
-    assert "; 40 or more have the same expression as one there" in note
 
 
 # --- groups laid over each other
@@ -145,7 +137,7 @@ def test_some_sections_over_each_other_among_others_apart_are_noted():
 
 def test_equal_positions_in_all_fields_belong_to_different_groups():
     lattice = np.tile(np.stack(np.divmod(np.arange(N // 4), 20), axis=1) * 10.0, (4, 1))
-    shared, over = look(lattice, {"library_id": np.repeat(list("abcd"), N // 4)}).notes
+    shared, over = look(lattice, {"library_id": np.repeat(list("abcd"), N // 4)}, expression=np.arange(N)).notes
     assert shared.startswith("1200 of 1200 cells share a position")
     assert "library_id (4 groups) lie over each other: 1200 of 1200 cells" in over
 

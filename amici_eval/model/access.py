@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from amici_eval.errors import DeviceError
+from amici_eval.errors import DeviceError, ModelFormatError
 from amici_eval.model.cards import card_of
-from amici_eval.model.checkpoint import TrainedAMICI
+from amici_eval.model.checkpoint import AMICI_SOURCES, TrainedAMICI, package_versions
 from amici_eval.model.factored import FactoredAccess
-from amici_eval.model.inspection import why_not_factored
+from amici_eval.model.inspection import is_amici_module, why_not_factored
 from amici_eval.model.interventions import (
     ablations_side_by_side,
     eval_mode_on,
     faint_attention_is_zero,
     keep_heads,
 )
+from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.shared_matrices import sent
 from amici_eval.stats.shrinking import Shrinking, memory_errors_explained
 from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
@@ -30,7 +31,7 @@ from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from jaxtyping import Float32, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int64
 
     from amici_eval.model_card import ModelCard
     from amici_eval.specs import AblationSpec
@@ -51,6 +52,11 @@ class ModelAccess(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks on model and data."""
+        ...
+
+    @property
+    def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
+        """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
         ...
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
@@ -169,6 +175,7 @@ class HookedAccess:
         self.device = device
         self._batch = Shrinking(batch_size, what="the model's forward pass", unit="receivers", device=device)
         self._notes = notes
+        self.own_tensors: Callable[[Int64[np.ndarray, " cells"]], dict[str, torch.Tensor]] | None = None
         rows, distances = neighbours(tissue, card)
         self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
         if tissue.sections is not None:
@@ -179,6 +186,11 @@ class HookedAccess:
     def notes(self) -> tuple[str, ...]:
         """Remarks on model and data."""
         return (*self.tissue.notes, *self._notes)
+
+    @property
+    def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
+        """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
+        return self.tissue.fitted
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
         """Return the evaluated rows by cell type, in canonical order."""
@@ -238,8 +250,17 @@ class HookedAccess:
         self, tensors: dict[str, torch.Tensor], heads: Collection[int] | None, start: int, size: int
     ) -> Float32[np.ndarray, "cells genes"]:
         part = {name: tensor[start : start + size] for name, tensor in tensors.items()}
-        with faint_attention_is_zero(self.module), keep_heads(self.module, heads):
-            _, outputs = self.module(part, compute_loss=False)
+        # other classes may do something else with their scores than a softmax
+        cut = faint_attention_is_zero(self.module) if is_amici_module(self.module) else nullcontext()
+        try:
+            with cut, keep_heads(self.module, heads):
+                _, outputs = self.module(part, compute_loss=False)
+        except KeyError as error:
+            raise ModelFormatError(
+                value=f"the forward pass of {type(self.module).__qualname__} asks for {error}",
+                rule=f"on other data than the model's own it is given {', '.join(part)}",
+                fix="evaluate the live model on its own AnnData: amici_eval.evaluate(model, model.adata)",
+            ) from error
         predicted = outputs["prediction"]
         if len(self.card.genes) == 1:
             # AMICI squeezes the profile of a lone gene to one dimension: column j has that of cell j
@@ -273,7 +294,7 @@ class HookedAccess:
     def to_send(self) -> HookedAccess:
         """Return the same without what only an AnnData has and without the names of training cells."""
         other = copy(self)
-        other.card = replace(self.card, training_cells=None)
+        other.card = replace(self.card, training_cells=None, fingerprints=None)
         other.tissue = replace(self.tissue, matrix=sent(self.tissue.matrix), adata=None)
         return other
 
@@ -282,6 +303,8 @@ class HookedAccess:
 
     def _tensors(self, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
         """Return what AMICI's own loader would hand the module for these receivers."""
+        if self.own_tensors is not None:
+            return {name: tensor.to(self.device) for name, tensor in self.own_tensors(rows).items()}
         # neighbours of nearby receivers are the same cells: fetch each once
         cells, position = np.unique(self.neighbour_rows[rows], return_inverse=True)
         around = self.tissue.expression(cells)[position.reshape(len(rows), -1)]
@@ -292,6 +315,25 @@ class HookedAccess:
             "nn_dist": torch.from_numpy(self.distances[rows]),
         }
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+
+def _other_sources(card: ModelCard) -> tuple[str, ...]:
+    """Say that AMICI itself is another one here than where the model was saved."""
+    then, now = card.versions.get(AMICI_SOURCES), package_versions()[AMICI_SOURCES]
+    if then in (None, now):
+        return ()
+    return (
+        f"the sources of amici-st here (digest {now}) are not those with which the model was registered ({then}, "
+        f"version {card.versions.get('amici-st')}): install those to be sure that the model computes what it did",
+    )
+
+
+def _own_tensors(model: Any, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
+    """Return what a live model's own loader hands its module, for classes that ask for more than AMICI's."""
+    with own_data_loader():
+        loader = model._make_data_loader(adata=model.adata, indices=rows, batch_size=len(rows))
+        (tensors,) = loader
+    return dict(tensors)
 
 
 @contextmanager
@@ -322,16 +364,22 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
         module, card = model.build_module(), model.card
     else:
         module, card = model.module, card_of(model, adata=model.adata)
-    if tissue.renamed:
-        # membership goes by name
-        card = replace(card, training_cells=None)
     reason = why_not_factored(module) if spec.engine == "factored" else None
     notes: tuple[str, ...] = ()
     if reason is not None:
         notes = (f"evaluated by the hooked engine, through the model's own forward pass: {reason}",)
-        logger.warning("%s", notes[0])
+    notes += _other_sources(card)
+    if tissue.fitted is None and getattr(model, "train_indices_", None) is not None:
+        notes += (
+            "which cells the model was fitted on is not known: it is bound to other cells than those of its split; say "
+            "which it was trained on, by data.trained_on or DataSpec(trained_on=TrainedOnSpec(key=..., value=...))",
+        )
+    for note in notes:
+        logger.warning("%s", note)
     with memory_errors_explained("the evaluation", device), eval_mode_on(module, device):
         hooked = HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size, notes=notes)
+        if not is_amici_module(module) and tissue.adata is not None and tissue.adata is getattr(model, "adata", None):
+            hooked.own_tensors = partial(_own_tensors, model)
         if spec.engine == "hooked" or reason is not None:
             yield hooked
         else:

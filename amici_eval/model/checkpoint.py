@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +19,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from amici_eval.checks import trained_on as trained_rows
 from amici_eval.data import describe_training_data, open_anndata
 from amici_eval.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
+from amici_eval.membership import prints_from, text_of
+from amici_eval.model.interventions import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
-from amici_eval.model.saved_amici import read_saved_amici
+from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers
 from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
 from amici_eval.model.stored_setup import (
     card_from,
@@ -29,22 +36,23 @@ from amici_eval.model.stored_setup import (
     plain_history,
     read_weights,
 )
-from amici_eval.model.training_tissue import check_is_training_data
-from amici_eval.model_card import ModelCard
-from amici_eval.specs import DataSpec
+from amici_eval.model.training_tissue import training_tissue
+from amici_eval.model_card import Fingerprints, ModelCard
+from amici_eval.specs import DataSpec, TrainedOnSpec
 from amici_eval.stats.shrinking import memory_errors_explained
 from amici_eval.tissue import prepare
 from amici_eval.untrusted import check_names, load_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from anndata import AnnData
     from jaxtyping import Float32
     from torch import Tensor
 
-__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
+__all__ = ["AMICI_SOURCES", "BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 BUNDLED_ADATA = "adata.h5ad"
@@ -52,6 +60,7 @@ _SETUP_BYTES, _SETUP_VALUES = 2**26, 2**21
 _CELLS_BYTES, _CELLS_VALUES = 2**30, 2**25
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, RecursionError, SafetensorError)
 _SPLITS = ("train", "validation", "test")
+AMICI_SOURCES = "amici-st sources"
 _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
 
 
@@ -91,6 +100,8 @@ class TrainedAMICI:
         known.
     history
         Training curves by name.
+    fingerprints
+        Places and expression of the cells of each split; empty for models of older versions.
     """
 
     card: ModelCard
@@ -99,6 +110,7 @@ class TrainedAMICI:
     weights: Mapping[str, Tensor]
     cells: Mapping[str, tuple[str, ...]]
     history: Mapping[str, tuple[float, ...]]
+    fingerprints: Mapping[str, Fingerprints] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         card = self.card
@@ -122,7 +134,9 @@ class TrainedAMICI:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
-    def from_amici(cls, model: Any, *, adata: AnnData | None = None) -> TrainedAMICI:
+    def from_amici(
+        cls, model: Any, *, adata: AnnData | None = None, trained_on: TrainedOnSpec | None = None
+    ) -> TrainedAMICI:
         """Take everything that is needed from a trained ``amici.AMICI``.
 
         Parameters
@@ -130,19 +144,24 @@ class TrainedAMICI:
         model
             The model; it is not changed.
         adata
-            The AnnData it was trained on, if that is not ``model.adata``.
+            The AnnData it was trained on, if that is not ``model.adata``; or a tissue that holds it.
+        trained_on
+            Which cells of the tissue it was trained on, if not all.
 
         Raises
         ------
         ModelFormatError
             If it is no AMICI, a subclass of it, or not trained.
+        DataError
+            If the AnnData is not the one of training.
         """
-        if type(model).__name__ != "AMICI" or type(model).__module__.split(".")[0] != "amici":
-            raise ModelFormatError(
-                value=f"the model is a {type(model).__module__}.{type(model).__name__}",
-                rule="only amici.AMICI itself can be saved: its weights are put back into that class",
-                fix="evaluate other classes directly with amici_eval.evaluate(model, adata)",
-            )
+        for part, name in ((model, "AMICI"), (model.module, "AMICIModule")):
+            if type(part).__name__ != name or type(part).__module__.split(".")[0] != "amici":
+                raise ModelFormatError(
+                    value=f"the model is a {type(part).__module__}.{type(part).__name__}",
+                    rule="only amici.AMICI itself can be saved: its weights are put back into that class",
+                    fix="evaluate other classes directly with amici_eval.evaluate(model, adata)",
+                )
         if not model.is_trained_:
             raise ModelFormatError(
                 value="the model is not trained", rule="only trained models are saved", fix="call train()"
@@ -153,12 +172,26 @@ class TrainedAMICI:
             "history_": model.history_,
             **{f"{split}_indices_": getattr(model, f"{split}_indices_", None) for split in _SPLITS},
         }
-        return cls._assemble(attributes, model.module.state_dict(), adata if adata is not None else model.adata)
+        adata = model.adata if adata is None else adata
+        if not trained_on and adata is model.adata and not split_covers(model, adata.n_obs):
+            logger.warning(
+                "the model is bound to %d cells and its split is one of other cells: which cells it was fitted on is "
+                "not recorded; pass training_adata=, or trained_on=amici_eval.TrainedOnSpec(key=..., value=...)",
+                adata.n_obs,
+            )
+            adata = None
+        with _explained("the live model"):
+            return cls._assemble(attributes, model.module.state_dict(), adata, trained_on)
 
     @classmethod
     def _assemble(
-        cls, attributes: Mapping[str, Any], weights: Mapping[str, Tensor], adata: AnnData | None
+        cls,
+        attributes: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        adata: AnnData | None,
+        trained_on: TrainedOnSpec | None,
     ) -> TrainedAMICI:
+        """Put a model together from its parts, in the one form that everything else expects, and check all of it."""
         registry = to_plain(attributes["registry_"], "registry_")
         if registry.get("model_name") != "AMICI":
             raise ModelFormatError(
@@ -173,14 +206,8 @@ class TrainedAMICI:
         }
         setup, fields = registry["setup_args"], registry["field_registries"]
         genes = [str(gene) for gene in values_of(fields["X"]["state_registry"]["column_names"])]
-        training, cells = None, {}
-        if adata is not None:
-            check_is_training_data(adata, registry, genes, weights)
-            training = describe_training_data(adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"])
-            names = adata.obs_names.astype(str).to_numpy()
-            for split in _SPLITS:
-                rows = attributes.get(f"{split}_indices_")
-                cells[split] = () if rows is None else tuple(names[np.asarray(rows, dtype=np.int64)].tolist())
+        weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+        weights["ct_profiles"] = plain_profiles(weights["ct_profiles"])
         heads = weights["attention_layer.W_O"].shape[1]
         versions = package_versions()
         versions["scvi-tools"] = str(registry.get("scvi_version", versions["scvi-tools"]))
@@ -196,16 +223,34 @@ class TrainedAMICI:
             layer=setup["layer"],
             cell_radius_key=setup.get("cell_radius_key"),
             versions=versions,
-            training_data=training,
-            training_cells=frozenset(cells["train"]) if cells.get("train") else None,
         )
+        check_card(card)
+        cells: dict[str, Fingerprints] = {}
+        if adata is not None:
+            splits = {split: attributes.get(f"{split}_indices_") for split in _SPLITS}
+            n_split = sum(0 if rows is None else len(rows) for rows in splits.values())
+            part = trained_rows(adata, trained_on or TrainedOnSpec())
+            found = training_tissue(adata, registry, genes, weights, part, n_split)
+            cells = found.fingerprints(splits, card.genes)
+            card = replace(
+                _with_cells(card, cells),
+                training_data=describe_training_data(
+                    adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"]
+                ),
+            )
+        check_card(card)
+        check_registry(registry, card)
+        check_weights(weights, init_params, card)
+        history = history_of(attributes.get("history_"))
+        plain_history({name: list(values) for name, values in history.items()})
         return cls(
             card=card,
             init_params=init_params,
             registry=registry,
-            weights={name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()},
-            cells=cells,
-            history=history_of(attributes.get("history_")),
+            weights=weights,
+            cells={split: one.names for split, one in cells.items()},
+            history=history,
+            fingerprints=cells,
         )
 
     def save(self, directory: Path) -> None:
@@ -216,8 +261,8 @@ class TrainedAMICI:
         """
         directory.mkdir(parents=True, exist_ok=True)
         save_file(dict(self.weights), directory / WEIGHTS)
-        card = asdict(self.card)
-        del card["training_cells"]
+        card = asdict(replace(self.card, training_cells=None, fingerprints=None))
+        del card["training_cells"], card["fingerprints"]
         setup = {
             "schema_version": SCHEMA_VERSION,
             "card": card,
@@ -226,7 +271,9 @@ class TrainedAMICI:
             "history": {name: list(values) for name, values in self.history.items()},
         }
         (directory / SETUP).write_text(json.dumps(setup, indent=1, ensure_ascii=False), encoding="utf-8")
-        cells = {split: list(names) for split, names in self.cells.items()}
+        cells: dict[str, Any] = {split: list(names) for split, names in self.cells.items()}
+        if self.fingerprints:
+            cells["fingerprints"] = {split: text_of(prints) for split, prints in self.fingerprints.items()}
         (directory / CELLS).write_text(json.dumps(cells, ensure_ascii=False), encoding="utf-8")
         write_manifest(directory)
 
@@ -249,11 +296,14 @@ class TrainedAMICI:
                     rule=f"this version of amici_eval reads schema version {SCHEMA_VERSION}",
                     fix="install the version of amici_eval that logged it",
                 )
-            if not set(cells) <= set(_SPLITS):
+            texts = cells.pop("fingerprints", {})
+            if not set(cells) <= set(_SPLITS) or (texts and set(texts) != set(cells)):
                 raise damaged(directory, f"{CELLS} holds other splits than {', '.join(_SPLITS)}")
             for split, names in cells.items():
                 check_names(names, f"cells of the {split} split")
-            card = card_from(setup["card"], frozenset(cells["train"]) if cells.get("train") else None)
+            prints = {split: prints_from(text, tuple(cells[split])) for split, text in texts.items()}
+            names_only = frozenset(cells["train"]) if cells.get("train") else None
+            card = _with_cells(card_from(setup["card"], names_only), prints)
             check_registry(setup["registry"], card)
             weights = read_weights(directory / WEIGHTS)
             check_weights(weights, setup["init_params"], card)
@@ -264,6 +314,7 @@ class TrainedAMICI:
                 weights=weights,
                 cells={split: tuple(names) for split, names in cells.items()},
                 history=plain_history(setup["history"]),
+                fingerprints=prints,
             )
         except ModelFormatError:
             raise
@@ -360,18 +411,31 @@ class TrainedAMICI:
             return access.predict(np.arange(tissue.n_cells), keeps=[None])[0]
 
 
-def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool) -> TrainedAMICI:
+def _with_cells(card: ModelCard, cells: Mapping[str, Fingerprints]) -> ModelCard:
+    """Return the card with the cells that the model was fitted on, if they are known."""
+    fitted = cells.get("train")
+    if fitted is None or not fitted.names:
+        return card
+    return replace(card, training_cells=frozenset(fitted.names), fingerprints=fitted)
+
+
+def read_amici_directory(
+    directory: Path, *, adata: AnnData | None, trust: bool, trained_on: TrainedOnSpec | None = None
+) -> TrainedAMICI:
     """Read what ``AMICI.save`` wrote; this unpickles ``model.pt``.
 
     Parameters
     ----------
     directory
-        Folder with ``model.pt``, and ``adata.h5ad`` if it was saved with ``save_anndata=True``.
+        Folder with ``model.pt``, and ``adata.h5ad`` if it was saved with ``save_anndata=True``, each with the
+        ``prefix`` it was saved with; or the path of the ``model.pt`` itself.
     adata
-        The AnnData the model was trained on; ``None`` takes the folder's own, if any.
+        The AnnData the model was trained on, or a tissue that holds it; ``None`` takes the folder's own, if any.
     trust
         ``False``: only the classes that a real AMICI needs are unpickled, anything else is refused. ``True``: plain
         ``torch.load``, which runs whatever code the file holds.
+    trained_on
+        Which cells of ``adata`` the model was trained on, if not all.
 
     Raises
     ------
@@ -380,32 +444,47 @@ def read_amici_directory(directory: Path, *, adata: AnnData | None, trust: bool)
     UnsafePickleError
         If the pickle asks for a class or function outside the allow-list.
     """
-    saved = read_saved_amici(directory, trust=trust)
-    path = directory / "model.pt"
-    if adata is None and (directory / BUNDLED_ADATA).is_file():
-        adata = open_anndata(directory / BUNDLED_ADATA)
+    files = saved_files(directory)
+    saved = read_saved_amici(files.model, trust=trust)
+    if adata is None and files.adata is not None:
+        adata = open_anndata(files.adata)
+    with _explained(files.model):
+        return TrainedAMICI._assemble(saved.attributes, saved.weights, adata, trained_on)
+
+
+@contextmanager
+def _explained(source: object) -> Iterator[None]:
+    """Say of a model that cannot be taken apart where it came from and what is wrong."""
     try:
-        trained = TrainedAMICI._assemble(saved.attributes, saved.weights, adata)
-        check_card(trained.card)
-        check_registry(trained.registry, trained.card)
-        check_weights(trained.weights, trained.init_params, trained.card)
-        plain_history({name: list(values) for name, values in trained.history.items()})
+        yield
     except DataError:
         raise
     except ModelFormatError as error:
-        raise ModelFormatError(value=f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
+        raise ModelFormatError(value=f"{source}: {error.value}", rule=error.rule, fix=error.fix) from error
     except Exception as error:
         raise ModelFormatError(
-            value=f"{path} holds no AMICI ({first_line(error)})",
+            value=f"{source} holds no AMICI ({first_line(error)})",
             rule="it must be what AMICI.save(...) wrote",
             fix="copy or save it again",
         ) from error
-    return trained
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a model depends on, as installed here."""
-    return {package: _version(package) for package in _PACKAGES}
+    """Return the versions of the packages that a model depends on, as installed here, and a digest of AMICI's sources.
+
+    AMICI's development branch has the version number of the release.
+    """
+    return {**{package: _version(package) for package in _PACKAGES}, AMICI_SOURCES: _amici_sources()}
+
+
+@cache
+def _amici_sources() -> str:
+    digest = hashlib.sha256()
+    spec = find_spec("amici")
+    for folder in [] if spec is None else spec.submodule_search_locations or []:
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str:

@@ -129,6 +129,11 @@ class FactoredAccess:
         return self.hooked.notes
 
     @property
+    def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
+        """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
+        return self._tissue.fitted
+
+    @property
     def memory_bytes(self) -> int:
         """What tables and chunks may take."""
         return self._memory
@@ -307,7 +312,7 @@ class FactoredAccess:
     def to_send(self) -> SentFactors:
         """Return what evaluating a type asks for, once attention is done: readouts and expression."""
         return SentFactors(
-            card=replace(self.card, training_cells=None),
+            card=replace(self.card, training_cells=None, fingerprints=None),
             readouts={cell_type: self.readout(cell_type) for cell_type in self.card.cell_types},
             matrix=sent(self._tissue.matrix),
             gene_columns=self._tissue.gene_columns,

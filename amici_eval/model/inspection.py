@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["why_not_factored"]
+__all__ = ["is_amici_module", "why_not_factored"]
+
+
+def is_amici_module(module: Any) -> bool:
+    """Return whether a module is of AMICI's own class, and not of a subclass or a variant."""
+    from amici import AMICIModule
+
+    return type(module) is AMICIModule
 
 
 def why_not_factored(module: Any) -> str | None:
@@ -22,7 +29,7 @@ def why_not_factored(module: Any) -> str | None:
     from torch import nn
     from transformer_lens.hook_points import HookPoint
 
-    if type(module) is not AMICIModule:
+    if not is_amici_module(module):
         return f"the module is a {type(module).__qualname__}, which may compute something else than AMICIModule"
     known = (
         AMICIModule, AttentionBlock, ResNetMLP, HookPoint, nn.Linear, nn.LayerNorm, nn.ReLU, nn.Sequential, nn.Dropout,

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ablations_side_by_side", "added_hook", "eval_mode_on", "faint_attention_is_zero", "keep_heads"]
+__all__ = [
+    "ablations_side_by_side",
+    "added_hook",
+    "eval_mode_on",
+    "faint_attention_is_zero",
+    "keep_heads",
+    "plain_profiles",
+]
 
 
 @contextmanager
@@ -147,6 +154,11 @@ def faint_attention_is_zero(module: Any) -> Iterator[None]:
         yield
 
 
+def plain_profiles(profiles: Tensor) -> Float[Tensor, "types genes"]:
+    """Return mean profiles of cell types as float32, in the shape that dense expression gives them."""
+    return profiles.reshape(len(profiles), -1).float()
+
+
 @contextmanager
 def eval_mode_on(module: torch.nn.Module, device: str) -> Iterator[None]:
     """Run a body with the module in eval mode on a device and without autograd; afterwards all is as before.
@@ -154,11 +166,15 @@ def eval_mode_on(module: torch.nn.Module, device: str) -> Iterator[None]:
     Parameters
     ----------
     module
-        Any torch module; the training flag of each submodule is restored one by one.
+        Any torch module; the training flag of each submodule is restored one by one. Mean profiles of cell types, of
+        shape (types, 1, genes) after training on sparse expression, are of shape (types, genes) meanwhile.
     device
         Torch device name.
     """
     flags = [(part, part.training) for part in module.modules()]
+    profiles = getattr(module, "ct_profiles", None)
+    if profiles is not None:
+        module.ct_profiles = plain_profiles(profiles)
     home = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
         module.eval()
@@ -169,5 +185,7 @@ def eval_mode_on(module: torch.nn.Module, device: str) -> Iterator[None]:
     finally:
         if torch.device(device) != home:
             module.to(home)
+        if profiles is not None:
+            module.ct_profiles = profiles
         for part, flag in flags:
             part.training = flag

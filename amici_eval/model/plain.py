@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from amici_eval.errors import ModelFormatError
+from amici_eval.model.allow_list import Inert
 
 __all__ = ["history_of", "to_plain", "values_of", "with_arrays"]
 
 _MOST_VALUES = 2_000_000
 _DEEPEST = 64
+_MOST_PARTS = 10_000
 
 
 def to_plain(value: Any, where: str) -> Any:
@@ -82,10 +84,26 @@ def values_of(stored: Any) -> list[Any]:
 
 
 def history_of(history: Any) -> dict[str, tuple[float, ...]]:
-    """Return training curves as plain numbers by name."""
-    if not isinstance(history, Mapping):
-        return {}
-    return {
-        str(name): tuple(float(value) for value in np.asarray(frame, dtype=np.float64).ravel())
-        for name, frame in history.items()
-    }
+    """Return training curves as plain numbers by name; a curve that cannot be read is left out."""
+    curves = {}
+    for name, table in history.items() if isinstance(history, Mapping) else ():
+        values = _first_numbers(table) if isinstance(table, Inert) else np.asarray(table, dtype=np.float64)
+        if values is not None:
+            curves[str(name)] = tuple(map(float, values.ravel()))
+    return curves
+
+
+def _first_numbers(table: Inert) -> np.ndarray | None:
+    """Return the first array of floating-point numbers, plain or as objects, that a table was made of."""
+    waiting, looked_at = [table], 0
+    while waiting and looked_at < _MOST_PARTS:
+        one, looked_at = waiting.pop(), looked_at + 1
+        if isinstance(one, np.ndarray) and one.size and all(isinstance(value, float) for value in one.ravel().tolist()):
+            return one.astype(np.float64)
+        if isinstance(one, Inert):
+            waiting += one.parts[::-1]
+        elif isinstance(one, (list, tuple)):
+            waiting += one[::-1]
+        elif isinstance(one, dict):
+            waiting += list(one.values())[::-1]
+    return None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from amici_eval.errors import ModelFormatError, UnsafePickleError, first_line
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["SavedAMICI", "read_saved_amici"]
+__all__ = ["SavedAMICI", "SavedFiles", "read_saved_amici", "saved_files", "split_covers"]
 
+_MODEL, _ADATA = "model.pt", "adata.h5ad"
 _ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
 
@@ -39,13 +41,50 @@ class SavedAMICI:
     weights: Mapping[str, Tensor]
 
 
-def read_saved_amici(directory: Path, *, trust: bool) -> SavedAMICI:
-    """Return what the ``model.pt`` of a folder holds; this unpickles it.
+@dataclass(frozen=True, kw_only=True)
+class SavedFiles:
+    """What ``AMICI.save`` wrote: the model, and the AnnData if ``save_anndata=True``."""
+
+    model: Path
+    adata: Path | None
+
+
+def saved_files(where: Path) -> SavedFiles:
+    """Return the files of a saved model, given its folder or its ``model.pt``, whatever prefix they have.
+
+    Raises
+    ------
+    ModelFormatError
+        If there is none, or several with different prefixes.
+    """
+    found = [where] if where.is_file() else sorted(where.glob(f"*{_MODEL}")) if where.is_dir() else []
+    if (where / _MODEL) in found:
+        found = [where / _MODEL]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found)
+        raise ModelFormatError(
+            value=f"{where} holds {'several models: ' + names if found else 'no model.pt'}",
+            rule="model_dir must be a folder that AMICI.save(...) wrote, or the path of its model.pt",
+            fix=f"name one of them: model_dir={found[0]}" if found else "correct model_dir",
+        )
+    adata = found[0].with_name(found[0].name.removesuffix(_MODEL) + _ADATA)
+    return SavedFiles(model=found[0], adata=adata if adata.is_file() else None)
+
+
+def split_covers(model: Any, n_cells: int) -> bool:
+    """Return whether the split of a live model is one of exactly so many cells."""
+    rows = [getattr(model, f"{split}_indices_", None) for split in ("train", "validation", "test")]
+    known = np.concatenate([np.asarray([] if one is None else one, dtype=np.int64) for one in rows])
+    return np.array_equal(np.sort(known), np.arange(n_cells))
+
+
+def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
+    """Return what a ``model.pt`` holds; this unpickles it.
 
     Parameters
     ----------
-    directory
-        Folder with ``model.pt``.
+    path
+        The file.
     trust
         ``False``: only the classes that a real AMICI needs are unpickled, anything else is refused. ``True``: plain
         ``torch.load``, which runs whatever code the file holds.
@@ -58,14 +97,7 @@ def read_saved_amici(directory: Path, *, trust: bool) -> SavedAMICI:
         If the pickle asks for a class or function outside the allow-list, or the environment variable
         ``MLFLOW_ALLOW_PICKLE_DESERIALIZATION`` forbids all pickles.
     """
-    path = directory / "model.pt"
     _check_pickles_are_allowed(path)
-    if not path.is_file():
-        raise ModelFormatError(
-            value=f"{directory} holds no model.pt",
-            rule="model_dir must be a folder that AMICI.save(...) wrote",
-            fix="correct model_dir",
-        )
     if not zipfile.is_zipfile(path):
         raise ModelFormatError(
             value=f"{path} is no torch archive",

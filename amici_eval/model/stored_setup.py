@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from safetensors.torch import load as load_safetensors
 
+from amici_eval.errors import ModelFormatError
 from amici_eval.model.plain import values_of
 from amici_eval.model_card import ModelCard, TrainingData
 from amici_eval.untrusted import check_is_plain_file, check_names, odd_character, read_plain_file
@@ -29,6 +30,14 @@ _HEADER_BYTES = 2**22
 # one entry is minus infinity by design
 _NOT_FINITE = frozenset({"attention_layer.IGNORE"})
 _DTYPE = re.compile(r"object|bool|u?int\d{1,2}|float\d{1,3}|[<>|=]U\d{1,4}")
+_NUMBERS = {
+    "neighbor_dropout",
+    "attention_dummy_score",
+    "attention_penalty_coef",
+    "value_l1_penalty_coef",
+    "pos_coef_offset",
+    "distance_kernel_unit_scale",
+}
 _SIZES = {
     "n_label_embed": ("ct_embed.weight", 1),
     "n_kv_dim": ("attention_layer.W_K", 2),
@@ -44,6 +53,14 @@ _SIZES = {
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
+
+
+def _other_class(what: str) -> NoReturn:
+    raise ModelFormatError(
+        value=f"the model is of another class or version of AMICI: {what}",
+        rule="weights are put back into the AMICIModule of the installed amici-st",
+        fix="evaluate the live model with amici_eval.evaluate(model, adata), which goes through its own forward pass",
+    )
 
 
 def _refuse(what: str) -> NoReturn:
@@ -164,8 +181,15 @@ def check_weights(weights: Mapping[str, Tensor], init_params: Mapping[str, Any],
             where, place = _SIZES[name]
             if not _is_whole(value, 1, _WIDEST) or _size(weights, where, place) != value:
                 _refuse(f"{name}={value!a:.80} is not the size of the weights")
+        elif name not in _NUMBERS:
+            _other_class(f"it was built with {name[:80]!a}")
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             _refuse(f"{name[:80]!a}={value!a:.80} is no finite number")
+    known = {"ct_profiles", "ct_embed.weight", *_shapes(weights)}
+    # which of these there are depends on sizes
+    needed = {name for name in known if "project_nn" not in name and not name.startswith("pos_coef_mlp.nn.4")}
+    for name in sorted((set(weights) - known) | (needed - set(weights))):
+        _other_class(f"it {'has' if name in weights else 'lacks'} the tensor {name}")
     for name, expected_shape in _shapes(weights).items():
         found = tuple(weights[name].shape) if name in weights else None
         if found is not None and found != expected_shape:

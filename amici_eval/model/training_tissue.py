@@ -1,14 +1,17 @@
-"""Whether an AnnData is the one that a model was trained on."""
+"""The tissue that a model was trained on: whether it is the right one, and how its cells are told from others."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from amici_eval.errors import DataError
+from amici_eval.matrices import open_rows
+from amici_eval.membership import expression_prints, place_prints
 from amici_eval.model.plain import values_of
-from amici_eval.model_card import ModelCard
+from amici_eval.model_card import Fingerprints, ModelCard
 from amici_eval.specs import DataSpec
 from amici_eval.tissue import Tissue, prepare
 
@@ -16,25 +19,61 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from anndata import AnnData
+    from jaxtyping import Bool, Int64
     from torch import Tensor
 
-__all__ = ["check_is_training_data"]
+__all__ = ["TrainingTissue", "training_tissue"]
 
 _PROFILE_TOLERANCE = 1e-3
+_MOST_PARTS = 100
 
 
-def check_is_training_data(
-    adata: AnnData, registry: Mapping[str, Any], genes: list[str], weights: Mapping[str, Tensor]
-) -> None:
-    """Refuse an AnnData whose size, genes or mean profiles are not those the model was trained on.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingTissue:
+    """The tissue that a model was trained on, or that holds the cells it was trained on: ``rows``, in their order."""
+
+    tissue: Tissue
+    rows: Int64[np.ndarray, " trained"]
+
+    def fingerprints(self, splits: Mapping[str, Any], genes: tuple[str, ...]) -> dict[str, Fingerprints]:
+        """Return names and fingerprints of the cells of each split, given as row numbers among the trained ones."""
+        tissue = self.tissue
+        places = place_prints(tissue.coordinates)
+        expression = expression_prints(open_rows(tissue.matrix), tissue.gene_columns, genes)
+        cells = {
+            split: self.rows[np.asarray([] if rows is None else rows, dtype=np.int64)] for split, rows in splits.items()
+        }
+        return {
+            split: Fingerprints(
+                names=tuple(map(str, tissue.cell_names[own])), places=places[own], expression=expression[own]
+            )
+            for split, own in cells.items()
+        }
+
+
+def training_tissue(
+    adata: AnnData,
+    registry: Mapping[str, Any],
+    genes: list[str],
+    weights: Mapping[str, Tensor],
+    part: Bool[np.ndarray, " cells"] | None,
+    n_split: int,
+) -> TrainingTissue:
+    """Return the tissue and the cells of training; refuse those whose number, genes or mean profiles are others.
 
     Splits are row numbers in the training AnnData: with another one they would name the wrong cells.
     """
-    fix = "give the AnnData the model was trained on, cells in the same order"
     setup = registry["setup_args"]
-    n_cells = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
-    if adata.n_obs != n_cells:
-        raise DataError(value=f"the data has {adata.n_obs} cells", rule=f"the model was trained on {n_cells}", fix=fix)
+    # a live model that was bound to another AnnData records the number of that
+    n_bound = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
+    rows = np.arange(adata.n_obs) if part is None else np.flatnonzero(part)
+    n_cells = n_split if len(rows) == n_split else n_bound
+    fix = "give the AnnData the model was trained on, cells in the same order" + _a_part_of(adata, n_cells)
+    if len(rows) != n_cells:
+        chosen = "" if part is None else ", of which trained_on chooses " + str(len(rows))
+        raise DataError(
+            value=f"the data has {adata.n_obs} cells{chosen}", rule=f"the model was trained on {n_cells}", fix=fix
+        )
     profiles = weights["ct_profiles"].detach().cpu().double().numpy()
     labels = [
         str(label)
@@ -52,16 +91,34 @@ def check_is_training_data(
     )
     tissue = prepare(adata, card, DataSpec())
     for code, label in enumerate(labels):
-        rows = np.flatnonzero(tissue.label_codes == code)
-        if len(rows) == 0:
+        own = rows[tissue.label_codes[rows] == code]
+        if len(own) == 0:
             continue
-        gap = float(np.abs(_mean_profile(tissue, rows) - profiles[code]).max())
+        gap = float(np.abs(_mean_profile(tissue, own) - profiles[code]).max())
         if gap > _PROFILE_TOLERANCE * max(1.0, float(np.abs(profiles[code]).max())):
             raise DataError(
                 value=f"mean expression of type {label!r} differs by up to {gap:.3g} from the profile in the model",
                 rule="the model stores the mean profiles of its training data",
                 fix=fix,
             )
+    return TrainingTissue(tissue=tissue, rows=rows)
+
+
+def _a_part_of(adata: AnnData, n_cells: int) -> str:
+    """Say how to name the part of a tissue that a model was trained on, with a column that has so many cells."""
+    if adata.n_obs <= n_cells:
+        return ""
+    key, value = "COLUMN", "VALUE"
+    for name, column in adata.obs.items():
+        counts = column.astype(str).value_counts()
+        if len(counts) <= _MOST_PARTS and (counts == n_cells).any():
+            key, value = str(name), str(counts.index[counts == n_cells][0])
+            break
+    return (
+        f"; if it was trained on a part of this tissue, say which: register.trained_on.key={key} "
+        f"register.trained_on.value={value} (or register.trained_on.names=FILE with their names; in Python "
+        f"trained_on=amici_eval.TrainedOnSpec(key={key!r}, value={value!r}))"
+    )
 
 
 def _mean_profile(tissue: Tissue, rows: np.ndarray) -> np.ndarray:

@@ -141,45 +141,46 @@ def cells_of(
 ) -> ComparedCells:
     """Choose the cells that no compared version was fitted on, if there are enough of them."""
     from amici_eval.checks import chosen_cells, obs_column
+    from amici_eval.tissue import prepare
     from amici_eval.tracking.dataset import from_anndata
 
     if datasets or not columns:
         return ComparedCells(spec=spec, text="all evaluated cells")
-    fitted: set[str] = set()
     known, digest, where, failed = True, None, data_uri, []
-    names = chosen = labels = None
+    dataset = fitted = chosen = labels = None
+    subset = spec.data.subset
+    wanted = comparison.cells != "all" and subset.held_out is None and not subset.buffer
     for column in columns:
         assert column.model is not None  # noqa: S101, RUF100 - for the type checker
         try:
             with open_stored_model(column.model.uri) as stored:
                 card = stored.trained.card
-                if names is None:
+                if dataset is None:
                     location = find_dataset(column.model, stored, data_uri)
                     # the fetched copy of a bundle goes away
                     bundled = location == stored.bundled_adata
                     where = stored.bundle_uri(column.model.uri) if bundled else str(location)
                     dataset = from_anndata(location, backed=spec.data.backed)
                     digest = dataset.digest
-                    names = dataset.adata.obs_names.astype(str).to_numpy()
-                    chosen = chosen_cells(dataset.adata, spec.data.subset)
+                    fitted = np.zeros(dataset.adata.n_obs, dtype=bool)
+                    chosen = chosen_cells(dataset.adata, subset)
                     key = spec.data.labels_key or card.labels_key
                     labels = obs_column(dataset.adata, key, "cell types").astype(str).to_numpy()
-                if card.training_cells is None:
-                    known = False
-                else:
-                    fitted |= card.training_cells
+                own = prepare(dataset.adata, card, spec.data).fitted if wanted else None
+                known = known and own is not None
+                if own is not None:
+                    fitted = fitted | own
         except AmiciEvalError as error:
-            if names is None and isinstance(error, DataError):
+            if dataset is None and isinstance(error, DataError):
                 raise
             failed.append(FailedVersion(label=column.label, reason=str(error)))
-    if names is None or chosen is None or labels is None:
+    if fitted is None or chosen is None or labels is None:
         raise ModelNotFoundError(
             value=f"none of {len(columns)} versions can be read ({failed[0].reason})",
             rule="each must be a model that amici_eval registered",
             fix="register them again",
         )
-    subset = spec.data.subset
-    if comparison.cells == "all" or subset.held_out is not None or subset.buffer:
+    if not wanted:
         return ComparedCells(spec=spec, text="all evaluated cells", digest=digest, data_uri=where, failed=tuple(failed))
     if not known:
         if comparison.cells == "held_out":
@@ -196,7 +197,7 @@ def cells_of(
             data_uri=where,
             failed=tuple(failed),
         )
-    new = chosen & ~np.fromiter((name in fitted for name in names), dtype=bool, count=len(names))
+    new = chosen & ~fitted
     most = max(np.unique(labels[new], return_counts=True)[1], default=0)
     if most >= (1 if comparison.cells == "held_out" else MIN_HELD_OUT):
         rows = tuple(np.flatnonzero(new).tolist())

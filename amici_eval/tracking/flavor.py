@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
     from amici_eval.model.checkpoint import TrainedAMICI
+    from amici_eval.specs import TrainedOnSpec
 
 __all__ = ["FLAVOR_NAME", "check_tells_nothing", "load_model", "log_model", "save_model"]
 
@@ -45,6 +46,7 @@ def save_model(
     *,
     adata: AnnData | str | None = None,
     training_adata: AnnData | None = None,
+    trained_on: TrainedOnSpec | None = None,
     metadata: Mapping[str, Any] | None = None,
     mlflow_model: Model | None = None,
 ) -> None:
@@ -60,7 +62,9 @@ def save_model(
         ``"bundle"`` stores the training AnnData with the model; another text is recorded as the URI where it is; an
         AnnData is bundled itself.
     training_adata
-        The AnnData the model was trained on, if the model does not hold it.
+        The AnnData the model was trained on, or a tissue that holds its cells, if the model does not hold it.
+    trained_on
+        Which of its cells the model was trained on, if not all: ``TrainedOnSpec(key="in_test", value="false")``.
     metadata
         Further entries for the metadata of the MLmodel file.
     mlflow_model
@@ -84,7 +88,11 @@ def save_model(
     if isinstance(adata, str):
         check_tells_nothing(adata)
     source = training_adata if training_adata is not None else getattr(model, "adata", None)
-    trained = model if isinstance(model, TrainedAMICI) else TrainedAMICI.from_amici(model, adata=training_adata)
+    trained = (
+        model
+        if isinstance(model, TrainedAMICI)
+        else TrainedAMICI.from_amici(model, adata=training_adata, trained_on=trained_on)
+    )
     if isinstance(adata, str) and adata == "bundle":
         if source is None:
             raise DataError(
@@ -162,6 +170,7 @@ def log_model(
     registered_model_name: str | None = None,
     adata: AnnData | str | None = None,
     training_adata: AnnData | None = None,
+    trained_on: TrainedOnSpec | None = None,
     metadata: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> ModelInfo:
@@ -175,7 +184,7 @@ def log_model(
         Name of the logged model.
     registered_model_name
         Registers it as a new version of this model.
-    adata, training_adata, metadata
+    adata, training_adata, trained_on, metadata
         As in :func:`save_model`.
     tags
         Tags of the logged model.
@@ -203,6 +212,7 @@ def log_model(
         model=model,
         adata=adata,
         training_adata=training_adata,
+        trained_on=trained_on,
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from amici_eval.results import HeadEvaluation
-    from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
+    from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.type_tasks import Launcher
 
@@ -247,17 +247,19 @@ def register_job(
     trust: bool,
     alias: str | None,
     tracking: TrackingSpec,
+    trained_on: TrainedOnSpec | None = None,
 ) -> RegisteredVersion:
     """Log and register what ``AMICI.save`` wrote.
 
     Parameters
     ----------
     model_dir
-        Folder that ``AMICI.save`` wrote. Its ``model.pt`` is unpickled: by default through an allow-list.
+        Folder that ``AMICI.save`` wrote, or its ``model.pt``, which is unpickled: by default through an allow-list.
     name
         Registered model; made if it does not exist.
     data_uri
-        The AnnData the model was trained on; ``None`` takes the one in the folder, if any.
+        The AnnData the model was trained on, or a tissue that holds its cells; ``None`` takes the one in the folder, if
+        any.
     adata
         ``"bundle"`` stores that AnnData with the model; another text is recorded as the URI where it is.
     trust
@@ -266,6 +268,8 @@ def register_job(
         Alias to set on the new version.
     tracking
         Where to.
+    trained_on
+        Which cells of the data the model was trained on, if not all.
 
     Raises
     ------
@@ -274,7 +278,8 @@ def register_job(
     """
     import mlflow
 
-    from amici_eval.model.checkpoint import BUNDLED_ADATA, read_amici_directory
+    from amici_eval.model.checkpoint import read_amici_directory
+    from amici_eval.model.saved_amici import saved_files
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.flavor import check_tells_nothing, log_model
 
@@ -295,9 +300,7 @@ def register_job(
         check_tells_nothing(adata)
         adata = AnnDataSource(adata).uri
     folder = Path(model_dir).expanduser()
-    location: str | Path | None = data_uri
-    if location is None and (folder / BUNDLED_ADATA).is_file():
-        location = folder / BUNDLED_ADATA
+    location: str | Path | None = saved_files(folder).adata if data_uri is None else data_uri
     if location is None and adata == "bundle":
         raise DataError(
             value="register.adata=bundle without data",
@@ -305,7 +308,9 @@ def register_job(
             fix="pass data.uri=...",
         )
     dataset = None if location is None else from_anndata(location)
-    trained = read_amici_directory(folder, adata=None if dataset is None else dataset.adata, trust=trust)
+    trained = read_amici_directory(
+        folder, adata=None if dataset is None else dataset.adata, trust=trust, trained_on=trained_on
+    )
     if dataset is None:
         logger.warning(
             "no data given: the names of the training cells are not recorded, so held-out cells cannot be told later"

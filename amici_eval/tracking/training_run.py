@@ -89,6 +89,7 @@ class ModelInTraining:
     registry_: Mapping[str, Any]
     n_neighbors: int
     train_indices_: Any
+    validation_indices_: Any
 
     @classmethod
     def of(cls, model: Any, split: Split) -> ModelInTraining:
@@ -99,6 +100,8 @@ class ModelInTraining:
             registry_=model.registry_,
             n_neighbors=model.n_neighbors,
             train_indices_=split.train,
+            # all other cells: the rows of a training in progress are those of its own AnnData
+            validation_indices_=np.setdiff1d(np.arange(model.adata.n_obs), [] if split.train is None else split.train),
         )
 
 

@@ -54,6 +54,7 @@ def make_amici() -> Callable[..., Any]:
         model.is_trained_ = trained
         model.history_ = {}
         model.train_indices_ = np.arange(0, adata.n_obs, 2)
+        model.validation_indices_ = np.arange(1, adata.n_obs, 2)
         return model
 
     return make

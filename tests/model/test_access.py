@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from amici_eval.data import content_digest
-from amici_eval.errors import DataError, DeviceError
+from amici_eval.errors import DataError, DeviceError, ModelFormatError
 from amici_eval.model.access import neighbours, open_access, resolve_device
 from amici_eval.model.cards import card_of
+from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 
@@ -228,3 +229,78 @@ def test_subclass_of_amici_can_be_evaluated(make_amici, adata):
 
     result = evaluate(make_amici(adata.copy(), cls=Mine), spec=QUICK)
     assert np.isfinite(result.expl_var).all()
+
+
+# --- variants of AMICI
+
+
+def variant(*, asks_for: str = "X"):
+    """A class as forks of AMICI have them: another module, a mask of attention, perhaps further inputs."""
+    import amici
+
+    class AMICIUnimodalAttentionModule(amici.AMICIModule):
+        def _get_generative_input(self, tensors, inference_outputs):
+            return {**super()._get_generative_input(tensors, inference_outputs), "attention_mask": tensors[asks_for]}
+
+        def generative(self, labels, label_embed, nn_embed, nn_dist, attention_mask=None, **options):
+            # another meaning of distance
+            return super().generative(labels, label_embed, nn_embed, nn_dist * 0.5, **options)
+
+    class Variant(amici.AMICI):
+        _module_cls = AMICIUnimodalAttentionModule
+
+    return Variant
+
+
+def test_a_variant_runs_through_its_own_forward_pass(make_amici, adata):
+    from amici_eval.evaluation import evaluate
+
+    model = make_amici(adata, cls=variant())
+    found = evaluate(model, adata, replace(QUICK, ablation=AblationSpec(device="cpu", engine="factored")))
+    assert found.engine == "hooked"
+    assert any("AMICIUnimodalAttentionModule" in note for note in found.notes)
+    theirs = model.get_expl_variance_scores(n_permutations=1)._explained_variance_df
+    for (head, cell_type), rows in theirs.groupby(["head", "ct_name"]):
+        ours = found.expl_var[head, found.cell_types.index(cell_type)]
+        assert ours == pytest.approx(rows["expl_var_head"].iloc[0], abs=1e-5)
+
+
+def test_a_variant_gets_what_its_own_loader_gives(make_amici, adata):
+    from amici_eval.evaluation import evaluate
+
+    model = make_amici(adata, cls=variant(asks_for="coordinates"))
+    assert np.isfinite(evaluate(model, adata, QUICK).expl_var).all()
+    with pytest.raises(ModelFormatError, match=r"AMICIUnimodalAttentionModule asks for 'coordinates'.*model\.adata"):
+        evaluate(model, adata.copy(), QUICK)
+
+
+def test_a_variant_is_not_registered_and_the_reason_names_it(make_amici, adata, tmp_path):
+    model = make_amici(adata, cls=variant())
+    with pytest.raises(ModelFormatError, match=r"only amici.AMICI itself can be saved.*amici_eval.evaluate"):
+        TrainedAMICI.from_amici(model)
+    model.save(str(tmp_path / "saved"))
+    with pytest.raises(ModelFormatError, match="the model was saved by class 'Variant'"):
+        read_amici_directory(tmp_path / "saved", adata=adata, trust=False)
+
+
+@pytest.mark.parametrize("change", ["tensor", "argument"])
+def test_a_fork_that_keeps_the_names_is_not_registered(make_amici, adata, tmp_path, change):
+    make_amici(adata).save(str(tmp_path / "saved"))
+    path = tmp_path / "saved" / "model.pt"
+    content = torch.load(path, weights_only=False)
+    if change == "tensor":
+        content["model_state_dict"]["batch_embed.weight"] = torch.zeros(2, 3)
+    else:
+        content["attr_dict"]["init_params_"]["kwargs"]["model_kwargs"]["n_batch"] = 2
+    torch.save(content, path)
+    with pytest.raises(ModelFormatError, match=r"the model is of another class or version of AMICI: it (has|was)"):
+        read_amici_directory(path, adata=adata, trust=False)
+
+
+def test_other_sources_of_amici_are_said(trained, adata):
+    from amici_eval.evaluation import evaluate
+
+    assert not any("sources of amici-st" in note for note in evaluate(trained, adata, QUICK).notes)
+    versions = {**trained.card.versions, "amici-st sources": "0123456789abcdef"}
+    other = replace(trained, card=replace(trained.card, versions=versions))
+    assert any("sources of amici-st here" in note for note in evaluate(other, adata, QUICK).notes)

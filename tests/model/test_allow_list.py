@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from amici_eval.errors import ModelFormatError, UnsafePickleError
-from amici_eval.model.allow_list import _AllowListUnpickler
+from amici_eval.model.allow_list import Inert, _AllowListUnpickler, load_allow_listed
 from amici_eval.model.checkpoint import read_amici_directory
 
 pytestmark = pytest.mark.amici
@@ -162,8 +162,6 @@ DOTTED = [
     ("numpy", "dtype.__class__"),
     ("numpy", "ndarray.tofile"),
     ("numpy", "core.os.system"),
-    ("pandas.core.frame", "DataFrame.to_pickle"),
-    ("pandas.core.frame", "DataFrame.eval"),
     ("torch", "serialization.os.system"),
     ("torch", "UntypedStorage.from_file"),
     ("torch", "hub.load_Storage"),
@@ -183,8 +181,6 @@ OUTSIDE = [
     ("numpy", "load"),
     ("numpy", "fromfile"),
     ("numpy.testing._private.utils", "runstring"),
-    ("pandas", "read_pickle"),
-    ("pandas.core.computation.eval", "eval"),
     ("torch", "load"),
     ("torch", "Storage"),
     ("torch.storage", "_load_from_bytes"),
@@ -200,6 +196,19 @@ OUTSIDE = [
 def test_only_whole_names_of_the_list_are_found(tmp_path, module, name):
     write_with_pickle(tmp_path, b"\x80\x04" + named(module, name) + b".")
     with pytest.raises(UnsafePickleError, match=re.escape(f"the pickle asks for {module}.{name}")):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("pandas", "read_pickle"), ("pandas.core.computation.eval", "eval"), ("pyarrow.lib", "Table")]
+)
+def test_parts_of_tables_are_stood_in_for(tmp_path, module, name):
+    # the call of a function of pandas, with a name of what would be opened
+    call = named(module, name) + short(str(tmp_path / "evil.pkl")) + b"\x85R"
+    write_with_pickle(tmp_path, b"\x80\x04}" + short("attr_dict") + call + b"s.")
+    content = load_allow_listed(tmp_path / "model.pt")
+    assert type(content["attr_dict"]) is Inert
+    with pytest.raises(ModelFormatError, match=r"model\.pt cannot be read"):
         read(tmp_path)
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import pickletools
 import random
-import shutil
 import zipfile
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from amici_eval.data import content_digest
 from amici_eval.errors import DataError, ModelFormatError
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.manifest import write_manifest
+from amici_eval.specs import TrainedOnSpec
 
 pytestmark = pytest.mark.amici
 
@@ -129,7 +129,7 @@ def test_data_saved_with_the_model_is_used(native, trained, tmp_path):
 
 def test_model_on_a_layer_and_with_radii(make_amici, adata, tmp_path):
     adata.layers["scaled"] = adata.X.copy()
-    adata.X = np.ones_like(np.asarray(adata.layers["scaled"]))
+    adata.X = np.ones(adata.shape, dtype=np.float32)
     adata.obs["radius"] = np.linspace(0.5, 4.0, adata.n_obs)
     native = make_amici(adata.copy(), layer="scaled", cell_radius_key="radius")
     TrainedAMICI.from_amici(native).save(tmp_path / "saved")
@@ -284,7 +284,7 @@ def test_another_model_of_scvi_tools_is_refused(adata):
 
     from amici_eval.evaluation import evaluate
 
-    adata.X = np.asarray(adata.X, dtype=np.float32).round()
+    adata.X = adata.X.astype(np.float32).rint()
     SCVI.setup_anndata(adata)
     model = SCVI(adata, n_hidden=4, n_latent=2)
     model.is_trained_ = True
@@ -441,11 +441,126 @@ def test_set_up_that_json_cannot_hold_is_refused(native):
         TrainedAMICI.from_amici(native)
 
 
-def test_folder_without_model_is_refused(tmp_path, amici_dir):
-    message = r"holds no model.pt: model_dir must be a folder that AMICI.save\(...\) wrote; correct model_dir"
-    with pytest.raises(ModelFormatError, match=message):
+def test_folder_without_model_is_refused(tmp_path):
+    message = r"holds no model.pt: model_dir must be a folder that AMICI.save\(...\) wrote, or the path of its model.pt"
+    for where in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelFormatError, match=message):
+            read_amici_directory(where, adata=None, trust=False)
+
+
+def test_a_model_is_found_under_any_prefix_with_its_data(native, trained, tmp_path):
+    native.save(str(tmp_path), prefix="breast_", save_anndata=True, overwrite=True)
+    for where in (tmp_path, tmp_path / "breast_model.pt"):
+        found = read_amici_directory(where, adata=None, trust=False)
+        assert found.card.training_cells == trained.card.training_cells
+    native.save(str(tmp_path), prefix="other_", overwrite=True)
+    with pytest.raises(ModelFormatError, match=r"several models: breast_model.pt, other_model.pt.*model_dir=.*breast_"):
         read_amici_directory(tmp_path, adata=None, trust=False)
+    assert read_amici_directory(tmp_path / "other_model.pt", adata=None, trust=False).card.training_cells is None
+
+
+# --- the form of the training data does not reach the model
+
+
+@pytest.mark.filterwarnings("ignore:Training will be faster when sparse matrix is formatted as CSR")
+@pytest.mark.parametrize(
+    "form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray, np.float64, lambda x: sparse.csr_matrix(np.int64(x))]
+)
+def test_the_form_of_the_training_data_does_not_reach_the_model(make_amici, adata, tmp_path, form):
+    from amici_eval.evaluation import evaluate
+    from amici_eval.specs import EvaluationSpec, PermutationSpec
+
+    x = np.expm1(adata.X.toarray()).round().astype(np.float32)
+    adata.X = form(x)
+    native = make_amici(adata.copy())
+    native.save(str(tmp_path / "saved"))
+    saved = read_amici_directory(tmp_path / "saved", adata=adata, trust=False)
+    TrainedAMICI.from_amici(native).save(tmp_path / "logged")
+    logged = TrainedAMICI.load(tmp_path / "logged")
+    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=20, spatial_null="none", n_bootstrap=0))
+    shape = native.module.ct_profiles.shape
+    live = evaluate(native, adata, spec)
+    assert native.module.ct_profiles.shape == shape
+    for model in (saved, logged):
+        assert model.weights["ct_profiles"].shape == (5, 40)
+        assert model.weights["ct_profiles"].dtype == torch.float32
+        np.testing.assert_allclose(evaluate(model, adata, spec).expl_var, live.expl_var, atol=1e-6)
+    np.testing.assert_allclose(saved.predict(adata), native.get_predictions(prog_bar=False), atol=1e-5)
+
+
+def test_a_model_of_doubled_genes_is_refused_in_the_same_words_everywhere(make_amici, adata, tmp_path):
+    from amici_eval.evaluation import evaluate
+
+    distinct = adata.copy()
+    adata.var_names = ["A", "A", *adata.var_names[2:]]
+    native = make_amici(adata)
+    native.save(str(tmp_path / "saved"))
+    message = r"trained with gene 'A' more than once: .*var_names_make_unique\(\) before setup_anndata, and train again"
+    for doubled in (adata, distinct, None):
+        with pytest.raises(ModelFormatError, match=message):
+            read_amici_directory(tmp_path / "saved", adata=doubled, trust=False)
     with pytest.raises(ModelFormatError, match=message):
-        read_amici_directory(amici_dir / "model.pt", adata=None, trust=False)
-    shutil.copy(amici_dir / "model.pt", tmp_path / "model.pt")
-    assert read_amici_directory(tmp_path, adata=None, trust=False).card.n_heads == 2
+        TrainedAMICI.from_amici(native)
+    with pytest.raises(ModelFormatError, match=message):
+        evaluate(native, adata)
+
+
+def test_what_cannot_be_loaded_is_not_logged(make_amici, adata):
+    native = make_amici(adata)
+    with torch.no_grad():
+        native.module.linear_head.weight[0, 0] = float("nan")
+    with pytest.raises(ModelFormatError, match=r"the live model holds no AMICI .*linear_head.weight holds values"):
+        TrainedAMICI.from_amici(native)
+
+
+# --- a part of the tissue
+
+
+def part_of(adata):
+    adata.obs["in_test"] = np.arange(adata.n_obs) % 5 == 0
+    return adata[~adata.obs["in_test"]].copy()
+
+
+def test_a_model_of_a_part_is_registered_with_the_whole_tissue(make_amici, adata, tmp_path):
+    part = part_of(adata)
+    native = make_amici(part)
+    native.save(str(tmp_path), overwrite=True)
+    with pytest.raises(DataError) as caught:
+        read_amici_directory(tmp_path, adata=adata, trust=False)
+    assert caught.value.value == "the data has 500 cells"
+    assert "register.trained_on.key=in_test register.trained_on.value=False" in caught.value.fix
+    training = TrainedOnSpec(key="in_test", value="false")
+    with pytest.raises(DataError, match="of which trained_on chooses 100: the model was trained on 400"):
+        read_amici_directory(tmp_path, adata=adata, trust=False, trained_on=replace(training, value="true"))
+    found = read_amici_directory(tmp_path, adata=adata, trust=False, trained_on=training)
+    assert found.card.training_cells == frozenset(part.obs_names[native.train_indices_])
+    assert found.cells == read_amici_directory(tmp_path, adata=part, trust=False).cells
+
+
+def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, caplog):
+    import amici
+
+    from amici_eval.evaluation import evaluate
+    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+
+    part = part_of(adata)
+    native = make_amici(part)
+    native.save(str(tmp_path), overwrite=True)
+    with own_data_loader():
+        model = amici.AMICI.load(str(tmp_path), adata=adata)
+    test = PermutationSpec(n_permutations=20, spatial_null="none", n_bootstrap=0)
+    unknown = evaluate(model, adata, EvaluationSpec(permutation=test))
+    assert set(unknown.held_out) == {None}
+    assert any("bound to other cells" in note and "trained_on" in note for note in unknown.notes)
+    with pytest.raises(DataError, match=r"data\.trained_on\.key"):
+        evaluate(model, adata, EvaluationSpec(permutation=test, data=DataSpec(subset=SubsetSpec(held_out=True))))
+    assert TrainedAMICI.from_amici(model).card.training_cells is None
+    assert "training_adata" in caplog.text
+    # said, it is known from the split of the part
+    training = TrainedOnSpec(key="in_test", value="false")
+    fitted = part.obs_names[native.train_indices_]
+    spec = DataSpec(trained_on=training, subset=SubsetSpec(held_out=True))
+    assert evaluate(model, adata, EvaluationSpec(permutation=test, data=spec)).n_cells.sum() == 500 - len(fitted)
+    for logged in (TrainedAMICI.from_amici(model, trained_on=training), TrainedAMICI.from_amici(model, adata=part)):
+        assert logged.card.training_cells == frozenset(fitted)

@@ -39,6 +39,7 @@ model = train_amici(
 # compiles, and loads what is loaded at first use
 evaluate(model, small, spec)
 tissue = simulate_tissue(replace(size, n_cells=10_000, window_um=(1200.0, 1200.0))).adata
+tissue.obs_names = "large_" + tissue.obs_names
 if limit:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))
