@@ -156,6 +156,7 @@ def evaluate_types(
         outputs = replace(outputs, without_senders=None, by_sender=None)
         _keep(parts, _SENDERS, senders)
         _keep(parts, _ATTENTION, outputs)
+    outputs, ties = _without_ties(outputs, usable)
     found = _each(
         access,
         receivers,
@@ -207,6 +208,7 @@ def evaluate_types(
         held_out=tuple(None if all_fitted is None else not all_fitted[rows].any() for rows in receivers.values()),
         notes=(
             *(() if tissue is None or all_fitted is None else _crowded(tissue, everyone, all_fitted, spec)),
+            *ties,
             *((WHY_NOT,) if spec.ablation.senders and senders is None else ()),
         ),
     )
@@ -264,6 +266,8 @@ def _each(
     return found
 
 
+_MOST_TIED, _TIED_SAID = 0.05, 0.001
+"""Shares of cells without one nearest neighbour: of a type whose value is then left out, of all cells to be noted."""
 _ATTENTION, _SENDERS, _BASELINES = "attention", "senders", "baselines"
 
 
@@ -348,6 +352,32 @@ def _crowded(
         f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, as "
         f"after any random split; a region or section that was held out as a whole says more{rim}",
     )
+
+
+def _without_ties(
+    outputs: HeadOutputs | None, usable: Mapping[str, Int64[np.ndarray, " cells"]]
+) -> tuple[HeadOutputs | None, tuple[str, ...]]:
+    """Give receivers without one nearest neighbour all their neighbours, and NaN to types with many of them; say so."""
+    if outputs is None or outputs.without_nearest is None:
+        return outputs, ()
+    tied = np.isnan(outputs.without_nearest[:, 0]) & ~np.isnan(outputs.whole[:, 0])
+    if not tied.any():
+        return outputs, ()
+    masked = np.where(tied[:, None], outputs.whole, outputs.without_nearest)
+    left_out = []
+    for own, cell_type in zip(_slices(usable), usable, strict=True):
+        if tied[own].mean() > _MOST_TIED:
+            left_out.append(cell_type)
+            masked[own] = np.nan
+    types = (
+        f"is left out of types with more than {_MOST_TIED:.0%} of such cells ({', '.join(left_out)}), and elsewhere "
+    )
+    note = (
+        f"{tied.sum()} of {len(tied)} evaluated cells have several neighbours at the least distance, so that none is "
+        f"the nearest: explained variance without the nearest neighbour {types if left_out else ''}leaves them all "
+        "their neighbours"
+    )
+    return replace(outputs, without_nearest=masked), (note,) if tied.mean() >= _TIED_SAID else ()
 
 
 def _slices(usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> list[slice]:

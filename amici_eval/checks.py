@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from amici_eval.data import check_is_filled, is_integer_valued, median_nn_distance
+from amici_eval.data import check_is_filled, is_integer_valued
 from amici_eval.errors import DataError, first_line
 from amici_eval.matrices import as_dense, spans, stored_values
 from amici_eval.names import meant_by
@@ -183,9 +183,8 @@ def compare_with_training(card: ModelCard, integer_valued: bool, notes: list[str
         )
 
 
-def check_scale(card: ModelCard, coordinates: np.ndarray, notes: list[str]) -> None:
+def check_scale(card: ModelCard, distance: float, notes: list[str]) -> None:
     """Note coordinates in another unit than those of training or, where these are not known, than micrometres."""
-    distance = median_nn_distance(coordinates)
     trained = 0.0 if card.training_data is None else card.training_data.nn_distance
     apart = f"cells lie {distance:.4g} apart (median distance to the nearest cell)"
     if distance > 0 and trained > 0:

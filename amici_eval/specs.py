@@ -154,7 +154,8 @@ class DataSpec:
     layer
         Layer with the expression; ``None`` takes the model's, ``"X"`` forces ``adata.X``.
     sample_key
-        Column of ``adata.obs`` that names the slide or section of a cell. Given, neighbours must not cross sections.
+        Column of ``adata.obs`` that names the slide or section of a cell. Given, neighbours must not cross sections,
+        unless these are stacked in z.
     backed
         Whether expression stays on disk and is read in blocks; ``None`` decides by the size of the file. Changes memory
         and speed, not results; without meaning for an AnnData that is open already.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from amici_eval.checks import (
 )
 from amici_eval.data import coordinates_of, expression_matrix
 from amici_eval.errors import DataError
+from amici_eval.geometry import Geometry
 from amici_eval.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
 from amici_eval.membership import expression_prints, fitted_cells
 from amici_eval.stats.shrinking import memory_errors_explained
@@ -63,8 +64,9 @@ class Tissue:
         Shape (cells, dimensions), in the unit of the AnnData.
     radii
         Cell radii, if the model was trained with them.
-    samples
-        Section of each cell, if a sample column was named.
+    samples, sections
+        Stratum of each cell for statistics, and the section that its neighbours must not leave; see
+        :class:`~amici_eval.geometry.Geometry`.
     evaluated
         Which cells are receivers of the evaluation; all cells are neighbours.
     notes
@@ -88,6 +90,7 @@ class Tissue:
     coordinates: Float64[np.ndarray, "cells dimensions"]
     radii: Float64[np.ndarray, " cells"] | None
     samples: np.ndarray | None
+    sections: np.ndarray | None
     evaluated: Bool[np.ndarray, " cells"]
     notes: tuple[str, ...]
     matrix: Any
@@ -134,9 +137,13 @@ class Tissue:
         return open_rows(self.matrix)
 
     @cached_property
+    def order(self) -> Int64[np.ndarray, " cells"]:
+        """All rows in canonical order: by name, whatever the order of storage."""
+        return np.argsort(self.cell_names, kind="stable")
+
+    @cached_property
     def _receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
-        order = np.argsort(self.cell_names, kind="stable")
-        order = order[self.evaluated[order]]
+        order = self.order[self.evaluated[self.order]]
         numbers, texts = pd.factorize(self.labels)
         ordered = numbers[order]
         found = {str(text): order[ordered == number] for number, text in enumerate(texts)}
@@ -180,14 +187,15 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     radii = None
     if card.cell_radius_key is not None:
         radii = radii_of(adata, card.cell_radius_key)
-    samples = None
-    if spec.sample_key is not None:
-        samples = obs_column(adata, spec.sample_key, "samples").astype(str).to_numpy(dtype=object)
+    named = None if spec.sample_key is None else obs_column(adata, spec.sample_key, "samples")
     reader = open_rows(matrix)
     integer_valued = check_expression(reader, columns, card.genes, names)
     compare_with_training(card, integer_valued, notes)
-    check_scale(card, coordinates, notes)
-    fitted = _fitted(adata, card, spec, lambda: expression_prints(reader, columns, card.genes), coordinates, notes)
+    prints = cache(lambda: expression_prints(reader, columns, card.genes))
+    geometry = Geometry.of(adata, coordinates, named=named, expression=prints)
+    check_scale(card, geometry.nn_distance, notes)
+    notes += geometry.notes
+    fitted = _fitted(adata, card, spec, prints, coordinates, notes)
     check_known(fitted, spec.subset)
     for note in notes:
         logger.warning("%s", note)
@@ -204,7 +212,8 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
         label_codes=codes,
         coordinates=coordinates,
         radii=radii,
-        samples=samples,
+        samples=geometry.samples,
+        sections=geometry.sections,
         evaluated=evaluated,
         notes=tuple(notes),
         matrix=matrix,

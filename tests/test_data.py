@@ -35,7 +35,7 @@ def make_adata(n_cells=40, *, genes=CARD.genes, spacing=10.0, seed=0):
             {
                 "cell_type": pd.Categorical([LABELS[i % 4] for i in range(n_cells)]),
                 "region": pd.Categorical(["left" if i < 15 else "rest" for i in range(n_cells)]),
-                "slide": [i % 2 for i in range(n_cells)],
+                "slide": [i * 2 // n_cells for i in range(n_cells)],
                 "radius": np.linspace(3, 5, n_cells),
                 "kept": [i % 3 == 0 for i in range(n_cells)],
             },
@@ -586,7 +586,8 @@ def test_a_tissue_of_another_density_gets_no_note(adata, factor):
 def test_cells_on_one_spot_do_not_break_the_comparison(adata):
     card = trained_on(adata)
     adata.obsm["spatial"] = np.zeros((40, 2))
-    assert prepared(adata, card=card).notes == ()
+    (note,) = prepared(adata, card=card).notes
+    assert note.startswith("40 of 40 cells share a position")
 
 
 @pytest.mark.parametrize("factor", [0.05, 7.0])
@@ -606,7 +607,7 @@ def test_coordinates_that_are_odd_on_their_own_get_a_note(adata, factor):
     assert prepared(adata, card=trained_on(adata)).notes == ()
 
 
-@pytest.mark.parametrize("factor", [0.2, 1.0, 4.0, 0.0])
+@pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])
 def test_coordinates_that_may_be_micrometres_get_no_note(adata, factor):
     adata.obsm["spatial"] = adata.obsm["spatial"] * factor
     assert prepared(adata).notes == ()

@@ -116,16 +116,19 @@ def resolve_device(device: str) -> str:
 def neighbours(
     tissue: Tissue, card: ModelCard
 ) -> tuple[Int64[np.ndarray, "cells neighbours"], Float64[np.ndarray, "cells neighbours"]]:
-    """Return rows and distances of each cell's neighbours, as AMICI itself finds them (nearest of other types)."""
+    """Return rows and distances of each cell's neighbours, as AMICI itself finds them (nearest of other types).
+
+    Cells are sorted by name for it: between cells at equal distance AMICI decides by the order of rows.
+    """
     import pandas as pd
     from amici import AMICI
     from anndata import AnnData
 
-    index = pd.RangeIndex(tissue.n_cells).astype(str)
-    shell = AnnData(obs=pd.DataFrame({"label": tissue.labels.astype(str)}, index=index))
-    shell.obsm["coordinates"] = tissue.coordinates
+    index, order = pd.RangeIndex(tissue.n_cells).astype(str), tissue.order
+    shell = AnnData(obs=pd.DataFrame({"label": tissue.labels[order].astype(str)}, index=index))
+    shell.obsm["coordinates"] = tissue.coordinates[order]
     if tissue.radii is not None:
-        shell.obs["radius"] = tissue.radii
+        shell.obs["radius"] = tissue.radii[order]
     AMICI._compute_nn(
         shell,
         coord_obsm_key="coordinates",
@@ -135,7 +138,8 @@ def neighbours(
         labels_obs_key="label",
         cell_radius_key=None if tissue.radii is None else "radius",
     )
-    return np.asarray(shell.obsm["index"], dtype=np.int64), np.asarray(shell.obsm["distance"], dtype=np.float64)
+    place = np.argsort(order)
+    return order[shell.obsm["index"][place]], np.asarray(shell.obsm["distance"], dtype=np.float64)[place]
 
 
 class HookedAccess:
@@ -174,8 +178,8 @@ class HookedAccess:
         self.own_tensors: Callable[[Int64[np.ndarray, " cells"]], dict[str, torch.Tensor]] | None = None
         rows, distances = neighbours(tissue, card)
         self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
-        if tissue.samples is not None:
-            check_sections(tissue.samples, rows, tissue.coordinates)
+        if tissue.sections is not None:
+            check_sections(tissue.sections, rows, tissue.coordinates)
         self.tissue = keep_away_from_training(tissue, rows)
 
     @property

@@ -62,7 +62,8 @@ class HeadOutputs:
     whole
         From all neighbours, shape (cells, heads * head_size).
     without_nearest
-        The same where attention to the nearest neighbour is masked, so that the others and the dummy share it.
+        The same where attention to the nearest neighbour is masked, so that the others and the dummy share it; NaN for
+        receivers with several neighbours at the least distance.
     attention
         Attention to each neighbour and, last, the dummy, of the cells it was asked for, shape (attended, heads,
         neighbours + 1).

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SenderSums", "outputs_without_nearest", "outputs_without_senders", "sums_by_sender"]
 
+_TIE = np.float32(1e-5)
+"""Distances that differ by a smaller share are equal: they are rounded to float32."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SenderSums:
@@ -71,6 +74,11 @@ def outputs_without_nearest(
     ----------
     tables, slots, distances, types, dummy_score
         As for :func:`~amici_eval.model.attention.attend`.
+
+    Returns
+    -------
+    Float32[np.ndarray, "receivers outputs"]
+        NaN for receivers with several neighbours at the least distance: which of them is the nearest is arbitrary.
     """
     if slots.shape[1] < 2:
         # with one neighbour all attention goes to the dummy, whose value is 0
@@ -79,7 +87,10 @@ def outputs_without_nearest(
     # with radii, distances between outlines need not rise from column to column
     kept[np.arange(len(kept)), distances.argmin(axis=1)] = False
     far = slots[kept].reshape(len(slots), -1), distances[kept].reshape(len(slots), -1)
-    return attend(tables, *far, types, dummy_score=dummy_score)
+    outputs = attend(tables, *far, types, dummy_score=dummy_score)
+    least, second = np.partition(distances, 1, axis=1)[:, :2].T
+    outputs[second - least <= _TIE * second] = np.nan
+    return outputs
 
 
 def outputs_without_senders(

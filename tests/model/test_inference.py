@@ -336,3 +336,75 @@ def test_drawing_shifts_can_be_interrupted(trained, adata):
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         evaluate(trained, adata, spec_of(spatial_null="torus", n_shifts=500), progress=stop)
+
+
+def on_a_grid(coordinates, step):
+    return np.round(coordinates / step) * step
+
+
+def with_placeholders(coordinates):
+    moved = coordinates.copy()
+    moved[::3] = 0.0
+    return moved
+
+
+def on_a_lattice(coordinates):
+    return np.stack(np.divmod(np.argsort(np.argsort(coordinates[:, 0])), 25), axis=1) * 10.0
+
+
+@pytest.mark.parametrize(
+    ("move", "shared"),
+    [(lambda xy: on_a_grid(xy, 25.0), True), (with_placeholders, True), (on_a_lattice, False)],
+    ids=["rounded", "placeholders", "lattice"],
+)
+def test_ties_depend_on_no_order_and_say_nothing_of_the_nearest_neighbour(trained, adata, move, shared):
+    adata.obsm["spatial"] = move(adata.obsm["spatial"])
+    shuffled = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+    one, other = (evaluate(trained, each, spec_of(baselines=True)) for each in (adata, shuffled))
+    np.testing.assert_allclose(one.expl_var, other.expl_var, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(one.trivial.gain, other.trivial.gain, atol=1e-5, rtol=0)
+    assert np.isnan(one.trivial.without_nearest).all()
+    assert np.isnan(one.trivial.full_without_nearest).all()
+    assert any("of 500 cells share a position" in note for note in one.notes) == shared
+    (note,) = (note for note in one.notes if "several neighbours at the least distance" in note)
+    assert f"with more than 5% of such cells ({', '.join(one.cell_types)})" in note
+    assert one.notes == other.notes
+
+
+def test_a_few_ties_are_counted_and_leave_all_neighbours_to_these_cells(trained, adata):
+    spec, labels = spec_of(baselines=True), adata.obs["cell_type"].astype(str).to_numpy()
+    # two cells of one type at one place are the nearest to some cells of other types
+    of_type = np.flatnonzero(labels == labels[0])
+    middle = np.linalg.norm(adata.obsm["spatial"] - adata.obsm["spatial"].mean(axis=0), axis=1)
+    first, second = of_type[np.argsort(middle[of_type])][[0, -1]]
+    adata.obsm["spatial"][second] = adata.obsm["spatial"][first]
+    found = evaluate(trained, adata, spec)
+    (note,) = (note for note in found.notes if "several neighbours at the least distance" in note)
+    n_tied = int(note.split(" of ")[0])
+    assert 0 < n_tied <= 12
+    with open_access(trained, prepare(adata, trained.card, spec.data), spec.ablation) as access:
+        rows = np.arange(adata.n_obs)
+        tied = np.isnan(access.attend(rows, without_nearest=True).without_nearest).all(axis=1)
+        nearest = np.sort(access.hooked.distances, axis=1)
+    assert tied.sum() == n_tied
+    np.testing.assert_array_equal(tied, nearest[:, 0] == nearest[:, 1])
+    left_out = [tied[labels == cell_type].mean() > 0.05 for cell_type in found.cell_types]
+    assert not all(left_out)
+    np.testing.assert_array_equal(np.isnan(found.trivial.full_without_nearest), left_out)
+    assert np.abs(found.trivial.full_without_nearest - found.expl_var_full)[~np.array(left_out)].max() > 1e-6
+
+
+def test_planes_in_z_are_sections_for_the_tests_and_attention_crosses_them(trained, adata):
+    planes = np.arange(adata.n_obs) % 3
+    adata.obsm["spatial"] = np.column_stack([adata.obsm["spatial"], 4.0 * planes])
+    adata.obs["slice"] = planes.astype(str)
+    derived = evaluate(trained, adata, spec_of(spatial_null="sample"))
+    assert any("lie in 3 planes of z" in note for note in derived.notes)
+    named = evaluate(trained, adata, spec_of(spatial_null="sample", data=DataSpec(sample_key="slice")))
+    same(derived.spatial, named.spatial)
+    flat = adata.copy()
+    flat.obsm["spatial"] = flat.obsm["spatial"][:, :2]
+    with pytest.raises(DataError, match=r"sample without data\.sample_key"):
+        evaluate(trained, flat, spec_of(spatial_null="sample"))
+    with pytest.raises(DataError, match="neighbours in another section"):
+        evaluate(trained, flat, spec_of(data=DataSpec(sample_key="slice")))
