@@ -226,12 +226,12 @@ def write_plain(adata: AnnData, path: Path) -> None:
         return matrix if matrix is None or lies_on_disk(matrix) else in_memory(matrix, name)
 
     check_is_filled(adata)
-    index = pd.Index(adata.obs_names.astype(str), dtype=object)
+    cells, genes = (pd.Index(names.astype(str).to_numpy(dtype=object)) for names in (adata.obs_names, adata.var_names))
     columns = {str(name): _plain_column(adata.obs[name]) for name in adata.obs if name != "_index"}
     AnnData(
         X=plain(adata.X, "adata.X"),
-        obs=pd.DataFrame(columns, index=index),
-        var=pd.DataFrame(index=pd.Index(adata.var_names.astype(str), dtype=object)),
+        obs=pd.DataFrame(columns, index=cells),
+        var=pd.DataFrame(index=genes),
         layers={name: plain(matrix, f"adata.layers[{name!r}]") for name, matrix in adata.layers.items()},
         obsm=_numeric_obsm(adata),
     ).write_h5ad(path, convert_strings_to_categoricals=False)

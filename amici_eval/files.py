@@ -291,7 +291,11 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
         key, order = store[where].attrs["_index"], map(str, store[where].attrs["column-order"])
         index = pd.Index(_element(_checked(store[where][key])), name=None if key == "_index" else key)
         known = {entry[0] for entry in unread}
-        columns = {name: attempt(f"{where}/{name}", _element) for name in order if f"{where}/{name}" not in known}
+        columns = {
+            name: attempt(f"{where}/{name}", lambda node: pd.Series(_element(node), index=index))
+            for name in order
+            if f"{where}/{name}" not in known
+        }
         return pd.DataFrame({name: values for name, values in columns.items() if values is not None}, index=index)
 
     def matrix(name: str) -> Any:
@@ -334,7 +338,8 @@ def _element(node: Any) -> Any:
 
 
 def _stays_on_disk(node: Any) -> bool:
-    return hasattr(node, "shape") or node.attrs.get("encoding-type") in _SPARSE
+    kind = node.attrs.get("encoding-type")
+    return kind in _SPARSE or (hasattr(node, "shape") and kind != "null")
 
 
 def _on_disk(node: Any) -> Any:
