@@ -1,4 +1,7 @@
-"""Malformed AnnData files: .h5ad and .zarr."""
+"""Malformed AnnData files: .h5ad and .zarr.
+
+A data file is the user's own: these are damaged, of absurd declared sizes, or hold pickles; none is a bomb.
+"""
 
 from __future__ import annotations
 
