@@ -113,9 +113,9 @@ def open_anndata(path: str | Path, *, backed: bool | None = None, table: str | N
                 _check_names(axis, names.tolist(), location)
             if is_on_disk(adata):
                 stack.pop_all()
-    except DataError:
-        raise
     except Exception as error:
+        if isinstance(error, DataError) and str(location) in error.value:
+            raise
         said, rule, fix = _explained(error)
         raise DataError(value=f"{location} cannot be read ({said})", rule=rule, fix=fix) from error
     check_is_filled(adata, f"the AnnData in {location}")

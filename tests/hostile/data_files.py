@@ -178,7 +178,6 @@ def _cases() -> list[Case]:
         "unknown compressor": array_changed("obsm/spatial", compressor={"id": "mine"}),
         "metadata cut": replaced("obsm/spatial/.zarray", lambda path: path.write_text('{"shape": [')),
         "metadata a list": replaced("obsm/spatial/.zarray", lambda path: path.write_text("[]")),
-        "metadata a folder": replaced("obsm/spatial/.zarray", lambda path: path.mkdir()),
         "chunk of noise": replaced("obsm/spatial/0.0", lambda path: path.write_bytes(b"\x01" * 100)),
         "chunk cut": replaced("obsm/spatial/0.0", lambda path: path.write_bytes(b"")),
         "obs missing": lambda root: shutil.rmtree(root / "obs"),
