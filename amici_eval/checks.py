@@ -10,6 +10,7 @@ import pandas as pd
 
 from amici_eval.data import check_is_filled, is_integer_valued
 from amici_eval.errors import DataError, first_line
+from amici_eval.files import missing
 from amici_eval.matrices import as_dense, spans, stored_values
 from amici_eval.names import meant_by
 
@@ -88,8 +89,10 @@ def align_genes(adata: AnnData, card: ModelCard, notes: list[str]) -> Int64[np.n
 def obs_column(adata: AnnData, key: str, what: str) -> pd.Series:
     """Return a column of ``obs``; refuse a missing one and one with missing values."""
     if key not in adata.obs:
-        raise DataError(
-            value=f"adata.obs has no column {key!r}",
+        raise missing(
+            adata,
+            "obs",
+            key,
             rule=f"it must hold the {what}; there are {', '.join(map(str, adata.obs.columns)) or 'no columns'}",
             fix="name the right column",
         )

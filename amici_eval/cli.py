@@ -249,7 +249,7 @@ def _worst(folder: str, *, none: int) -> int:
 
 
 def _evaluate(config: DictConfig) -> None:
-    from amici_eval.config import evaluation_spec, launch_spec, report_spec, resolved_yaml, tracking_spec
+    from amici_eval.config import data_uri, evaluation_spec, launch_spec, report_spec, resolved_yaml, tracking_spec
 
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     launch = launch_spec(config)
@@ -260,7 +260,7 @@ def _evaluate(config: DictConfig) -> None:
     with Reporter() as progress:
         result = evaluate_job(
             config.model_uri,
-            data_uri=config.data.uri,
+            data_uri=data_uri(config),
             spec=spec,
             report=report,
             tracking=tracking,
@@ -276,7 +276,7 @@ def _evaluate(config: DictConfig) -> None:
 
 
 def _compare(config: DictConfig) -> None:
-    from amici_eval.config import comparison_spec, evaluation_spec, report_spec, resolved_yaml, tracking_spec
+    from amici_eval.config import comparison_spec, data_uri, evaluation_spec, report_spec, resolved_yaml, tracking_spec
 
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     comparison = comparison_spec(config)
@@ -290,7 +290,7 @@ def _compare(config: DictConfig) -> None:
             versions=list(config.versions),
             runs=list(config.runs),
             datasets=list(config.datasets),
-            data_uri=config.data.uri,
+            data_uri=data_uri(config),
             spec=spec,
             comparison=comparison,
             report=report,
@@ -312,7 +312,7 @@ def _how_to_look(tracking_uri: str) -> tuple[str, ...]:
 
 
 def _register(config: DictConfig) -> None:
-    from amici_eval.config import tracking_spec
+    from amici_eval.config import data_uri, tracking_spec
 
     tracking = tracking_spec(config)
     from amici_eval.specs import TrainedOnSpec
@@ -323,7 +323,7 @@ def _register(config: DictConfig) -> None:
     version = register_job(
         config.model_dir,
         name=config.name,
-        data_uri=config.data.uri,
+        data_uri=data_uri(config),
         adata=config.register.adata,
         trust=config.register.trust,
         alias=config.register.alias,

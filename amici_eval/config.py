@@ -24,6 +24,7 @@ from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from
 __all__ = [
     "SCHEMAS",
     "comparison_spec",
+    "data_uri",
     "evaluation_spec",
     "gate_spec",
     "launch_spec",
@@ -63,6 +64,7 @@ class DataConfig:
     """Group ``data``."""
 
     uri: Optional[str] = None
+    table: Optional[str] = None
     labels_key: Optional[str] = None
     coord_obsm_key: Optional[str] = None
     layer: Optional[str] = None
@@ -306,6 +308,18 @@ def register_schemas() -> None:
         store.store(name=f"{command}_schema", node=schema)
 
 
+def data_uri(config: DictConfig) -> str | None:
+    """Return where the data lie: ``data.uri``, with the table of a SpatialData store if one is named."""
+    from amici_eval.files import with_table
+
+    data = _plain(config)["data"]
+    if data["uri"] is None and data["table"] is not None:
+        raise InvalidSpecError(
+            value=f"data.table={data['table']}", rule="it names a table of data.uri", fix="pass data.uri=...zarr too"
+        )
+    return None if data["uri"] is None else with_table(data["uri"], data["table"])
+
+
 def evaluation_spec(config: DictConfig) -> EvaluationSpec:
     """Return the settings of an evaluation.
 
@@ -315,7 +329,7 @@ def evaluation_spec(config: DictConfig) -> EvaluationSpec:
         If a value is not allowed.
     """
     values = _plain(config)
-    data = {name: value for name, value in values["data"].items() if name != "uri"}
+    data = {name: value for name, value in values["data"].items() if name not in ("uri", "table")}
     return spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]})
 
 

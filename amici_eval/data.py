@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from amici_eval.errors import DataError
-from amici_eval.files import check_is_filled, is_on_disk, open_anndata
+from amici_eval.files import check_is_filled, is_on_disk, missing, open_anndata, with_table
 from amici_eval.matrices import (
     as_dense,
     check_rows_can_be_read,
+    in_memory,
+    lies_on_disk,
     lies_on_disk_by_columns,
     open_rows,
     spans,
@@ -23,6 +26,8 @@ from amici_eval.matrices import (
 from amici_eval.model_card import TrainingData
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
     from jaxtyping import Float64
 
@@ -37,6 +42,8 @@ __all__ = [
     "is_on_disk",
     "median_nn_distance",
     "open_anndata",
+    "with_table",
+    "write_plain",
 ]
 
 _NN_SAMPLE = 5000
@@ -45,8 +52,10 @@ _NN_SAMPLE = 5000
 def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensions"]:
     """Return the coordinates of all cells, shape (cells, dimensions), or say what is wrong with them."""
     if key not in adata.obsm:
-        raise DataError(
-            value=f"adata.obsm has no {key!r}",
+        raise missing(
+            adata,
+            "obsm",
+            key,
             rule=f"it must hold the coordinates; there are {', '.join(map(str, adata.obsm)) or 'no entries'}",
             fix="name the right entry as data.coord_obsm_key",
         )
@@ -54,6 +63,9 @@ def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimen
     try:
         coordinates = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
+        if not sparse.issparse(values) and getattr(values, "dtype", None) in (np.float32, np.float64):
+            # on a GPU: the error says how they come from there
+            in_memory(values, f"adata.obsm[{key!r}]")
         raise DataError(
             value=f"adata.obsm[{key!r}] holds {getattr(values, 'dtype', type(values).__name__)}",
             rule="coordinates must be numbers",
@@ -82,24 +94,24 @@ def expression_matrix(adata: AnnData, layer: str | None) -> Any:
     Raises
     ------
     DataError
-        If there is none, or it lies on disk by genes (CSC).
+        If there is none, it lies on disk by genes (CSC), or it cannot be brought into this machine's memory.
     """
     if layer is None or layer == "X":
         if adata.X is None:
-            raise DataError(
-                value="adata.X is empty", rule="it must hold the expression", fix="name the layer as data.layer"
-            )
+            raise missing(adata, "X", None, rule="it must hold the expression", fix="name the layer as data.layer")
         matrix, name = adata.X, "adata.X"
     elif layer not in adata.layers:
-        raise DataError(
-            value=f"adata.layers has no {layer!r}",
+        raise missing(
+            adata,
+            "layers",
+            layer,
             rule=f"it must hold the expression; there are {', '.join(adata.layers) or 'no layers'}",
             fix="name the right layer as data.layer, or data.layer=X for adata.X",
         )
     else:
         matrix, name = adata.layers[layer], f"adata.layers[{layer!r}]"
     check_rows_can_be_read(matrix, name)
-    return matrix.tocsr() if sparse.issparse(matrix) and matrix.format != "csr" else matrix
+    return matrix if lies_on_disk(matrix) else in_memory(matrix, name)
 
 
 def is_integer_valued(values: np.ndarray) -> bool:
@@ -148,31 +160,31 @@ def content_digest(adata: AnnData) -> str:
     Notes
     -----
     Covers cell and gene names, ``X`` and layers (as float32, whatever the storage), columns of ``obs`` and numeric
-    entries of ``obsm``. Names that begin with ``_`` are left out: model set-up writes such columns. ``uns``, ``varm``,
-    ``obsp`` and ``raw`` are left out. It does not depend on sparse or dense storage, file format or block size.
-    A layer that lies on disk by genes (CSC) is read into memory for it, one at a time.
+    entries of ``obsm`` (ragged ones are left out). Names that begin with ``_`` are left out: model set-up writes such
+    columns. ``uns``, ``varm``, ``obsp`` and ``raw`` are left out. It does not depend on sparse or dense storage, file
+    format or block size. A layer that lies on disk by genes (CSC) is read into memory for it, one at a time.
 
     Raises
     ------
     DataError
         If ``X`` lies on disk by genes.
     """
+    check_is_filled(adata)
     digest = hashlib.blake2b(digest_size=16)
     _hash_texts(digest, "obs_names", adata.obs_names)
     _hash_texts(digest, "var_names", adata.var_names)
-    for name in sorted(str(key) for key in adata.obs if not str(key).startswith("_")):
+    for name in sorted((key for key in adata.obs if not str(key).startswith("_")), key=str):
         column = adata.obs[name]
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-            digest.update(f"obs/{name}".encode() + column.to_numpy(dtype="<f8").tobytes())
+            digest.update(f"obs/{name}".encode() + column.to_numpy(dtype="<f8", na_value=np.nan).tobytes())
         elif isinstance(column.dtype, pd.CategoricalDtype):
             # each category is made text once; a missing value has the code -1 and takes the last
             texts = np.array([*map(str, column.cat.categories.astype(object)), "\0NA"], dtype=object)
             _hash_texts(digest, f"obs/{name}", texts[column.cat.codes.to_numpy()])
         else:
             _hash_texts(digest, f"obs/{name}", column.astype(object).where(column.notna(), "\0NA"))
-    for name in sorted(str(key) for key in adata.obsm if not str(key).startswith("_")):
-        values = np.asarray(adata.obsm[name])
-        if np.issubdtype(values.dtype, np.number):
+    for name, values in _numeric_obsm(adata).items():
+        if not name.startswith("_"):
             digest.update(f"obsm/{name}".encode() + np.ascontiguousarray(values, dtype="<f8").tobytes())
     matrices = {"X": adata.X, **{f"layers/{name}": adata.layers[name] for name in sorted(adata.layers)}}
     for name, matrix in matrices.items():
@@ -191,3 +203,47 @@ def content_digest(adata: AnnData) -> str:
 def _hash_texts(digest: Any, name: str, values: Any) -> None:
     encoded = [str(value).encode("utf-8", "surrogatepass") for value in values]
     digest.update(name.encode() + np.array([len(text) for text in encoded], dtype="<u4").tobytes() + b"".join(encoded))
+
+
+def _numeric_obsm(adata: AnnData) -> dict[str, np.ndarray]:
+    """Return the entries of ``obsm`` that are arrays of numbers, by name; not ragged ones, nor those on a GPU."""
+    found = {}
+    for name in sorted(map(str, adata.obsm)):
+        # ragged arrays of the package awkward have no shape
+        if hasattr(adata.obsm[name], "shape"):
+            with suppress(TypeError, ValueError, RuntimeError):
+                values = np.asarray(adata.obsm[name])
+                if np.issubdtype(values.dtype, np.number):
+                    found[name] = values
+    return found
+
+
+def write_plain(adata: AnnData, path: Path) -> None:
+    """Write what an evaluation reads of an AnnData to a .h5ad that old versions of anndata read; the digest stays."""
+    from anndata import AnnData
+
+    def plain(matrix: Any, name: str) -> Any:
+        return matrix if matrix is None or lies_on_disk(matrix) else in_memory(matrix, name)
+
+    check_is_filled(adata)
+    cells, genes = (pd.Index(names.astype(str).to_numpy(dtype=object)) for names in (adata.obs_names, adata.var_names))
+    columns = {str(name): _plain_column(adata.obs[name]) for name in adata.obs if name != "_index"}
+    AnnData(
+        X=plain(adata.X, "adata.X"),
+        obs=pd.DataFrame(columns, index=cells),
+        var=pd.DataFrame(index=genes),
+        layers={name: plain(matrix, f"adata.layers[{name!r}]") for name, matrix in adata.layers.items()},
+        obsm=_numeric_obsm(adata),
+    ).write_h5ad(path, convert_strings_to_categoricals=False)
+
+
+def _plain_column(column: pd.Series) -> Any:
+    """Return numbers as they are (nullable ones as float64), anything else as categories of text."""
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf":
+        return column.to_numpy()
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    values = column.astype("category").cat
+    codes, texts = pd.factorize(np.array([*map(str, values.categories)], dtype=object))
+    codes = np.append(codes, -1)[values.codes.to_numpy()]
+    return pd.Categorical.from_codes(codes, pd.Index(texts), ordered=bool(values.ordered))

@@ -1,159 +1,149 @@
-"""Open an AnnData from a file, in memory or with its expression left on disk."""
+"""Open an AnnData from a file: read what an evaluation needs, in memory or with its expression left on disk."""
 
 from __future__ import annotations
 
 import logging
+import re
+from contextlib import ExitStack
+from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from scipy import sparse
 
 from amici_eval.errors import DataError, first_line
 from amici_eval.free_memory import available_memory
-from amici_eval.hdf5_checks import check_hdf5, check_sizes
 from amici_eval.matrices import lies_on_disk
+from amici_eval.shared_matrices import open_hdf5
 from amici_eval.untrusted import check_is_plain_file, check_names
-from amici_eval.zarr_checks import check_zarr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from anndata import AnnData
 
-    from amici_eval.hdf5_checks import StoredSize
-
-__all__ = ["available_memory", "check_is_filled", "is_on_disk", "open_anndata"]
+__all__ = ["available_memory", "check_is_filled", "is_on_disk", "missing", "open_anndata", "with_table"]
 
 logger = logging.getLogger(__name__)
 
+UNREAD = "amici_eval_unread"
+"""Key of ``uns``: what the file holds and could not be read, with value, rule and fix of the reason."""
 _SHARE_OF_MEMORY = 4
-_SMALL_BYTES = 2**28
+_SMALL_BYTES = _READ_ANYWAY = 2**28
+_TEXT_BYTES = 64
+_SPARSE = ("csr_matrix", "csc_matrix")
+
+_CAUSES = (
+    (
+        "lock file|already open|No locks available",
+        "another program has it open for writing, or its file system cannot lock files",
+        "close that program (after a crash: h5clear -s FILE), or set HDF5_USE_FILE_LOCKING=FALSE if nothing writes",
+    ),
+    (
+        "PermissionError|Permission denied",
+        "you may not read it",
+        "ask its owner for the permission (chmod a+r; for a folder chmod -R a+rX), or run as another user",
+    ),
+    (
+        "truncated file|unexpected end|end of file|incomplete",
+        "it ends before its content does",
+        "copy or download it again",
+    ),
+    (
+        "Input/output error|Stale file handle|Transport endpoint|Connection|timed out",
+        "the disk or the file server did not deliver it",
+        "check the disk or the mount, or copy the file to a local disk",
+    ),
+    (
+        "IORegistryError|No read method|No such read function",
+        "a newer anndata than {anndata} wrote it",
+        "install a newer anndata (it may need a newer Python), or write it again with this version",
+    ),
+    (
+        "codec not available|required filter|filter plugin|can't open directory",
+        "it is compressed in a way that nothing installed can unpack",
+        "install the package that brings the codec (for HDF5 hdf5plugin), or write it again without",
+    ),
+    ("No module named|requires? .*package", "a package that reads it is not installed", "install that package"),
+    ("signature not found", "it is not an HDF5 file", "write it with adata.write_h5ad(...)"),
+    (
+        "MemoryError",
+        "it does not fit into the free memory",
+        "leave its expression on disk with data.backed=true, end other programs, or take a machine with more",
+    ),
+)
+"""Text in an error of another library, the cause in a sentence, what the user can do."""
 
 
-def open_anndata(path: str | Path, *, backed: bool | None = None) -> AnnData:
-    """Read an AnnData from a local ``.h5ad`` file or ``.zarr`` folder, whoever wrote it.
+def open_anndata(path: str | Path, *, backed: bool | None = None, table: str | None = None) -> AnnData:
+    """Read what an evaluation needs of an AnnData in a local ``.h5ad`` file or ``.zarr`` folder.
 
     Parameters
     ----------
     path
-        Local file or folder.
+        Local file or folder; of a SpatialData store its root, or a table in it (``store.zarr/tables/NAME``).
     backed
-        Whether ``X`` and layers stay on disk. ``None``: if the whole file, unpacked, would take more than a quarter of
-        the memory that is available (and more than 256 MiB), and none of them is stored by genes (CSC).
+        Whether ``X`` and layers stay on disk. ``None``: if what is read would take more than a quarter of the memory
+        that is available (and more than 256 MiB), and none of them is stored by genes (CSC).
+    table
+        Which table of a SpatialData store; not needed if it has only one.
 
     Returns
     -------
     AnnData
-        If backed, its ``X`` and ``layers`` are HDF5, zarr or sparse datasets, ``obsp``, ``varp`` and ``raw`` are left
-        out, and the file stays open for reading until the last of these matrices is gone; until then nothing may
-        write to it.
+        With ``X``, ``layers``, ``obs``, ``var`` and ``obsm``, as far as they can be read here: what cannot is left out,
+        and whoever asks for it is told why. ``uns``, ``raw``, ``varm``, ``obsp`` and ``varp`` are not read. If backed,
+        ``X`` and ``layers`` are HDF5, zarr or sparse datasets, and the file stays open for reading until the last of
+        them is gone; until then nothing may write to it.
 
     Raises
     ------
     DataError
-        If it is missing, of another format, damaged or empty, or no AnnData that somebody wrote in good faith: it leads
-        to other files, holds pickles, unpacks to far more than it stores or to more than there is memory for, or has
-        names of genes or cells with control characters.
+        If it is missing, of another format, damaged, empty or larger than the free memory, if its names cannot be read,
+        hold control characters or are stored as pickles.
     """
-    import anndata
-
-    location = Path(path)
-    if not location.exists():
-        raise DataError(
-            value=f"{location} does not exist",
-            rule="data must be a readable AnnData",
-            fix="correct the path, or pass data.uri=...",
-        )
-    suffix = location.suffix.lower()
-    if suffix not in (".h5ad", ".zarr"):
-        raise DataError(
-            value=f"{location} ends in {suffix or 'no suffix'}",
-            rule="data must be an AnnData written as .h5ad or .zarr",
-            fix="write it with adata.write_h5ad(...)",
-        )
-    memory = available_memory()
+    location = Path(with_table(path, table))
     try:
-        sizes = _checked_sizes(location)
-        if backed is None:
-            size = sum(one.unpacked for one in sizes)
-            backed = size > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY)
-            by_genes = _stored_by_genes(location) if backed else []
-            if by_genes:
-                backed = False
-                names = ", ".join(by_genes)
-                logger.info("%s is read into memory (%.1f GB): %s stored by genes (CSC)", location, size / 1e9, names)
-            elif backed:
-                logger.info("%s would take %.1f GB: its expression stays on disk", location, size / 1e9)
-        check_sizes(sizes, on_disk=backed, memory=memory)
-        if backed:
-            adata = _read_backed(location)
-        else:
-            adata = anndata.read_zarr(location) if suffix == ".zarr" else anndata.read_h5ad(location)
-        _check_content(adata)
-    except MemoryError as error:
-        raise DataError(
-            value=f"{location} does not fit into memory",
-            rule=f"{memory / 1e9:.3g} GB were free",
-            fix="leave its expression on disk with data.backed=true, end other programs, or take a machine with more",
-        ) from error
+        with ExitStack() as stack:
+            store, location = _open_store(location, stack)
+            adata = _read(store, location, backed=backed)
+            for axis, names in (("var", adata.var_names), ("obs", adata.obs_names)):
+                _check_names(axis, names.tolist(), location)
+            if is_on_disk(adata):
+                stack.pop_all()
     except Exception as error:
-        raise DataError(
-            value=f"{location} cannot be read ({first_line(error)})",
-            rule="data must be an AnnData written as .h5ad or .zarr",
-            fix=f"write it again with adata.write_{suffix[1:]}(...), or copy it again if it was cut off",
-        ) from error
-    for axis, names in (("var", adata.var_names), ("obs", adata.obs_names)):
-        try:
-            # that names are distinct is said with the count where they are used
-            check_names(names.tolist(), f"names of {'genes' if axis == 'var' else 'cells'}", distinct=False)
-        except ValueError as error:
-            raise DataError(
-                value=f"{location}: {error}",
-                rule="names are shown in tables, pages and terminals",
-                fix=f"rename them, say by adata.{axis}_names.str.replace(r'[\\x00-\\x1f]', '_', regex=True), "
-                "and write it again",
-            ) from error
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise DataError(
-            value=f"the AnnData in {location} is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
-            rule="at least one cell and one gene are needed",
-            fix="check how it was filtered",
-        )
+        if isinstance(error, DataError) and str(location) in error.value:
+            raise
+        said, rule, fix = _explained(error)
+        raise DataError(value=f"{location} cannot be read ({said})", rule=rule, fix=fix) from error
+    check_is_filled(adata, f"the AnnData in {location}")
     return adata
 
 
-def _checked_sizes(location: Path) -> list[StoredSize]:
-    """Look at a file without reading its arrays, and refuse what no AnnData holds."""
-    import h5py
-
-    if location.suffix.lower() == ".zarr":
-        if not location.is_dir():
-            msg = "it is no folder"
-            raise ValueError(msg)
-        return check_zarr(location)
-    check_is_plain_file(location, links=True)
-    if not h5py.is_hdf5(location):
-        with location.open("rb") as file:
-            head = file.read(4)
-        known = {b"\x80": ", but a pickle", b"PK": ", but a zip archive", b"\x1f\x8b": ", but packed by gzip"}
-        what = next((kind for start, kind in known.items() if head.startswith(start)), "" if head else ": it is empty")
-        msg = f"it is no HDF5 file{what}"
-        raise ValueError(msg)
-    return check_hdf5(location)
+def with_table(uri: str | Path, table: str | None) -> str:
+    """Return the path or URI of a table of a SpatialData store, by the store's and the table's name."""
+    base, mark, query = str(uri).partition("?")
+    if table is None:
+        return str(uri)
+    if not base.rstrip("/").lower().endswith(".zarr") or not table or "/" in table or table in (".", ".."):
+        raise DataError(
+            value=f"table {table!r} of {uri}",
+            rule="a table is named in a SpatialData store, a folder that ends in .zarr",
+            fix="correct data.uri and data.table, or leave data.table out",
+        )
+    return f"{base.rstrip('/')}/tables/{table}{mark}{query}"
 
 
-def _check_content(adata: AnnData) -> None:
-    """Refuse sparse matrices that point outside themselves, where reading them would, too."""
-    matrices = {"X": adata.X, **{f"layers/{name}": matrix for name, matrix in adata.layers.items()}}
-    for group in ("obsm", "varm", "obsp", "varp"):
-        matrices |= {f"{group}/{name}": matrix for name, matrix in getattr(adata, group).items()}
-    if adata.raw is not None:
-        matrices["raw/X"] = adata.raw.X
-    for name, matrix in matrices.items():
-        if sparse.issparse(matrix):
-            try:
-                matrix.check_format(full_check=True)
-            except ValueError as error:
-                msg = f"the sparse matrix {name[:200]!a} is damaged: {error}"
-                raise ValueError(msg) from error
+def missing(adata: AnnData, where: str, key: str | None, *, rule: str, fix: str) -> DataError:
+    """Return the error that says that an AnnData lacks something, or that its file holds it in an unreadable form."""
+    name, shown = (where, f"adata.{where}") if key is None else (f"{where}/{key}", f"adata.{where}[{key!r}]")
+    for unread, value, its_rule, its_fix in adata.uns.get(UNREAD, ()):
+        if name == unread:
+            return DataError(value=f"{shown} cannot be read from {value}", rule=its_rule, fix=its_fix)
+    value = f"{shown} is empty" if key is None else f"adata.{where} has no {'column ' * (where == 'obs')}{key!r}"
+    return DataError(value=value, rule=rule, fix=fix)
 
 
 def is_on_disk(adata: AnnData) -> bool:
@@ -161,66 +151,288 @@ def is_on_disk(adata: AnnData) -> bool:
     return any(lies_on_disk(matrix) for matrix in (adata.X, *adata.layers.values()))
 
 
-def check_is_filled(adata: AnnData) -> None:
-    """Refuse an AnnData without cells or genes."""
+def check_is_filled(adata: AnnData, what: str = "the AnnData") -> None:
+    """Refuse an AnnData without cells or genes, and one whose tables are not in memory."""
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise DataError(
-            value=f"the AnnData is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
+            value=f"{what} is empty ({adata.n_obs} cells x {adata.n_vars} genes)",
             rule="at least one cell and one gene are needed",
             fix="check how it was filtered",
         )
+    if not isinstance(adata.obs, pd.DataFrame):
+        raise DataError(
+            value=f"adata.obs is a {type(adata.obs).__name__}",
+            rule="the AnnData was opened lazily, and its columns must be in memory",
+            fix="call adata = adata.to_memory(), or give the path to amici_eval.open_anndata",
+        )
 
 
-def _open_store(location: Path) -> Any:
-    if location.suffix.lower() == ".zarr":
-        import zarr
+def _open_store(location: Path, stack: ExitStack) -> tuple[Any, Path]:
+    """Open the group of a file or folder that holds an AnnData; return it with its path."""
+    suffix = location.suffix.lower()
+    root = next((path for path in (location, *location.parents) if path.suffix.lower() == ".zarr"), location)
+    if not root.exists():
+        raise DataError(
+            value=f"{root} does not exist",
+            rule="data must be a readable AnnData",
+            fix="correct the path, or pass data.uri=...",
+        )
+    if suffix == ".h5ad":
+        check_is_plain_file(location, links=True)
+        store = stack.enter_context(open_hdf5(location))
+    elif root.suffix.lower() == ".zarr":
+        store, location = _open_zarr(root, location)
+    else:
+        raise DataError(
+            value=f"{location} ends in {suffix or 'no suffix'}",
+            rule="data must be an AnnData written as .h5ad or .zarr",
+            fix="write it with adata.write_h5ad(...)",
+        )
+    if "obs" not in store or "var" not in store:
+        raise DataError(
+            value=f"{location} cannot be read (it holds {', '.join(map(str, store)) or 'nothing'})",
+            rule="it is no AnnData, which has obs and var",
+            fix="write one with adata.write_h5ad(...)",
+        )
+    return store, location
 
-        return zarr.open_group(str(location), mode="r")
+
+def _open_zarr(root: Path, location: Path) -> tuple[Any, Path]:
+    """Open an AnnData in a .zarr folder: the folder itself, or a table of a SpatialData store."""
+    import zarr
+
+    if not root.is_dir():
+        msg = "it is a file, and a .zarr is a folder"
+        raise NotADirectoryError(msg)
+    if any((folder / "zarr.json").exists() for folder in (root, location)):
+        raise DataError(
+            value=f"{location} is written in zarr format 3",
+            rule=f"zarr {zarr.__version__} reads format 2, and AMICI needs this version",
+            fix="where it was written, write it again after anndata.settings.zarr_write_format = 2, or with "
+            "adata.write_h5ad(...)",
+        )
+    # old SpatialData stores hold their only table in table/table
+    folders = [folder for name in ("tables", "table") if (folder := root / name).is_dir()]
+    tables = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if (path / "obs").is_dir()}
+    if location == root and tables and not (root / "obs").is_dir():
+        if len(tables) > 1:
+            raise DataError(
+                value=f"{root} is a SpatialData store with the tables {', '.join(tables)}",
+                rule="one of them must be named",
+                fix=f"set data.table={min(tables)}, or give {tables[min(tables)]}",
+            )
+        location = next(iter(tables.values()))
+        logger.info("%s is a SpatialData store: its only table %r is read", root, location.name)
+    if not location.is_dir():
+        location = tables.get(location.name, location)
+    if not location.is_dir():
+        raise DataError(
+            value=f"{root} has no {location.relative_to(root)}",
+            rule=f"its tables are {', '.join(tables)}" if tables else "it is no SpatialData store: it has no tables",
+            fix="set data.table to one of them" if tables else "leave data.table out, or correct data.uri",
+        )
+    return zarr.open_group(str(location), mode="r"), location
+
+
+def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
+    """Read an AnnData element by element; leave out those that are not needed for its shape and cannot be read."""
+    import h5py
+    from anndata import AnnData, read_h5ad
+
+    if isinstance(store["obs"], h5py.Dataset):
+        # of anndata before 0.7
+        return read_h5ad(location)
+    memory = available_memory()
+    unread: list[list[str]] = []
+
+    def attempt(name: str, read: Any) -> Any:
+        try:
+            return read(store[name])
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001, RUF100 - the reason is told to whoever asks for it
+            said, rule, fix = _explained(error)
+            logger.debug("%s of %s cannot be read: %s", name, location, said)
+            unread.append([name, f"{location} ({said})", rule, fix])
+            return None
+
+    names = [f"{group}/{key}" for group in ("obs", "var", "layers", "obsm") for key in store.get(group, ())]
+    nodes = {name: attempt(name, _checked) for name in (*(["X"] if "X" in store else []), *names)}
+    nodes = {name: node for name, node in nodes.items() if node is not None}
+    expression = [name for name in nodes if name.split("/")[0] in ("X", "layers")]
+    sizes = {name: sum(map(_unpacked, _arrays(node))) for name, node in nodes.items()}
+    if backed is None:
+        size = sum(sizes.values())
+        backed = size > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY)
+        by_genes = [name for name in expression if backed and nodes[name].attrs.get("encoding-type") == "csc_matrix"]
+        if by_genes:
+            backed = False
+            logger.info(
+                "%s is read into memory (%.1f GB): %s stored by genes (CSC)", location, size / 1e9, ", ".join(by_genes)
+            )
+        elif backed:
+            logger.info("%s would take %.1f GB: its expression stays on disk", location, size / 1e9)
+    on_disk = {name for name in expression if backed and _stays_on_disk(nodes[name])}
+    # of what stays on disk, a chunk is unpacked at a time
+    sizes |= {name: max(map(_chunk, _arrays(nodes[name])), default=0) for name in on_disk}
+    if sum(sizes.values()) > max(_READ_ANYWAY, memory):
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise DataError(
+            value=f"{location} would take {sum(sizes.values()) / 1e9:.3g} GB, of which {largest} "
+            f"{sizes[largest] / 1e9:.3g}",
+            rule=f"{memory / 1e9:.3g} GB of memory are free",
+            fix="leave its expression on disk with data.backed=true, write it without what is not needed, or take a "
+            "machine with more memory",
+        )
+
+    def frame(where: str) -> pd.DataFrame:
+        if store[where].attrs.get("encoding-version") != "0.2.0":
+            return _element(store[where])
+        key, order = store[where].attrs["_index"], map(str, store[where].attrs["column-order"])
+        index = pd.Index(_element(_checked(store[where][key])), name=None if key == "_index" else key)
+        known = {entry[0] for entry in unread}
+        columns = {
+            name: attempt(f"{where}/{name}", lambda node: pd.Series(_element(node), index=index))
+            for name in order
+            if f"{where}/{name}" not in known
+        }
+        return pd.DataFrame({name: values for name, values in columns.items() if values is not None}, index=index)
+
+    def matrix(name: str) -> Any:
+        return attempt(name, _on_disk if name in on_disk else _element)
+
+    for node in (node for name, node in nodes.items() if name.split("/")[0] in ("X", "layers", "obsm")):
+        for array in _arrays(node):
+            if not isinstance(array, h5py.Dataset):
+                _warn_of_missing_chunks(array, location)
+    adata = AnnData(X=matrix("X") if "X" in nodes else None, obs=frame("obs"), var=frame("var"))
+    for name in nodes:
+        group, _, key = name.partition("/")
+        if group in ("layers", "obsm") and (found := matrix(name)) is not None:
+            # of another shape than the cells, it is left out too
+            attempt(name, lambda _, *, into=group, key=key, found=found: getattr(adata, into).update({key: found}))
+    if unread:
+        adata.uns[UNREAD] = unread
+    return adata
+
+
+def _element(node: Any) -> Any:
+    """Read an element; two kinds of text also where anndata is too old to know them."""
+    from anndata.io import read_elem
+
+    kind = node.attrs.get("encoding-type")
+    if kind == "null":
+        return None
+    if kind == "nullable-string-array":
+        texts = read_elem(node["values"]).astype(object)
+        texts[node["mask"][...]] = None
+        return texts
+    if kind == "categorical":
+        categories, ordered = _element(node["categories"]), bool(node.attrs["ordered"])
+        return pd.Categorical.from_codes(read_elem(node["codes"]), categories, ordered=ordered)
+    found = read_elem(node)
+    if sparse.issparse(found):
+        # scipy reads and writes wherever an index points
+        found.check_format(full_check=True)
+    return found
+
+
+def _stays_on_disk(node: Any) -> bool:
+    kind = node.attrs.get("encoding-type")
+    return kind in _SPARSE or (hasattr(node, "shape") and kind != "null")
+
+
+def _on_disk(node: Any) -> Any:
+    from anndata.io import sparse_dataset
+
+    return node if hasattr(node, "shape") else sparse_dataset(node)
+
+
+def _arrays(node: Any) -> Iterator[Any]:
+    """Give all arrays at and below a node of a file."""
+    if hasattr(node, "shape"):
+        yield node
+    else:
+        for key in node:
+            yield from _arrays(node[key])
+
+
+def _checked(node: Any) -> Any:
+    """Return a node of a file if its arrays can be unpacked, and without running code."""
     import h5py
 
-    return h5py.File(location, "r")
+    for array in _arrays(node):
+        if isinstance(array, h5py.Dataset):
+            plist = array.id.get_create_plist()
+            for code, _, _, name in map(plist.get_filter, range(plist.get_nfilters())):
+                if not h5py.h5z.filter_avail(code):
+                    raise DataError(
+                        value=f"{array.name} is packed by the filter {code} ({name.decode(errors='replace')})",
+                        rule="HDF5 does not bring this filter",
+                        fix="install the package hdf5plugin, which is found by itself, or write the file again with "
+                        "compression='gzip'",
+                    )
+        elif any(codec.codec_id == "pickle" for codec in (*(array.filters or ()), array.compressor) if codec):
+            raise DataError(
+                value=f"{array.name} stores a pickle",
+                rule="a pickle can run code when it is read",
+                fix="write the AnnData again with adata.write_zarr(...)",
+            )
+    return node
 
 
-def _unpacked_bytes(location: Path) -> int:
-    """Return how many bytes all arrays of a file take in memory."""
-    return sum(size.unpacked for size in _checked_sizes(location))
+def _warn_of_missing_chunks(array: Any, location: Path) -> None:
+    """Say how many chunks of a zarr array are not there: zarr reads them as 0, and an interrupted copy lacks some."""
+    folder = Path(array.store.path, array.path)
+    # only these names are chunks; Finder, rsync, NFS and editors leave others among them
+    key = re.compile(rf"\d+([./]\d+){{{max(array.ndim - 1, 0)}}}")
+    lacking = array.nchunks - sum(bool(key.fullmatch(str(path.relative_to(folder)))) for path in folder.rglob("*"))
+    if lacking > 0:
+        logger.warning(
+            "%s: %d of %d chunks of %s are not stored and read as 0; if it was copied, check that the copy is whole",
+            location,
+            lacking,
+            array.nchunks,
+            array.path or array.name,
+        )
 
 
-def _stored_by_genes(location: Path) -> list[str]:
-    """Return the names of the matrices (``X``, ``layers/...``) of which no rows can be read without reading all."""
-    store = _open_store(location)
-    try:
-        matrices = {"X": store["X"]} if "X" in store else {}
-        if "layers" in store:
-            matrices |= {f"layers/{name}": store["layers"][name] for name in store["layers"]}
-        return [name for name, item in matrices.items() if item.attrs.get("encoding-type") == "csc_matrix"]
-    finally:
-        if location.suffix.lower() != ".zarr":
-            store.close()
+def _unpacked(array: Any) -> int:
+    """Return how many bytes an array takes in memory, by what it says of itself."""
+    return prod(array.shape or ()) * (_TEXT_BYTES if array.dtype.hasobject else array.dtype.itemsize)
 
 
-def _read_backed(location: Path) -> AnnData:
-    # anndata.read_h5ad(backed="r") leaves X on disk, but not the layers, and there is no such thing for zarr
-    from anndata import AnnData
-    from anndata.io import read_elem, sparse_dataset
+def _chunk(array: Any) -> int:
+    return prod(array.chunks or (0,)) * array.dtype.itemsize
 
-    store = _open_store(location)
 
-    def matrix(element: Any) -> Any:
-        kind = element.attrs.get("encoding-type")
-        if kind == "null":
-            return None
-        return sparse_dataset(element) if kind in ("csr_matrix", "csc_matrix") else element
-
-    def read(name: str) -> Any:
-        return read_elem(store[name]) if name in store else None
-
-    return AnnData(
-        X=matrix(store["X"]) if "X" in store else None,
-        obs=read("obs"),
-        var=read("var"),
-        obsm=read("obsm"),
-        varm=read("varm"),
-        uns=read("uns"),
-        layers={name: matrix(store["layers"][name]) for name in store["layers"]} if "layers" in store else None,
+def _explained(error: BaseException) -> tuple[str, str, str]:
+    """Return what an error of another library says, the cause in a sentence of ours, and what helps."""
+    if isinstance(error, DataError):
+        return error.value, error.rule, error.fix
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    texts = [f"{type(one).__name__}: {one}" for one in chain]
+    for pattern, rule, fix in _CAUSES:
+        for one, text in zip(chain, texts, strict=True):
+            if re.search(pattern, text, re.IGNORECASE):
+                return first_line(one), rule.format(anndata=version("anndata")), fix
+    return (
+        first_line(error),
+        "data must be an AnnData written as .h5ad or .zarr",
+        "write it again with adata.write_h5ad(...) or adata.write_zarr(...), or copy it again if it was cut off",
     )
+
+
+def _check_names(axis: str, names: list[Any], location: Path) -> None:
+    """Refuse names with control characters; that they are distinct is said, with the count, where they are used."""
+    try:
+        check_names(names, f"names of {'genes' if axis == 'var' else 'cells'}", distinct=False)
+    except ValueError as error:
+        raise DataError(
+            value=f"{location}: {error}",
+            rule="names are shown in tables, pages and terminals",
+            fix=f"rename them, say by adata.{axis}_names.str.replace(r'[\\x00-\\x1f]', '_', regex=True), and write it "
+            "again",
+        ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from scipy import sparse
 
-from amici_eval.errors import DataError
+from amici_eval.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +23,7 @@ __all__ = [
     "as_dense",
     "check_rows_can_be_read",
     "expression_blocks",
+    "in_memory",
     "lies_on_disk",
     "lies_on_disk_by_columns",
     "open_rows",
@@ -77,22 +78,64 @@ def open_rows(matrix: Any, *, name: str = "a matrix of the AnnData") -> RowReade
     Parameters
     ----------
     matrix
-        Dense array, scipy sparse matrix, HDF5 dataset, zarr array, or sparse dataset of an AnnData on disk; anything
-        else is indexed as it is. Of a CSR matrix on disk, one offset per row is kept in memory.
+        Dense array, scipy sparse matrix, HDF5 dataset, zarr array, or sparse dataset of an AnnData on disk; rows of
+        anything else are brought into memory. Of a CSR matrix on disk, one offset per row is kept in memory.
     name
         What to call the matrix in a message.
 
     Raises
     ------
     DataError
-        If it lies on disk by columns, where reading a row would read everything.
+        If it lies on disk by columns, where reading a row would read everything, or holds no numbers.
     """
-    if sparse.issparse(matrix):
-        return _InMemory(matrix if matrix.format == "csr" else matrix.tocsr())
     if _is_sparse_dataset(matrix):
         check_rows_can_be_read(matrix, name)
         return _CSROnDisk(matrix.group, tuple(matrix.shape), np.dtype(matrix.dtype))
-    return _DenseOnDisk(matrix) if lies_on_disk(matrix) else _InMemory(matrix)
+    if lies_on_disk(matrix):
+        return _DenseOnDisk(matrix, name)
+    return _InMemory(matrix.tocsr() if sparse.issparse(matrix) else matrix, name)
+
+
+def in_memory(matrix: Any, name: str) -> Any:
+    """Return a matrix, or rows of one, as a NumPy array or CSR matrix in this machine's memory; no copy where possible.
+
+    Raises
+    ------
+    DataError
+        If it lies elsewhere and cannot be brought here, or holds no numbers.
+    """
+    kind = f"{type(matrix).__module__.partition('.')[0]} {type(matrix).__name__}"
+    try:
+        if hasattr(matrix, "compute"):
+            # dask, also as anndata opens files lazily
+            matrix = matrix.compute()
+        if _is_sparse_dataset(matrix):
+            matrix = matrix.to_memory()
+        if sparse.issparse(matrix):
+            return matrix.tocsr()
+        values = np.asarray(matrix.filled(np.nan) if isinstance(matrix, np.ma.MaskedArray) else matrix)
+        _check_numbers(values.dtype, name)
+        if values.ndim == 2:
+            return values
+        said = f"of {values.ndim} dimensions"
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001, RUF100 - each library has its own
+        said = first_line(error)
+    raise DataError(
+        value=f"{name} is a {kind} ({said})",
+        rule="it must be a NumPy array, a SciPy sparse matrix, a dask array of either, or lie in an open file",
+        fix="bring it into memory: adata = adata.to_memory(), or of a GPU rapids_singlecell.get.anndata_to_CPU(adata)",
+    )
+
+
+def _check_numbers(dtype: np.dtype[Any], name: str) -> None:
+    if dtype.kind not in "biuf":
+        raise DataError(
+            value=f"{name} holds {dtype}",
+            rule="expression must be real numbers",
+            fix="convert it, say by adata.X = adata.X.astype('float32')",
+        )
 
 
 def lies_on_disk(matrix: Any) -> bool:
@@ -224,25 +267,27 @@ def _pick_columns(block: Any, columns: np.ndarray) -> np.ndarray:
 class _InMemory:
     unit = 1
 
-    def __init__(self, matrix: Any) -> None:
-        self._matrix = matrix
+    def __init__(self, matrix: Any, name: str) -> None:
+        self._matrix, self._name = matrix, name
         self.shape = tuple(matrix.shape)
         self.dtype = np.dtype(matrix.dtype)
+        _check_numbers(self.dtype, name)
 
     def take(self, rows: np.ndarray) -> Any:
-        return self._matrix[rows]
+        return in_memory(self._matrix[rows], self._name)
 
     def span(self, start: int, stop: int) -> Any:
-        return self._matrix[start:stop]
+        return in_memory(self._matrix[start:stop], self._name)
 
 
 class _DenseOnDisk:
     """An HDF5 dataset or zarr array."""
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: Any, name: str = "a matrix on disk") -> None:
         self._array = array
         self.shape = tuple(array.shape)
         self.dtype = np.dtype(array.dtype)
+        _check_numbers(self.dtype, name)
         together = array.chunks[0] if array.chunks else 1
         # chunks as long as the matrix would make all of it dense
         self.unit = together if together * self.shape[1] <= _WINDOW_VALUES else 1

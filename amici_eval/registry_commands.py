@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.config import comparison_spec, evaluation_spec, gate_spec, report_spec, resolved_yaml, tracking_spec
+from amici_eval.config import (
+    comparison_spec,
+    data_uri,
+    evaluation_spec,
+    gate_spec,
+    report_spec,
+    resolved_yaml,
+    tracking_spec,
+)
 from amici_eval.errors import mask_secrets
 from amici_eval.escaping import markdown
 from amici_eval.terminal import Reporter, append_for_ci, pause
@@ -68,7 +76,7 @@ def _gate_settings(config: DictConfig) -> dict[str, Any]:
     """Return what a verdict depends on besides the version."""
     return {
         "baseline": config.baseline,
-        "data_uri": config.data.uri,
+        "data_uri": data_uri(config),
         "spec": evaluation_spec(config),
         "comparison": comparison_spec(config),
         "gate": gate_spec(config),

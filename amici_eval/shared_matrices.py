@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,20 @@ from amici_eval.matrices import lies_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-__all__ = ["SentMatrix", "sent"]
+    import h5py
+
+__all__ = ["SentMatrix", "open_hdf5", "sent"]
+
+
+def open_hdf5(path: str | Path) -> h5py.File:
+    """Open an HDF5 file for reading, with the filters of the package hdf5plugin if it is installed."""
+    import h5py
+
+    with suppress(ImportError):
+        import hdf5plugin  # noqa: F401, RUF100 - its import brings the filters
+    return h5py.File(path, mode="r")
 
 
 @dataclass(frozen=True)
@@ -91,9 +104,7 @@ def _opened(path: str, name: str, in_zarr: bool, is_sparse: bool) -> Any:  # noq
 
         node = zarr.open(path, mode="r")[name] if name else zarr.open(path, mode="r")
     else:
-        import h5py
-
-        node = h5py.File(path, mode="r")[name]
+        node = open_hdf5(path)[name]
     if not is_sparse:
         return node
     from anndata.io import sparse_dataset

@@ -17,7 +17,7 @@ from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
 from amici_eval.errors import mask_secrets
-from amici_eval.tracking.fetching import SUFFIXES, as_local_path, fetch
+from amici_eval.tracking.fetching import NAMED, as_local_path, fetch
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -32,8 +32,8 @@ class AnnDataSource(DatasetSource):
     ----------
     uri
         Local path, ``file:``, ``runs:/``, ``models:/``, ``mlflow-artifacts:/``, ``http(s)`` or any URI that fsspec
-        opens (``s3:``, ``gs:``, ``az:``, ``memory:`` with their packages), ending in ``.h5ad`` or ``.zarr``. Local
-        paths are made absolute.
+        opens (``s3:``, ``gs:``, ``az:``, ``memory:`` with their packages), ending in ``.h5ad`` or ``.zarr``, or in
+        ``.zarr/tables/NAME`` for a table of a SpatialData store. Local paths are made absolute.
     """
 
     def __init__(self, uri: str) -> None:
@@ -52,7 +52,7 @@ class AnnDataSource(DatasetSource):
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:
         # only what is an AnnData by its name, or this class would claim other people's datasets
-        return isinstance(raw_source, (str, Path)) and str(raw_source).rstrip("/").lower().endswith(SUFFIXES)
+        return isinstance(raw_source, (str, Path)) and NAMED.search(str(raw_source)) is not None
 
     @classmethod
     def _resolve(cls, raw_source: Any) -> "AnnDataSource":
@@ -180,6 +180,7 @@ def from_anndata(
     digest: str | None = None,
     *,
     backed: bool | None = None,
+    table: str | None = None,
 ) -> AnnDataDataset:
     """Make an MLflow dataset of an AnnData, for ``mlflow.log_input`` and ``mlflow.models.evaluate``.
 
@@ -196,6 +197,8 @@ def from_anndata(
     backed
         Whether the expression of a path or URI stays on disk; by default if it is large. See
         :func:`amici_eval.open_anndata`.
+    table
+        Which table of a SpatialData store that a path or URI names.
 
     Raises
     ------
@@ -203,7 +206,9 @@ def from_anndata(
         If a path or URI cannot be read.
     """
     if isinstance(adata, (str, Path)):
-        origin = AnnDataSource(str(adata))
+        from amici_eval.data import with_table
+
+        origin = AnnDataSource(with_table(adata, table))
         source = source if source is not None else origin
         adata = origin.open(backed=backed)
     if isinstance(source, (str, Path)):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from math import prod
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
 from amici_eval.errors import DataError, first_line
-from amici_eval.hdf5_checks import chunk_grid
-from amici_eval.zarr_checks import METADATA_BYTES, load_metadata, shape_and_chunks
+from amici_eval.untrusted import load_json
 
-__all__ = ["SUFFIXES", "as_local_path", "fetch"]
+__all__ = ["NAMED", "as_local_path", "fetch"]
 
-SUFFIXES = (".h5ad", ".zarr")
+NAMED = re.compile(r"[^/\\]*\.(h5ad|zarr(/tables?/[^/]+)?)/*$", re.IGNORECASE)
+"""The end of a path or URI that names an AnnData, or a table of a SpatialData store."""
 _MLFLOW_SCHEMES = ("runs", "models", "mlflow-artifacts", "dbfs")
 _INDIRECT_SCHEMES = ("reference", "simplecache", "filecache", "blockcache", "zip", "tar", "libarchive", "dir")
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 2**20
 _MOST_CHUNKS = 10**6
+_METADATA_BYTES = 2**26
+_METADATA_VALUES = 2**21
 
 
 def fetch(uri: str, folder: Path) -> Path:
@@ -28,7 +32,8 @@ def fetch(uri: str, folder: Path) -> Path:
     Parameters
     ----------
     uri
-        Of a ``.h5ad`` or ``.zarr``, of any scheme that :class:`~amici_eval.tracking.dataset.AnnDataSource` takes.
+        Of a ``.h5ad`` or ``.zarr``, or of a table in a ``.zarr``, of any scheme that
+        :class:`~amici_eval.tracking.dataset.AnnDataSource` takes.
     folder
         Where to; it exists.
 
@@ -49,23 +54,24 @@ def fetch(uri: str, folder: Path) -> Path:
             rule="data must be named directly: chained file systems could write outside their folder",
             fix="give the URI of the .h5ad or .zarr itself",
         )
-    name = Path(unquote(parsed.path)).name
-    if not name.lower().endswith(SUFFIXES):
+    named = NAMED.search(unquote(parsed.path))
+    if named is None:
         raise DataError(
             value=f"data.uri={uri}",
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="correct the URI",
         )
+    target = folder / named[0].rstrip("/")
     try:
         if parsed.scheme in _MLFLOW_SCHEMES:
             import mlflow.artifacts
 
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
         if parsed.scheme in ("http", "https"):
-            if name.lower().endswith(".h5ad"):
-                return _download(uri, folder / name)
-            return _download_zarr(uri, folder / name)
-        _copy_from_store(uri, folder / name)
+            if target.suffix.lower() == ".h5ad":
+                return _download(uri, target)
+            return _download_zarr(uri, target)
+        _copy_from_store(uri, target)
     except DataError:
         raise
     except Exception as error:
@@ -74,7 +80,7 @@ def fetch(uri: str, folder: Path) -> Path:
             rule="data.uri must name a readable .h5ad or .zarr",
             fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
         ) from error
-    return folder / name
+    return target
 
 
 def as_local_path(uri: str) -> Path | None:
@@ -102,7 +108,7 @@ def _copy_from_store(uri: str, target: Path) -> None:
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(uri)
-    if not target.name.lower().endswith(".zarr"):
+    if target.suffix.lower() == ".h5ad":
         filesystem.get_file(path, str(target))
         return
     root = path.rstrip("/") + "/"
@@ -120,13 +126,12 @@ def _download_zarr(url: str, target: Path) -> Path:
     import requests
 
     base, _, query = url.partition("?")
-    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata", limit=METADATA_BYTES)
-    entries = load_metadata(metadata)["metadata"]
+    metadata = _download(_join(base, ".zmetadata", query), target / ".zmetadata", limit=_METADATA_BYTES)
+    entries = load_json(metadata, limit=_METADATA_BYTES, max_values=_METADATA_VALUES, allow_nan=True)["metadata"]
     grids = {}
     for key, content in entries.items():
         if key.endswith(".zarray"):
-            shape, chunks = shape_and_chunks(content, ascii(key[:200]))
-            grids[key] = chunk_grid(shape, chunks)
+            grids[key] = _chunk_grid(content["shape"], content["chunks"], ascii(key[:200]))
     if (asked := sum(map(prod, grids.values()))) > _MOST_CHUNKS:
         raise DataError(
             value=f"the arrays of {url} have {asked} chunks",
@@ -149,6 +154,18 @@ def _download_zarr(url: str, target: Path) -> Path:
                 if error.response.status_code != requests.codes.not_found:
                     raise
     return target
+
+
+def _chunk_grid(shape: Any, chunks: Any, shown: str) -> list[int]:
+    """Return how many chunks an array has along each axis, by what a web server says of it."""
+    for sizes, least in ((shape, 0), (chunks, 1)):
+        if not isinstance(sizes, list) or not all(type(size) is int and size >= least for size in sizes):
+            msg = f"{shown} has sizes that are no whole numbers"
+            raise ValueError(msg)
+    if len(shape) != len(chunks):
+        msg = f"{shown} of shape {shape} has chunks of shape {chunks}"
+        raise ValueError(msg)
+    return [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
 
 
 def _join(base: str, key: str, query: str) -> str:

@@ -82,6 +82,7 @@ def save_model(
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    from amici_eval.data import write_plain
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
     from amici_eval.model.manifest import sums_of, write_manifest
 
@@ -120,8 +121,7 @@ def save_model(
         folder = Path(staging) / _FOLDER
         trained.save(folder)
         if adata is not None and not isinstance(adata, str):
-            # the default converts text columns of the AnnData that was handed in
-            adata.write_h5ad(folder / BUNDLED_ADATA, convert_strings_to_categoricals=False)
+            write_plain(adata, folder / BUNDLED_ADATA)
             write_manifest(folder)
         mlflow_model.add_flavor(
             FLAVOR_NAME,

@@ -65,9 +65,12 @@ def read(kind: str, target: Path) -> None:
 
         read_amici_directory(target, adata=None, trust=False)
     elif kind == "data":
+        from amici_eval.data import coordinates_of, expression_matrix
         from amici_eval.files import open_anndata
 
-        open_anndata(target)
+        adata = open_anndata(target)
+        coordinates_of(adata, "spatial")
+        expression_matrix(adata, None)
     else:
         from amici_eval.moments import Moments
 

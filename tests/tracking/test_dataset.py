@@ -187,7 +187,7 @@ def test_indirect_uris_are_refused(uri):
             r"have 1099511627\d+ chunks: each would be asked for, .* 1000000",
         ),
         ({"shape": [-3, 2]}, "has sizes that are no whole numbers"),
-        ({"shape": [3]}, r"of shape \(3,\) has chunks of shape"),
+        ({"shape": [3]}, r"of shape \[3\] has chunks of shape"),
         ({"dimension_separator": "/../../"}, "keys must lie inside"),
         (None, "has more than 67108864 bytes"),
     ],
