@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import first_line
+from amici_eval.tracking.patience import store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -194,9 +195,6 @@ def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) ->
     A run that holds all it was to hold becomes FINISHED, any other KILLED. Where this may not be done, or the store
     fails, nothing is done: it is a service to others, and no reason to fail.
     """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
     closed: list[str] = []
     try:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -217,6 +215,6 @@ def close_abandoned(client: Any, *, say: Callable[[str], None] | None = None) ->
             (say or logger.info)(
                 f"run {run.info.run_id} was left RUNNING by a process on {beat.host} that is gone; closed as {status}"
             )
-    except (MlflowException, RequestException, OSError) as error:
+    except store_errors() as error:
         logger.debug("runs of processes that are gone could not be closed: %s", first_line(error))
     return closed

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.errors import DataError, InvalidSpecError, TrackingError, first_line
 from amici_eval.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
-from amici_eval.tracking.patience import patiently
-from amici_eval.tracking.registry import ResolvedModel, connect, find_dataset, known_model_id, resolve_model
+from amici_eval.tracking.patience import optional, patiently, store_errors
+from amici_eval.tracking.registry import ResolvedModel, connect_to, find_dataset, known_model_id, resolve_model
 from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
 from amici_eval.tracking.run_log import deliver
@@ -120,7 +120,7 @@ def evaluate_job(
     launch = launch or LaunchSpec()
     launch.check_device(resolve_device(spec.ablation.device))
     checked_output(tracking.output_dir)
-    tracking_uri = connect(tracking.uri)
+    tracking_uri = connect_to(tracking)
     model = resolve_model(model_uri)
     with open_launcher(launch) as launcher, open_stored_model(model.uri) as stored:
         location = find_dataset(model, stored, data_uri)
@@ -278,13 +278,10 @@ def register_job(
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.flavor import check_tells_nothing, log_model
 
-    if not name or set(name) & set("/:@"):
-        raise InvalidSpecError(
-            value=f"name={name!r}", rule="a registered model's name has no '/', ':' or '@'", fix="rename it"
-        )
+    _check_name(name)
     if alias is not None:
         check_alias("register.alias", alias)
-    connect(tracking.uri)
+    connect_to(tracking)
     if adata is not None and adata != "bundle":
         if not AnnDataSource._can_resolve(adata):
             raise InvalidSpecError(
@@ -323,7 +320,32 @@ def register_job(
         )
         version = str(info.registered_model_version)
         client = mlflow.MlflowClient()
-        client.set_model_version_tag(name, version, "amici_eval.setup", trained.setup)
+        with optional(f"models:/{name}/{version} could not be tagged"):
+            tag = partial(client.set_model_version_tag, name, version, "amici_eval.setup", trained.setup)
+            patiently(tag, what="tagging the version")
         if alias is not None:
-            client.set_registered_model_alias(name, alias, version)
+            try:
+                patiently(partial(client.set_registered_model_alias, name, alias, version), what="setting the alias")
+            except store_errors() as error:
+                raise TrackingError(
+                    value=f"models:/{name}/{version} is registered, but its alias {alias} could not be set "
+                    f"({first_line(error)})",
+                    rule="the registry must take the alias",
+                    fix="set it by hand",
+                ) from error
         return RegisteredVersion(name=name, version=version, model_id=info.model_id, run_id=run.info.run_id)
+
+
+def _check_name(name: str) -> None:
+    """Refuse what MLflow refuses as the name of a registered or a logged model, or we cannot write in a URI."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_logged_model_name, _validate_model_name
+
+    rule = "the URI of a model has an '@' before an alias only" if "@" in name else ""
+    try:
+        _validate_model_name(name)
+        _validate_logged_model_name(name)
+    except MlflowException as error:
+        rule = " ".join(str(error).split())
+    if rule:
+        raise InvalidSpecError(value=f"name={name!r}", rule=rule, fix="rename it")

@@ -6,11 +6,13 @@ import json
 import logging
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.lease import held
-from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+from amici_eval.tracking.patience import patiently, tracking_errors
+from amici_eval.tracking.registry_tags import RegistryTags
 
 if TYPE_CHECKING:
     from amici_eval.tracking.lease import Lease
@@ -239,11 +241,12 @@ def _refusal(tags: RegistryTags, alias: str, version: str, expected: str | None,
 
 
 def _moved(tags: RegistryTags, alias: str, version: str | None, before: str | None) -> Promotion:
-    with registry_errors(tags.where):
-        if version is None:
-            tags.client.delete_registered_model_alias(tags.name, alias)
-        else:
-            tags.client.set_registered_model_alias(tags.name, alias, version)
+    if version is None:
+        move = partial(tags.client.delete_registered_model_alias, tags.name, alias)
+    else:
+        move = partial(tags.client.set_registered_model_alias, tags.name, alias, version)
+    with tracking_errors(tags.where):
+        patiently(move, what="moving the alias")
     now = _seen(tags, alias).version
     moved = now == version
     reason = _move(alias, before, version)
@@ -267,8 +270,8 @@ def _pointing(version: str | None) -> str:
 
 def _version_must_exist(tags: RegistryTags, version: str, why: str = "") -> None:
     try:
-        with registry_errors(f"{tags.name} version {version}"):
-            tags.client.get_model_version(tags.name, version)
+        with tracking_errors(f"{tags.name} version {version}"):
+            patiently(partial(tags.client.get_model_version, tags.name, version), what="looking for the version")
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             value=f"{tags.name} has no version {version}",
@@ -300,8 +303,8 @@ class _Seen:
 
 
 def _seen(tags: RegistryTags, alias: str) -> _Seen:
-    with registry_errors(tags.where):
-        model = tags.client.get_registered_model(tags.name)
+    with tracking_errors(tags.where):
+        model = patiently(partial(tags.client.get_registered_model, tags.name), what="reading the alias")
     version = str(model.aliases[alias]) if alias in model.aliases else None
     try:
         record = [

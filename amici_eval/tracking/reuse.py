@@ -10,6 +10,7 @@ from amici_eval import __version__
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
 from amici_eval.specs import settings_that_matter
+from amici_eval.tracking.patience import asked_again
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,7 @@ def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
     return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
 
 
+@asked_again("looking for an evaluation")
 def find_evaluation(fingerprint: str) -> str | None:
     """Return the newest run that holds such an evaluation and ended well, in any experiment of the store."""
     from mlflow import MlflowClient
@@ -69,6 +71,7 @@ def find_evaluation(fingerprint: str) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
+@asked_again("fetching an evaluation")
 def download_evaluation(run_id: str, folder: Path) -> Path:
     """Fetch an evaluation and its moments from a run into a folder, and return the folder."""
     import mlflow.artifacts

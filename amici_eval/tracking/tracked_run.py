@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.errors import TrackingError, first_line
 from amici_eval.masking import mask_mapping, masked
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
-from amici_eval.tracking.patience import patiently
+from amici_eval.tracking.patience import is_missing, patiently, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,14 +126,12 @@ def mark_whole(client: Any, run_id: str) -> None:
         client.delete_tag(run_id, PARTIAL_TAG)
     except MlflowException as error:
         # it was not there
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
 
 
 def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bool) -> None:
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
 
     client = mlflow.MlflowClient()
 
@@ -150,7 +148,7 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
         if partial and PARTIAL_TAG in client.get_run(run_id).data.tags:
             client.set_tag(run_id, PARTIAL_TAG, partial)
             client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command takes up what is finished.")
-    except (MlflowException, RequestException, OSError) as error:
+    except store_errors() as error:
         # the body's own error matters more and says how to go on
         logger.log(
             logging.DEBUG if safe else logging.ERROR,
@@ -160,5 +158,5 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
             first_line(error),
         )
     finally:
-        with contextlib.suppress(MlflowException, RequestException, OSError):
+        with contextlib.suppress(*store_errors()):
             mlflow.end_run(status)
