@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     _set_up_process()
     try:
         with guarded_streams():
-            code = _answered(lambda: (check_temporary_folder(), _run(command, rest))[1])
+            code = _answered(lambda: _run(command, rest))
     except KeyboardInterrupt as interrupt:
         code = 143 if isinstance(interrupt, TerminatedError) else 130
         sys.stderr.write("amici-eval: interrupted; the same command again takes up what is finished\n")
@@ -166,6 +166,7 @@ class _JobsFailedError(Exception):
 
 
 def _run(command: str, rest: list[str]) -> int:
+    check_temporary_folder()
     if command == "project":
         # the entry points of MLproject come in as `project COMMAND --key value ...`
         if not rest:

@@ -44,61 +44,72 @@ Result = TypeVar("Result")
 
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 20.0
+_LONGEST_MESSAGE = 2000
 _patience_s = [0.0]
 """How long the calls of this process ask again, as `set_patience` has set it."""
-_LONGEST_MESSAGE = 2000
 
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
-_LASTING_STATUS = {501, 505, 507, 508, 511}
-_STATUS = {
-    401: ("the server must know who asks", "set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"),
-    403: ("your account must be allowed to do this", "ask for the permission, or use another account or tracking.uri"),
-    404: ("it must be there, on an MLflow server", "check tracking.uri, and whether it was deleted"),
-    407: ("the proxy must know who asks", "give its credentials in HTTPS_PROXY, or name the server in NO_PROXY"),
-    413: (
-        "the server, or a proxy before it, takes no request of that size",
-        "raise its limit (nginx: client_max_body_size)",
+# SQLSTATE: connection, deadlock, resources, shutdown; lock not available. MySQL: the same
+_PASSING_SQLSTATE = ("08", "40", "53", "57", "55P03")
+_PASSING_MYSQL = {1040, 1053, 1205, 1213, 2002, 2003, 2006, 2013, 2055}
+# PostgreSQL gives no number before there is a connection
+_NO_LOGIN = ("authentication", "does not exist", "denied", "pg_hba", "permission")
+_SQLITE = {"is full": errno.ENOSPC, "readonly": errno.EROFS, "read-only": errno.EROFS, "to open": errno.EACCES}
+_TABLE = re.compile(r"INSERT INTO [`\"\[]?(\w+)|constraint failed: (\w+)|for key '(\w+)\.|constraint \"(\w+)")
+
+_RULES: dict[str | int, tuple[str, str]] = {
+    "HTTP 401": ("the server must know who asks", "give MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"),
+    "HTTP 403": ("your account must be allowed to do this", "ask for the permission, or use another account"),
+    "HTTP 404": ("it must be there, on an MLflow server", "check tracking.uri, and whether it was deleted"),
+    "HTTP 407": ("the proxy must know who asks", "give its credentials in HTTPS_PROXY, or name the server in NO_PROXY"),
+    "HTTP 413": ("the server must take requests of that size", "raise its limit (nginx: client_max_body_size)"),
+    "HTTP 507": ("the server must have room", "make room there"),
+    "missing": ("it must be in the store", "check the name or id, the version and tracking.uri"),
+    "no MLflow": (
+        "the address must be that of the MLflow server itself",
+        "correct tracking.uri (a login page, a proxy or another service answers there), or log in",
     ),
-    507: ("the server must have room", "make room there"),
-}
-_NOT_MLFLOW = (
-    "tracking.uri must be the address of the MLflow server itself",
-    "correct tracking.uri (a login page, a proxy or another web server answers there), or log in",
-)
-_FILES = {
+    "no address": ("tracking.uri must be a web address", "correct tracking.uri or MLFLOW_TRACKING_URI"),
+    "certificate": (
+        "this machine must trust the certificate of the server",
+        "name the file of its authority in MLFLOW_TRACKING_SERVER_CERT_PATH, or correct tracking.uri",
+    ),
+    "database": (
+        "it must be a database that MLflow can read and write",
+        "correct tracking.uri; a database of another version of MLflow needs: mlflow db upgrade URI",
+    ),
+    "collision": (
+        "rows of one run must differ; some databases take names that differ by case only for the same",
+        "let the names differ by more than case, or use a database that tells them apart",
+    ),
+    "refused": ("MLflow refuses this", "do what it says"),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM), ("you must be allowed to read and write it", "change its permissions")
     ),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ("there must be room for it", "make room")),
     errno.EROFS: ("it must be on a file system that can be written", "name another place"),
     errno.EISDIR: ("it must be a file and is a folder", "name a file"),
-    errno.ENOTDIR: ("each folder of the path must be a folder", "correct the path"),
-    errno.EEXIST: ("the place must be free", "name another place"),
+    errno.ENOTDIR: ("each folder of its path must be one", "correct the path"),
     errno.ENAMETOOLONG: ("a name has at most 255 bytes", "choose a shorter name"),
     errno.ENOENT: ("it must be there", "correct the path"),
     errno.EMFILE: ("a process must be able to open more files", "raise the limit (ulimit -n)"),
 }
-_SQLITE_FILES = {"is full": errno.ENOSPC, "readonly": errno.EROFS, "read-only": errno.EROFS, "to open": errno.EACCES}
-# SQLSTATE: connection, deadlock, resources, shutdown; lock not available. MySQL: the same
-_PASSING_SQLSTATE = ("08", "40", "53", "57", "55P03")
-_PASSING_MYSQL = {1040, 1053, 1205, 1213, 2002, 2003, 2006, 2013, 2055}
-_REFUSED_LOGIN = ("authentication", "does not exist", "denied", "pg_hba", "permission")
-_TABLE = re.compile(r"INSERT INTO [`\"\[]?(\w+)|constraint failed: (\w+)|for key '(\w+)\.|constraint \"(\w+)")
-_DATABASE = (
-    "the tracking store must be a database that MLflow can read and write",
-    "correct tracking.uri; a database of another version of MLflow needs: mlflow db upgrade URI",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """An error of a store or a file system: whether it passes, what was said, the rule, the fix and our class."""
+    """What an error of a store or a file system is: what was said, rule, fix, our class, and whether it passes."""
 
     said: str
-    rule: str
-    fix: str
-    passing: bool = False
+    rule: str = "it must answer until the command is through"
+    fix: str = "run the same command again when it is back: what is finished is taken up"
+    passing: bool = True
     kind: type[AmiciEvalError] = TrackingError
+
+
+def _refused(said: str, why: str | int, kind: type[AmiciEvalError] = TrackingError) -> Fault:
+    rule, fix = _RULES[why]
+    return Fault(said=said, rule=rule, fix=fix, passing=False, kind=kind)
 
 
 def set_patience(seconds: float) -> None:
@@ -216,25 +227,20 @@ def understood(error: BaseException) -> Fault | None:
 
     if isinstance(error, AmiciEvalError):
         return None
-    known = store_errors()
     if getattr(error, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
         # MLflow says what a collision in its database was about
         return _of_code(error)
     seen = list(_evidence(error))
-    if not isinstance(error, (*known, ImportError)):
-        # MLflow could not read an answer
-        answer = next((one for one in seen if isinstance(one, Response)), None)
-        return None if answer is None else _of_answer(answer)
-    for one in reversed(seen):
-        if (fault := _of_transport(one)) is not None:
-            return fault
-    for one in seen:
-        if (fault := _of_code(one)) is not None:
-            return fault
     answer = next((one for one in seen if isinstance(one, Response)), None)
-    if answer is not None and not isinstance(error, OSError):
-        return _of_answer(answer)
-    return Fault(said=_text(error), rule="MLflow refuses to go on", fix="do what it says, or choose another store")
+    if isinstance(error, (*store_errors(), ImportError)):
+        found = [fault for fault in map(_of_transport, reversed(seen)) if fault is not None]
+        found += [fault for fault in map(_of_code, seen) if fault is not None]
+        if found:
+            return found[0]
+        if answer is None or isinstance(error, OSError):
+            return _refused(_text(error), "refused", InvalidSpecError)
+    # MLflow could not read an answer
+    return None if answer is None else _of_answer(answer)
 
 
 def _evidence(error: BaseException, seen: set[int] | None = None) -> Iterator[Any]:
@@ -269,32 +275,23 @@ def _of_transport(one: Any) -> Fault | None:
     from mlflow.exceptions import MlflowException, RestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    if isinstance(one, requests.Response):
-        return None if one.status_code < 400 else _of_answer(one)
     if isinstance(one, requests.HTTPError) and one.response is not None:
-        return _of_answer(one.response)
-    if isinstance(one, (requests.exceptions.InvalidJSONError, requests.TooManyRedirects)):
-        return Fault(said=_text(one), rule=_NOT_MLFLOW[0], fix=_NOT_MLFLOW[1])
-    if isinstance(one, requests.exceptions.SSLError):
-        return Fault(
-            said=_text(one),
-            rule="the certificate of the server must be one that this machine trusts",
-            fix="name the file of its authority in MLFLOW_TRACKING_SERVER_CERT_PATH, or correct tracking.uri",
-        )
+        one = one.response
+    if isinstance(one, requests.Response):
+        return _of_answer(one) if one.status_code >= 400 else None
     if isinstance(one, requests.RequestException):
-        lasting = isinstance(one, (ValueError, requests.exceptions.UnrewindableBodyError))
-        return (
-            Fault(said=_text(one), rule="tracking.uri must be a web address", fix=_STATUS[404][1])
-            if lasting
-            else (_passing(one))
-        )
+        if isinstance(one, (requests.exceptions.InvalidJSONError, requests.TooManyRedirects)):
+            return _refused(_text(one), "no MLflow")
+        if isinstance(one, requests.exceptions.SSLError):
+            return _refused(_text(one), "certificate")
+        return _refused(_text(one), "no address") if isinstance(one, ValueError) else Fault(said=first_line(one))
     if isinstance(one, (SQLAlchemyError, sqlite3.Error)):
         return _of_database(one)
-    if isinstance(one, MlflowException) and (table := _collision(str(one))) is not None:
-        return _of_collision(one, table)
-    if isinstance(one, RestException) and one.json.get("error_code") == "INTERNAL_ERROR":
-        return _passing(one)
-    return None
+    if isinstance(one, MlflowException) and (fault := _of_collision(one)) is not None:
+        return fault
+    # as an MLflow server sends it with 500
+    own = isinstance(one, RestException) and one.json.get("error_code") == "INTERNAL_ERROR"
+    return Fault(said=first_line(one)) if own else None
 
 
 def _of_answer(answer: Any) -> Fault:
@@ -305,81 +302,61 @@ def _of_answer(answer: Any) -> Fault:
     except (ValueError, RuntimeError):
         content = None
     content = content if isinstance(content, dict) else {}
-    asked = (
-        f"{answer.request.method} {urlparse(answer.request.url).path}" if answer.request is not None else "a request"
-    )
-    said = f"{asked} was answered with {status} {answer.reason or ''}".rstrip()
+    asked = answer.request
+    said = f"{asked.method} {urlparse(asked.url).path} was answered with {status} {answer.reason or ''}".rstrip()
     if message := content.get("message"):
         said += f": {str(message)[:_LONGEST_MESSAGE]}"
-    if status in (408, 425, 429) or (status >= 500 and status not in _LASTING_STATUS):
-        return Fault(**_AGAIN, said=said)
+    if _passes(status):
+        return Fault(said=said)
     if content.get("error_code") in _MISSING:
-        return Fault(said=said, rule="it must be in the store", fix=_FIX_NAME, kind=ModelNotFoundError)
+        return _refused(said, "missing", ModelNotFoundError)
     if status < 400:
         moved = f" after a redirection to {answer.url}" if answer.history else ""
-        return Fault(said=f"{said}{moved}, which is no answer of MLflow", rule=_NOT_MLFLOW[0], fix=_NOT_MLFLOW[1])
-    if status in _STATUS:
-        return Fault(said=said, rule=_STATUS[status][0], fix=_STATUS[status][1])
-    return Fault(said=said, rule="the server refuses this request", fix="do what it says", kind=InvalidSpecError)
+        return _refused(f"{said}{moved}, which is no answer of MLflow", "no MLflow")
+    why = f"HTTP {status}"
+    return _refused(said, why) if why in _RULES else _refused(said, "refused", InvalidSpecError)
 
 
-_FIX_NAME = "check the name or id, the version and tracking.uri"
-_AGAIN: dict[str, Any] = {
-    "rule": "it must answer until the command is through",
-    "fix": "run the same command again when it is back: what is finished is taken up",
-    "passing": True,
-}
-
-
-def _passing(error: BaseException) -> Fault:
-    return Fault(**_AGAIN, said=first_line(error))
+def _passes(status: int) -> bool:
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507, 508, 511))
 
 
 def _of_database(error: Any) -> Fault:
     from sqlalchemy import exc
 
     origin = getattr(error, "orig", None) or error
-    text = str(origin)
-    if isinstance(error, exc.IntegrityError):
-        return _of_collision(error, _collision(str(error)) or "")
+    text = _text(origin)
+    if (collision := _of_collision(error)) is not None:
+        return collision
     if isinstance(origin, sqlite3.Error):
         passing = "locked" in text or "busy" in text
-        number = next((number for words, number in _SQLITE_FILES.items() if words in text), None)
-        if number is not None:
-            return Fault(said=f"the tracking store: {text}", rule=_FILES[number][0], fix=_FILES[number][1])
     elif isinstance(error, (exc.OperationalError, exc.InterfaceError, exc.InternalError)):
         state = getattr(origin, "pgcode", None) or getattr(origin, "sqlstate", None)
-        number = origin.args[0] if getattr(origin, "args", ()) else None
+        number = origin.args[0] if origin.args else None
         if state:
             passing = state.startswith(_PASSING_SQLSTATE) and state != "53100"
         elif isinstance(number, int):
             passing = number in _PASSING_MYSQL
         else:
-            passing = not any(word in text for word in _REFUSED_LOGIN)
+            passing = not any(word in text for word in _NO_LOGIN)
     else:
         passing = isinstance(error, (exc.TimeoutError, exc.DisconnectionError))
     if passing or getattr(error, "connection_invalidated", False):
-        return _passing(error)
-    return Fault(said=f"the tracking store: {text}", rule=_DATABASE[0], fix=_DATABASE[1])
+        return Fault(said=text)
+    why = next((number for words, number in _SQLITE.items() if words in text), "database")
+    return _refused(f"the tracking store: {text}", why)
 
 
-def _collision(text: str) -> str | None:
-    """Return the table in which a row is there already, in the words of SQLite, PostgreSQL, SQL Server or MySQL."""
+def _of_collision(error: BaseException) -> Fault | None:
+    """Return what a row is that is there already, in the words of SQLite, PostgreSQL, SQL Server or MySQL."""
+    text = str(error)
     if not any(words in text for words in ("UNIQUE constraint failed", "duplicate key", "Duplicate entry")):
         return None
     found = _TABLE.search(text)
-    return next(filter(None, found.groups()), "") if found else ""
-
-
-def _of_collision(error: BaseException, table: str) -> Fault:
+    table = next(filter(None, found.groups()), "") if found else ""
     # runs share the rows of data sets: the other one's is found next time. All others are this run's own
-    if table.startswith(("dataset", "input")):
-        return _passing(error)
-    return Fault(
-        said=_text(error),
-        rule="rows of one run must differ; some databases take names that differ by case only for the same",
-        fix="let the names differ by more than case, or use a database that tells them apart",
-    )
+    shared = table.startswith(("dataset", "input"))
+    return Fault(said=first_line(error)) if shared else _refused(_text(error), "collision")
 
 
 def _of_code(one: Any) -> Fault | None:
@@ -387,29 +364,26 @@ def _of_code(one: Any) -> Fault | None:
     from mlflow.exceptions import MlflowException
 
     if isinstance(one, MlflowException) and one.error_code != "INTERNAL_ERROR":
-        status = one.get_http_status_code()
-        if one.error_code == "ABORTED" or status == 429 or (status > 501 and status not in _LASTING_STATUS):
-            return _passing(one)
+        why = f"HTTP {one.get_http_status_code()}"
+        # 500 is also the status of codes that MLflow does not know
+        if one.error_code == "ABORTED" or (_passes(one.get_http_status_code()) and why != "HTTP 500"):
+            return Fault(said=first_line(one))
         if one.error_code in _MISSING:
-            return Fault(said=_text(one), rule="it must be in the store", fix=_FIX_NAME, kind=ModelNotFoundError)
-        if status in _STATUS:
-            return Fault(said=_text(one), rule=_STATUS[status][0], fix=_STATUS[status][1])
-        return Fault(said=_text(one), rule="MLflow refuses this", fix="do what it says", kind=InvalidSpecError)
+            return _refused(_text(one), "missing", ModelNotFoundError)
+        return _refused(_text(one), why) if why in _RULES else _refused(_text(one), "refused", InvalidSpecError)
     if isinstance(one, ImportError):
-        return Fault(
-            said=_text(one),
-            rule="the store needs a package that this environment lacks",
-            fix=f"pip install {one.name}" if one.name else "install it",
-        )
+        fix = f"pip install {one.name or 'it'}"
+        return Fault(said=_text(one), rule="this environment lacks a package of the store", fix=fix, passing=False)
     if isinstance(one, (ConnectionError, TimeoutError)) and not isinstance(one, BrokenPipeError):
-        return _passing(one)
+        return Fault(said=first_line(one))
     if isinstance(one, OSError) and one.errno is not None:
-        rule, fix = _FILES.get(one.errno, ("the file system must do this", "name another place"))
-        said = f"{one.filename}: {one.strerror}" if one.filename is not None else str(one)
-        return Fault(said=said, rule=rule, fix=fix, kind=OutputError)
+        said = f"{one.filename}: {one.strerror}" if one.filename is not None else _text(one)
+        if one.errno in _RULES:
+            return _refused(said, one.errno, OutputError)
+        return Fault(said=said, rule="the system must allow it", fix="mend it", passing=False, kind=OutputError)
     return None
 
 
 def _text(error: BaseException) -> str:
     """Return all that an error says, in one line."""
-    return " ".join(str(error).split())[:_LONGEST_MESSAGE] or type(error).__name__
+    return " ".join(str(error).split())[:_LONGEST_MESSAGE].rstrip(".") or type(error).__name__

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.lease import held
-from amici_eval.tracking.patience import patiently, tracking_errors
 from amici_eval.tracking.registry_tags import RegistryTags
 
 if TYPE_CHECKING:
@@ -242,11 +240,9 @@ def _refusal(tags: RegistryTags, alias: str, version: str, expected: str | None,
 
 def _moved(tags: RegistryTags, alias: str, version: str | None, before: str | None) -> Promotion:
     if version is None:
-        move = partial(tags.client.delete_registered_model_alias, tags.name, alias)
+        tags.ask("delete_{}_alias", alias)
     else:
-        move = partial(tags.client.set_registered_model_alias, tags.name, alias, version)
-    with tracking_errors(tags.where):
-        patiently(move, what="moving the alias")
+        tags.ask("set_{}_alias", alias, version)
     now = _seen(tags, alias).version
     moved = now == version
     reason = _move(alias, before, version)
@@ -270,8 +266,7 @@ def _pointing(version: str | None) -> str:
 
 def _version_must_exist(tags: RegistryTags, version: str, why: str = "") -> None:
     try:
-        with tracking_errors(f"{tags.name} version {version}"):
-            patiently(partial(tags.client.get_model_version, tags.name, version), what="looking for the version")
+        replace(tags, version=version).ask("get_{}")
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             value=f"{tags.name} has no version {version}",
@@ -303,8 +298,7 @@ class _Seen:
 
 
 def _seen(tags: RegistryTags, alias: str) -> _Seen:
-    with tracking_errors(tags.where):
-        model = patiently(partial(tags.client.get_registered_model, tags.name), what="reading the alias")
+    model = tags.ask("get_{}")
     version = str(model.aliases[alias]) if alias in model.aliases else None
     try:
         record = [

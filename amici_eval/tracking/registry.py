@@ -85,16 +85,14 @@ def _check_destination(tracking: TrackingSpec) -> None:
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient()
-    run_id, number = os.environ.get("MLFLOW_RUN_ID"), os.environ.get("MLFLOW_EXPERIMENT_ID")
+    run_id, number = os.environ.get("MLFLOW_RUN_ID"), os.environ.get("MLFLOW_EXPERIMENT_ID", "")
     name = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
     setting = f"MLFLOW_RUN_ID={run_id}" if run_id else f"MLFLOW_EXPERIMENT_ID={number}"
     try:
         if run_id:
             number, name = client.get_run(run_id).info.experiment_id, None
-        if name is None and number:
-            experiment = client.get_experiment(number)
-        else:
-            experiment = client.get_experiment_by_name(name or "Default")
+        by_id = name is None and number
+        experiment = client.get_experiment(number) if by_id else client.get_experiment_by_name(name or "Default")
     except MlflowException as error:
         if not is_missing(error):
             raise

@@ -40,27 +40,28 @@ class RegistryTags:
         """What the tags are of, for messages."""
         return self.name if self.version is None else f"{self.name} version {self.version}"
 
-    def read(self) -> dict[str, str]:
-        """Return all tags.
+    def ask(self, call: str, *more: str) -> Any:
+        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ...
 
         Raises
         ------
         AmiciEvalError
             If the model is not there or the registry does not answer; so do the other methods.
         """
-        return dict(self._ask("get_{}").tags)
+        of, where = (
+            ("registered_model", [self.name]) if self.version is None else ("model_version", [self.name, self.version])
+        )
+        with tracking_errors(self.where):
+            return patiently(partial(getattr(self.client, call.format(of)), *where, *more), what="asking the registry")
+
+    def read(self) -> dict[str, str]:
+        """Return all tags."""
+        return dict(self.ask("get_{}").tags)
 
     def write(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._ask("set_{}_tag", key, value)
+        self.ask("set_{}_tag", key, value)
 
     def remove(self, key: str) -> None:
         """Delete a tag; one that is gone already is no error."""
-        self._ask("delete_{}_tag", key)
-
-    def _ask(self, call: str, *more: str) -> Any:
-        of = ("registered_model", self.name) if self.version is None else ("model_version", self.name, self.version)
-        with tracking_errors(self.where):
-            return patiently(
-                partial(getattr(self.client, call.format(of[0])), *of[1:], *more), what="asking the registry"
-            )
+        self.ask("delete_{}_tag", key)
