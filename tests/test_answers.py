@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,15 +125,22 @@ def faults_of(answer: str, code: int, said: str, *, computed: bool) -> list[str]
     return wrong
 
 
+def cells(name: str, endpoints: list[str]) -> list[tuple[str, str]]:
+    """Return the cells of the table to look at: some, or with AMICI_EVAL_ALL_ANSWERS=1 all, which takes an hour."""
+    if name == "rollback" or os.environ.get("AMICI_EVAL_ALL_ANSWERS"):
+        return [(endpoint, answer) for endpoint in endpoints for answer in ANSWERS]
+    every = {"evaluate": 1, "register": 2}.get(name, 9)
+    turn = list(COMMANDS).index(name)
+    return [(endpoint, ANSWERS[(3 * n + turn) % len(ANSWERS)]) for n, endpoint in enumerate(endpoints[::every])]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_answer_of_a_server_ends_in_a_traceback_or_loses_results(name, desk, capsys, caplog):
-    answers = ANSWERS
     wrong = {}
-    for endpoint in desk.endpoints(name, capsys, caplog):
-        for answer in answers:
-            desk.stub.set(endpoint, answer)
-            code, said = desk.run(name, capsys, caplog)
-            found = faults_of(answer, code, said, computed=desk.computed > 0)
-            if found:
-                wrong[endpoint, answer] = (found, code, said[-500:])
+    for endpoint, answer in cells(name, desk.endpoints(name, capsys, caplog)):
+        desk.stub.set(endpoint, answer)
+        code, said = desk.run(name, capsys, caplog)
+        found = faults_of(answer, code, said, computed=desk.computed > 0)
+        if found:
+            wrong[endpoint, answer] = (found, code, said[-500:])
     assert not wrong

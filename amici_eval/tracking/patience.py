@@ -82,6 +82,7 @@ _RULES: dict[str | int, tuple[str, str]] = {
         "rows of one run must differ; some databases take names that differ by case only for the same",
         "let the names differ by more than case, or use a database that tells them apart",
     ),
+    "file": ("it must be whole, and you must be allowed to read and write it", "mend it, or name another place"),
     "refused": ("MLflow refuses this", "do what it says"),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM), ("you must be allowed to read and write it", "change its permissions")
@@ -90,6 +91,7 @@ _RULES: dict[str | int, tuple[str, str]] = {
     errno.EROFS: ("it must be on a file system that can be written", "name another place"),
     errno.EISDIR: ("it must be a file and is a folder", "name a file"),
     errno.ENOTDIR: ("each folder of its path must be one", "correct the path"),
+    errno.EEXIST: ("the place must be free", "name another place"),
     errno.ENAMETOOLONG: ("a name has at most 255 bytes", "choose a shorter name"),
     errno.ENOENT: ("it must be there", "correct the path"),
     errno.EMFILE: ("a process must be able to open more files", "raise the limit (ulimit -n)"),
@@ -118,22 +120,7 @@ def set_patience(seconds: float) -> None:
 
 
 def patiently(action: Callable[[], Result], *, seconds: float | None = None, what: str) -> Result:
-    """Do something again until it succeeds, fails for good, or the time is over.
-
-    Parameters
-    ----------
-    action
-        May be done again after it failed half way.
-    seconds
-        How long to go on; waits grow from one second to twenty. ``None``: as `set_patience` says.
-    what
-        What is done, for the log.
-
-    Raises
-    ------
-    Exception
-        The last one.
-    """
+    """Do something again until it succeeds, fails for good, or the time (``None``: `set_patience`) is over."""
     until, wait = time.monotonic() + (_patience_s[0] if seconds is None else seconds), _FIRST_WAIT_S
     while True:
         try:
@@ -164,19 +151,7 @@ def asked_again(what: str) -> Callable[[Callable[..., Result]], Callable[..., Re
 
 @contextmanager
 def tracking_errors(about: str | None = None) -> Iterator[None]:
-    """Say in our words what MLflow, a server, a database or the file system said.
-
-    Parameters
-    ----------
-    about
-        The registered model or version that is asked for, for the message.
-
-    Raises
-    ------
-    AmiciEvalError
-        `TrackingError` for a store that fails or refuses, `OutputError` for the file system, `ModelNotFoundError` for
-        what is not there, `InvalidSpecError` for a value that MLflow refuses. Errors of another origin go through.
-    """
+    """Raise what MLflow, a server, a database or the file system said as an error of ours; others go through."""
     try:
         yield
     except Exception as error:
@@ -216,16 +191,11 @@ def is_missing(error: BaseException) -> bool:
 
 
 def understood(error: BaseException) -> Fault | None:
-    """Return what an error of a store or the file system is; ``None``: it comes from elsewhere, and is ours.
-
-    Notes
-    -----
-    What came first decides: an answer of a server or an error of a database, else the code that MLflow gave on purpose
-    or the number of the system's error. MLflow's INTERNAL_ERROR is the code of all errors without one and says nothing.
-    """
+    """Return what an error of a store or the file system is; ``None``: it comes from elsewhere, and is ours."""
     from requests import Response
 
-    if isinstance(error, AmiciEvalError):
+    own = isinstance(error, ImportError) and (error.name or "").startswith("amici_eval")
+    if own or isinstance(error, AmiciEvalError):
         return None
     if getattr(error, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
         # MLflow says what a collision in its database was about
@@ -233,11 +203,12 @@ def understood(error: BaseException) -> Fault | None:
     seen = list(_evidence(error))
     answer = next((one for one in seen if isinstance(one, Response)), None)
     if isinstance(error, (*store_errors(), ImportError)):
-        found = [fault for fault in map(_of_transport, reversed(seen)) if fault is not None]
-        found += [fault for fault in map(_of_code, seen) if fault is not None]
-        if found:
-            return found[0]
-        if answer is None or isinstance(error, OSError):
+        # what a server or a database said; else what MLflow made of it. INTERNAL_ERROR says nothing: errors without a
+        # code have it
+        for fault in (*map(_of_transport, reversed(seen)), *map(_of_code, seen)):
+            if fault is not None:
+                return fault
+        if answer is None:
             return _refused(_text(error), "refused", InvalidSpecError)
     # MLflow could not read an answer
     return None if answer is None else _of_answer(answer)
@@ -373,14 +344,12 @@ def _of_code(one: Any) -> Fault | None:
         return _refused(_text(one), why) if why in _RULES else _refused(_text(one), "refused", InvalidSpecError)
     if isinstance(one, ImportError):
         fix = f"pip install {one.name or 'it'}"
-        return Fault(said=_text(one), rule="this environment lacks a package of the store", fix=fix, passing=False)
+        return Fault(said=_text(one), rule="this environment lacks a package that it needs", fix=fix, passing=False)
     if isinstance(one, (ConnectionError, TimeoutError)) and not isinstance(one, BrokenPipeError):
         return Fault(said=first_line(one))
-    if isinstance(one, OSError) and one.errno is not None:
+    if isinstance(one, OSError):
         said = f"{one.filename}: {one.strerror}" if one.filename is not None else _text(one)
-        if one.errno in _RULES:
-            return _refused(said, one.errno, OutputError)
-        return Fault(said=said, rule="the system must allow it", fix="mend it", passing=False, kind=OutputError)
+        return _refused(said, one.errno if one.errno in _RULES else "file", OutputError)
     return None
 
 
