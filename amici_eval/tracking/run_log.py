@@ -176,6 +176,7 @@ def _send(folder: Path, record: RunRecord) -> None:
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
     client.log_artifacts(run_id, str(folder / ARTIFACTS))
+    _check_arrived(client, folder / ARTIFACTS, record)
     # last: a version or model that points to a run points to a complete one
     with optional("the model could not be tagged with its evaluation", unless_passing=True):
         if record.model_id is not None:
@@ -186,6 +187,24 @@ def _send(folder: Path, record: RunRecord) -> None:
             )
     if record.whole:
         mark_whole(client, run_id)
+
+
+def _check_arrived(client: Any, folder: Path, record: RunRecord) -> None:
+    """Read back what was sent: MLflow takes any answer with 200 for a success, also a login page or an empty one."""
+    held = client.get_run(record.run_id).data
+    lacking = {*record.params, *record.metrics, *record.series, *record.tags}
+    lacking -= {*held.params, *held.metrics, *held.tags}
+    # one may be allowed to write to a store of artifacts, and not to list it
+    with optional("what was sent could not be listed", unless_passing=True):
+        for path in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
+            within = path.relative_to(folder).as_posix()
+            there = {item.path for item in client.list_artifacts(record.run_id, None if path == folder else within)}
+            lacking |= {one.relative_to(folder).as_posix() for one in path.iterdir() if one.is_file()} - there
+    if lacking:
+        msg = (
+            f"the store took what was sent, and does not hold {', '.join(sorted(lacking)[:3])} ({len(lacking)} in all)"
+        )
+        raise ConnectionError(msg)
 
 
 def _missing_steps(

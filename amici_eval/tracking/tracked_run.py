@@ -73,13 +73,20 @@ def tracked_run(
         own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
         if go_on is not None:
             own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
-        return mlflow.start_run(
+        run = mlflow.start_run(
             run_id=run_id,
             run_name=None if go_on is not None else masked(tracking.run_name or name),
             parent_run_id=parent if run_id is None else None,
             nested=parent is not None,
             tags={**tags, **mask_mapping(tracking.tags), **own_tags},
         )
+        if not run.info.run_id:
+            # MLflow takes an empty answer with 200 for a success
+            with contextlib.suppress(*store_errors()):
+                mlflow.end_run()
+            msg = "the server answered with no run"
+            raise ConnectionError(msg)
+        return run
 
     # a run whose start was not answered has signs of life of this process, and is closed when it is gone
     run = patiently(start, seconds=tracking.retry_s, what="starting the run")
