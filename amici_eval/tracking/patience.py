@@ -171,9 +171,10 @@ def optional(what: str, *, unless_passing: bool = False) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        if unless_passing and (fault := understood(error)) is not None and fault.passing:
+        fault = understood(error) or Fault(said=first_line(error), passing=False)
+        if unless_passing and fault.passing:
             raise
-        logger.warning("%s (%s)", what, first_line(error))
+        logger.warning("%s (%s)", what, fault.said)
 
 
 def store_errors() -> tuple[type[Exception], ...]:
