@@ -46,7 +46,7 @@ class Desk:
 
     def run(self, name: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> tuple[int, str]:
         command, self.computed = COMMANDS[name], 0
-        # else MLflow itself asks again, and an answer that is given once is never seen. A model is not logged twice: there
+        # else MLflow itself asks again, and an answer that is given once is never seen. A model is logged once: there
         # only MLflow asks again
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1" if name == "register" else "0"
         if name == "register":
