@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -107,11 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     _set_up_process()
     try:
         with guarded_streams():
-            check_temporary_folder()
-            code = _run(command, rest)
-    except AmiciEvalError as error:
-        _complain(error)
-        code = EXIT_BAD_INPUT
+            code = _answered(lambda: _run(command, rest))
     except KeyboardInterrupt as interrupt:
         code = 143 if isinstance(interrupt, TerminatedError) else 130
         sys.stderr.write("amici-eval: interrupted; the same command again takes up what is finished\n")
@@ -130,17 +127,46 @@ def _set_up_process() -> None:
     guard_logs()
     logging.getLogger("amici_eval").setLevel(logging.INFO)
     quiet_matplotlib()
-    for chatty in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    # it tells each attempt at length; we tell that the store does not answer
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # they tell each attempt at length, with a traceback; we tell what is wrong with the store
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
-def _complain(error: AmiciEvalError) -> None:
-    sys.stderr.write(cleaned(f"amici-eval: {error}\n"))
+def _answered(body: Callable[[], int | None]) -> int:
+    """Return the exit code of a body, or say what went wrong and return its code."""
+    from amici_eval.tracking.patience import tracking_errors
+
+    try:
+        with tracking_errors():
+            return body() or 0
+    except AmiciEvalError as error:
+        said, code = str(error), EXIT_BAD_INPUT
+    except _JobsFailedError:
+        raise
+    except Exception as error:  # noqa: BLE001, RUF100 - the outermost frame
+        said, code = _own_fault(error), EXIT_CRASH
+    sys.stderr.write(cleaned(f"amici-eval: {said}\n"))
+    return code
+
+
+def _own_fault(error: Exception) -> str:
+    """Keep the traceback of an error that nothing here foresaw in a file, and return what to say."""
+    said = f"{type(error).__name__}: {error}: this is a fault of amici_eval, not of your input; please report it"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="amici-eval-fault-", suffix=".txt", delete=False) as file:
+            file.write(cleaned("".join(traceback.format_exception(error))))
+    except OSError:
+        return said
+    return f"{said} with {file.name}"
+
+
+class _JobsFailedError(Exception):
+    """Of a sweep: Hydra notes which job failed and goes on with the others."""
 
 
 def _run(command: str, rest: list[str]) -> int:
+    check_temporary_folder()
     if command == "project":
         # the entry points of MLproject come in as `project COMMAND --key value ...`
         if not rest:
@@ -168,10 +194,11 @@ def config_directory() -> Path:
 
 def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -> int:
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from amici_eval.config import register_schemas
     from amici_eval.overrides import check_override, hydra_override, keep_texts_of_files
-    from amici_eval.tracking.patience import tracking_errors
 
     own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
@@ -207,20 +234,18 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         # jobs of a sweep may run in processes of their own: each leaves its exit code in a file
         code = Path(os.environ[SCRATCH_VARIABLE]) / f"{_EXIT_CODE}{uuid4().hex}"
         code.write_text(str(EXIT_CRASH))
-        try:
-            with tracking_errors():
-                code.write_text(str(_TASKS[command](config, **own_flags) or 0))
-        except AmiciEvalError as error:
-            _complain(error)
-            code.write_text(str(EXIT_BAD_INPUT))
-            if sweep:
-                # Hydra notes which job failed and goes on with the others
-                raise
+        done = _answered(lambda: _TASKS[command](config, **own_flags))
+        code.write_text(str(done))
+        if sweep and done in (EXIT_CRASH, EXIT_BAD_INPUT):
+            msg = f"exit code {done}"
+            raise _JobsFailedError(msg)
 
     # Hydra writes multirun.yaml with the whole configuration into the folder of a sweep
     scratch = tempfile.TemporaryDirectory(prefix="amici-eval-sweep-")
     os.environ[SCRATCH_VARIABLE] = scratch.name
-    before = sys.argv
+    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # else Hydra prints errors itself, with advice on its own traceback
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     # flags first: Hydra's parser takes settings from one place only
     sys.argv = ["amici-eval", *flags, *overrides]
     try:
@@ -230,14 +255,23 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
             from amici_eval.tracking.sweep import close_parent
 
             close_parent("KILLED" if isinstance(end, KeyboardInterrupt) else "FAILED")
-        # Hydra exits with 1 for settings that it refuses itself, before any job, and after jobs that failed
-        if isinstance(end, SystemExit) and end.code == 1:
+        # Hydra exits with 1 for settings that it refuses itself, before any job
+        if isinstance(end, _JobsFailedError) or (isinstance(end, SystemExit) and end.code == 1):
             return _worst(scratch.name, none=EXIT_BAD_INPUT)
+        if isinstance(end, (HydraException, OmegaConfBaseException)):
+            raise InvalidSpecError(
+                value=" ".join(f"{end} {end.__cause__ or ''}".split()),
+                rule="settings are those of amici-eval COMMAND --cfg job",
+                fix="correct the setting",
+            ) from end
         raise
     else:
         return _worst(scratch.name, none=0)
     finally:
         sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
         os.environ.pop(SCRATCH_VARIABLE, None)
         scratch.cleanup()
 

@@ -104,7 +104,7 @@ def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None])
     from amici_eval.tracking.promotion import rollback
     from amici_eval.tracking.registry import connect
 
-    connect(tracking.uri)
+    connect(tracking.uri, retry_s=tracking.retry_s)
     done = rollback(config.model, config.alias, dry_run=dry_run)
     say(f"{config.model}: {done.reason}")
     return 0 if done.moved or dry_run else _BAD
@@ -129,10 +129,10 @@ def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> in
     """
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
     from amici_eval.gate_spec import gate_key
-    from amici_eval.tracking.registry import connect
+    from amici_eval.tracking.registry import connect_to
     from amici_eval.tracking.watching import watch
 
-    uri = mask_secrets(connect(tracking.uri))
+    uri = mask_secrets(connect_to(tracking))
     key = gate_key(**settings)
 
     def judge(model_uri: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.comparison_contents import comparison_params, comparison_series, write_comparison
 from amici_eval.tracking.gathering import gather_evaluations
 from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
-from amici_eval.tracking.registry import connect, find_dataset
+from amici_eval.tracking.patience import optional, patiently
+from amici_eval.tracking.registry import connect_to, find_dataset
 from amici_eval.tracking.run_log import send
 from amici_eval.tracking.stored_model import open_stored_model
 from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
@@ -101,7 +103,7 @@ def compare_job(
     AmiciEvalError
         If there is nothing to compare, or fewer than two versions could be evaluated.
     """
-    tracking_uri = connect(tracking.uri)
+    tracking_uri = connect_to(tracking)
     output = checked_output(tracking.output_dir)
     columns = columns_of(model_uris(models, versions), runs, datasets, data_uri)
     cells = cells_of([column for column in columns if column.model is not None], spec, comparison, data_uri, datasets)
@@ -202,14 +204,11 @@ def _floor(
 def _tag_versions(models: Sequence[ResolvedModel], run_id: str) -> None:
     """Let each version point to its newest comparison."""
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     client = MlflowClient()
     for model in models:
         if model.name is None or model.version is None:
             continue
-        try:
-            client.set_model_version_tag(model.name, model.version, "amici_eval.comparison_run_id", run_id)
-        except MlflowException as error:
-            # a user may read a model and not write to it; the run itself is complete
-            logger.warning("version %s could not be tagged with its comparison: %s", model.version, first_line(error))
+        tag = partial(client.set_model_version_tag, model.name, model.version, "amici_eval.comparison_run_id", run_id)
+        with optional(f"version {model.version} could not be tagged with its comparison"):
+            patiently(tag, what="tagging the version")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from amici_eval.errors import InvalidSpecError, ModelNotFoundError
 from amici_eval.tracking.promotion import promoted_over
 from amici_eval.tracking.registry import resolve_model
-from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+from amici_eval.tracking.registry_tags import RegistryTags
 
 if TYPE_CHECKING:
     from amici_eval.tracking.registry import ResolvedModel
@@ -134,6 +134,5 @@ def _may_replace(
 def _aliases(model: ResolvedModel) -> dict[str, str]:
     if model.name is None:
         return {}
-    tags = RegistryTags(name=model.name)
-    with registry_errors(tags.where):
-        return {name: str(version) for name, version in tags.client.get_registered_model(model.name).aliases.items()}
+    aliases = RegistryTags(name=model.name).ask("get_{}").aliases
+    return {name: str(version) for name, version in aliases.items()}

@@ -141,7 +141,7 @@ def _evaluation_in(
     if tracking.reuse:
         digest = cells.digest if cells.digest is not None else _digest(column, cells.spec)
         key = fingerprint(model=known_model_id(model.model_id) or model.uri, digest=digest, spec=cells.spec)
-        there = find_evaluation(key, retry_s=tracking.retry_s)
+        there = find_evaluation(key)
         if there is not None:
             download_evaluation(there, place)
             if (place / FILE_NAME).is_file():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.comparison import compare
-from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, first_line, mask_secrets
+from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, mask_secrets
 from amici_eval.escaping import markdown
 from amici_eval.gate import judge
 from amici_eval.gate_spec import gate_key
@@ -21,8 +21,9 @@ from amici_eval.tracking.comparison_contents import comparison_params, write_com
 from amici_eval.tracking.gate_baseline import baseline_of
 from amici_eval.tracking.gathering import gather_evaluations
 from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
+from amici_eval.tracking.patience import optional, patiently
 from amici_eval.tracking.promotion import ROLLED_BACK_TAG, Promotion, promote
-from amici_eval.tracking.registry import connect, resolve_model
+from amici_eval.tracking.registry import connect_to, resolve_model
 from amici_eval.tracking.registry_tags import RegistryTags
 from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
 from amici_eval.tracking.run_log import send
@@ -116,7 +117,7 @@ def gate_job(
     AmiciEvalError
         If the version cannot be evaluated, or something is misspelt; before the run starts where that can be known.
     """
-    tracking_uri = connect(tracking.uri)
+    tracking_uri = connect_to(tracking)
     output = checked_output(tracking.output_dir)
     candidate = resolve_model(model_uri)
     if gate.promote is not None and (candidate.name is None or candidate.version is None):
@@ -335,18 +336,14 @@ def _count(verdict: Verdict, outcome: str) -> int:
 
 def _tag_run(run_id: str, name: str, value: str) -> None:
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
-    try:
-        MlflowClient().set_tag(run_id, name, value)
-    except MlflowException as error:
-        logger.warning("run %s could not be tagged with %s: %s", run_id, name, first_line(error))
+    with optional(f"run {run_id} could not be tagged with {name}"):
+        patiently(partial(MlflowClient().set_tag, run_id, name, value), what="tagging the run")
 
 
 def _tag_version(model: ResolvedModel, result: GateRun, *, final: bool) -> None:
     """Let the version say how it was judged; a verdict that is outdated already is none for its configuration."""
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     if model.name is None or model.version is None:
         return
@@ -357,9 +354,7 @@ def _tag_version(model: ResolvedModel, result: GateRun, *, final: bool) -> None:
     if final:
         values[f"{VERDICT_TAG}.{result.verdict.key}"] = f"{result.verdict.outcome} {result.run_id}"
     client = MlflowClient()
-    try:
+    with optional(f"version {model.version} could not be tagged with its verdict"):
         for name, value in values.items():
-            client.set_model_version_tag(model.name, model.version, name, value)
-    except MlflowException as error:
-        # a user may read a model and not write to it; the run itself is complete
-        logger.warning("version %s could not be tagged with its verdict: %s", model.version, first_line(error))
+            tag = partial(client.set_model_version_tag, model.name, model.version, name, value)
+            patiently(tag, what="tagging the version")

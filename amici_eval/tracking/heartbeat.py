@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amici_eval.errors import first_line
+from amici_eval.tracking.patience import store_errors
 from amici_eval.tracking.searching import runs_anywhere
 
 __all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]
@@ -167,9 +168,6 @@ def close_abandoned(client: Any) -> list[str]:
     One that holds all it was to hold becomes FINISHED, any other KILLED. Errors are ignored: this is a service to
     others.
     """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
     closed: list[str] = []
     try:
         running = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'"
@@ -186,6 +184,6 @@ def close_abandoned(client: Any) -> list[str]:
                 "run %s was left RUNNING by a process on %s that is gone; closed as %s",
                 *(run.info.run_id, beat.host, status),
             )
-    except (MlflowException, RequestException, OSError) as error:
+    except store_errors() as error:
         logger.debug("runs of processes that are gone could not be closed: %s", first_line(error))
     return closed

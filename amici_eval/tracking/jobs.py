@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.errors import DataError, InvalidSpecError, TrackingError, first_line
 from amici_eval.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
-from amici_eval.tracking.patience import patiently
+from amici_eval.tracking.patience import optional, patiently, store_errors
 from amici_eval.tracking.registry import (
     ResolvedModel,
     check_model_name,
-    connect,
+    connect_to,
     find_dataset,
     known_model_id,
     resolve_model,
@@ -127,7 +127,7 @@ def evaluate_job(
     launch = launch or LaunchSpec()
     launch.check_device(resolve_device(spec.ablation.device))
     checked_output(tracking.output_dir)
-    tracking_uri = connect(tracking.uri)
+    tracking_uri = connect_to(tracking)
     model = resolve_model(model_uri)
     with open_launcher(launch) as launcher, open_stored_model(model.uri) as stored:
         location = find_dataset(model, stored, data_uri)
@@ -294,7 +294,7 @@ def register_job(
     check_model_name("name", name, kind="logged")
     if alias is not None:
         check_alias("register.alias", alias)
-    connect(tracking.uri)
+    connect_to(tracking)
     if adata is not None and adata != "bundle":
         if not AnnDataSource._can_resolve(adata):
             raise InvalidSpecError(
@@ -333,7 +333,17 @@ def register_job(
         )
         version = str(info.registered_model_version)
         client = mlflow.MlflowClient()
-        client.set_model_version_tag(name, version, "amici_eval.setup", trained.setup)
+        with optional(f"models:/{name}/{version} could not be tagged"):
+            tag = partial(client.set_model_version_tag, name, version, "amici_eval.setup", trained.setup)
+            patiently(tag, what="tagging the version")
         if alias is not None:
-            client.set_registered_model_alias(name, alias, version)
+            try:
+                patiently(partial(client.set_registered_model_alias, name, alias, version), what="setting the alias")
+            except store_errors() as error:
+                raise TrackingError(
+                    value=f"models:/{name}/{version} is registered, but its alias {alias} could not be set "
+                    f"({first_line(error)})",
+                    rule="the registry must take the alias",
+                    fix="set it by hand",
+                ) from error
         return RegisteredVersion(name=name, version=version, model_id=info.model_id, run_id=run.info.run_id)

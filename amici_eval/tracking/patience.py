@@ -1,21 +1,42 @@
-"""Waiting for a tracking store that is away for a moment."""
+"""What an error of a tracking store or a file system is, and asking again where it passes."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
-import sys
+import re
+import sqlite3
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlparse
 
-from amici_eval.durable import is_disk_full
-from amici_eval.errors import AmiciEvalError, TrackingError, first_line
+from amici_eval.errors import (
+    AmiciEvalError,
+    InvalidSpecError,
+    ModelNotFoundError,
+    OutputError,
+    TrackingError,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["is_passing", "patiently", "tracking_errors"]
+__all__ = [
+    "Fault",
+    "asked_again",
+    "is_missing",
+    "optional",
+    "patiently",
+    "set_patience",
+    "store_errors",
+    "tracking_errors",
+    "understood",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -23,79 +44,316 @@ Result = TypeVar("Result")
 
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 20.0
-_PASSING_STATUS = {408, 425, 429}
-_PASSING_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "INTERNAL_ERROR"}
-# two writers made the same row, say of one data set, at once: the other one's is found next time. In the words of
-# SQLite, of PostgreSQL and SQL Server, and of MySQL
-_COLLISION = ("UNIQUE constraint failed", "duplicate key", "Duplicate entry")
-_COLLISION_CODES = {"BAD_REQUEST", "INTERNAL_ERROR"}
-_NO_ROOM = ("database or disk is full", "readonly database", "read-only")
+_LONGEST_MESSAGE = 2000
+_patience_s = [0.0]
+"""How long the calls of this process ask again, as `set_patience` has set it."""
+
+_MISSING = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+# SQLSTATE: connection, deadlock, resources, shutdown; lock not available. MySQL: the same
+_PASSING_SQLSTATE = ("08", "40", "53", "57", "55P03")
+_PASSING_MYSQL = {1040, 1053, 1205, 1213, 2002, 2003, 2006, 2013, 2055}
+# PostgreSQL gives no number before there is a connection
+_NO_LOGIN = ("authentication", "does not exist", "denied", "pg_hba", "permission")
+_SQLITE = {"is full": errno.ENOSPC, "readonly": errno.EROFS, "read-only": errno.EROFS, "to open": errno.EACCES}
+_TABLE = re.compile(r"INSERT INTO [`\"\[]?(\w+)|constraint failed: (\w+)|for key '(\w+)\.|constraint \"(\w+)")
+
+_RULES: dict[str | int, tuple[str, str]] = {
+    "HTTP 401": ("the server must know who asks", "give MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"),
+    "HTTP 403": ("your account must be allowed to do this", "ask for the permission, or use another account"),
+    "HTTP 404": ("it must be there, on an MLflow server", "check tracking.uri, and whether it was deleted"),
+    "HTTP 407": ("the proxy must know who asks", "give its credentials in HTTPS_PROXY, or name the server in NO_PROXY"),
+    "HTTP 413": ("the server must take requests of that size", "raise its limit (nginx: client_max_body_size)"),
+    "HTTP 507": ("the server must have room", "make room there"),
+    "missing": ("it must be in the store", "check the name or id, the version and tracking.uri"),
+    "no MLflow": (
+        "the address must be that of the MLflow server itself",
+        "correct tracking.uri (a login page, a proxy or another service answers there), or log in",
+    ),
+    "no address": ("tracking.uri must be a web address", "correct tracking.uri or MLFLOW_TRACKING_URI"),
+    "certificate": (
+        "this machine must trust the certificate of the server",
+        "name the file of its authority in MLFLOW_TRACKING_SERVER_CERT_PATH, or correct tracking.uri",
+    ),
+    "database": (
+        "it must be a database that MLflow can read and write",
+        "correct tracking.uri; a database of another version of MLflow needs: mlflow db upgrade URI",
+    ),
+    "collision": (
+        "rows of one run must differ; some databases take names that differ by case only for the same",
+        "let the names differ by more than case, or use a database that tells them apart",
+    ),
+    "file": ("it must be whole, and you must be allowed to read and write it", "mend it, or name another place"),
+    "refused": ("MLflow refuses this", "do what it says"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), ("you must be allowed to read and write it", "change its permissions")
+    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ("there must be room for it", "make room")),
+    errno.EROFS: ("it must be on a file system that can be written", "name another place"),
+    errno.EISDIR: ("it must be a file and is a folder", "name a file"),
+    errno.ENOTDIR: ("each folder of its path must be one", "correct the path"),
+    errno.EEXIST: ("the place must be free", "name another place"),
+    errno.ENAMETOOLONG: ("a name has at most 255 bytes", "choose a shorter name"),
+    errno.ENOENT: ("it must be there", "correct the path"),
+    errno.EMFILE: ("a process must be able to open more files", "raise the limit (ulimit -n)"),
+}
 
 
-def patiently(action: Callable[[], Result], *, seconds: float, what: str) -> Result:
-    """Do something again until it succeeds, fails for good, or the time is over.
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What an error of a store or a file system is: what was said, rule, fix, our class, and whether it passes."""
 
-    Parameters
-    ----------
-    action
-        May be done again after it failed half way.
-    seconds
-        How long to go on; waits grow from one second to twenty.
-    what
-        What is done, for the log.
+    said: str
+    rule: str = "it must answer until the command is through"
+    fix: str = "run the same command again when it is back: what is finished is taken up"
+    passing: bool = True
+    kind: type[AmiciEvalError] = TrackingError
 
-    Raises
-    ------
-    Exception
-        The last one.
-    """
-    until, wait = time.monotonic() + seconds, _FIRST_WAIT_S
+
+def _refused(said: str, why: str | int, kind: type[AmiciEvalError] = TrackingError) -> Fault:
+    rule, fix = _RULES[why]
+    return Fault(said=said, rule=rule, fix=fix, passing=False, kind=kind)
+
+
+def set_patience(seconds: float) -> None:
+    """Let the calls to the store that this process makes from now on ask again for so long."""
+    _patience_s[0] = seconds
+
+
+def patiently(action: Callable[[], Result], *, seconds: float | None = None, what: str) -> Result:
+    """Do something again until it succeeds, fails for good, or the time (``None``: `set_patience`) is over."""
+    until, wait = time.monotonic() + (_patience_s[0] if seconds is None else seconds), _FIRST_WAIT_S
     while True:
         try:
             return action()
         except Exception as error:
             # spread out: many jobs lose the same server at the same time
             pause = wait * random.uniform(0.7, 1.3)  # noqa: S311, RUF100 - no secret
-            if not is_passing(error) or time.monotonic() + pause > until:
+            fault = understood(error)
+            if fault is None or not fault.passing or time.monotonic() + pause > until:
                 raise
-            logger.warning("%s: %s; again in %.0f s", what, first_line(error), pause)
+            logger.warning("%s: %s; again in %.0f s", what, fault.said, pause)
         time.sleep(pause)
         wait = min(2.0 * wait, _LONGEST_WAIT_S)
 
 
-@contextmanager
-def tracking_errors() -> Iterator[None]:
-    """Say in our words that the store failed, whichever of MLflow's calls it was.
+def asked_again(what: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Let a function that reads from the store, or may write twice, ask again as `set_patience` says."""
 
-    Raises
-    ------
-    TrackingError
-        For an error that may be gone in a moment; others go through as they are.
-    """
+    def patient(function: Callable[..., Result]) -> Callable[..., Result]:
+        @wraps(function)
+        def asking(*args: Any, **kwargs: Any) -> Result:
+            return patiently(partial(function, *args, **kwargs), what=what)
+
+        return asking
+
+    return patient
+
+
+@contextmanager
+def tracking_errors(about: str | None = None) -> Iterator[None]:
+    """Raise what MLflow, a server, a database or the file system said as an error of ours; others go through."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, AmiciEvalError) or "mlflow" not in sys.modules or not is_passing(error):
+        fault = understood(error)
+        if fault is None:
             raise
-        raise TrackingError(
-            value=f"the tracking store failed ({first_line(error)})",
-            rule="it must answer until the command is through",
-            fix="run the same command again when it is back: what is finished is taken up",
-        ) from error
+        value = f"{about}: {fault.said}" if about else fault.said
+        if fault.passing:
+            store = f"the registry does not answer for {about}" if about else "the tracking store does not answer"
+            value = f"{store} ({fault.said})"
+        raise fault.kind(value=value, rule=fault.rule, fix=fault.fix) from error
 
 
-def is_passing(error: BaseException) -> bool:
-    """Return whether an error of a store may be gone in a moment: no connection, too slow, overloaded, a collision."""
+@contextmanager
+def optional(what: str, *, unless_passing: bool = False) -> Iterator[None]:
+    """Log an error of the store in a step that the result does not need: a user may read a model and not tag it."""
+    try:
+        yield
+    except store_errors() as error:
+        fault = understood(error) or Fault(said=first_line(error), passing=False)
+        if unless_passing and fault.passing:
+            raise
+        logger.warning("%s (%s)", what, fault.said)
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """Return the classes of the errors of stores and file systems."""
     from mlflow.exceptions import MlflowException
-    from requests import HTTPError, RequestException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    if is_disk_full(error) or any(words in str(error) for words in _NO_ROOM):
-        return False
-    if isinstance(error, MlflowException):
-        if error.error_code in _COLLISION_CODES and any(words in str(error) for words in _COLLISION):
-            return True
-        status = error.get_http_status_code()
-        return error.error_code in _PASSING_CODES or status in _PASSING_STATUS or status > 500
-    if isinstance(error, HTTPError) and error.response is not None:
-        return error.response.status_code >= 500 or error.response.status_code in _PASSING_STATUS
-    return isinstance(error, (RequestException, ConnectionError, TimeoutError))
+    return MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError
+
+
+def is_missing(error: BaseException) -> bool:
+    """Return whether MLflow says that something is not there."""
+    return getattr(error, "error_code", None) in _MISSING
+
+
+def understood(error: BaseException) -> Fault | None:
+    """Return what an error of a store or the file system is; ``None``: it comes from elsewhere, and is ours."""
+    from requests import Response
+
+    own = isinstance(error, ImportError) and (error.name or "").startswith("amici_eval")
+    if own or isinstance(error, AmiciEvalError):
+        return None
+    if getattr(error, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
+        # MLflow says what a collision in its database was about
+        return _of_code(error)
+    seen = list(_evidence(error))
+    answer = next((one for one in seen if isinstance(one, Response)), None)
+    if isinstance(error, (*store_errors(), ImportError)):
+        # what a server or a database said; else what MLflow made of it. INTERNAL_ERROR says nothing: errors without a
+        # code have it
+        for fault in (*map(_of_transport, reversed(seen)), *map(_of_code, seen)):
+            if fault is not None:
+                return fault
+        if answer is None:
+            return _refused(_text(error), "refused", InvalidSpecError)
+    # MLflow could not read an answer
+    return None if answer is None else _of_answer(answer)
+
+
+def _evidence(error: BaseException, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yield an error, the last answer that MLflow had at hand when it raised it, and the same of what it came from."""
+    from requests import Response
+
+    seen = set() if seen is None else seen
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    yield error
+    answer, traceback = None, error.__traceback__
+    while traceback is not None:
+        for value in list(traceback.tb_frame.f_locals.values()):
+            if isinstance(value, Response):
+                answer = value
+            elif isinstance(value, dict) and value and all(isinstance(one, Exception) for one in value.values()):
+                # of several files, each in a thread
+                for one in value.values():
+                    yield from _evidence(one, seen)
+        traceback = traceback.tb_next
+    if answer is not None:
+        yield answer
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        yield from _evidence(cause, seen)
+
+
+def _of_transport(one: Any) -> Fault | None:
+    """Return what an answer of a server, an error on the way to it, or an error of a database is."""
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(one, requests.HTTPError) and one.response is not None:
+        one = one.response
+    if isinstance(one, requests.Response):
+        return _of_answer(one) if one.status_code >= 400 else None
+    if isinstance(one, requests.RequestException):
+        if isinstance(one, (requests.exceptions.InvalidJSONError, requests.TooManyRedirects)):
+            return _refused(_text(one), "no MLflow")
+        if isinstance(one, requests.exceptions.SSLError):
+            return _refused(_text(one), "certificate")
+        return _refused(_text(one), "no address") if isinstance(one, ValueError) else Fault(said=first_line(one))
+    if isinstance(one, (SQLAlchemyError, sqlite3.Error)):
+        return _of_database(one)
+    if isinstance(one, MlflowException) and (fault := _of_collision(one)) is not None:
+        return fault
+    # as an MLflow server sends it with 500
+    own = isinstance(one, RestException) and one.json.get("error_code") == "INTERNAL_ERROR"
+    return Fault(said=first_line(one)) if own else None
+
+
+def _of_answer(answer: Any) -> Fault:
+    """Return what an answer is that a command cannot go on with."""
+    status = answer.status_code
+    try:
+        content = answer.json()
+    except (ValueError, RuntimeError):
+        content = None
+    content = content if isinstance(content, dict) else {}
+    asked = answer.request
+    said = f"{asked.method} {urlparse(asked.url).path} was answered with {status} {answer.reason or ''}".rstrip()
+    if message := content.get("message"):
+        said += f": {str(message)[:_LONGEST_MESSAGE]}"
+    if _passes(status):
+        return Fault(said=said)
+    if content.get("error_code") in _MISSING:
+        return _refused(said, "missing", ModelNotFoundError)
+    if status < 400:
+        moved = f" after a redirection to {answer.url}" if answer.history else ""
+        return _refused(f"{said}{moved}, which is no answer of MLflow", "no MLflow")
+    why = f"HTTP {status}"
+    return _refused(said, why) if why in _RULES else _refused(said, "refused", InvalidSpecError)
+
+
+def _passes(status: int) -> bool:
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507, 508, 511))
+
+
+def _of_database(error: Any) -> Fault:
+    from sqlalchemy import exc
+
+    origin = getattr(error, "orig", None) or error
+    text = _text(origin)
+    if (collision := _of_collision(error)) is not None:
+        return collision
+    if isinstance(origin, sqlite3.Error):
+        passing = "locked" in text or "busy" in text
+    elif isinstance(error, (exc.OperationalError, exc.InterfaceError, exc.InternalError)):
+        state = getattr(origin, "pgcode", None) or getattr(origin, "sqlstate", None)
+        number = origin.args[0] if origin.args else None
+        if state:
+            passing = state.startswith(_PASSING_SQLSTATE) and state != "53100"
+        elif isinstance(number, int):
+            passing = number in _PASSING_MYSQL
+        else:
+            passing = not any(word in text for word in _NO_LOGIN)
+    else:
+        passing = isinstance(error, (exc.TimeoutError, exc.DisconnectionError))
+    if passing or getattr(error, "connection_invalidated", False):
+        return Fault(said=text)
+    why = next((number for words, number in _SQLITE.items() if words in text), "database")
+    return _refused(f"the tracking store: {text}", why)
+
+
+def _of_collision(error: BaseException) -> Fault | None:
+    """Return what a row is that is there already, in the words of SQLite, PostgreSQL, SQL Server or MySQL."""
+    text = str(error)
+    if not any(words in text for words in ("UNIQUE constraint failed", "duplicate key", "Duplicate entry")):
+        return None
+    found = _TABLE.search(text)
+    table = next(filter(None, found.groups()), "") if found else ""
+    # runs share the rows of data sets: the other one's is found next time. All others are this run's own
+    shared = table.startswith(("dataset", "input"))
+    return Fault(said=first_line(error)) if shared else _refused(_text(error), "collision")
+
+
+def _of_code(one: Any) -> Fault | None:
+    """Return what an error is that MLflow gave a code on purpose, or the system a number."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(one, MlflowException) and one.error_code != "INTERNAL_ERROR":
+        why = f"HTTP {one.get_http_status_code()}"
+        # 500 is also the status of codes that MLflow does not know
+        if one.error_code == "ABORTED" or (_passes(one.get_http_status_code()) and why != "HTTP 500"):
+            return Fault(said=first_line(one))
+        if one.error_code in _MISSING:
+            return _refused(_text(one), "missing", ModelNotFoundError)
+        return _refused(_text(one), why) if why in _RULES else _refused(_text(one), "refused", InvalidSpecError)
+    if isinstance(one, ImportError):
+        fix = f"pip install {one.name or 'it'}"
+        return Fault(said=_text(one), rule="this environment lacks a package that it needs", fix=fix, passing=False)
+    if isinstance(one, (ConnectionError, TimeoutError)) and not isinstance(one, BrokenPipeError):
+        return Fault(said=first_line(one))
+    if isinstance(one, OSError):
+        said = f"{one.filename}: {one.strerror}" if one.filename is not None else _text(one)
+        return _refused(said, one.errno if one.errno in _RULES else "file", OutputError)
+    return None
+
+
+def _text(error: BaseException) -> str:
+    """Return all that an error says, in one line."""
+    return " ".join(str(error).split())[:_LONGEST_MESSAGE].rstrip(".") or type(error).__name__

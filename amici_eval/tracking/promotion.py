@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.lease import held
-from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+from amici_eval.tracking.registry_tags import RegistryTags
 
 if TYPE_CHECKING:
     from amici_eval.tracking.lease import Lease
@@ -239,11 +239,10 @@ def _refusal(tags: RegistryTags, alias: str, version: str, expected: str | None,
 
 
 def _moved(tags: RegistryTags, alias: str, version: str | None, before: str | None) -> Promotion:
-    with registry_errors(tags.where):
-        if version is None:
-            tags.client.delete_registered_model_alias(tags.name, alias)
-        else:
-            tags.client.set_registered_model_alias(tags.name, alias, version)
+    if version is None:
+        tags.ask("delete_{}_alias", alias)
+    else:
+        tags.ask("set_{}_alias", alias, version)
     now = _seen(tags, alias).version
     moved = now == version
     reason = _move(alias, before, version)
@@ -267,8 +266,7 @@ def _pointing(version: str | None) -> str:
 
 def _version_must_exist(tags: RegistryTags, version: str, why: str = "") -> None:
     try:
-        with registry_errors(f"{tags.name} version {version}"):
-            tags.client.get_model_version(tags.name, version)
+        replace(tags, version=version).ask("get_{}")
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             value=f"{tags.name} has no version {version}",
@@ -300,8 +298,7 @@ class _Seen:
 
 
 def _seen(tags: RegistryTags, alias: str) -> _Seen:
-    with registry_errors(tags.where):
-        model = tags.client.get_registered_model(tags.name)
+    model = tags.ask("get_{}")
     version = str(model.aliases[alias]) if alias in model.aliases else None
     try:
         record = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 from contextlib import suppress
@@ -15,16 +16,19 @@ from urllib.parse import urlparse
 
 from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError, first_line, mask_secrets
 from amici_eval.tracking.heartbeat import close_abandoned
-from amici_eval.tracking.patience import is_passing
+from amici_eval.tracking.patience import asked_again, is_missing, set_patience, store_errors, tracking_errors
 from amici_eval.tracking.searching import all_pages, version_numbers
+from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:
+    from amici_eval.specs import TrackingSpec
     from amici_eval.tracking.stored_model import StoredModel
 
 __all__ = [
     "ResolvedModel",
     "check_model_name",
     "connect",
+    "connect_to",
     "find_dataset",
     "keep_artifacts_in",
     "known_model_id",
@@ -41,13 +45,15 @@ _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<
 _LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]+)/?")
 
 
-def connect(uri: str | None) -> str:
+def connect(uri: str | None, *, retry_s: float = 0.0) -> str:
     """Choose the tracking store for this process, make sure it answers, within seconds, and close abandoned runs in it.
 
     Parameters
     ----------
     uri
         Tracking URI; ``None`` keeps MLflow's own setting.
+    retry_s
+        How long a store that does not answer is asked again from now on.
 
     Returns
     -------
@@ -66,8 +72,49 @@ def connect(uri: str | None) -> str:
     mlflow.set_tracking_uri(absolute)
     # what is logged in the background can be lost without an error
     mlflow.config.enable_async_logging(enable=False)
+    set_patience(retry_s)
     close_abandoned(mlflow.MlflowClient(tracking_uri=absolute))
     return absolute
+
+
+def connect_to(tracking: TrackingSpec) -> str:
+    """Connect to a store for a command that starts a run; refuse a run or an experiment that cannot be used."""
+    uri = connect(tracking.uri, retry_s=tracking.retry_s)
+    if PARENT_RUN_VARIABLE not in os.environ:
+        _check_destination(tracking)
+    return uri
+
+
+@asked_again("finding the experiment")
+def _check_destination(tracking: TrackingSpec) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient()
+    run_id, number = os.environ.get("MLFLOW_RUN_ID"), os.environ.get("MLFLOW_EXPERIMENT_ID", "")
+    name = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    setting = f"MLFLOW_RUN_ID={run_id}" if run_id else f"MLFLOW_EXPERIMENT_ID={number}"
+    try:
+        if run_id:
+            number, name = client.get_run(run_id).info.experiment_id, None
+        by_id = name is None and number
+        experiment = client.get_experiment(number) if by_id else client.get_experiment_by_name(name or "Default")
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+        raise InvalidSpecError(
+            value=f"{setting}: the tracking store holds none of that id",
+            rule="results must go to a run or an experiment that is there",
+            fix="correct or unset the variable, or tracking.uri",
+        ) from error
+    # a name that is new makes an experiment
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise InvalidSpecError(
+            value=f"the experiment {experiment.name!r} is deleted",
+            rule="results must go to an experiment that is there",
+            fix=f"restore it (mlflow experiments restore --experiment-id {experiment.experiment_id}), or name another "
+            "with tracking.experiment=...",
+        )
 
 
 def _absolute_sqlite(uri: str) -> str:
@@ -96,7 +143,8 @@ def _check_reachable(uri: str) -> None:
                 max_retries=None if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set() else 0,
                 raise_on_status=False,
             )
-        elif scheme in _PORTS and parsed.hostname:
+            return
+        if scheme in _PORTS and parsed.hostname:
             address = (parsed.hostname, parsed.port or _PORTS[scheme])
             socket.create_connection(address, timeout=_TIMEOUTS_S[0]).close()
         elif scheme == "sqlite":
@@ -111,6 +159,12 @@ def _check_reachable(uri: str) -> None:
             fix="start the server, or correct tracking.uri or MLFLOW_TRACKING_URI; for a slow one, set "
             "MLFLOW_HTTP_REQUEST_TIMEOUT",
         ) from error
+    if scheme == "sqlite" or scheme in _PORTS:
+        from mlflow.store.db.utils import create_sqlalchemy_engine
+
+        # MLflow itself tries for minutes, whatever the database says
+        with tracking_errors(), create_sqlalchemy_engine(uri).connect():
+            pass
 
 
 def keep_artifacts_in(folder: Path, *, uri: str, experiment: str) -> None:
@@ -180,6 +234,7 @@ class ResolvedModel:
         }
 
 
+@asked_again("finding the model")
 def resolve_model(model_uri: str) -> ResolvedModel:
     """Find the logged model that a URI means.
 
@@ -203,6 +258,8 @@ def resolve_model(model_uri: str) -> ResolvedModel:
         try:
             logged = client.get_logged_model(model_id)
         except MlflowException as error:
+            if not is_missing(error):
+                raise
             raise ModelNotFoundError(
                 value=f"{model_uri}: there is no logged model {model_id}",
                 rule="the id must be one of this tracking store",
@@ -237,14 +294,10 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
     try:
         registered = client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise TrackingError(
-                value=f"the registry does not answer for {model_uri} ({first_line(error)})",
-                rule="it must be an MLflow server that you may read",
-                fix="check tracking.uri and your credentials",
-            ) from error
+        if not is_missing(error):
+            raise
         known: list[str] = []
-        with suppress(MlflowException):
+        with suppress(*store_errors()):
             known = [one.name for one in islice(all_pages(client.search_registered_models), _MODELS_SOUGHT)]
         near = get_close_matches(name, known, n=3)
         known = [*near, *(one for one in known if one not in near)][:_MODELS_NAMED]
@@ -275,6 +328,7 @@ def _registered_version(client: Any, name: str, version: str | None, alias: str 
     return client.get_model_version(name, version)
 
 
+@asked_again("finding the logged model")
 def known_model_id(model_id: str | None) -> str | None:
     """Return the id of a logged model if this store holds it: a folder may come from another one."""
     from mlflow import MlflowClient
@@ -284,7 +338,7 @@ def known_model_id(model_id: str | None) -> str | None:
         try:
             MlflowClient().get_logged_model(model_id)
         except MlflowException as error:
-            if is_passing(error):
+            if not is_missing(error):
                 raise
             logger.warning("logged model %s is not in this tracking store; the run will not be linked to it", model_id)
             return None
@@ -325,6 +379,7 @@ def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> 
     )
 
 
+@asked_again("finding the data")
 def _dataset_of_run(run_id: str) -> str | None:
     from mlflow import MlflowClient
     from mlflow.data import get_source
@@ -334,7 +389,9 @@ def _dataset_of_run(run_id: str) -> str | None:
 
     try:
         inputs = MlflowClient().get_run(run_id).inputs
-    except MlflowException:
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
         return None
     for entry in reversed(inputs.dataset_inputs if inputs else []):
         source = get_source(entry.dataset) if entry.dataset.source_type == "anndata" else None

@@ -2,57 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from amici_eval.errors import ModelNotFoundError, TrackingError, first_line
+from amici_eval.tracking.patience import patiently, tracking_errors
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["RegistryTags", "registry_errors"]
-
-
-@contextmanager
-def registry_errors(what: str) -> Iterator[None]:
-    """Turn errors of MLflow's registry into ours.
-
-    Parameters
-    ----------
-    what
-        The model or version that is asked about, for the message.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If it is not there.
-    TrackingError
-        If the registry does not answer or refuses.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise ModelNotFoundError(
-                value=f"{what}: {first_line(error)}",
-                rule="it must be in the registry",
-                fix="check the name, the version and tracking.uri",
-            ) from error
-        raise _no_answer(what, error) from error
-    except (RequestException, OSError) as error:
-        raise _no_answer(what, error) from error
-
-
-def _no_answer(what: str, error: Exception) -> TrackingError:
-    return TrackingError(
-        value=f"the registry does not answer for {what} ({first_line(error)})",
-        rule="it must be an MLflow server that you may read and write",
-        fix="check the server, tracking.uri and your credentials",
-    )
+__all__ = ["RegistryTags"]
 
 
 def _client() -> Any:
@@ -84,31 +40,28 @@ class RegistryTags:
         """What the tags are of, for messages."""
         return self.name if self.version is None else f"{self.name} version {self.version}"
 
-    def read(self) -> dict[str, str]:
-        """Return all tags.
+    def ask(self, call: str, *more: str) -> Any:
+        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ...
 
         Raises
         ------
         AmiciEvalError
             If the model is not there or the registry does not answer; so do the other methods.
         """
-        with registry_errors(self.where):
-            if self.version is None:
-                return dict(self.client.get_registered_model(self.name).tags)
-            return dict(self.client.get_model_version(self.name, self.version).tags)
+        of, where = (
+            ("registered_model", [self.name]) if self.version is None else ("model_version", [self.name, self.version])
+        )
+        with tracking_errors(self.where):
+            return patiently(partial(getattr(self.client, call.format(of)), *where, *more), what="asking the registry")
+
+    def read(self) -> dict[str, str]:
+        """Return all tags."""
+        return dict(self.ask("get_{}").tags)
 
     def write(self, key: str, value: str) -> None:
         """Set a tag."""
-        with registry_errors(self.where):
-            if self.version is None:
-                self.client.set_registered_model_tag(self.name, key, value)
-            else:
-                self.client.set_model_version_tag(self.name, self.version, key, value)
+        self.ask("set_{}_tag", key, value)
 
     def remove(self, key: str) -> None:
         """Delete a tag; one that is gone already is no error."""
-        with registry_errors(self.where):
-            if self.version is None:
-                self.client.delete_registered_model_tag(self.name, key)
-            else:
-                self.client.delete_model_version_tag(self.name, self.version, key)
+        self.ask("delete_{}_tag", key)

@@ -12,7 +12,7 @@ from amici_eval.errors import first_line
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
 from amici_eval.specs import settings_that_matter
-from amici_eval.tracking.patience import patiently
+from amici_eval.tracking.patience import asked_again, patiently, store_errors
 from amici_eval.tracking.searching import runs_anywhere
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
     return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
 
 
-def find_evaluation(fingerprint: str, *, retry_s: float = 0.0) -> str | None:
+def find_evaluation(fingerprint: str) -> str | None:
     """Return a run that holds such an evaluation and ended well, in any experiment; a refused search finds none."""
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
 
     condition = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}' and attributes.status = 'FINISHED'"
 
@@ -51,14 +49,15 @@ def find_evaluation(fingerprint: str, *, retry_s: float = 0.0) -> str | None:
         return next((run.info.run_id for run in runs_anywhere(MlflowClient(), condition)), None)
 
     try:
-        return patiently(search, seconds=retry_s, what="searching for an earlier evaluation")
-    except (MlflowException, RequestException) as error:
+        return patiently(search, what="searching for an earlier evaluation")
+    except store_errors() as error:
         logger.warning(
             "the store refused to search for an earlier evaluation (%s): a new one is made", first_line(error)
         )
         return None
 
 
+@asked_again("fetching an evaluation")
 def download_evaluation(run_id: str, folder: Path) -> Path:
     """Fetch an evaluation and its moments from a run into a folder, and return the folder."""
     import mlflow.artifacts

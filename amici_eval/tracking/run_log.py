@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.durable import is_disk_full
-from amici_eval.errors import OutputError, TrackingError, first_line
+from amici_eval.errors import OutputError, TrackingError
 from amici_eval.tracking.local_results import ARTIFACTS, RunRecord
-from amici_eval.tracking.patience import is_passing, patiently
+from amici_eval.tracking.patience import optional, patiently, understood
 from amici_eval.tracking.run_contents import write_artifacts
 from amici_eval.tracking.tracked_run import mark_whole
 
@@ -94,17 +94,21 @@ def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
         logger.error("interrupted while sending; all results are safe: amici-eval upload %s", folder)
         raise
     except Exception as error:
+        fault = understood(error)
+        if fault is None:
+            logger.error("all results are safe in %s; to send them again: amici-eval upload %s", folder, folder)
+            raise
+        back = "when the tracking store is back, run the same command again, or"
         raise TrackingError(
-            value=f"the run {record.run_id} could not be completed ({first_line(error)})",
-            rule=f"all results are safe in {folder}",
-            fix=f"when the tracking store is back, run the same command again, or: amici-eval upload {folder}",
+            value=f"the run {record.run_id} could not be completed ({fault.said})",
+            rule=f"all results are safe in {folder}; {fault.rule}",
+            fix=f"{back if fault.passing else f'{fault.fix}, then'}: amici-eval upload {folder}",
         ) from error
 
 
 def _send(folder: Path, record: RunRecord) -> None:
     from mlflow import MlflowClient
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
-    from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=record.tracking_uri)
     run_id = record.run_id
@@ -140,21 +144,35 @@ def _send(folder: Path, record: RunRecord) -> None:
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH], synchronous=True)
     client.log_artifacts(run_id, str(folder / ARTIFACTS))
+    _check_arrived(client, folder / ARTIFACTS, record)
     # last: a version or model that points to a run points to a complete one
-    try:
+    with optional("the model could not be tagged with its evaluation", unless_passing=True):
         if record.model_id is not None:
             client.set_logged_model_tags(record.model_id, {"amici_eval.evaluation_run_id": run_id})
         if record.model_name is not None and record.model_version is not None:
             client.set_model_version_tag(
                 record.model_name, record.model_version, "amici_eval.evaluation_run_id", run_id
             )
-    except MlflowException as error:
-        # a user may read a model and not write to it; the run itself is complete
-        if is_passing(error):
-            raise
-        logger.warning("the model could not be tagged with its evaluation: %s", first_line(error))
     if record.whole:
         mark_whole(client, run_id)
+
+
+def _check_arrived(client: Any, folder: Path, record: RunRecord) -> None:
+    """Read back what was sent: MLflow takes any answer with 200 for a success, also a login page or an empty one."""
+    held = client.get_run(record.run_id).data
+    lacking = {*record.params, *record.metrics, *record.series, *record.tags}
+    lacking -= {*held.params, *held.metrics, *held.tags}
+    # one may be allowed to write to a store of artifacts, and not to list it
+    with optional("what was sent could not be listed", unless_passing=True):
+        for path in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
+            within = path.relative_to(folder).as_posix()
+            there = {item.path for item in client.list_artifacts(record.run_id, None if path == folder else within)}
+            lacking |= {one.relative_to(folder).as_posix() for one in path.iterdir() if one.is_file()} - there
+    if lacking:
+        msg = (
+            f"the store took what was sent, and does not hold {', '.join(sorted(lacking)[:3])} ({len(lacking)} in all)"
+        )
+        raise ConnectionError(msg)
 
 
 def _missing_steps(

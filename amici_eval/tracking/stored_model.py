@@ -6,12 +6,14 @@ import hashlib
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amici_eval.errors import ModelFormatError, ModelNotFoundError, first_line
+from amici_eval.errors import InvalidSpecError, ModelFormatError, ModelNotFoundError, OutputError, first_line
+from amici_eval.tracking.patience import patiently, tracking_errors
 from amici_eval.untrusted import odd_character, read_plain_file
 
 if TYPE_CHECKING:
@@ -79,9 +81,6 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
     ModelFormatError
         If it is of another flavor or damaged.
     """
-    import mlflow.artifacts
-    from mlflow.exceptions import MlflowException
-
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
     from amici_eval.model.manifest import MANIFEST, check_recorded, damaged, listed_files
 
@@ -89,14 +88,7 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
         if Path(model_uri).is_dir():
             folder = Path(model_uri)
         else:
-            try:
-                folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=staging))
-            except (MlflowException, OSError, ValueError) as error:
-                raise ModelNotFoundError(
-                    value=f"{model_uri} cannot be fetched ({first_line(error)})",
-                    rule="it must name a model in the tracking store or a local folder",
-                    fix="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID, and check tracking.uri",
-                ) from error
+            folder = _fetched(model_uri, staging)
         settings = _flavor_settings(folder, model_uri)
         data = (folder / settings["data"]).resolve() if settings["data"] else folder
         if not settings["data"] or not data.is_relative_to(folder.resolve()) or not data.is_dir():
@@ -119,6 +111,21 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
             data_path=settings["data"],
             digest=hashlib.sha256((data / MANIFEST).read_bytes()).hexdigest(),
         )
+
+
+def _fetched(model_uri: str, staging: str) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    fetch = partial(download_artifacts, artifact_uri=model_uri, dst_path=staging)
+    try:
+        with tracking_errors():
+            return Path(patiently(fetch, what="fetching the model"))
+    except (ModelNotFoundError, InvalidSpecError, OutputError, ValueError) as error:
+        raise ModelNotFoundError(
+            value=f"{model_uri} cannot be fetched ({getattr(error, 'value', None) or first_line(error)})",
+            rule="it must name a model in the tracking store or a local folder",
+            fix="write models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID, and check tracking.uri",
+        ) from error
 
 
 def _flavor_settings(folder: Path, model_uri: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.errors import InvalidSpecError, TrackingError, first_line
 from amici_eval.masking import mask_mapping, masked
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
-from amici_eval.tracking.patience import patiently
+from amici_eval.tracking.patience import is_missing, patiently, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +101,7 @@ def start_run(
         own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
         if go_on is not None:
             own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
-        return mlflow.start_run(
+        run = mlflow.start_run(
             run_id=run_id,
             # children are shown where their parent is
             experiment_id=mlflow.get_run(above).info.experiment_id if above and experiment is None else None,
@@ -110,6 +110,13 @@ def start_run(
             nested=parent is not None,
             tags={**tags, **own_tags},
         )
+        if not run.info.run_id:
+            # MLflow takes an empty answer with 200 for a success
+            with contextlib.suppress(*store_errors()):
+                mlflow.end_run()
+            msg = "the server answered with no run"
+            raise ConnectionError(msg)
+        return run
 
     # a run whose start was not answered has signs of life of this process, and is closed when it is gone
     run = patiently(start, seconds=retry_s, what="starting the run")
@@ -129,7 +136,7 @@ def _contents(run_id: str) -> str:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
     if run is None or run.info.lifecycle_stage != "active":
         raise InvalidSpecError(
@@ -171,14 +178,12 @@ def mark_whole(client: Any, run_id: str) -> None:
         client.delete_tag(run_id, PARTIAL_TAG)
     except MlflowException as error:
         # it was not there
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
 
 
 def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bool) -> None:
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
 
     client = mlflow.MlflowClient()
 
@@ -195,7 +200,7 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
         if partial and PARTIAL_TAG in client.get_run(run_id).data.tags:
             client.set_tag(run_id, PARTIAL_TAG, partial)
             client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command takes up what is finished.")
-    except (MlflowException, RequestException, OSError) as error:
+    except store_errors() as error:
         # the body's own error matters more and says how to go on
         logger.log(
             logging.DEBUG if safe else logging.ERROR,
@@ -205,5 +210,5 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
             first_line(error),
         )
     finally:
-        with contextlib.suppress(MlflowException, RequestException, OSError):
+        with contextlib.suppress(*store_errors()):
             mlflow.end_run(status)

@@ -15,6 +15,7 @@ from amici_eval.errors import TrackingError, mask_secrets
 from amici_eval.finished_parts import FinishedParts
 from amici_eval.tracking.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.local_results import RECORD_FILE, output_folder
+from amici_eval.tracking.patience import is_missing, store_errors, understood
 from amici_eval.tracking.tracked_run import NOTE_TAG, PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ class UnfinishedWork:
                 continue
             try:
                 run = mlflow.MlflowClient().get_run(one.run_id)
-            except MlflowException:
+            except MlflowException as error:
+                if not is_missing(error):
+                    raise
                 continue
             # a run whose last answer was lost is whole, and does not know that its folder can go
             ended = run.info.status == "FINISHED" and not (one.folder / RECORD_FILE).exists()
@@ -168,8 +171,6 @@ class UnfinishedWork:
     def _point_to_successor(self, run_id: str) -> None:
         """Let interrupted runs whose parts were taken into another say so."""
         import mlflow
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
 
         for one in self._left:
             if (
@@ -184,7 +185,7 @@ class UnfinishedWork:
                 client = mlflow.MlflowClient()
                 client.set_tag(one.run_id, CONTINUED_TAG, run_id)
                 client.set_tag(one.run_id, NOTE_TAG, f"**Partial**: what it finished went into run {run_id}.")
-            except (MlflowException, RequestException, OSError) as error:
+            except store_errors() as error:
                 # it may have been deleted, and all is sent
                 logger.debug("run %s could not be tagged: %s", one.run_id, error)
 
@@ -223,9 +224,9 @@ class UnfinishedWork:
         if kept == 0 and not (folder / RECORD_FILE).exists() and not isinstance(error, KeyboardInterrupt):
             shutil.rmtree(folder, ignore_errors=True)
         elif not isinstance(error, TrackingError):
-            logger.warning(
-                "what is finished is kept in %s%s; the same command again goes on from there", folder, self.finished()
-            )
+            fault = None if error is None else understood(error)
+            again = "the same command again" if fault is None or fault.passing else "after that is mended, the command"
+            logger.warning("what is finished is kept in %s%s; %s goes on from there", folder, self.finished(), again)
 
     def _release(self) -> None:
         for lock in [one.lock for one in self._left] + ([] if self._own is None else [self._own[1]]):

@@ -18,7 +18,8 @@ from amici_eval.errors import (
     first_line,
 )
 from amici_eval.tracking.lease import held
-from amici_eval.tracking.registry_tags import RegistryTags, registry_errors
+from amici_eval.tracking.patience import patiently, tracking_errors
+from amici_eval.tracking.registry_tags import RegistryTags
 from amici_eval.tracking.searching import all_pages
 
 if TYPE_CHECKING:
@@ -196,15 +197,13 @@ def _one_version(
 
 def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], str]) -> Watched:
     """Judge a version; an error that this raises is written to its tags, so that it is not tried for ever."""
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
     try:
-        outcome = judge(f"models:/{tags.name}/{version}")
+        with tracking_errors():
+            outcome = judge(f"models:/{tags.name}/{version}")
     except (TrackingError, LeaseHeldError):
         # it says nothing about the version: the server is gone, or somebody else moves the alias
         raise
-    except (AmiciEvalError, MlflowException, RequestException) as error:
+    except AmiciEvalError as error:
         return _failed(tags, version, key, _reason(error))
     except Exception as error:
         # unforeseen: it ends this watcher, and must not end its successors more than a few times
@@ -247,10 +246,14 @@ def _reason(error: Exception) -> str:
 
 def _versions(name: str) -> list[tuple[str, dict[str, str]]]:
     """Return the versions of a model with their tags, oldest first."""
-    registered = RegistryTags(name=name)
-    with registry_errors(name):
-        client = registered.client
+    client = RegistryTags(name=name).client
+
+    def ask() -> list[Any]:
         found = list(all_pages(partial(client.search_model_versions, f"name='{name}'")))
         if not found:
             client.get_registered_model(name)  # an error if there is no such model
+        return found
+
+    with tracking_errors(name):
+        found = patiently(ask, what="listing the versions")
     return [(str(one.version), dict(one.tags)) for one in sorted(found, key=lambda one: int(one.version))]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
+from requests import ConnectionError as RequestsConnectionError
 
 from amici_eval.specs import TrackingSpec
 from amici_eval.tracking import heartbeat
@@ -171,7 +172,9 @@ def waiting(monkeypatch) -> list[float]:
 
 
 def test_a_store_that_comes_back_is_waited_for(monkeypatch):
-    waits, answers = waiting(monkeypatch), [ConnectionError("a"), MlflowException("b"), "done"]
+    lost = MlflowException("b")
+    lost.__cause__ = RequestsConnectionError("gone")
+    waits, answers = waiting(monkeypatch), [ConnectionError("a"), lost, "done"]
 
     def ask():
         answer = answers.pop(0)
@@ -221,6 +224,7 @@ def test_patience_ends(monkeypatch):
         ValueError("x"),
         OSError(28, "No space left on device"),
         PermissionError(13, "denied"),
+        MlflowException("what has no code says nothing"),
         MlflowException("RESOURCE_DOES_NOT_EXIST", error_code=5),
         MlflowException("(sqlite3.OperationalError) database or disk is full"),
         MlflowException("(sqlite3.IntegrityError) NOT NULL constraint failed: a.b", error_code=BAD_REQUEST),

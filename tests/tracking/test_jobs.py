@@ -7,6 +7,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
 
 import amici_eval
@@ -141,7 +142,7 @@ def test_a_failing_store_loses_nothing_and_upload_finishes(registry, tmp_path, m
 
     def gone(*arguments, **options):
         message = "connection lost"
-        raise MlflowException(message)
+        raise MlflowException(message) from requests.ConnectionError(message)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", gone)
     with pytest.raises(

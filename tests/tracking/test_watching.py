@@ -88,7 +88,7 @@ def test_a_verdict_that_comes_while_the_lease_is_waited_for_counts(bare_model, m
     ("error", "reason"),
     [
         (DataError(value="no data", rule="there must be some", fix="pass it"), "no data: there must be some; pass it"),
-        (MlflowException("no artifact\nat all"), "MlflowException: no artifact"),
+        (MlflowException("no artifact\nat all"), "no artifact at all: MLflow refuses this; do what it says"),
     ],
 )
 def test_what_cannot_be_judged_is_tried_three_times_and_left(bare_model, caplog, error, reason):
