@@ -37,37 +37,6 @@ def evaluate_baselines(
 ) -> Baselines:
     """Learn what composition, expression of neighbours and position explain without any head, and what heads add.
 
-    Parameters
-    ----------
-    access
-        The tissue; cells that are not evaluated serve as neighbours, and for fitting where the model was fitted on
-        them.
-    receivers
-        Evaluated rows by cell type, on which baselines are scored, as the heads are.
-    expl_var, expl_var_full
-        Of each head kept alone and of the whole model, types in the order of ``receivers``.
-    fitted
-        Which cells of the tissue the model was fitted on: baselines are fitted on those of the type. ``None``, or none
-        of any evaluated type (a new tissue): on all evaluated cells.
-    without_nearest
-        What each head kept alone, and in the last row the whole model, explain without the nearest neighbour, to go
-        with the result; ``None``: NaN.
-    n_folds
-        Cells that are both fitted and scored are predicted by the fit to the other folds of them and all other fitted
-        cells; 1: by the fit that has seen them.
-    progress
-        Called with the number of evaluated cells finished since the last call.
-
-    Returns
-    -------
-    Baselines
-        NaN for types with fewer than 10 cells to fit or fewer than 2 to score.
-
-    Raises
-    ------
-    ValueError
-        If ``expl_var`` or ``expl_var_full`` is not of these types, or there are too many folds.
-
     Notes
     -----
     Each is a ridge regression of all genes of a type, one penalty a type by generalised cross-validation. ``position``

@@ -81,23 +81,7 @@ def evaluate_types(
     launcher: Launcher | None = None,
     parts: FinishedParts | None = None,
 ) -> Types:
-    """Evaluate all types.
-
-    Parameters
-    ----------
-    access
-        The model on the tissue.
-    receivers
-        Evaluated rows by type.
-    spec, n_permutations, modes
-        Settings.
-    progress
-        Told how far the work is.
-    launcher
-        Evaluates the types; ``None``: this process does. What spans types is done here in either case.
-    parts
-        Gives what is finished already, and keeps what gets finished; ``None``: nothing is kept.
-    """
+    """Evaluate all types."""
     usable = {cell_type: rows for cell_type, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
     everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
     n_heads, n_receivers = access.card.n_heads, sum(len(rows) for rows in receivers.values())

@@ -355,13 +355,7 @@ class Lineage:
 
 
 def check_settings(record: Mapping[str, Any]) -> None:
-    """Refuse plain values of a comparison that are not of the kind that is written.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        With the entry.
-    """
+    """Refuse plain values of a comparison that are not of the kind that is written."""
     numbers = [*((name, record.get(name, 0)) for name in ("unmatched", "margin", "alpha", "confidence", "seed"))]
     for number, one in enumerate(record["lineages"]):
         if not all(head is None or (type(head) is int and 0 <= head < 2**31) for head in one["heads"]):

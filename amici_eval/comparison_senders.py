@@ -138,15 +138,7 @@ class SenderDifferences(NamedArrays):
 
 
 def sender_differences_frame(labels: Sequence[str], found: Sequence[SenderDifferences]) -> pd.DataFrame:
-    """Return a row per matched head x receiver type x sender type, of all pairs of versions.
-
-    Parameters
-    ----------
-    labels
-        Names of the versions.
-    found
-        Of pairs of consecutive versions.
-    """
+    """Return a row per matched head x receiver type x sender type, of all pairs of versions."""
     import pandas as pd
 
     parts = []

@@ -321,37 +321,19 @@ def data_uri(config: DictConfig) -> str | None:
 
 
 def evaluation_spec(config: DictConfig) -> EvaluationSpec:
-    """Return the settings of an evaluation.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a value is not allowed.
-    """
+    """Return the settings of an evaluation."""
     values = _plain(config)
     data = {name: value for name, value in values["data"].items() if name not in ("uri", "table")}
     return spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]})
 
 
 def comparison_spec(config: DictConfig) -> ComparisonSpec:
-    """Return the settings of a comparison.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a value is not allowed.
-    """
+    """Return the settings of a comparison."""
     return ComparisonSpec(**_plain(config)["compare"])
 
 
 def gate_spec(config: DictConfig) -> GateSpec:
-    """Return the rules of a gate.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a rule is not allowed.
-    """
+    """Return the rules of a gate."""
     values = _plain(config)["gate"]
     for rule in values["rules"].values():
         for name in ("at_least", "at_most", "margin", "min_cells"):
@@ -362,13 +344,7 @@ def gate_spec(config: DictConfig) -> GateSpec:
 
 
 def launch_spec(config: DictConfig) -> LaunchSpec:
-    """Return the settings of where types are evaluated.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a value is not allowed.
-    """
+    """Return the settings of where types are evaluated."""
     return LaunchSpec(**_plain(config)["launch"])
 
 

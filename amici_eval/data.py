@@ -89,13 +89,7 @@ def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimen
 
 
 def expression_matrix(adata: AnnData, layer: str | None) -> Any:
-    """Return the expression of a layer (``None`` and ``"X"``: ``adata.X``), dense or CSR; no copy where possible.
-
-    Raises
-    ------
-    DataError
-        If there is none, it lies on disk by genes (CSC), or it cannot be brought into this machine's memory.
-    """
+    """Return the expression of a layer (``None`` and ``"X"``: ``adata.X``), dense or CSR; no copy where possible."""
     if layer is None or layer == "X":
         if adata.X is None:
             raise missing(adata, "X", None, rule="it must hold the expression", fix="name the layer as data.layer")
@@ -163,11 +157,6 @@ def content_digest(adata: AnnData) -> str:
     entries of ``obsm`` (ragged ones are left out). Names that begin with ``_`` are left out: model set-up writes such
     columns. ``uns``, ``varm``, ``obsp`` and ``raw`` are left out. It does not depend on sparse or dense storage, file
     format or block size. A layer that lies on disk by genes (CSC) is read into memory for it, one at a time.
-
-    Raises
-    ------
-    DataError
-        If ``X`` lies on disk by genes.
     """
     check_is_filled(adata)
     digest = hashlib.blake2b(digest_size=16)

@@ -39,21 +39,7 @@ def run_demo(
     tracking: TrackingSpec,
     say: Callable[..., None],
 ) -> None:
-    """Simulate, train, register, evaluate, and print what was found beside what was planted.
-
-    Parameters
-    ----------
-    seed
-        Of the tissue; the two trainings take ``seed`` and ``seed + 1``.
-    output_dir
-        Folder for tissue, models and, unless ``tracking.uri`` is given, the tracking database.
-    n_permutations
-        For the tests; ``None`` takes the default.
-    tracking
-        Where to log.
-    say
-        Prints lines.
-    """
+    """Simulate, train, register, evaluate, and print what was found beside what was planted."""
     from dataclasses import replace
 
     from amici_eval.model.training import DEMO_TRAINING, train_amici
@@ -125,15 +111,7 @@ def run_demo(
 
 
 def planted_table(evaluation: HeadEvaluation, effects: Sequence[PlantedEffect]) -> list[str]:
-    """Return, as lines, the head that found each planted effect, and how many others are significant.
-
-    Parameters
-    ----------
-    evaluation
-        Of a model trained on the tissue.
-    effects
-        What was planted.
-    """
+    """Return, as lines, the head that found each planted effect, and how many others are significant."""
     rows = [
         ("receiver", "planted sender", "full model EV", "head", "EV of planted genes", "adjusted p", "its top genes")
     ]

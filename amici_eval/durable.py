@@ -26,18 +26,6 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file of another name, and give it its own name once it is on disk.
 
-    Parameters
-    ----------
-    path
-        The file; one that is there is replaced in one step.
-    write
-        Takes the path that it writes to.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; what was there before is still there then.
-
     Notes
     -----
     The file is flushed to disk before it is renamed, and the folder after: a crash of the machine leaves the old file

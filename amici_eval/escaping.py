@@ -36,21 +36,7 @@ _GUARDED = re.compile(r"'+[=+\-@\t\r\n＝＋－＠]")
 
 
 def printable(text: object, *, longest: int | None = None) -> str:
-    r"""Return text that is safe to draw and print, on one line.
-
-    Parameters
-    ----------
-    text
-        Any value.
-    longest
-        Cut with an ellipsis beyond this number of characters.
-
-    Returns
-    -------
-    str
-        The text with ``\x1b``, ``\u202e`` and the like for control characters, line breaks, marks of direction,
-        invisible marks and lone surrogates.
-    """
+    r"""Return text that is safe to draw and print, on one line."""
     safe = _UNPRINTABLE.sub(_shown, str(text))
     return safe if longest is None or len(safe) <= longest else safe[: longest - 1] + "…"
 
@@ -102,16 +88,7 @@ def from_csv_text(text: str) -> str:
 
 
 def terminal_text(text: str, *, commands: bool = False) -> str:
-    """Return text for a terminal or a log: line breaks and tabs stay, other unprintable characters are shown.
-
-    Parameters
-    ----------
-    text
-        One or several lines.
-    commands
-        Whether lines are read by a GitHub runner, which obeys ``::command::`` at the start of a line and
-        ``##[command]`` anywhere.
-    """
+    """Return text for a terminal or a log: line breaks and tabs stay, other unprintable characters are shown."""
     safe = _UNPRINTABLE.sub(lambda found: found[0] if found[0] in "\n\t" else _shown(found), text)
     if commands:
         safe = re.sub(r"(?m)^(\s*):(?=:)", r"\1\\x3a", safe).replace("##[", r"#\x23[")

@@ -71,21 +71,6 @@ def free_test(
     """Test each head against permutations of all cells of the type.
 
     Null: the cells are exchangeable. In spatially autocorrelated tissue they are not, and the test is anticonservative.
-
-    Parameters
-    ----------
-    factors, images
-        F and Z (:func:`amici_eval.stats.moments.factors_of`), cells in canonical order.
-    test
-        Method, convention and seed.
-    sampling
-        ``independent`` or ``cyclic``.
-    cell_type, n_permutations
-        Label and number of the permutations.
-    dead
-        Heads to leave out.
-    device, n_threads, progress
-        As in :func:`amici_eval.stats.factor_nulls.factor_exceedances`.
     """
     n_cells, _, n_heads = factors.shape
     stream = PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells)

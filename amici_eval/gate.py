@@ -40,15 +40,6 @@ def decide(
 ) -> str:
     """Return ``pass``, ``fail`` or ``undecided`` for one element.
 
-    Parameters
-    ----------
-    element
-        What is judged.
-    at_least, at_most
-        Bounds; ``None``: none.
-    strict
-        Whether ``at_least`` itself is outside.
-
     Notes
     -----
     It passes if the whole interval lies within the bounds, fails if the whole interval lies beyond one of them, and is

@@ -209,13 +209,7 @@ class GateSpec:
 
 
 def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
-    """Return the settings that plain values hold, rules as name -> mapping; a rule that is ``None`` is left out.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a value is not allowed.
-    """
+    """Return the settings that plain values hold, rules as name -> mapping; a rule that is ``None`` is left out."""
     _check_kinds(values)
     rules, left_out = [], []
     for name, given in values["rules"].items():
@@ -304,14 +298,7 @@ def gate_key(
     comparison: ComparisonSpec,
     gate: GateSpec,
 ) -> str:
-    """Return a hash of what a verdict depends on besides the version: 12 hexadecimal digits.
-
-    Parameters
-    ----------
-    baseline, data_uri, spec, comparison, gate
-        The configuration of a gate. Settings that change numbers by rounding only do not count, and a file is the same
-        from whichever folder it is named.
-    """
+    """Return a hash of what a verdict depends on besides the version: 12 hexadecimal digits."""
     where = data_uri if data_uri is None or "://" in data_uri else str(Path(data_uri).expanduser().absolute())
     settings = [baseline, where, settings_that_matter(spec), asdict(comparison), gate.to_dict()]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]

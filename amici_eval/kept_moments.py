@@ -71,23 +71,7 @@ def kept_moments(
     tiling: Tiling,
     senders: Senders | None = None,
 ) -> Moments:
-    """Return what is kept of an evaluation for later questions.
-
-    Parameters
-    ----------
-    access
-        The model on the tissue.
-    receivers
-        Evaluated rows by type.
-    everyone
-        The same of all types with cells enough, type after type.
-    evaluated
-        By type, in the order of ``receivers``.
-    outputs, sketch, tiling
-        Of the cells of ``everyone``.
-    senders
-        If they were asked for.
-    """
+    """Return what is kept of an evaluation for later questions."""
     types = tuple(receivers)
     parts = [
         (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None

@@ -55,18 +55,6 @@ _PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[\s\S]*?(?:-----END [A-Z
 def mask_secrets(text: str) -> str:
     """Return a text without what looks like a credential.
 
-    Parameters
-    ----------
-    text
-        Any text: a URI, a message, a command line.
-
-    Returns
-    -------
-    str
-        The text with ``***`` for: the user's part and the query of a URI; the value of ``password=``, ``token:``,
-        ``AWS_SECRET_ACCESS_KEY=`` and the like; what follows ``Authorization:``, ``Bearer`` or ``Basic``; keys of AWS,
-        GitHub, GitLab, Hugging Face, Databricks and Slack, JSON web tokens and private keys in PEM.
-
     Notes
     -----
     It goes by form: a password alone, with nothing that says what it is, is not recognised. A masked text stays as it

@@ -73,21 +73,7 @@ class RowReader(Protocol):
 
 
 def open_rows(matrix: Any, *, name: str = "a matrix of the AnnData") -> RowReader:
-    """Return row access to a matrix.
-
-    Parameters
-    ----------
-    matrix
-        Dense array, scipy sparse matrix, HDF5 dataset, zarr array, or sparse dataset of an AnnData on disk; rows of
-        anything else are brought into memory. Of a CSR matrix on disk, one offset per row is kept in memory.
-    name
-        What to call the matrix in a message.
-
-    Raises
-    ------
-    DataError
-        If it lies on disk by columns, where reading a row would read everything, or holds no numbers.
-    """
+    """Return row access to a matrix."""
     if _is_sparse_dataset(matrix):
         check_rows_can_be_read(matrix, name)
         return _CSROnDisk(matrix.group, tuple(matrix.shape), np.dtype(matrix.dtype))
@@ -97,13 +83,7 @@ def open_rows(matrix: Any, *, name: str = "a matrix of the AnnData") -> RowReade
 
 
 def in_memory(matrix: Any, name: str) -> Any:
-    """Return a matrix, or rows of one, as a NumPy array or CSR matrix in this machine's memory; no copy where possible.
-
-    Raises
-    ------
-    DataError
-        If it lies elsewhere and cannot be brought here, or holds no numbers.
-    """
+    """Return a matrix, or rows of one, as a NumPy array or CSR matrix in memory; no copy where possible."""
     kind = f"{type(matrix).__module__.partition('.')[0]} {type(matrix).__name__}"
     try:
         if hasattr(matrix, "compute"):

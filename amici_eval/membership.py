@@ -65,25 +65,6 @@ def fitted_cells(
 ) -> Bool[np.ndarray, " cells"] | None:
     """Return which cells a model was fitted on; ``None`` if that is not known.
 
-    Parameters
-    ----------
-    card
-        Names of the training cells and their fingerprints. Models of older versions have no fingerprints: then names
-        alone decide.
-    names, coordinates
-        Of the cells at hand.
-    expression
-        Returns the fingerprints of their expression (:func:`expression_prints`); called only if names and places do
-        not decide.
-    notes
-        Gets what was found.
-
-    Raises
-    ------
-    DataError
-        If many cells have the name of a training cell but neither its place nor its expression, and that training cell
-        is nowhere else.
-
     Notes
     -----
     Cells without the name of a training cell are training cells if place and expression agree; if one of both agrees,

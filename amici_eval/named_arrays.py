@@ -60,13 +60,7 @@ class NamedArrays:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
-        """Read what :meth:`to_record` gave.
-
-        Raises
-        ------
-        KeyError, TypeError, ValueError
-            If a field is missing, unknown, or of another size or kind.
-        """
+        """Read what :meth:`to_record` gave."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
         cls._check_plain(values)
         own = {**sizes, **cls.sizes_in(values)}
@@ -121,13 +115,7 @@ def _is_of(kind: str, value: Any) -> bool:
 
 
 def read_named(path: Path, from_json: Callable[[bytes], _Read]) -> _Read:
-    """Return what a JSON file holds; a message names the file.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read, or ``from_json`` refuses it.
-    """
+    """Return what a JSON file holds; a message names the file."""
     try:
         return from_json(read_plain_file(path, limit=_MOST_BYTES, links=True))
     except DataError as error:

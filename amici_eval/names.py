@@ -18,23 +18,7 @@ _WHOLE = re.compile(r"(-?\d+)\.0*")
 
 
 def slugify(label: str, among: Iterable[str] = ()) -> str:
-    """Return a name for a label that is safe in metric keys and file names.
-
-    Parameters
-    ----------
-    label
-        Any text, for example a cell type such as ``"CD8+_T_Cells"``, ``"Microglia/PVM"`` or ``"β cell"``.
-    among
-        All labels that get names beside it.
-
-    Returns
-    -------
-    str
-        The label itself if it has only ASCII letters, digits and ``_`` and no other label differs by case only; else
-        these with every other run of characters replaced by ``_`` and a hash of the whole label behind a ``-``, so that
-        different labels never share a name (``"A+"`` and ``"A/"`` differ), not even on a disk or in a database that
-        does not tell upper from lower case.
-    """
+    """Return a name for a label that is safe in metric keys and file names."""
     twins = any(one != label and _SAFE.fullmatch(one) and one.lower() == label.lower() for one in among)
     if _SAFE.fullmatch(label) and len(label) <= _LONGEST and not twins:
         return label
@@ -44,15 +28,7 @@ def slugify(label: str, among: Iterable[str] = ()) -> str:
 
 
 def meant_by(text: str, known: Iterable[str]) -> list[str]:
-    """Return the known labels that a text means: itself, else those that are the same whole number or truth value.
-
-    Parameters
-    ----------
-    text
-        As a user writes it, or another program wrote it: ``"1"``, ``"1.0"``, ``"true"``.
-    known
-        Labels as text.
-    """
+    """Return the known labels that a text means: itself, else those that are the same whole number or truth value."""
     labels = list(known)
     return [text] if text in labels else [label for label in labels if _plain(label) == _plain(text)]
 

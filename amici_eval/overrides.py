@@ -33,24 +33,7 @@ _CALL = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\((.*)\)", re.
 
 
 def check_override(command: str, text: str, *, configs: Path | None, sweep: bool = False) -> None:
-    """Refuse a setting that does not exist or takes no such value, before Hydra does in words of its own.
-
-    Parameters
-    ----------
-    command
-        Whose settings.
-    text
-        ``key=value``, as Hydra reads it.
-    configs
-        Folder of the groups' options; ``None``: options may lie elsewhere, too.
-    sweep
-        Whether a comma separates the values of a sweep.
-
-    Raises
-    ------
-    InvalidSpecError
-        With the names nearest to what was typed.
-    """
+    """Refuse a setting that does not exist or takes no such value, before Hydra does in words of its own."""
     key, _, value = text.partition("=")
     schema, path = SCHEMAS[command], key.split(".")
     for depth, name in enumerate(path):
@@ -96,28 +79,7 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
 
 
 def hydra_override(text: str, *, command: str = "evaluate", sweep: bool = False) -> str:
-    """Return an override that Hydra reads as the user meant it.
-
-    Parameters
-    ----------
-    text
-        ``key=value`` as typed.
-    command
-        Whose settings: its schema says what is text.
-    sweep
-        Whether a comma separates the values of a sweep.
-
-    Returns
-    -------
-    str
-        The same, with text quoted where the schema has text, alone or in a list, a mapping or a sweep, so that Hydra
-        reads no number in it (``data.subset.value=007``), and where Hydra's grammar would refuse it.
-
-    Raises
-    ------
-    InvalidSpecError
-        If it is no override at all, or a sweep over texts calls a function of Hydra that makes numbers of them.
-    """
+    """Return an override that Hydra reads as the user meant it."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InvalidSpecError(

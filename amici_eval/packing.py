@@ -21,24 +21,7 @@ class DamagedPackError(ValueError):
 
 
 def write_pack(path: Path, value: Any, *, label: Mapping[str, str]) -> None:
-    """Write dataclasses of arrays and plain values.
-
-    Parameters
-    ----------
-    path
-        The file.
-    value
-        Dataclasses, arrays of numbers, tuples, lists, dicts, texts, numbers and ``None``, nested at will.
-    label
-        What the value is of; :func:`read_pack` asks for the same.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written.
-    TypeError
-        If the value holds anything else.
-    """
+    """Write dataclasses of arrays and plain values."""
     from safetensors.numpy import save
 
     arrays: dict[str, np.ndarray] = {}
@@ -50,24 +33,7 @@ def write_pack(path: Path, value: Any, *, label: Mapping[str, str]) -> None:
 
 
 def read_pack(path: Path, *, label: Mapping[str, str], classes: Sequence[type[Any]]) -> Any:
-    """Read what :func:`write_pack` wrote, bit for bit.
-
-    Parameters
-    ----------
-    path
-        The file.
-    label
-        What it must be of.
-    classes
-        Dataclasses that it may hold.
-
-    Raises
-    ------
-    DamagedPackError
-        If it is damaged or of something else.
-    FileNotFoundError
-        If there is none.
-    """
+    """Read what :func:`write_pack` wrote, bit for bit."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -62,15 +62,7 @@ class Parity:
 
 
 def check_parity(access: FactorAccess, receivers: Mapping[str, np.ndarray]) -> Parity:
-    """Compare both engines on a few cells of every type, under every ablation that the test uses.
-
-    Parameters
-    ----------
-    access
-        The factored engine; ``access.hooked`` is the other.
-    receivers
-        Evaluated rows by type.
-    """
+    """Compare both engines on a few cells of every type, under every ablation that the test uses."""
     rows = np.concatenate(
         [
             members[np.linspace(0, len(members) - 1, min(PARITY_CELLS, len(members))).astype(np.int64)]

@@ -26,11 +26,6 @@ def project_overrides(arguments: list[str], command: str = "evaluate") -> list[s
 
     An empty value means the default; ``overrides`` is split at spaces as a shell would; names that are short for a
     setting are written out; anything else is passed on as ``key=value``.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a value is missing, or ``overrides`` holds an open quotation mark.
     """
     import shlex
 

@@ -90,13 +90,7 @@ class RayLauncher:
                     shutil.rmtree(self._folder, ignore_errors=True)
 
     def prepare(self, n_tasks: int) -> None:
-        """Start as many workers as are wanted and have something to do; they import what they need meanwhile.
-
-        Raises
-        ------
-        LaunchError
-            If the cluster has fewer processors.
-        """
+        """Start as many workers as are wanted and have something to do; they import what they need meanwhile."""
         n_processors = int(self._ray.cluster_resources().get("CPU", 0))
         if self._spec.n_workers is not None and self._spec.n_workers > n_processors:
             raise LaunchError(
@@ -111,26 +105,7 @@ class RayLauncher:
     def run(
         self, access: ModelAccess, tasks: Sequence[TypeTask], settings: TypeSettings, *, heartbeat: Callable[[], None]
     ) -> Iterator[tuple[str, TypeEvaluation]]:
-        """Yield the evaluation of each type as it comes, the largest types first.
-
-        Parameters
-        ----------
-        access
-            The model on the tissue: sent to each worker once, with large arrays shared.
-        tasks, settings
-            What to evaluate.
-        heartbeat
-            Called while workers work; what it raises ends the evaluation.
-
-        Raises
-        ------
-        DeviceError
-            If the evaluation does not compute on processors.
-        LaunchError
-            If model or data cannot be sent, or a type lost its worker more often than ``retries`` allow.
-        Exception
-            What an evaluation raises in a worker, as it is; it is not tried again.
-        """
+        """Yield the evaluation of each type as it comes, the largest types first."""
         self._spec.check_device(access.statistics_device)
         ray = self._ray
         self.prepare(len(tasks))

@@ -26,13 +26,7 @@ _ENVIRONMENT = {
 
 
 def import_ray() -> Any:
-    """Return the module ``ray``.
-
-    Raises
-    ------
-    LaunchError
-        If it is not installed.
-    """
+    """Return the module ``ray``."""
     try:
         import ray
     except ImportError as error:

@@ -39,17 +39,7 @@ class TypeWorker:
         return True
 
     def evaluate(self, key: int, shared: list[Any], task_and_settings: bytes) -> TypeEvaluation:
-        """Return the evaluation of a type.
-
-        Parameters
-        ----------
-        key
-            Number of the evaluation: the access of the last one is kept.
-        shared
-            References to what :func:`parts_of` returned.
-        task_and_settings
-            Pickled.
-        """
+        """Return the evaluation of a type."""
         import ray
         import torch
 
@@ -70,20 +60,7 @@ def _nobody(_: int) -> None:
 
 
 def parts_of(access: ModelAccess, *, dumps: Callable[..., bytes]) -> list[Any]:
-    """Return an access as bytes and the large arrays that these refer to, which processes can share.
-
-    Parameters
-    ----------
-    access
-        The model on the tissue.
-    dumps
-        Ray's own, which also pickles what was defined in a notebook.
-
-    Raises
-    ------
-    LaunchError
-        If it cannot be pickled.
-    """
+    """Return an access as bytes and the large arrays that these refer to, which processes can share."""
     arrays: list[np.ndarray] = []
 
     def stays_in(buffer: pickle.PickleBuffer) -> bool:

@@ -30,22 +30,7 @@ _AGAIN = 3
 
 
 def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> int:
-    """Judge a version, print the verdict, and promote the version if that is asked for.
-
-    Parameters
-    ----------
-    config
-        Of the command ``gate``.
-    dry_run
-        Move no alias.
-    say
-        Prints lines.
-
-    Returns
-    -------
-    int
-        The exit code: 0 pass, 3 refused, 4 undecided or judged against a baseline that was replaced meanwhile.
-    """
+    """Judge a version, print the verdict, and promote the version if that is asked for."""
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
     from amici_eval.report.verdict_files import verdict_lines, verdict_markdown
     from amici_eval.tracking.gating import gate_job
@@ -84,22 +69,7 @@ def _gate_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> int:
-    """Take back the last promotion to an alias.
-
-    Parameters
-    ----------
-    config
-        Of the command ``rollback``.
-    dry_run
-        Say what would be done, and change nothing.
-    say
-        Prints lines.
-
-    Returns
-    -------
-    int
-        The exit code: 2 if the alias could not be moved.
-    """
+    """Take back the last promotion to an alias."""
     tracking = tracking_spec(config)
     from amici_eval.tracking.promotion import rollback
     from amici_eval.tracking.registry import connect
@@ -111,22 +81,7 @@ def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None])
 
 
 def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> int:
-    """Judge all versions of a model that have no verdict for these settings, once or for ever.
-
-    Parameters
-    ----------
-    config
-        Of the command ``watch``.
-    once
-        One round; else until an interrupt.
-    say
-        Prints lines.
-
-    Returns
-    -------
-    int
-        The exit code: 2 if a version could not be judged.
-    """
+    """Judge all versions of a model that have no verdict for these settings, once or for ever."""
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
     from amici_eval.gate_spec import gate_key
     from amici_eval.tracking.registry import connect_to

@@ -88,13 +88,7 @@ def record_of(evaluation: HeadEvaluation) -> dict[str, Any]:
 
 
 def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of an evaluation from the plain values of any schema version; ``undefined`` stays plain.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError, OverflowError
-        If a field is missing or of another size or kind.
-    """
+    """Return the fields of an evaluation from the plain values of any schema version; ``undefined`` stays plain."""
     if record["schema_version"] == 1:
         spec = record["spec"]
         # settings of now would claim that all ablations were computed

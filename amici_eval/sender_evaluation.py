@@ -51,25 +51,6 @@ def evaluate_senders(
 ) -> Senders:
     """Learn what each head takes from each type of sender, in each type of receiver.
 
-    Parameters
-    ----------
-    access
-        The model on the tissue.
-    receivers, usable
-        Evaluated rows by type, and of the types with cells enough.
-    outputs
-        Of all cells of ``usable``, type after type, with those without the senders of the first of ``batches``.
-    batches
-        Codes of the sender types, as many at a time as memory holds.
-    tiles
-        Tile of each of these cells.
-    n_tiles
-        Tiles there are.
-    test
-        Confidence, resamples, adjustment and seed.
-    progress
-        Called with the number of (cell, sender type) pairs finished since the last call.
-
     Notes
     -----
     What is masked and what is not are two models of the same cells: the interval and p of their difference come from

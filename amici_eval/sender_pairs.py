@@ -36,15 +36,6 @@ def sender_differences_between(
 ) -> SenderDifferences | None:
     """Return what matched heads take from each type of sender; ``None`` if senders were not computed for both.
 
-    Parameters
-    ----------
-    before, after
-        The versions; both hold moments of the same cells and tiles.
-    match
-        Which head is which.
-    spec
-        Settings.
-
     Notes
     -----
     The tile's share of a difference is that of the losses: what the masked head leaves of expression in a tile, minus

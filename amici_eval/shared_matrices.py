@@ -54,19 +54,7 @@ class SentMatrix:
 
 
 def sent(matrix: Any) -> Any:
-    """Return what can be pickled in place of a matrix, and becomes it when it is unpickled.
-
-    Parameters
-    ----------
-    matrix
-        Anything that :func:`~amici_eval.matrices.open_rows` reads. In memory it is not copied, unless it is sparse and
-        not CSR.
-
-    Raises
-    ------
-    LaunchError
-        If it lies neither in memory nor in a local file.
-    """
+    """Return what can be pickled in place of a matrix, and becomes it when it is unpickled."""
     if sparse.issparse(matrix):
         rows = matrix.tocsr()
         # plain classes: what an AnnData hands out may refer to the whole of it

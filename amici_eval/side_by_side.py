@@ -34,15 +34,6 @@ def run_side_by_side(
 ) -> Iterator[tuple[str, Result]]:
     """Run tasks, as many at a time as torch has threads, and yield each result as it comes.
 
-    Parameters
-    ----------
-    tasks
-        By name; each is called with a function that counts its progress.
-    counters
-        Told of the progress, by name, in the calling thread; what one of them raises ends everything.
-    alone
-        Whether to run one after the other on all threads.
-
     Notes
     -----
     Within a task torch computes on one thread: threads that meet after every small operation wait for each other most

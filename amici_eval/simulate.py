@@ -220,20 +220,7 @@ def simulate_tissue(spec: TissueSpec) -> SimulatedTissue:
 def sender_exposure(
     receivers_um: Float64[np.ndarray, "receivers 2"], senders_um: Float64[np.ndarray, "senders 2"], *, range_um: float
 ) -> Float64[np.ndarray, " receivers"]:
-    """Exposure of each receiver to the senders around it, from 0 (none near) to 1 (surrounded).
-
-    Parameters
-    ----------
-    receivers_um, senders_um
-        Positions of shape (receivers, 2) and (senders, 2), in micrometres.
-    range_um
-        Length scale of the kernel, in micrometres.
-
-    Returns
-    -------
-    np.ndarray
-        One exposure per receiver, float64.
-    """
+    """Exposure of each receiver to the senders around it, from 0 (none near) to 1 (surrounded)."""
     if len(senders_um) == 0:
         return np.zeros(len(receivers_um))
     pairs = cKDTree(receivers_um).sparse_distance_matrix(

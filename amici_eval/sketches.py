@@ -47,13 +47,7 @@ class Shared:
 
 
 def shared_by(first: Moments, second: Moments) -> Shared:
-    """Return what two evaluations have in common.
-
-    Raises
-    ------
-    DataError
-        If that is no cell type, no gene, or no cell.
-    """
+    """Return what two evaluations have in common."""
     cell_types = tuple(name for name in first.cell_types if name in set(second.cell_types))
     genes = tuple(name for name in first.genes if name in set(second.genes))
     there = {name: place for place, name in enumerate(second.sketch_names)}
@@ -102,13 +96,6 @@ def contributions(
     moments: Moments, shared: Shared, side: int, blocks: Int64[np.ndarray, " cells"]
 ) -> HeadContributions:
     """Return what each head, kept alone, brings to the shared cells, as factors.
-
-    Parameters
-    ----------
-    moments, shared, side
-        Those of the first evaluation (0) or the second (1).
-    blocks
-        Where the cells lie (:func:`blocks_of`).
 
     Notes
     -----

@@ -87,23 +87,6 @@ def spatial_test(
 ) -> TypeSpatial:
     """Test each head, and each head and gene, of one type with a null that respects where cells lie.
 
-    Parameters
-    ----------
-    factors, images, moments, weights
-        F, Z, sums over cells and A of the heads (:func:`amici_eval.stats.lag_test.lag_test`).
-    place
-        Where the cells lie.
-    test
-        The null (``spatial_null``) and its settings.
-    cell_type, n_permutations
-        Label and number of permutations, where some are drawn.
-    dead
-        Heads to leave out.
-    device
-        Torch device with float64.
-    heartbeat
-        Called now and then while permutations or shifts are drawn: it may raise to end that.
-
     Notes
     -----
     Genes are tested by the lag null, whatever the null of the heads: it alone says something of single genes without a

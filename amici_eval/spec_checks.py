@@ -56,13 +56,7 @@ def bytes_of(name: str, text: str | int) -> int:
 
 
 def check_alias(setting: str, alias: str) -> None:
-    """Refuse what MLflow takes for no alias of a model version.
-
-    Raises
-    ------
-    InvalidSpecError
-        With the name of the setting.
-    """
+    """Refuse what MLflow takes for no alias of a model version."""
     if not _ALIAS.fullmatch(alias):
         raise InvalidSpecError(
             value=f"{setting}={alias!r}",

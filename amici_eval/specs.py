@@ -374,13 +374,7 @@ class TrackingSpec:
 
 
 def spec_from_mapping(values: Mapping[str, Any]) -> EvaluationSpec:
-    """Build an :class:`EvaluationSpec` from nested plain values, refusing unknown keys.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a key is not a setting, or a value is not allowed.
-    """
+    """Build an :class:`EvaluationSpec` from nested plain values, refusing unknown keys."""
     return spec_of(EvaluationSpec, values, "")
 
 

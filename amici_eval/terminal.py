@@ -77,13 +77,7 @@ def forget_signals() -> None:
 
 
 def check_temporary_folder() -> None:
-    """Refuse to work where no temporary file can be written; say so if it will not be where ``TMPDIR`` says.
-
-    Raises
-    ------
-    OutputError
-        If neither ``TMPDIR`` nor any of the usual folders takes a file.
-    """
+    """Refuse to work where no temporary file can be written; say so if it will not be where ``TMPDIR`` says."""
     asked = os.environ.get("TMPDIR")
     try:
         taken = tempfile.gettempdir()
@@ -119,13 +113,6 @@ def pause(seconds: float) -> None:
 
 def append_for_ci(variable: str, text: str) -> None:
     """Append text to the file that an environment variable names, as GitHub's runners want it.
-
-    Parameters
-    ----------
-    variable
-        ``GITHUB_OUTPUT`` or ``GITHUB_STEP_SUMMARY``. Where it is not set, or empty, nothing is written.
-    text
-        What to append.
 
     Notes
     -----

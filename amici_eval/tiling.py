@@ -47,17 +47,7 @@ class Tiling:
         fitted: Bool[np.ndarray, " cells"] | None,
         n_types: int,
     ) -> Tiling:
-        """Cut cells into squares.
-
-        Parameters
-        ----------
-        access, rows
-            The cells.
-        fitted
-            Which of them the model was fitted on; ``None``: not known, and all are of one part.
-        n_types
-            Cell types among them: a tile should hold some cells of each.
-        """
+        """Cut cells into squares."""
         samples, coordinates = access.samples(rows), access.coordinates(rows)
         n_sections = 1 if samples is None else len(set(samples.tolist()))
         in_all = int(np.clip(len(rows) // (n_types * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))

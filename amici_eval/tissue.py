@@ -109,20 +109,7 @@ class Tissue:
         return take_expression(self._reader, rows, self.gene_columns)
 
     def expression_blocks(self, rows: Int64[np.ndarray, " rows"], *, max_rows: int = 4096) -> Iterator[ExpressionBlock]:
-        """Walk the expression of some cells once, in the order in which the AnnData stores them.
-
-        Parameters
-        ----------
-        rows
-            Row numbers in any order, repeated or not.
-        max_rows
-            Most rows of a block; a block may be shorter, to end where the file's chunks end.
-
-        Yields
-        ------
-        ExpressionBlock
-            ``values`` of ``rows[positions]``, in the model's gene order; all blocks together hold each position once.
-        """
+        """Walk the expression of some cells once, in the order in which the AnnData stores them."""
         if max_rows < 1:
             msg = f"max_rows={max_rows}: a block needs at least one row"
             raise ValueError(msg)
@@ -152,22 +139,7 @@ class Tissue:
 
 @memory_errors_explained("preparing the tissue", "cpu")
 def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
-    """Check that an AnnData can be evaluated with a model, and return it as the model sees it.
-
-    Parameters
-    ----------
-    adata
-        All cells of the tissue; never changed.
-    card
-        What the model expects.
-    spec
-        Columns, layer and cells that the user chose.
-
-    Raises
-    ------
-    DataError
-        For each thing that does not fit; the message names the value, the rule and the fix.
-    """
+    """Check that an AnnData can be evaluated with a model, and return it as the model sees it."""
     check_type(adata)
     notes: list[str] = []
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
@@ -245,22 +217,7 @@ def _fitted(
 def check_sections(
     samples: np.ndarray, neighbours: Int64[np.ndarray, "cells neighbours"], coordinates: np.ndarray
 ) -> None:
-    """Refuse sections that lie so close in one coordinate frame that neighbours cross between them.
-
-    Parameters
-    ----------
-    samples
-        Section of each cell.
-    neighbours
-        Row numbers of each cell's neighbours, as the model takes them.
-    coordinates
-        Shape (cells, dimensions).
-
-    Raises
-    ------
-    DataError
-        If any cell has a neighbour in another section.
-    """
+    """Refuse sections that lie so close in one coordinate frame that neighbours cross between them."""
     crossing = samples[neighbours] != samples[:, None]
     if not crossing.any():
         return
@@ -276,25 +233,7 @@ def check_sections(
 
 
 def keep_away_from_training(tissue: Tissue, neighbours: Int64[np.ndarray, "cells neighbours"]) -> Tissue:
-    """Return the tissue without the evaluated cells that have a cell of training among their neighbours.
-
-    Parameters
-    ----------
-    tissue
-        As :func:`prepare` returns it; without ``data.subset.buffer`` it comes back as it is.
-    neighbours
-        Row numbers of each cell's neighbours, as the model takes them.
-
-    Returns
-    -------
-    Tissue
-        All its cells, of which fewer are evaluated; a note says how many were dropped.
-
-    Raises
-    ------
-    DataError
-        If no evaluated cell is left.
-    """
+    """Return the tissue without the evaluated cells that have a cell of training among their neighbours."""
     if tissue.fitted is None or not tissue.buffer:
         return tissue
     kept = tissue.evaluated & ~tissue.fitted[neighbours].any(axis=1)

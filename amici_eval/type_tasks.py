@@ -97,18 +97,6 @@ def evaluate_task(
 ) -> TypeEvaluation:
     """Evaluate one type.
 
-    Parameters
-    ----------
-    access
-        The model on the tissue. Where the task has outputs, only its card, ``readout``, ``expression_blocks`` and
-        ``statistics_device`` are asked for.
-    task, settings
-        What to evaluate, and how.
-    on_cells, on_permutations
-        Told of cells that went through the model, and of permutations.
-    in_turn, n_threads
-        See :func:`~amici_eval.type_evaluation.evaluate_type_by_factors`.
-
     Notes
     -----
     Permutations are seeded by the name of the type, and nothing here sees another type: so the numbers do not depend on
@@ -185,15 +173,7 @@ def evaluate_here(
     counters: Mapping[str, PermutationMeter],
     on_cells: Mapping[str, Callable[[int], None]],
 ) -> Iterator[tuple[str, TypeEvaluation]]:
-    """Yield the evaluation of each type as it comes: large ones one by one, and small ones side by side.
-
-    Parameters
-    ----------
-    access, tasks, settings, plan
-        What to evaluate, and how.
-    counters, on_cells
-        Told of permutations, and of cells that went through the model, by type.
-    """
+    """Yield the evaluation of each type as it comes: large ones one by one, and small ones side by side."""
     n_threads, turn = torch.get_num_threads(), Lock()
 
     def evaluate_one(task: TypeTask, on_permutations: Callable[[int], None]) -> TypeEvaluation:

@@ -48,24 +48,7 @@ def odd_character(text: str) -> str | None:
 
 
 def check_names(names: Any, what: str, *, distinct: bool = True, printable: bool = True) -> None:
-    """Refuse names that are no text, hold control characters, or occur twice.
-
-    Parameters
-    ----------
-    names
-        The names.
-    what
-        What they name, for the message.
-    distinct
-        Whether each may occur once only.
-    printable
-        Whether control characters are refused.
-
-    Raises
-    ------
-    ValueError
-        With the name, written out in ASCII.
-    """
+    """Refuse names that are no text, hold control characters, or occur twice."""
     if isinstance(names, (str, bytes)) or not isinstance(names, (Sequence, np.ndarray)):
         msg = f"{what} are no list of names"
         raise ValueError(msg)
@@ -120,23 +103,7 @@ def load_json(path: Path, *, limit: int, max_values: int, allow_nan: bool = Fals
 
 
 def parse_json(text: str | bytes, *, max_values: int, allow_nan: bool = False) -> Any:
-    """Return what a JSON text says, if that is one thing.
-
-    Parameters
-    ----------
-    text
-        UTF-8, if bytes.
-    max_values
-        Most values it may hold, a list or an object counting as three; as values they take far more than their text.
-    allow_nan
-        Whether ``NaN`` and ``Infinity`` are taken.
-
-    Raises
-    ------
-    ValueError
-        If it is no JSON, nested more than 64 deep, too large, names a key twice, or holds a number that is none or has
-        more than 40 digits.
-    """
+    """Return what a JSON text says, if that is one thing."""
     decoded = text.decode("utf-8") if isinstance(text, bytes) else text
     if not isinstance(decoded, str):
         msg = f"JSON is text, not a {type(text).__name__}"
@@ -181,14 +148,7 @@ def _whole_number(text: str) -> int:
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an ``.npz`` file without pickles, after a look at what they claim to be.
-
-    Raises
-    ------
-    ValueError, OSError, zipfile.BadZipFile, zlib.error
-        If it is damaged, unpacks to more than 256 MiB and a hundred times its size, or an array is not as large as it
-        says.
-    """
+    """Return the arrays of an ``.npz`` file without pickles, after a look at what they claim to be."""
     size = check_is_plain_file(path, links=True)
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

@@ -38,17 +38,7 @@ def similarity_of(before: Moments, after: Moments) -> Float64[np.ndarray, "befor
 def matches_between(
     before: HeadEvaluation, after: HeadEvaluation, pair: tuple[int, int], spec: ComparisonSpec, *, reseeded: bool
 ) -> HeadMatches:
-    """Return which head of one version is which of the other; both hold moments of the same cells.
-
-    Parameters
-    ----------
-    before, after, pair
-        The versions, and their positions in the comparison.
-    spec
-        Settings.
-    reseeded
-        Whether both were trained by one set-up.
-    """
+    """Return which head of one version is which of the other; both hold moments of the same cells."""
     one, other = before.moments, after.moments
     assert one is not None  # noqa: S101, RUF100 - for the type checker
     assert other is not None  # noqa: S101, RUF100 - for the type checker

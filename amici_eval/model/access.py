@@ -83,18 +83,7 @@ class ModelAccess(Protocol):
 
 
 def resolve_device(device: str) -> str:
-    """Return the torch device for a setting, or say why it cannot be had.
-
-    Parameters
-    ----------
-    device
-        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-
-    Raises
-    ------
-    DeviceError
-        If the device is not there.
-    """
+    """Return the torch device for a setting, or say why it cannot be had."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -341,23 +330,6 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
     """Give access to a model on a tissue by the engine of the settings; the model leaves as it came.
 
     A model that the factored engine cannot follow (parts or hooks of its own) is opened by the hooked one, with a note.
-
-    Parameters
-    ----------
-    model
-        A :class:`~amici_eval.model.checkpoint.TrainedAMICI`, or a live ``amici.AMICI`` or subclass, whose training
-        flags, device and hooks are restored when the body ends.
-    tissue
-        The checked tissue.
-    spec
-        Engine, device and batch size.
-
-    Raises
-    ------
-    DeviceError
-        If the device is not there, or memory ends in what the body does, and no smaller piece of it fits.
-    DataError
-        If neighbours cross sections, or a buffer leaves no cell to evaluate.
     """
     device = resolve_device(spec.device)
     if isinstance(model, TrainedAMICI):

@@ -67,18 +67,6 @@ _INERT_PACKAGES = {"pandas", "pyarrow"}
 def load_allow_listed(path: Path) -> Any:
     """Return what ``torch.save`` wrote, if it consists of arrays and plain containers; tables become :class:`Inert`.
 
-    Parameters
-    ----------
-    path
-        A zip archive of ``torch.save``.
-
-    Raises
-    ------
-    UnsafePickleError
-        If the pickle asks for anything outside the allow-list, or the archive holds a TorchScript program.
-    KeyError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError
-        If the archive is damaged or was written by something else.
-
     Notes
     -----
     ``torch.load`` runs TorchScript, which can write files, when it finds a program in the archive, and reads older
@@ -98,13 +86,7 @@ def load_allow_listed(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse an archive that unpacks to far more than it stores: ``torch.save`` packs nothing.
-
-    Raises
-    ------
-    ValueError, zipfile.BadZipFile, OSError
-        If it does, or is no archive.
-    """
+    """Refuse an archive that unpacks to far more than it stores: ``torch.save`` packs nothing."""
     size = check_is_plain_file(path, links=True)
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())

@@ -46,21 +46,6 @@ def attend(
 ) -> Float32[np.ndarray, "receivers outputs"]:
     """Return what attention brings to each receiver, before the output projection.
 
-    Parameters
-    ----------
-    tables
-        Values and pair scores of the senders.
-    slots
-        Rows of the tables that hold each receiver's neighbours.
-    distances
-        To these neighbours, in coordinate units.
-    types
-        Type code of each receiver.
-    dummy_score
-        Score of the dummy neighbour, whose value is 0.
-    use_compiled
-        ``True``: the compiled kernel; ``False``: plain torch; ``None``: compiled on the CPU where numba is installed.
-
     Notes
     -----
     Softmax over neighbours and dummy of ``score - coefficient * distance``. Weights below ``exp(-80)`` of the strongest
@@ -123,13 +108,7 @@ def attention_weights(
     *,
     dummy_score: float,
 ) -> Float32[np.ndarray, "receivers heads places"]:
-    """Return how each head's attention is shared among the neighbours and the dummy, which comes last.
-
-    Parameters
-    ----------
-    tables, slots, distances, types, dummy_score
-        As for :func:`attend`.
-    """
+    """Return how each head's attention is shared among the neighbours and the dummy, which comes last."""
     device = tables.values.device
     weights = softmax_weights(
         tables,

@@ -19,13 +19,6 @@ _LEAST = 64 * 2**20
 def memory_budget(asked: int | None, device: str) -> int:
     """Return the bytes that tables and chunks may take: what was asked for, or a quarter of what is free.
 
-    Parameters
-    ----------
-    asked
-        ``ablation.memory_budget`` in bytes, or ``None``.
-    device
-        Torch device of the tables.
-
     Notes
     -----
     Of what is free at this moment: whoever computes beside has taken his share by then. More than is free is never

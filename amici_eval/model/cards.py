@@ -28,15 +28,6 @@ __all__ = ["card_of"]
 def card_of(model: Any, *, adata: AnnData, trained_on: TrainedOnSpec | None = None) -> ModelCard:
     """Return the card of a :class:`TrainedAMICI` or of a live ``amici.AMICI`` (or a subclass).
 
-    Parameters
-    ----------
-    model
-        The model.
-    adata
-        The tissue it will be evaluated on; the live model's training tissue is described only if it is another.
-    trained_on
-        Which of its cells a live model was trained on, if it is bound to others as well.
-
     Notes
     -----
     scvi-tools saves splits as row numbers, which mean nothing once the model is bound to another AnnData: they count

@@ -422,28 +422,7 @@ def _with_cells(card: ModelCard, cells: Mapping[str, Fingerprints]) -> ModelCard
 def read_amici_directory(
     directory: Path, *, adata: AnnData | None, trust: bool, trained_on: TrainedOnSpec | None = None
 ) -> TrainedAMICI:
-    """Read what ``AMICI.save`` wrote; this unpickles ``model.pt``.
-
-    Parameters
-    ----------
-    directory
-        Folder with ``model.pt``, and ``adata.h5ad`` if it was saved with ``save_anndata=True``, each with the
-        ``prefix`` it was saved with; or the path of the ``model.pt`` itself.
-    adata
-        The AnnData the model was trained on, or a tissue that holds it; ``None`` takes the folder's own, if any.
-    trust
-        ``False``: only the classes that a real AMICI needs are unpickled, anything else is refused. ``True``: plain
-        ``torch.load``, which runs whatever code the file holds.
-    trained_on
-        Which cells of ``adata`` the model was trained on, if not all.
-
-    Raises
-    ------
-    ModelFormatError
-        If the folder holds no AMICI.
-    UnsafePickleError
-        If the pickle asks for a class or function outside the allow-list.
-    """
+    """Read what ``AMICI.save`` wrote; this unpickles ``model.pt``."""
     files = saved_files(directory)
     saved = read_saved_amici(files.model, trust=trust)
     if adata is None and files.adata is not None:

@@ -74,21 +74,7 @@ def embed_senders(
     slots: Int64[Tensor, " senders"],
     tables: SenderTables,
 ) -> None:
-    """Embed some senders and write what receivers need of them into the tables.
-
-    Parameters
-    ----------
-    weights
-        The folded weights.
-    expression
-        Expression of the senders, on the weights' device.
-    needed
-        Shape (senders, types), bool: receiver types that attend to each sender.
-    slots
-        Rows of the tables that are theirs.
-    tables
-        Where to.
-    """
+    """Embed some senders and write what receivers need of them into the tables."""
     embedded = weights.gene_block(expression)
     hidden = weights.kv_block.hidden(embedded)
     scale = None

@@ -207,15 +207,7 @@ class FactoredAccess:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> Float32[np.ndarray, "cells outputs"]:
-        """Return what attention brings to some receivers, shape (cells, heads * head_size).
-
-        Parameters
-        ----------
-        rows
-            Rows of the tissue, in any order.
-        progress
-            Called with the number of receivers finished since the last call.
-        """
+        """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
         return self.attend(rows, progress=progress).whole
 
     def attend(
@@ -227,21 +219,7 @@ class FactoredAccess:
         attention_of: Int64[np.ndarray, " attended"] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
-        """Return what attention brings to some receivers, and what else is asked for, from one pass over the senders.
-
-        Parameters
-        ----------
-        rows, progress
-            As in :meth:`head_outputs`.
-        without_nearest
-            Also without the nearest neighbour of each: what segmentation puts into the wrong cell mostly comes from
-            there. Senders are embedded once, so it costs no more than its attention.
-        without_senders
-            Codes of cell types: also without all neighbours of each of them. Every one takes an array as large as
-            ``whole``; :meth:`sender_batches` says how many fit at a time.
-        attention_of
-            Places in ``rows`` of cells whose attention itself is wanted.
-        """
+        """Return what attention brings to some receivers, and what else is asked for, in one pass over the senders."""
         # others may have taken memory since
         self._plan()
         outputs = HeadOutputs(
@@ -290,11 +268,6 @@ class FactoredAccess:
 
     def sender_batches(self, n_receivers: int) -> list[tuple[int, ...]]:
         """Return the codes of the cell types in the tissue, as many at a time as outputs without them fit in memory.
-
-        Parameters
-        ----------
-        n_receivers
-            Cells whose outputs are wanted.
 
         Notes
         -----

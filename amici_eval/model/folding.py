@@ -22,23 +22,7 @@ __all__ = ["fold_encoder"]
 
 
 def fold_encoder(state: Mapping[str, Tensor], settings: Mapping[str, Any], *, device: str) -> EncoderWeights:
-    """Return the folded weights of an AMICI module, from its state dict.
-
-    Parameters
-    ----------
-    state
-        As ``module.state_dict()`` gives it.
-    settings
-        ``n_heads``, ``attention_dummy_score``, ``pos_coef_offset``, ``distance_kernel_unit_scale`` and the
-        epsilons of the layer norms by name (``epsilons``).
-    device
-        Where the tensors go.
-
-    Raises
-    ------
-    KeyError
-        If the state lacks a weight.
-    """
+    """Return the folded weights of an AMICI module, from its state dict."""
     return _fold({name: tensor.detach().double().cpu() for name, tensor in state.items()}, settings, device)
 
 

@@ -17,13 +17,7 @@ def is_amici_module(module: Any) -> bool:
 
 
 def why_not_factored(module: Any) -> str | None:
-    """Say why a module needs its own forward pass, or ``None`` if its parts are AMICI's own and free of hooks.
-
-    Parameters
-    ----------
-    module
-        A torch module.
-    """
+    """Say why a module needs its own forward pass, or ``None`` if its parts are AMICI's own and free of hooks."""
     from amici import AMICIModule
     from amici._components import AttentionBlock, ResNetMLP
     from torch import nn

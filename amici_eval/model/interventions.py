@@ -29,13 +29,6 @@ __all__ = [
 def added_hook(point: Any, hook: Callable[..., Any]) -> Iterator[None]:
     """Run a body with one more forward hook on a TransformerLens ``HookPoint``.
 
-    Parameters
-    ----------
-    point
-        The hook point. Hooks that are on it already stay and run before the new one.
-    hook
-        Called as ``hook(activation, hook=point)``; what it returns replaces the activation.
-
     Notes
     -----
     ``HookedRootModule.hooks`` and ``run_with_hooks`` clear the hooks of the caller as well; this removes its own only,
@@ -53,13 +46,6 @@ def added_hook(point: Any, hook: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def keep_heads(module: Any, heads: Collection[int] | None) -> Iterator[None]:
     """Zero the attention pattern of all heads but some while the body runs.
-
-    Parameters
-    ----------
-    module
-        An ``amici.AMICIModule``.
-    heads
-        The heads that stay; ``()`` ablates all, ``None`` changes nothing.
 
     Notes
     -----
@@ -86,19 +72,6 @@ def keep_heads(module: Any, heads: Collection[int] | None) -> Iterator[None]:
 @contextmanager
 def ablations_side_by_side(module: Any, keeps: Sequence[Collection[int] | None]) -> Iterator[list[Tensor]]:
     """Compute several ablations in one forward pass while the body runs: each gets a query position of its own.
-
-    Parameters
-    ----------
-    module
-        An ``amici.AMICIModule``.
-    keeps
-        The heads that stay, by ablation; ``None`` keeps all.
-
-    Yields
-    ------
-    list of Tensor
-        Gets, at each forward pass, the normed output of the attention, shape (cells, ablations, embedding). What comes
-        behind the attention sees the first ablation only.
 
     Notes
     -----
@@ -131,11 +104,6 @@ def ablations_side_by_side(module: Any, keeps: Sequence[Collection[int] | None])
 def faint_attention_is_zero(module: Any) -> Iterator[None]:
     """Give neighbours whose score lies far below the strongest no attention at all while the body runs.
 
-    Parameters
-    ----------
-    module
-        An ``amici.AMICIModule``.
-
     Notes
     -----
     Weights below ``exp(-80)`` would be denormal floats or close to it, with which processors compute 7 to 14 times
@@ -161,16 +129,7 @@ def plain_profiles(profiles: Tensor) -> Float[Tensor, "types genes"]:
 
 @contextmanager
 def eval_mode_on(module: torch.nn.Module, device: str) -> Iterator[None]:
-    """Run a body with the module in eval mode on a device and without autograd; afterwards all is as before.
-
-    Parameters
-    ----------
-    module
-        Any torch module; the training flag of each submodule is restored one by one. Mean profiles of cell types, of
-        shape (types, 1, genes) after training on sparse expression, are of shape (types, genes) meanwhile.
-    device
-        Torch device name.
-    """
+    """Run a body with the module in eval mode on a device and without autograd; afterwards all is as before."""
     flags = [(part, part.training) for part in module.modules()]
     profiles = getattr(module, "ct_profiles", None)
     if profiles is not None:

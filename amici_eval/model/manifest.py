@@ -76,20 +76,7 @@ def _listed(directory: Path) -> dict[str, str]:
 
 
 def check_recorded(directory: Path, sums: Any) -> None:
-    """Refuse a folder with a file that is not the one whose SHA-256 MLmodel records.
-
-    Parameters
-    ----------
-    directory
-        Folder of the model's files, of which nothing has been read yet.
-    sums
-        SHA-256 by file name.
-
-    Raises
-    ------
-    ModelFormatError
-        If a file is missing, a link, or another one.
-    """
+    """Refuse a folder with a file that is not the one whose SHA-256 MLmodel records."""
     if not isinstance(sums, dict) or not {WEIGHTS, SETUP, CELLS, MANIFEST} <= set(sums):
         raise damaged(directory, f"MLmodel does not record the SHA-256 of {MANIFEST} and the files it lists")
     _compare(directory, sums, "MLmodel", "is corrupted: it is not the file that was logged (SHA-256 differs)")

@@ -68,18 +68,7 @@ def outputs_without_nearest(
     *,
     dummy_score: float,
 ) -> Float32[np.ndarray, "receivers outputs"]:
-    """Return what attention brings to each receiver where its nearest neighbour, the first of several, is left out.
-
-    Parameters
-    ----------
-    tables, slots, distances, types, dummy_score
-        As for :func:`~amici_eval.model.attention.attend`.
-
-    Returns
-    -------
-    Float32[np.ndarray, "receivers outputs"]
-        NaN for receivers with several neighbours at the least distance: which of them is the nearest is arbitrary.
-    """
+    """Return what attention brings to each receiver where its nearest neighbour, the first of several, is left out."""
     if slots.shape[1] < 2:
         # with one neighbour all attention goes to the dummy, whose value is 0
         return np.zeros((len(slots), tables.values.shape[1]), dtype=np.float32)
@@ -104,21 +93,7 @@ def outputs_without_senders(
     senders: Sequence[int],
     dummy_score: float,
 ) -> Float32[np.ndarray, "senders receivers outputs"]:
-    """Return what attention brings to each receiver where all neighbours of one type are left out, type by type.
-
-    Parameters
-    ----------
-    tables
-        Their last row must be one that nobody attends to (:meth:`~amici_eval.model.encoder.SenderTables.mask`).
-    slots, distances, types, dummy_score
-        As for :func:`~amici_eval.model.attention.attend`.
-    sender_types
-        Type code of each neighbour.
-    whole
-        What attention brings with nobody left out: that of receivers without such a neighbour.
-    senders
-        Type codes to leave out, one at a time.
-    """
+    """Return what attention brings to each receiver where all neighbours of one type are left out, type by type."""
     nobody = len(tables.values) - 1
     outputs = np.empty((len(senders), *whole.shape), dtype=np.float32)
     for position, sender in enumerate(senders):
@@ -141,15 +116,7 @@ def sums_by_sender(
     n_types: int,
     dummy_score: float,
 ) -> SenderSums:
-    """Return attention, and how fast it falls with distance, summed by type of receiver and of sender.
-
-    Parameters
-    ----------
-    tables, slots, distances, types, sender_types, dummy_score
-        As for :func:`outputs_without_senders`.
-    n_types
-        Cell types of the model.
-    """
+    """Return attention, and how fast it falls with distance, summed by type of receiver and of sender."""
     device, n_heads, n_neighbours = tables.values.device, tables.pairs.shape[3], slots.shape[1]
     sums = SenderSums.zeros(n_types, n_heads)
     step = max(1, GATHERED_ENTRIES // (2 * n_neighbours * n_heads))

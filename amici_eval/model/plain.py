@@ -19,14 +19,7 @@ _MOST_PARTS = 10_000
 
 
 def to_plain(value: Any, where: str) -> Any:
-    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back.
-
-    Raises
-    ------
-    ModelFormatError
-        If something in it is no plain value, or it holds more than two million values: a pickle that names one list
-        many times over grows without end when it is written out.
-    """
+    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back."""
     return _plain(value, where, _Count(left=_MOST_VALUES), 0)
 
 

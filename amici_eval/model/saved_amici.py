@@ -50,13 +50,7 @@ class SavedFiles:
 
 
 def saved_files(where: Path) -> SavedFiles:
-    """Return the files of a saved model, given its folder or its ``model.pt``, whatever prefix they have.
-
-    Raises
-    ------
-    ModelFormatError
-        If there is none, or several with different prefixes.
-    """
+    """Return the files of a saved model, given its folder or its ``model.pt``, whatever prefix they have."""
     found = [where] if where.is_file() else sorted(where.glob(f"*{_MODEL}")) if where.is_dir() else []
     if (where / _MODEL) in found:
         found = [where / _MODEL]
@@ -79,24 +73,7 @@ def split_covers(model: Any, n_cells: int) -> bool:
 
 
 def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
-    """Return what a ``model.pt`` holds; this unpickles it.
-
-    Parameters
-    ----------
-    path
-        The file.
-    trust
-        ``False``: only the classes that a real AMICI needs are unpickled, anything else is refused. ``True``: plain
-        ``torch.load``, which runs whatever code the file holds.
-
-    Raises
-    ------
-    ModelFormatError
-        If the folder holds no AMICI.
-    UnsafePickleError
-        If the pickle asks for a class or function outside the allow-list, or the environment variable
-        ``MLFLOW_ALLOW_PICKLE_DESERIALIZATION`` forbids all pickles.
-    """
+    """Return what a ``model.pt`` holds; this unpickles it."""
     _check_pickles_are_allowed(path)
     if not zipfile.is_zipfile(path):
         raise ModelFormatError(

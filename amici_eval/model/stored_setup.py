@@ -68,13 +68,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def card_from(record: Mapping[str, Any], training_cells: frozenset[str] | None) -> ModelCard:
-    """Return the card that plain values hold.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        If an entry is missing, unknown, or no such value.
-    """
+    """Return the card that plain values hold."""
     card = dict(record)
     training = card.pop("training_data")
     for key in ("genes", "cell_types"):
@@ -90,13 +84,7 @@ def card_from(record: Mapping[str, Any], training_cells: frozenset[str] | None) 
 
 
 def check_card(card: ModelCard) -> None:
-    """Refuse a card with sizes, names or facts that are none.
-
-    Raises
-    ------
-    ValueError
-        With the entry.
-    """
+    """Refuse a card with sizes, names or facts that are none."""
     check_names(card.genes, "genes")
     check_names(card.cell_types, "cell types")
     if not card.genes or not card.cell_types:
@@ -132,13 +120,7 @@ def check_card(card: ModelCard) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, after a look at what its header claims.
-
-    Raises
-    ------
-    ValueError, OSError, SafetensorError
-        If it is no such file, or damaged.
-    """
+    """Return the tensors of a safetensors file, after a look at what its header claims."""
     size = check_is_plain_file(path)
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -151,11 +133,6 @@ def check_weights(weights: Mapping[str, Tensor], init_params: Mapping[str, Any],
     """Refuse weights that are no finite numbers, or of other sizes than card and set-up say.
 
     What the constructor of the model is told to be large is thus no larger than what is stored.
-
-    Raises
-    ------
-    ValueError
-        With the tensor or the parameter.
     """
     for name, tensor in weights.items():
         if odd_character(name) is not None:
@@ -232,13 +209,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def plain_history(record: Any) -> dict[str, tuple[float, ...]]:
-    """Return training curves from plain values; ``NaN`` is a value of a curve.
-
-    Raises
-    ------
-    ValueError
-        If they are no numbers by name.
-    """
+    """Return training curves from plain values; ``NaN`` is a value of a curve."""
     if not isinstance(record, dict) or not all(isinstance(values, list) for values in record.values()):
         _refuse("history is no list of numbers by name")
     numbers = [value for values in record.values() for value in values]
@@ -249,13 +220,7 @@ def plain_history(record: Any) -> dict[str, tuple[float, ...]]:
 
 
 def check_registry(registry: Any, card: ModelCard) -> None:
-    """Refuse a record of scvi-tools that names other genes, types or keys than the card.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        With the entry.
-    """
+    """Refuse a record of scvi-tools that names other genes, types or keys than the card."""
     if not isinstance(registry, dict) or registry.get("model_name") != "AMICI":
         _refuse("registry is not that of an AMICI")
     setup, fields = registry["setup_args"], registry["field_registries"]

@@ -96,49 +96,6 @@ def train_amici(
 ) -> AMICI:
     """Train an AMICI model on the log-normalised expression in ``adata.X``.
 
-    Parameters
-    ----------
-    adata
-        Log-normalised cells; it is not changed.
-    labels_key
-        Column of ``adata.obs`` with the cell types.
-    coord_obsm_key
-        Key of ``adata.obsm`` with the positions.
-    n_neighbors
-        Number of nearest cells of other types that a cell attends to.
-    seed
-        Seeds the weights, the batches, the neighbour dropout and, without `train_indices`, the split.
-    max_epochs
-        Passes over the training cells. Learning starts after some hundred optimiser steps.
-    batch_size
-        Cells per optimiser step.
-    learning_rate
-        Learning rate of the optimiser.
-    train_indices
-        Row numbers of the training cells; all other cells are validation cells. Without it, a random 90 % of the
-        cells are trained on. Either way every cell remains a possible neighbour.
-    model_params
-        Keyword arguments of ``AMICI``, such as ``n_heads``.
-    attention_penalty
-        Schedule of the attention penalty; none if left out.
-    accelerator
-        Accelerator as Lightning names it.
-    progress
-        Whether Lightning shows its progress bar.
-
-    Returns
-    -------
-    AMICI
-        The trained model, in evaluation mode, on a private copy of `adata` (``model.adata``). It shares the memory
-        of ``adata.X`` where that is a dense float32 array.
-
-    Raises
-    ------
-    DataError
-        If `adata` lacks the labels or the positions, or has cells without a label.
-    InvalidSpecError
-        If a setting is outside what it may be.
-
     Notes
     -----
     AMICI takes the mean profile of each type from all cells, so validation cells do shape that mean; explained

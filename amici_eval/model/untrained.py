@@ -12,15 +12,7 @@ __all__ = ["untrained_like"]
 
 
 def untrained_like(trained: TrainedAMICI, *, seed: int) -> TrainedAMICI:
-    """Return a model of the same architecture with weights as before training, drawn anew.
-
-    Parameters
-    ----------
-    trained
-        The model; its mean profiles of cell types stay.
-    seed
-        What the weights depend on; no random state of the caller changes.
-    """
+    """Return a model of the same architecture with weights as before training, drawn anew."""
     import torch
 
     module = trained.build_module()

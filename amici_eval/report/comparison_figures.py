@@ -206,21 +206,7 @@ def plot_versions(comparison: HeadComparison, *, ax: Axes | None = None) -> Axes
 def save_comparison_figures(
     comparison: HeadComparison, directory: str | Path, *, formats: Sequence[str] = FORMATS
 ) -> tuple[Path, ...]:
-    """Write all figures of a comparison into a folder and return the files.
-
-    Parameters
-    ----------
-    comparison, directory
-        What to show, and where; the folder is made if missing.
-    formats
-        Some of ``"png"`` and ``"svg"``.
-
-    Returns
-    -------
-    tuple of Path
-        ``lineage``, ``versions``, and for each pair of consecutive versions, counted from 1, ``similarity_<n>``,
-        ``differences_<n>`` and, if senders were computed, ``senders_<n>``.
-    """
+    """Write all figures of a comparison into a folder and return the files."""
     return save_drawings(_drawings(comparison), directory, formats=formats)
 
 

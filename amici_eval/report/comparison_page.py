@@ -44,24 +44,7 @@ def write_comparison_html(
     figures: Mapping[str, Path] | None = None,
     first: str = "",
 ) -> Path:
-    """Write ``directory/report.html``, one self-contained file, and return it.
-
-    Parameters
-    ----------
-    comparison
-        What to show.
-    directory
-        Folder of the page; made if missing.
-    figures
-        PNG or SVG files by the names that ``save_comparison_figures`` gives them.
-
-    Raises
-    ------
-    DataError
-        If a figure is missing or damaged.
-    OutputError
-        If the file cannot be written.
-    """
+    """Write ``directory/report.html``, one self-contained file, and return it."""
     what = "versions" if comparison.kind == "versions" else "data sets"
     title = f"Attention heads across {what}: {', '.join(map(printable, comparison.labels))}"
     lines = "".join(f"<li>{text(sentence)}</li>" for sentence in comparison_sentences(comparison))

@@ -18,11 +18,6 @@ __all__ = ["write_comparison_tables"]
 def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -> tuple[Path, ...]:
     """Write ``tables/head_matches.csv``, ``head_differences.csv``, ``sender_differences.csv``, ``versions.csv`` and, of
     genes, a ``.parquet``.
-
-    Raises
-    ------
-    OutputError
-        If a file cannot be written.
     """
     folder = made_folder(made_folder(directory) / "tables")
     written = []

@@ -20,18 +20,6 @@ __all__ = ["read_csv", "write_csv"]
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a table; texts that a spreadsheet would take for formulas get an apostrophe before them.
 
-    Parameters
-    ----------
-    frame
-        The table. Numbers are written as they are, negative ones too.
-    path
-        The file.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-
     Notes
     -----
     CSV is UTF-8 with line feeds at line ends, booleans as ``True`` and ``False``, missing values as empty fields and
@@ -54,15 +42,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
-    """Read a table with the names that it was written from.
-
-    Parameters
-    ----------
-    path
-        A file that :func:`write_csv` wrote.
-    **options
-        For :func:`pandas.read_csv`; floats are read with all their digits, unless told otherwise.
-    """
+    """Read a table with the names that it was written from."""
     return _changed(pd.read_csv(path, **{"float_precision": "round_trip", **options}), from_csv_text)
 
 

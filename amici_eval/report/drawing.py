@@ -42,13 +42,7 @@ _LONGEST_LABEL = 48
 
 
 def type_colours(types: Sequence[str], palette: Palette | None) -> dict[str, tuple[float, float, float]]:
-    """Return a colour for each type, all different unless a mapping says otherwise.
-
-    Raises
-    ------
-    InvalidSpecError
-        If the palette is unknown, holds something that is no colour, or is a mapping that lacks a type.
-    """
+    """Return a colour for each type, all different unless a mapping says otherwise."""
     import seaborn  # here because it takes a second to load
 
     if isinstance(palette, Mapping):
@@ -170,15 +164,7 @@ def opened(
     cell_types: Sequence[str] | None,
     size: Callable[[tuple[str, ...]], tuple[float, float]],
 ) -> Canvas:
-    """Return the axes to draw into, new ones of the ``size`` that the types need unless given, and the types to show.
-
-    Raises
-    ------
-    DataError
-        If a type was not evaluated.
-    InvalidSpecError
-        If no type is left.
-    """
+    """Return the axes to draw into, new ones of the ``size`` that the types need if none is given, and the types."""
     names = chosen_types(evaluation, cell_types)
     return Canvas(
         ax=ax if ax is not None else new_axes(size(names)),
@@ -188,15 +174,7 @@ def opened(
 
 
 def chosen_types(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the types to show, in sorted order.
-
-    Raises
-    ------
-    DataError
-        If a type was not evaluated.
-    InvalidSpecError
-        If no type is left.
-    """
+    """Return the types to show, in sorted order."""
     if cell_types is None:
         return evaluation.cell_types
     wanted = {cell_types} if isinstance(cell_types, str) else set(cell_types)

@@ -52,30 +52,7 @@ def has_effects(evaluation: HeadEvaluation, cell_types: Sequence[str] | None = N
 def plot_effects(
     evaluation: HeadEvaluation, *, ax: Axes | None = None, cell_types: Sequence[str] | None = None
 ) -> Axes:
-    """Show what each head explains of each receiver type, how sure that is, and what explains as much without heads.
-
-    Parameters
-    ----------
-    evaluation
-        What to show.
-    ax
-        Axes to draw into; ``None`` makes a new pyplot figure, which notebooks show.
-    cell_types
-        The types to show; ``None`` shows all. They are drawn in sorted order.
-
-    Returns
-    -------
-    Axes
-        A panel per type, in a grid: a row per head with its interval (``gid`` ``intervals``), filled where it is
-        significant by the null that decides (``significant``), hollow where not (``not_significant``), pale without
-        a test (``no_test``); the whole model (``whole_model``) above; a tick through all rows at the best predictor
-        without heads (``trivial``). All panels have the same scale; what lies beyond ends in an arrow (``beyond``).
-
-    Raises
-    ------
-    DataError
-        If a type was not evaluated, or no head has an explained variance in any of them.
-    """
+    """Show what each head explains of each receiver type, how sure that is, and what explains as much without heads."""
     if not has_effects(evaluation, cell_types):
         raise DataError(
             value="no head has an explained variance",

@@ -55,19 +55,7 @@ class ForestRow:
 
 
 def draw_forest(rows: Sequence[ForestRow], ax: Axes, *, margin: float, label: str, verdicts: Iterable[str]) -> None:
-    """Draw rows from the top, with a legend of the verdicts that occur.
-
-    Parameters
-    ----------
-    rows, ax
-        What, and where.
-    margin
-        Differences within it are too small to matter: shaded.
-    label
-        Of the axis.
-    verdicts
-        That the legend explains.
-    """
+    """Draw rows from the top, with a legend of the verdicts that occur."""
     ax.axvspan(-margin, margin, color="#eef1f5", linewidth=0, zorder=0, gid="margin")
     ax.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
     for height, row in enumerate(rows):

@@ -67,27 +67,6 @@ def write_html(
 ) -> Path:
     """Write ``directory/report.html``, one self-contained file, and return it.
 
-    Parameters
-    ----------
-    evaluation
-        What to show.
-    directory
-        Folder of the page; made if missing.
-    figures
-        PNG or SVG files by name, shown in this order. Names of figures by ``save_figures`` (file names without ending)
-        are captioned in words; any other name is its own caption.
-    run
-        What else is known about the run, shown with versions and settings: ``{"device used": "cuda:0"}``.
-    written
-        When the page was written; ``None`` is now. The same evaluation and time give the same file.
-
-    Raises
-    ------
-    DataError
-        If a figure is missing or damaged.
-    OutputError
-        If the file cannot be written.
-
     Notes
     -----
     All that comes from the model, the data or a file is escaped, and the page itself forbids network and any script

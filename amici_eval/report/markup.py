@@ -26,17 +26,7 @@ def section(identifier: str, heading: str, content: str) -> str:
 def table(
     header: Sequence[str], rows: Iterable[str], caption: str, *, kind: str = "plain", linked: bool = False
 ) -> str:
-    """Return a table with a caption; header and caption are text, rows markup.
-
-    Parameters
-    ----------
-    header, rows, caption
-        Its content. A long table scrolls within itself below its header.
-    kind
-        Class of the table.
-    linked
-        Whether columns that are named after a head lead to the section on that head.
-    """
+    """Return a table with a caption; header and caption are text, rows markup."""
     names = [_head_link(name) if linked else text(name) for name in header]
     cells = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = list(rows)

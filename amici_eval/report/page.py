@@ -23,20 +23,6 @@ _FEWEST_LISTED = 3
 def write_page(path: Path, *, title: str, body: str) -> Path:
     """Write a page and return its file.
 
-    Parameters
-    ----------
-    path
-        The file.
-    title
-        Text.
-    body
-        Markup. Links to its sections are put before the first of them.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-
     Notes
     -----
     The page forbids all but its own styles, pictures within it, and the one script whose SHA-256 it names: markup that

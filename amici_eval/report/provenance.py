@@ -38,17 +38,7 @@ def identity_line(evaluation: HeadEvaluation) -> str:
 def provenance_section(
     evaluation: HeadEvaluation, *, run: Mapping[str, object] | None = None, written: datetime | None = None
 ) -> str:
-    """Return what was evaluated, by which versions, on which device, when, with which settings.
-
-    Parameters
-    ----------
-    evaluation
-        What was found.
-    run
-        What is known about the run besides, such as ``{"device used": "cuda:0", "started": ...}``.
-    written
-        When the page was written; ``None`` is now.
-    """
+    """Return what was evaluated, by which versions, on which device, when, with which settings."""
     settings = dict(_flat(evaluation.spec.to_dict()))
     facts = {
         "engine used": evaluation.engine,

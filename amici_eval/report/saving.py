@@ -74,39 +74,6 @@ def save_figures(
 ) -> tuple[Path, ...]:
     """Write the forest plot of effects, the bar plot, a heatmap of every type, ablations, and who talks to whom.
 
-    Parameters
-    ----------
-    evaluation
-        What to show.
-    directory
-        Folder of the figures; made if missing.
-    cell_types
-        The types to show; ``None`` shows all.
-    palette
-        As in :func:`~amici_eval.report.figures.plot_barplot`; ``None`` is its default.
-    n_top_genes
-        As in :func:`~amici_eval.report.figures.plot_heatmap`.
-    formats
-        Some of ``"png"`` and ``"svg"``.
-    progress
-        Called with 1 after each figure.
-
-    Returns
-    -------
-    tuple of Path
-        ``effects`` (where any is defined), ``expl_variance_barplot_per_head``, ``expl_variance_heatmap_<slug of the
-        type>`` and, where they were computed, ``ablations``, ``head_interactions``, ``senders`` and
-        ``sender_graph``, each in all formats.
-
-    Raises
-    ------
-    DataError
-        If a type was not evaluated.
-    InvalidSpecError
-        If a format, the palette or ``n_top_genes`` is none.
-    OutputError
-        If the folder or a file cannot be written.
-
     Notes
     -----
     The style is matplotlib's default whatever the caller has set, so the same evaluation gives the same files.
@@ -125,15 +92,7 @@ def save_drawings(
     formats: Sequence[str] = FORMATS,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write drawings as files in a folder, each in all formats; see :func:`save_figures`.
-
-    Parameters
-    ----------
-    drawings
-        Name, size in inches, and what draws into axes, of each.
-    directory, formats, progress
-        As in :func:`save_figures`.
-    """
+    """Write drawings as files in a folder, each in all formats; see :func:`save_figures`."""
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats or isinstance(formats, str):
         raise InvalidSpecError(

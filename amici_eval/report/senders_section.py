@@ -80,13 +80,6 @@ def senders_section(evaluation: HeadEvaluation) -> str:
 def sure_links(evaluation: HeadEvaluation, rows: Sequence[int]) -> Int64[np.ndarray, "links three"]:
     """Return (head, receiver, sender) of what is lost with an interval above 0, the largest losses first.
 
-    Parameters
-    ----------
-    evaluation
-        What to choose from.
-    rows
-        Receiver types to look at.
-
     Notes
     -----
     Only where the head, kept alone, explains something: with senders masked out a prediction is not what the model was

@@ -33,18 +33,6 @@ _SAMPLINGS = ("independent", "cyclic", "sequential", "gpd", "moments", "none")
 def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Path:
     """Write what the tests were and what came of them to ``directory/significance.json`` and return the file.
 
-    Parameters
-    ----------
-    evaluation
-        What to write.
-    directory
-        The folder of the run; made if missing.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-
     Notes
     -----
     Schema version 3, all keys always present; lengths are in the unit of the coordinates::

@@ -25,23 +25,7 @@ _KEPT = frozenset(
 
 
 def inline_figure(path: str | Path, *, prefix: str, alt: str) -> str:
-    """Return a figure file as markup to put into a page.
-
-    Parameters
-    ----------
-    path
-        A PNG or SVG file. An SVG is taken in as elements, so that its text can be searched and stays sharp.
-    prefix
-        Put before each ``id`` of an SVG that it refers to, and each reference to one: drawings of one program share
-        their ids, which must be unique in a page. Letters, digits, ``-`` and ``_`` only.
-    alt
-        What the figure shows, for those who cannot see it.
-
-    Raises
-    ------
-    DataError
-        If the file is missing, damaged or of another kind.
-    """
+    """Return a figure file as markup to put into a page."""
     path = Path(path)
     try:
         content = path.read_bytes()

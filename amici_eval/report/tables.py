@@ -33,30 +33,6 @@ __all__ = ["summary_lines", "write_tables"]
 def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Path, ...]:
     """Write the tables of a run below ``directory/tables`` and return the files.
 
-    Parameters
-    ----------
-    evaluation
-        What to write.
-    directory
-        The folder of the run; made if missing.
-
-    Returns
-    -------
-    tuple of Path
-        ``explained_variance.csv`` and ``.parquet`` (:meth:`HeadEvaluation.to_frame`), ``heads.csv``
-        (:meth:`HeadEvaluation.heads`), ``baselines.csv`` (:meth:`HeadEvaluation.baselines`), ``held_out.csv``
-        (:meth:`HeadEvaluation.held_out_frame`), ``scales.csv`` (:meth:`HeadEvaluation.scales_frame`),
-        ``ablations.csv`` (:meth:`HeadEvaluation.ablations_frame`), ``head_interactions.csv``
-        (:meth:`HeadEvaluation.interactions_frame`), ``senders.csv`` (:meth:`HeadEvaluation.senders_frame`),
-        ``sender_genes.parquet`` (:meth:`HeadEvaluation.sender_genes_frame`) and ``labels.csv`` (columns ``kind, slug,
-        label``: the names that stand for cell types in metric keys and file names). A table of what
-        was not computed has its header only.
-
-    Raises
-    ------
-    OutputError
-        If the folder or a file cannot be written.
-
     Notes
     -----
     CSV is UTF-8 with line feeds at line ends, booleans as ``True`` and ``False``, missing values as empty fields and
@@ -97,20 +73,7 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
 
 
 def summary_lines(evaluation: HeadEvaluation) -> list[str]:
-    """Return an evaluation in a few plain sentences and a small text table, for logs and terminals.
-
-    Parameters
-    ----------
-    evaluation
-        What to summarise.
-
-    Returns
-    -------
-    list of str
-        What was evaluated, the effects, in-sample or held out, why effects come first, the tests (spatial before
-        free), the engine, notes, the best head of each type, then what is undefined and why; no line breaks within a
-        line.
-    """
+    """Return an evaluation in a few plain sentences and a small text table, for logs and terminals."""
     lines = [*effect_sentences(evaluation), *held_out_sentences(evaluation), WHY_THIS_ORDER]
     lines += [*outcome_sentences(evaluation), engine_sentence(evaluation)]
     lines += [f"Note: {printable(note)}" for note in evaluation.notes]

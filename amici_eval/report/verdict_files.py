@@ -122,13 +122,7 @@ def verdict_junit(verdict: Verdict) -> bytes:
 
 
 def write_verdict(verdict: Verdict, directory: str | Path) -> tuple[Path, ...]:
-    """Write ``verdict.json``, ``verdict.md`` and ``verdict.xml`` into a folder and return the files.
-
-    Raises
-    ------
-    OutputError
-        If a file cannot be written.
-    """
+    """Write ``verdict.json``, ``verdict.md`` and ``verdict.xml`` into a folder and return the files."""
     folder = made_folder(directory)
     written = [folder / "verdict.json", folder / "verdict.md", folder / "verdict.xml"]
     contents = [verdict.to_json().encode(), verdict_markdown(verdict).encode(), verdict_junit(verdict)]

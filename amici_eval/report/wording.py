@@ -158,13 +158,7 @@ def in_sample_text(evaluation: HeadEvaluation) -> str:
 
 
 def made_folder(directory: str | Path) -> Path:
-    """Return the folder, made if missing.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be made.
-    """
+    """Return the folder, made if missing."""
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)

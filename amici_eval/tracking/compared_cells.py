@@ -56,20 +56,7 @@ class ComparedCells:
 
 
 def model_uris(models: Sequence[str], versions: Sequence[str]) -> list[str]:
-    """Return the URIs of registered versions.
-
-    Parameters
-    ----------
-    models
-        Names of registered models, or URIs (``models:/...``, ``runs:/...``, a folder), which stand for themselves.
-    versions
-        Of every name: numbers, ``@alias``, ``latest:N`` (the newest N), or ``all``.
-
-    Raises
-    ------
-    ModelNotFoundError, InvalidSpecError
-        If there is no such model or version, or a version cannot be read.
-    """
+    """Return the URIs of registered versions."""
     from mlflow import MlflowClient
 
     uris: list[str] = []
@@ -97,15 +84,7 @@ def model_uris(models: Sequence[str], versions: Sequence[str]) -> list[str]:
 
 
 def columns_of(uris: Sequence[str], runs: Sequence[str], datasets: Sequence[str], data_uri: str | None) -> list[Column]:
-    """Return what is to be compared, in order.
-
-    Raises
-    ------
-    InvalidSpecError
-        If that is fewer than two, or data sets for several versions.
-    ModelNotFoundError
-        If there is no such model or version.
-    """
+    """Return what is to be compared, in order."""
     if datasets and (len(uris) != 1 or runs):
         raise InvalidSpecError(
             value=f"datasets with {len(uris)} versions" + (" and runs" if runs else ""),

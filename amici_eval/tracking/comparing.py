@@ -78,31 +78,7 @@ def compare_job(
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ComparisonRun:
-    """Compare versions of models on the same cells, or one version on several data sets, and log that to a run.
-
-    Parameters
-    ----------
-    models, versions
-        As for :func:`model_uris`.
-    runs
-        Ids of runs that hold evaluations, to be compared as they are; they come first.
-    datasets
-        Where several data sets lie, for one version.
-    data_uri
-        The tissue; ``None``: what the first model brings.
-    spec, comparison, report, tracking
-        Settings. Evaluations that the store holds already are taken from there (``tracking.reuse``); the others become
-        children of the run.
-    config_yaml
-        The resolved configuration, kept with the run.
-    progress
-        Told how far the work is.
-
-    Raises
-    ------
-    AmiciEvalError
-        If there is nothing to compare, or fewer than two versions could be evaluated.
-    """
+    """Compare versions of models on the same cells, or one version on several data sets, and log that to a run."""
     tracking_uri = connect_to(tracking)
     output = checked_output(tracking.output_dir)
     columns = columns_of(model_uris(models, versions), runs, datasets, data_uri)

@@ -26,15 +26,7 @@ def comparison_params(spec: ComparisonSpec) -> dict[str, str]:
 
 
 def comparison_series(comparison: HeadComparison) -> dict[str, list[tuple[int, float]]]:
-    """Return metrics by version, so that MLflow's chart shows their history; undefined values are left out.
-
-    Returns
-    -------
-    dict
-        ``ev_full_model/<type>``, ``ev/<type>/lineage_<n>`` (a head through the versions), ``summary/n_significant`` and
-        ``overall/difference`` (against the version before). The step is the version number where all are versions of
-        one registered model, in order, else the position in the comparison.
-    """
+    """Return metrics by version, so that MLflow's chart shows their history; undefined values are left out."""
     numbers = [str(version.model.get("version") or "") for version in comparison.versions]
     names = {version.model.get("name") for version in comparison.versions}
     steps = list(range(len(numbers)))
@@ -70,17 +62,7 @@ def comparison_series(comparison: HeadComparison) -> dict[str, list[tuple[int, f
 def write_comparison(
     comparison: HeadComparison, folder: Path, *, report: ReportSpec, config_yaml: str, first: str = ""
 ) -> None:
-    """Write the tables, figures and page of a comparison, as a run holds them, into a folder.
-
-    Parameters
-    ----------
-    comparison, folder
-        What to write, and where.
-    report, config_yaml
-        What to draw, and the settings to keep with it.
-    first
-        A section of markup that stands first on the page.
-    """
+    """Write the tables, figures and page of a comparison, as a run holds them, into a folder."""
     comparison.save(folder)
     write_comparison_tables(comparison, folder)
     (folder / "config").mkdir(exist_ok=True)

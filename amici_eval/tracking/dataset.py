@@ -76,13 +76,7 @@ class AnnDataSource(DatasetSource):
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """Give a local path to the AnnData; a fetched copy is removed after the body.
-
-        Raises
-        ------
-        DataError
-            If it cannot be fetched.
-        """
+        """Give a local path to the AnnData; a fetched copy is removed after the body."""
         local = as_local_path(self._uri)
         if local is not None:
             yield local
@@ -91,18 +85,7 @@ class AnnDataSource(DatasetSource):
             yield fetch(self._uri, Path(folder))
 
     def open(self, *, backed: bool | None = None) -> "AnnData":
-        """Read the AnnData; a fetched copy is removed as soon as nothing is read from it any more.
-
-        Parameters
-        ----------
-        backed
-            Whether the expression stays on disk; see :func:`amici_eval.open_anndata`.
-
-        Raises
-        ------
-        DataError
-            If it cannot be fetched or read.
-        """
+        """Read the AnnData; a fetched copy is removed as soon as nothing is read from it any more."""
         from amici_eval.data import is_on_disk, open_anndata
 
         with ExitStack() as stack:

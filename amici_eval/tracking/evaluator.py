@@ -26,20 +26,7 @@ _SHORTHANDS = {
 
 
 def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSpec, ReportSpec]:
-    """Read the settings of ``evaluator_config``.
-
-    Parameters
-    ----------
-    config
-        Nested groups (``{"permutation": {"seed": 1}}``), dotted names (``{"permutation.seed": 1}``) or the shorthands
-        ``alpha``, ``device``, ``n_permutations`` and ``seed``; groups are ``data``, ``ablation``, ``permutation`` and
-        ``report``.
-
-    Raises
-    ------
-    InvalidSpecError
-        If a key is no setting or a value is not allowed.
-    """
+    """Read the settings of ``evaluator_config``."""
     nested: dict[str, Any] = {}
     for key, value in (config or {}).items():
         _merge(nested, _SHORTHANDS.get(key, key), value)
@@ -99,13 +86,7 @@ class AMICIEvaluator(ModelEvaluator):
         model_id: str | None = None,
         **kwargs: Any,  # noqa: ARG002, RUF100 - MLflow's signature
     ) -> EvaluationResult:
-        """Evaluate, log tables, figures and report to the run, and return metrics and artifacts.
-
-        Raises
-        ------
-        AmiciEvalError
-            If model, data or settings do not fit.
-        """
+        """Evaluate, log tables, figures and report to the run, and return metrics and artifacts."""
         import mlflow
         from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_LOGGING
 

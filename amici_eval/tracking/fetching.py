@@ -27,26 +27,7 @@ _METADATA_VALUES = 2**21
 
 
 def fetch(uri: str, folder: Path) -> Path:
-    """Fetch an AnnData that is not here into a folder.
-
-    Parameters
-    ----------
-    uri
-        Of a ``.h5ad`` or ``.zarr``, or of a table in a ``.zarr``, of any scheme that
-        :class:`~amici_eval.tracking.dataset.AnnDataSource` takes.
-    folder
-        Where to; it exists.
-
-    Returns
-    -------
-    Path
-        What was fetched.
-
-    Raises
-    ------
-    DataError
-        If it cannot be fetched, or would write outside the folder.
-    """
+    """Fetch an AnnData that is not here into a folder."""
     parsed = urlparse(uri)
     if "::" in uri or parsed.scheme in _INDIRECT_SCHEMES:
         raise DataError(

@@ -39,22 +39,6 @@ class Against:
 def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | None) -> Against:
     """Return what a version is judged against.
 
-    Parameters
-    ----------
-    candidate
-        The version.
-    baseline
-        ``@alias``, a version number, a model URI, or ``None``.
-    promote
-        Alias that moves to the version if it passes, if any.
-
-    Raises
-    ------
-    InvalidSpecError
-        If the alias that moves points to another version than the baseline: that one would be replaced unjudged.
-    ModelNotFoundError
-        If there is no such baseline, or its alias is not set and another one has nearly its name.
-
     Notes
     -----
     A version that has the alias already is judged against the one that it replaced, by the record of promotions.

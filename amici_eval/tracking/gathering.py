@@ -64,23 +64,7 @@ def gather_evaluations(
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Gathered:
-    """Put the evaluation of each column into a folder; one that fails is named, and the others go on.
-
-    Parameters
-    ----------
-    columns, cells
-        What, and on which cells.
-    staging
-        Where folders are made.
-    parent
-        Run id and experiment id of the run whose children missing evaluations become.
-    need_moments
-        Whether an evaluation without moments cannot be used.
-    report, tracking, config_yaml
-        Of missing evaluations.
-    progress
-        Told how far the work is.
-    """
+    """Put the evaluation of each column into a folder; one that fails is named, and the others go on."""
     found = Gathered(failed=list(cells.failed))
     gone = {one.label for one in found.failed}
     with _children_of(*parent):

@@ -89,34 +89,7 @@ def gate_job(
     dry_run: bool = False,
     newer_only: bool = False,
 ) -> GateRun:
-    """Judge a version by rules and against its baseline, log the verdict, and promote the version if it passes.
-
-    Parameters
-    ----------
-    model_uri
-        The version, as for :func:`~amici_eval.tracking.registry.resolve_model`.
-    baseline
-        ``@alias`` or a version number of the same registered model, a model URI, or ``None``. An alias that is not set
-        is no baseline yet.
-    data_uri
-        The tissue; ``None``: what the baseline, or else the version, brings.
-    spec, comparison, gate, report, tracking
-        Settings. Evaluations that the store holds already are taken from there; missing ones become children of the
-        run.
-    config_yaml
-        The resolved configuration, kept with the run.
-    progress
-        Told how far the work is.
-    dry_run
-        Say which alias would be moved, move none, and write no tag on the version.
-    newer_only
-        Promote neither a version that is older than the one it would replace, nor one whose promotion was taken back.
-
-    Raises
-    ------
-    AmiciEvalError
-        If the version cannot be evaluated, or something is misspelt; before the run starts where that can be known.
-    """
+    """Judge a version by rules and against its baseline, log the verdict, and promote the version if it passes."""
     tracking_uri = connect_to(tracking)
     output = checked_output(tracking.output_dir)
     candidate = resolve_model(model_uri)

@@ -96,29 +96,7 @@ def evaluate_job(
     progress: Callable[[int, int, str], None] | None = None,
     launch: LaunchSpec | None = None,
 ) -> EvaluationRun:
-    """Evaluate a registered or logged model and log everything to a run.
-
-    Parameters
-    ----------
-    model_uri
-        As for :func:`~amici_eval.tracking.registry.resolve_model`.
-    data_uri
-        The tissue; ``None`` falls back to what the model brings (see
-        :func:`~amici_eval.tracking.registry.find_dataset`).
-    spec, report, tracking
-        Settings.
-    config_yaml
-        The resolved configuration, kept with the run.
-    progress
-        Told how far the work is.
-    launch
-        Where cell types are evaluated; ``None``: in this process.
-
-    Raises
-    ------
-    AmiciEvalError
-        If anything does not fit; before the run starts, unless the tracking store fails later.
-    """
+    """Evaluate a registered or logged model and log everything to a run."""
     from amici_eval.launching import open_launcher
     from amici_eval.model.access import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
@@ -256,33 +234,7 @@ def register_job(
     tracking: TrackingSpec,
     trained_on: TrainedOnSpec | None = None,
 ) -> RegisteredVersion:
-    """Log and register what ``AMICI.save`` wrote.
-
-    Parameters
-    ----------
-    model_dir
-        Folder that ``AMICI.save`` wrote, or its ``model.pt``, which is unpickled: by default through an allow-list.
-    name
-        Registered model; made if it does not exist.
-    data_uri
-        The AnnData the model was trained on, or a tissue that holds its cells; ``None`` takes the one in the folder, if
-        any.
-    adata
-        ``"bundle"`` stores that AnnData with the model; another text is recorded as the URI where it is.
-    trust
-        Unpickle anything, which runs whatever code the file holds.
-    alias
-        Alias to set on the new version.
-    tracking
-        Where to.
-    trained_on
-        Which cells of the data the model was trained on, if not all.
-
-    Raises
-    ------
-    AmiciEvalError
-        If folder and data do not fit; before anything is logged.
-    """
+    """Log and register what ``AMICI.save`` wrote."""
     import mlflow
 
     from amici_eval.model.checkpoint import read_amici_directory

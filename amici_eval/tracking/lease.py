@@ -218,30 +218,6 @@ def held(
 ) -> Iterator[Lease]:
     """Hold a lease while a body runs; whoever asks for the same one meanwhile waits or is refused.
 
-    Parameters
-    ----------
-    tags
-        Of the registered model or the version that the lease is about.
-    what
-        Name of the lease.
-    ttl_s
-        Seconds that a marker counts after it was last renewed: how soon the lease of a dead process is taken over.
-    wait_s
-        Seconds to wait for a holder; 0 asks once.
-    owner
-        Named to those who are refused; by default host and process.
-    renew
-        Whether a thread renews the marker every third of ``ttl_s``.
-    clock, sleep
-        For tests.
-
-    Raises
-    ------
-    LeaseHeldError
-        If somebody else holds it; says who, and until when.
-    AmiciEvalError
-        If the registry does not answer.
-
     Notes
     -----
     Everybody writes a marker of their own, then reads all markers, and holds the lease if no other marker that has not

@@ -75,13 +75,7 @@ class RunRecord:
         return replace(self, files=_sums(folder / ARTIFACTS), whole=whole)
 
     def check_files(self, folder: Path) -> None:
-        """Refuse artifacts that are not those that were written.
-
-        Raises
-        ------
-        OutputError
-            If one is missing or altered, or not all were written.
-        """
+        """Refuse artifacts that are not those that were written."""
         if self.files is None:
             raise OutputError(
                 value=f"{folder} holds partial results",
@@ -100,13 +94,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
-        """Read a record back.
-
-        Raises
-        ------
-        OutputError
-            If the folder holds none.
-        """
+        """Read a record back."""
         try:
             return cls(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError, RecursionError) as error:
@@ -140,13 +128,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def output_folder(output_dir: str) -> Iterator[OutputFolder]:
-    """Make the folder for results, or refuse it; one that was made for a body that left nothing in it goes again.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-    """
+    """Make the folder for results, or refuse it; one that was made for a body that left nothing in it goes again."""
     path = Path(output_dir).absolute()
     made = not path.exists()
     check_writable(path)

@@ -54,13 +54,7 @@ class Promotion:
 
 
 def promotions(name: str, alias: str) -> list[dict[str, Any]]:
-    """Return the record of promotions to an alias, newest last.
-
-    Returns
-    -------
-    list
-        Of ``version``, ``replaced``, ``run_id`` and ``time``.
-    """
+    """Return the record of promotions to an alias, newest last."""
     return _seen(RegistryTags(name=name), alias).record
 
 
@@ -75,35 +69,6 @@ def promote(
     wait_s: float = _WAIT_S,
 ) -> Promotion:
     """Let an alias point to a version, if it still points to the one that this version was judged against.
-
-    Parameters
-    ----------
-    name, version
-        Registered model and the version to promote.
-    alias
-        The alias to move.
-    expected
-        Where it must point now; ``None``: nowhere.
-    run_id
-        The run that holds the reasons, for the record.
-    dry_run
-        Say what would be done, and change nothing.
-    wait_s
-        How long to wait for others that move the same alias.
-
-    Returns
-    -------
-    Promotion
-        ``moved=False`` with a reason if the alias points elsewhere by now, or if this version is there already.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If there is no such model or version.
-    LeaseHeldError
-        If somebody else holds the alias for longer than ``wait_s``.
-    TrackingError
-        If the registry does not answer.
 
     Notes
     -----
@@ -147,28 +112,7 @@ def promote(
 
 
 def rollback(name: str, alias: str, *, dry_run: bool = False, wait_s: float = _WAIT_S) -> Promotion:
-    """Take the last promotion back: the alias points again to what it replaced, or is deleted if that was nothing.
-
-    Parameters
-    ----------
-    name, alias
-        Registered model and its alias.
-    dry_run
-        Say what would be done, and change nothing.
-    wait_s
-        How long to wait for others that move the same alias.
-
-    Raises
-    ------
-    DataError
-        If no promotion is on record, or the alias does not point to what the last one set.
-    ModelNotFoundError
-        If there is no such model, or the version that was replaced is gone.
-    LeaseHeldError
-        If somebody else holds the alias for longer than ``wait_s``.
-    TrackingError
-        If the registry does not answer.
-    """
+    """Take the last promotion back: the alias points again to what it replaced, or is deleted if that was nothing."""
     tags = RegistryTags(name=name)
     if dry_run:
         entry = _last(tags, alias, _seen(tags, alias))

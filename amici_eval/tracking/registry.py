@@ -46,25 +46,7 @@ _LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]+)/?")
 
 
 def connect(uri: str | None, *, retry_s: float = 0.0) -> str:
-    """Choose the tracking store for this process, make sure it answers, within seconds, and close abandoned runs in it.
-
-    Parameters
-    ----------
-    uri
-        Tracking URI; ``None`` keeps MLflow's own setting.
-    retry_s
-        How long a store that does not answer is asked again from now on.
-
-    Returns
-    -------
-    str
-        The URI, with a relative SQLite path made absolute, so that it means the same file from every folder.
-
-    Raises
-    ------
-    TrackingError
-        If the store cannot be reached.
-    """
+    """Choose the tracking store for this process, check that it answers, and close abandoned runs in it."""
     import mlflow
 
     absolute = _absolute_sqlite(uri or mlflow.get_tracking_uri())
@@ -177,13 +159,7 @@ def keep_artifacts_in(folder: Path, *, uri: str, experiment: str) -> None:
 
 
 def check_model_name(setting: str, name: str, *, kind: str = "registered") -> None:
-    """Refuse a name that MLflow refuses for a registered or logged model, or that a model URI cannot hold.
-
-    Raises
-    ------
-    InvalidSpecError
-        With the name of the setting.
-    """
+    """Refuse a name that MLflow refuses for a registered or logged model, or that a model URI cannot hold."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils import validation
 
@@ -236,19 +212,7 @@ class ResolvedModel:
 
 @asked_again("finding the model")
 def resolve_model(model_uri: str) -> ResolvedModel:
-    """Find the logged model that a URI means.
-
-    Parameters
-    ----------
-    model_uri
-        ``models:/NAME/VERSION``, ``models:/NAME/latest``, ``models:/NAME@ALIAS``, ``models:/m-...``, ``runs:/...`` or a
-        local folder.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If there is no such model, version or alias; the message lists what there is.
-    """
+    """Find the logged model that a URI means."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -346,21 +310,7 @@ def known_model_id(model_id: str | None) -> str | None:
 
 
 def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> str | Path:
-    """Return where the data of an evaluation lies.
-
-    Parameters
-    ----------
-    model, stored
-        The model.
-    uri
-        What the user gave; it wins. Else the AnnData bundled with the model, else the URI recorded with it, else the
-        dataset that the model's training run logged.
-
-    Raises
-    ------
-    DataError
-        If there is none of these.
-    """
+    """Return where the data of an evaluation lies."""
     if uri is not None:
         return uri
     if stored.bundled_adata is not None:

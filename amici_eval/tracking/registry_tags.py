@@ -41,13 +41,7 @@ class RegistryTags:
         return self.name if self.version is None else f"{self.name} version {self.version}"
 
     def ask(self, call: str, *more: str) -> Any:
-        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ...
-
-        Raises
-        ------
-        AmiciEvalError
-            If the model is not there or the registry does not answer; so do the other methods.
-        """
+        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ..."""
         of, where = (
             ("registered_model", [self.name]) if self.version is None else ("model_version", [self.name, self.version])
         )

@@ -28,18 +28,7 @@ _LONGEST_PARAM = 6000
 
 
 def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
-    """Return the metrics of a run; undefined values are left out and counted.
-
-    Returns
-    -------
-    dict
-        Per type and head, ``<name>/<type>/head_<h>`` with types as slugs (see ``tables/labels.csv``): ``ev``, its
-        interval ``ev_ci_low`` and ``ev_ci_high``, ``ev_held_out``, ``gain`` (over the best predictor without heads),
-        ``p_adj_spatial``, ``ess``, ``p_adj`` (free null) and ``shapley``, where they were computed. Per type:
-        ``ev_full_model/<type>``, ``ev_full_model_held_out/<type>``, ``ev_no_head/<type>``. Besides,
-        ``parity/max_abs_difference`` where engines were compared, and ``summary/...``: ``n_tests``, ``n_significant``
-        and ``n_undefined`` are by the null that decides, ``n_tests_free`` and ``n_significant_free`` by the free one.
-    """
+    """Return the metrics of a run; undefined values are left out and counted."""
     metrics: dict[str, float] = {}
     ablations, spatial, bounds = evaluation.ablations, evaluation.spatial, evaluation.intervals
     parts, trivial = evaluation.parts, evaluation.trivial

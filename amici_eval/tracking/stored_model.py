@@ -68,18 +68,6 @@ def open_stored_model(model_uri: str) -> Iterator[StoredModel]:
 
     Only ``MLmodel`` (YAML, read without constructors), JSON and safetensors are read. The ``loader_module`` and code
     paths that an MLmodel file may name are never followed, so that opening a registered model runs no code of it.
-
-    Parameters
-    ----------
-    model_uri
-        ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``models:/m-...``, ``runs:/...`` or a local folder.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If nothing is there.
-    ModelFormatError
-        If it is of another flavor or damaged.
     """
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
     from amici_eval.model.manifest import MANIFEST, check_recorded, damaged, listed_files

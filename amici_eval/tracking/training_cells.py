@@ -64,26 +64,6 @@ def cells_to_evaluate(
 ) -> TrainingCells:
     """Choose cells: as many of each type as there are, up to an equal share.
 
-    Parameters
-    ----------
-    adata
-        The tissue to evaluate.
-    fitted_to
-        The model's AnnData, to whose rows ``split`` refers; in another tissue cells are found again by name.
-    split, cells
-        ``"validation"``, ``"train"`` or ``"all"`` of them; where none of the validation cells is known, all.
-    subset
-        Cells that the settings allow, by column or row.
-    labels_key
-        Column of ``adata.obs`` with the cell type.
-    n_cells, seed
-        At most so many; with the cell type the seed determines which.
-
-    Raises
-    ------
-    DataError
-        If no cell is both allowed and of that part of the split.
-
     Notes
     -----
     Equal shares, not proportional ones: a curve is drawn for each type, and each needs cells enough.

@@ -113,13 +113,7 @@ def split_of(trainer: Any) -> Split:
 
 @contextmanager
 def generators_untouched(device: torch.device) -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's global random generators after the body.
-
-    Parameters
-    ----------
-    device
-        Whose generator is restored besides that of the CPU.
-    """
+    """Restore Python's, NumPy's and torch's global random generators after the body."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is kept
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -26,22 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def upload(folder: Path, *, retry_s: float = 0.0) -> str:
-    """Finish the run of an evaluation that could not be sent, and return its id; the folder stays.
-
-    Parameters
-    ----------
-    folder
-        The folder that the evaluation named.
-    retry_s
-        As for :func:`send`.
-
-    Raises
-    ------
-    OutputError
-        If the folder holds no results, partial ones, or damaged ones, or an evaluation is still at work there.
-    TrackingError
-        If the store still fails.
-    """
+    """Finish the run of an evaluation that could not be sent, and return its id; the folder stays."""
     from mlflow import MlflowClient
 
     from amici_eval.tracking.registry import connect
@@ -84,13 +69,7 @@ def upload(folder: Path, *, retry_s: float = 0.0) -> str:
 
 
 def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEvaluation:
-    """Return the evaluation that a run holds, with its moments if it holds them.
-
-    Raises
-    ------
-    DataError
-        If the run holds none.
-    """
+    """Return the evaluation that a run holds, with its moments if it holds them."""
     import mlflow.artifacts
 
     from amici_eval.results import FILE_NAME, HeadEvaluation
