@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.errors import DataError, InvalidSpecError, mask_secrets
@@ -202,7 +203,6 @@ def log_model(
     import mlflow
     from mlflow.models import Model
 
-    import amici_eval.tracking.flavor as flavor
     from amici_eval.tracking.registry import check_model_name
 
     check_model_name("name", name, kind="logged")
@@ -212,8 +212,8 @@ def log_model(
     return Model.log(
         artifact_path=None,
         name=name,
-        flavor=flavor,
-        flavor_name=FLAVOR_NAME,
+        # older releases of MLflow take no flavor_name
+        flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save_model),
         model_type=FLAVOR_NAME,
         registered_model_name=registered_model_name,
         run_id=run.info.run_id if (run := mlflow.active_run()) else None,
