@@ -42,7 +42,7 @@ test: install $(if $(filter true,$(CI)),browser)
 test-processors: install
 	PROCESSOR_TESTS="$(PROCESSOR_TESTS)" $(BIN)/python -m tests.processors $(PROCESSORS)
 
-# constraints.txt first, then the other MLflow and what it needs (before 3.9, an older SQLAlchemy); its warnings are its own
+# constraints.txt first, then the other MLflow with an SQLAlchemy that old ones can use; its warnings are its own
 MLFLOW ?= 3.17
 OTHER := $(VENV)-mlflow-$(MLFLOW)
 test-mlflow:
