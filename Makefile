@@ -13,7 +13,7 @@ export WANDB_MODE := disabled
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
 	@echo "make test   install and run the tests; with CI=true, make browser first"
-	@echo "make test-processors  run the tests of numbers as other processors would, with 1 and 2 threads: about 80 min"
+	@echo "make test-processors  run the tests of numbers as other processors would, with 1 and 2 threads: each about as long as those tests"
 	@echo "make test-mlflow MLFLOW=3.8  run the tests of what is tracked with another MLflow, in an environment of its own"
 	@echo "make browser  install Chromium and its driver with apt-get, for the tests that open pages: else they are skipped"
 	@echo "make lint   install and run ruff, mypy and import-linter"
@@ -42,7 +42,7 @@ test: install $(if $(filter true,$(CI)),browser)
 test-processors: install
 	PROCESSOR_TESTS="$(PROCESSOR_TESTS)" $(BIN)/python -m tests.processors $(PROCESSORS)
 
-# constraints.txt first, then the other MLflow and what it needs (before 3.9, an older SQLAlchemy); its warnings are its own
+# constraints.txt first, then the other MLflow with an SQLAlchemy that old ones can use; its warnings are its own
 MLFLOW ?= 3.17
 OTHER := $(VENV)-mlflow-$(MLFLOW)
 test-mlflow:
