@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "align_genes",
     "cells_with",
+    "check_cell_names",
     "check_expression",
     "check_known",
     "check_neighbours",
@@ -56,6 +57,17 @@ def check_type(adata: object) -> None:
             fix="read the file with anndata.read_h5ad(...) or give its path as data.uri",
         )
     check_is_filled(adata)
+
+
+def check_cell_names(adata: AnnData) -> None:
+    """Refuse cells that share a name."""
+    if not adata.obs_names.is_unique:
+        twice = adata.obs_names[adata.obs_names.duplicated()][0]
+        raise DataError(
+            value=f"cell name {twice!r} occurs more than once",
+            rule="obs_names must be unique: the order of permutations and training membership go by name",
+            fix="call adata.obs_names_make_unique()",
+        )
 
 
 def align_genes(adata: AnnData, card: ModelCard, notes: list[str]) -> Int64[np.ndarray, " genes"] | None:
@@ -237,29 +249,30 @@ def cells_with(adata: AnnData, key: str, value: str, what: str) -> Bool[np.ndarr
     return (column == names[0]).to_numpy()
 
 
-def trained_on(adata: AnnData, spec: TrainedOnSpec) -> Bool[np.ndarray, " cells"] | None:
-    """Return which cells were in the AnnData that the model was trained on; ``None`` if the settings do not say."""
+def trained_on(adata: AnnData, spec: TrainedOnSpec) -> Int64[np.ndarray, " trained"] | None:
+    """Return the rows of the cells that the model was trained on, in their order; ``None`` if no setting says."""
     if spec.key is not None and spec.value is not None:
-        return cells_with(adata, spec.key, spec.value, "training cells (trained_on.key)")
+        return np.flatnonzero(cells_with(adata, spec.key, spec.value, "training cells (trained_on.key)"))
     if spec.names is None:
         return None
     try:
-        listed = Path(spec.names).expanduser().read_text(encoding="utf-8").splitlines()
+        listed = Path(spec.names).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             value=f"trained_on.names={spec.names} cannot be read ({first_line(error)})",
             rule="it must be a text file with the name of a cell in each line",
             fix="write it with pathlib.Path(FILE).write_text('\\n'.join(adata_train.obs_names))",
         ) from error
-    names = [name for name in listed if name]
-    found: Bool[np.ndarray, " cells"] = adata.obs_names.astype(str).isin(names)
-    if (missing := len(set(names)) - int(found.sum())) or not names:
+    check_cell_names(adata)
+    names = list(dict.fromkeys(name for name in listed if name))
+    rows: Int64[np.ndarray, " trained"] = adata.obs_names.astype(str).get_indexer(pd.Index(names, dtype=object))
+    if (missing := int((rows < 0).sum())) or not names:
         raise DataError(
             value=f"{missing} of the {len(names)} names in {spec.names} are no cells of the data",
             rule="trained_on.names must list obs_names of this tissue, one in each line",
             fix="write the file from the same AnnData, or name the cells by a column: trained_on.key, trained_on.value",
         )
-    return found
+    return rows
 
 
 def check_known(fitted: Bool[np.ndarray, " cells"] | None, subset: SubsetSpec) -> None:

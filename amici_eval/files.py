@@ -20,7 +20,7 @@ from amici_eval.shared_matrices import open_hdf5
 from amici_eval.untrusted import check_is_plain_file, check_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from anndata import AnnData
 
@@ -33,6 +33,8 @@ UNREAD = "amici_eval_unread"
 _SHARE_OF_MEMORY = 4
 _SMALL_BYTES = _READ_ANYWAY = 2**28
 _TEXT_BYTES = 64
+_ON_DISK = "leave its expression on disk with data.backed=true"
+_LESS = "write it without what is not needed, or take a machine with more memory"
 _SPARSE = ("csr_matrix", "csc_matrix")
 
 _CAUSES = (
@@ -234,15 +236,28 @@ def _open_zarr(root: Path, location: Path) -> tuple[Any, Path]:
     return zarr.open_group(str(location), mode="r"), location
 
 
+def _check_room(sizes: Mapping[str, int], memory: int, location: Path, fix: str) -> None:
+    """Refuse what would take more than the free memory, by its declared sizes in bytes."""
+    if sum(sizes.values()) > max(_READ_ANYWAY, memory):
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise DataError(
+            value=f"{location} would take {sum(sizes.values()) / 1e9:.3g} GB, of which {largest} "
+            f"{sizes[largest] / 1e9:.3g}",
+            rule=f"{memory / 1e9:.3g} GB of memory are free",
+            fix=fix,
+        )
+
+
 def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
     """Read an AnnData element by element; leave out those that are not needed for its shape and cannot be read."""
     import h5py
     from anndata import AnnData, read_h5ad
 
+    memory = available_memory()
     if isinstance(store["obs"], h5py.Dataset):
         # of anndata before 0.7
+        _check_room({"all of it": sum(map(_unpacked, _arrays(store)))}, memory, location, _LESS)
         return read_h5ad(location)
-    memory = available_memory()
     unread: list[list[str]] = []
 
     def attempt(name: str, read: Any) -> Any:
@@ -275,15 +290,9 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
     on_disk = {name for name in expression if backed and _stays_on_disk(nodes[name])}
     # of what stays on disk, a chunk is unpacked at a time
     sizes |= {name: max(map(_chunk, _arrays(nodes[name])), default=0) for name in on_disk}
-    if sum(sizes.values()) > max(_READ_ANYWAY, memory):
-        largest = max(sizes, key=lambda name: sizes[name])
-        raise DataError(
-            value=f"{location} would take {sum(sizes.values()) / 1e9:.3g} GB, of which {largest} "
-            f"{sizes[largest] / 1e9:.3g}",
-            rule=f"{memory / 1e9:.3g} GB of memory are free",
-            fix="leave its expression on disk with data.backed=true, write it without what is not needed, or take a "
-            "machine with more memory",
-        )
+    columns_first = any(nodes[name].attrs.get("encoding-type") == "csc_matrix" for name in expression)
+    way = "store its expression by cells (adata.X = adata.X.tocsr())" if columns_first else _ON_DISK
+    _check_room(sizes, memory, location, f"{way}, {_LESS}")
 
     def frame(where: str) -> pd.DataFrame:
         if store[where].attrs.get("encoding-version") != "0.2.0":

@@ -29,6 +29,8 @@ __all__ = ["expression_prints", "fitted_cells", "place_prints", "prints_from", "
 _DENSE_VALUES = 2**21
 _STORED = np.dtype([("place", "<u4"), ("expression", "<u8")])
 _ROUNDED_BITS = 12
+_LATTICE = 4
+"""Cells for each value of x or y from which on they are taken to lie on a lattice."""
 _FEW = 0.05
 """Names of training cells that belong to other cells here: a larger share of them is refused."""
 
@@ -68,7 +70,8 @@ def fitted_cells(
     Notes
     -----
     Cells without the name of a training cell are training cells if place and expression agree; if one of both agrees,
-    for cells of which no two have the same, and if so nearly all (expression: half) of the cells are found.
+    for cells of which no two have the same, and if so nearly all (expression: half) of the cells are found. Where cells
+    lie on a lattice, as spots and bins do, places alone tell nothing: other sections have the same.
     """
     if card.training_cells is None:
         return None
@@ -88,6 +91,8 @@ def fitted_cells(
     named = row >= 0
     places = _Key(prints.places, place_prints(coordinates))
     fitted = named & (places.here == places.trained[row])
+    if lattice := min(len(np.unique(axis)) for axis in coordinates[:, :2].T) < len(names) / _LATTICE:
+        fitted &= expression() == prints.expression[row]
     found = np.zeros(len(prints.names), dtype=bool)
     found[row[fitted]] = True
     if not found.all() or not fitted[named].all():
@@ -96,11 +101,11 @@ def fitted_cells(
         found[row[fitted]] = True
         by_name = fitted.copy()
         both = _Key(_mixed(values.trained ^ places.trained), _mixed(values.here ^ places.here))
-        for key, share in ((both, 0.0), (values, 0.5), (places, 0.9)):
+        for key, share in ((both, 0.0), (values, 0.5), *(() if lattice else ((places, 0.9),))):
             there, here = key.matches(~found, ~fitted, share=share)
             found, fitted = found | there, fitted | here
         if renamed := int((fitted & ~by_name).sum()):
-            notes.append(f"{renamed} cells of training have other names here: told by place and expression")
+            notes.append(f"{renamed} cells of training have other names here: told by place, expression or both")
         others = named & ~by_name
         lost = int((~found[row[others]]).sum())
         if lost > _FEW * named.sum():

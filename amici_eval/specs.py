@@ -6,11 +6,13 @@ says why, so that a wrong setting stops a job before the model is opened.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amici_eval.errors import InvalidSpecError
@@ -130,6 +132,9 @@ class TrainedOnSpec:
     names: str | None = None
 
     def __post_init__(self) -> None:
+        if self.value is not None:
+            # False is how Python writes it
+            object.__setattr__(self, "value", str(self.value))
         if (self.key is None) != (self.value is None) or (self.key is not None and self.names is not None):
             raise InvalidSpecError(
                 value=f"trained_on.key={self.key!r}, trained_on.value={self.value!r}, trained_on.names={self.names!r}",
@@ -424,4 +429,13 @@ def settings_that_matter(spec: EvaluationSpec) -> dict[str, Any]:
     settings = spec.to_dict()
     settings["ablation"] = {name: value for name, value in settings["ablation"].items() if name not in _NO_MATTER}
     settings["data"] = {name: value for name, value in settings["data"].items() if name != "backed"}
+    said = spec.data.trained_on
+    if not said:
+        # as evaluations before there was this setting
+        del settings["data"]["trained_on"]
+    elif said.names is not None:
+        path = Path(said.names).expanduser()
+        settings["data"]["trained_on"] = {
+            "names": hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+        }
     return settings

@@ -12,6 +12,7 @@ import pandas as pd
 
 from amici_eval.checks import (
     align_genes,
+    check_cell_names,
     check_expression,
     check_known,
     check_neighbours,
@@ -143,13 +144,7 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     check_type(adata)
     notes: list[str] = []
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
-    if not adata.obs_names.is_unique:
-        twice = adata.obs_names[adata.obs_names.duplicated()][0]
-        raise DataError(
-            value=f"cell name {twice!r} occurs more than once",
-            rule="obs_names must be unique: the order of permutations and training membership go by name",
-            fix="call adata.obs_names_make_unique()",
-        )
+    check_cell_names(adata)
     columns = align_genes(adata, card, notes)
     labels = labels_of(adata, card, spec.labels_key or card.labels_key)
     coordinates = coordinates_of(adata, spec.coord_obsm_key or card.coord_obsm_key)
@@ -206,12 +201,21 @@ def _fitted(
 ) -> Bool[np.ndarray, " cells"] | None:
     """Return which cells the model was fitted on, by what the user says or else by what the model recorded."""
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
-    said = trained_on(adata, spec.trained_on)
-    if said is None:
+    rows = trained_on(adata, spec.trained_on)
+    if rows is None:
         return fitted_cells(card, names, coordinates, expression, notes)
+    said = np.zeros(len(names), dtype=bool)
+    said[rows] = True
+    own: list[str] = []
+    try:
+        split = fitted_cells(card, names, coordinates, expression, own)
+    except DataError:
+        return said
     # a split within these cells is known from the model; without one, all of them count
-    split = np.isin(names, sorted(card.training_cells or ()))
-    return split if split.any() and not (split & ~said).any() else said
+    if split is None or not split.any() or (split & ~said).any():
+        return said
+    notes += own
+    return split
 
 
 def check_sections(

@@ -63,7 +63,7 @@ def card_of(model: Any, *, adata: AnnData, trained_on: TrainedOnSpec | None = No
     )
     source = adata if trained_on else model.adata
     part = trained_rows(adata, trained_on) if trained_on else None
-    rows = np.arange(source.n_obs) if part is None else np.flatnonzero(part)
+    rows = np.arange(source.n_obs) if part is None else part
     split = getattr(model, "train_indices_", None)
     if split is None or not split_covers(model, len(rows)):
         return card

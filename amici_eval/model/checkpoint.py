@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -22,11 +23,12 @@ from safetensors.torch import save_file
 from amici_eval.checks import trained_on as trained_rows
 from amici_eval.data import describe_training_data, open_anndata
 from amici_eval.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
-from amici_eval.membership import prints_from, text_of
+from amici_eval.matrices import open_rows
+from amici_eval.membership import expression_prints, fitted_cells, prints_from, text_of
 from amici_eval.model.interventions import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
-from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers
+from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers, split_size
 from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
 from amici_eval.model.stored_setup import (
     card_from,
@@ -47,8 +49,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from anndata import AnnData
-    from jaxtyping import Float32
+    from jaxtyping import Float32, Int64
     from torch import Tensor
+
+    from amici_eval.tissue import Tissue
 
 __all__ = ["AMICI_SOURCES", "BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
 
@@ -228,9 +232,8 @@ class TrainedAMICI:
         cells: dict[str, Fingerprints] = {}
         if adata is not None:
             splits = {split: attributes.get(f"{split}_indices_") for split in _SPLITS}
-            n_split = sum(0 if rows is None else len(rows) for rows in splits.values())
             part = trained_rows(adata, trained_on or TrainedOnSpec())
-            found = training_tissue(adata, registry, genes, weights, part, n_split)
+            found = training_tissue(adata, registry, genes, weights, part, split_size(attributes))
             cells = found.fingerprints(splits, card.genes)
             card = replace(
                 _with_cells(card, cells),
@@ -362,8 +365,7 @@ class TrainedAMICI:
         from amici import AMICI
         from anndata import AnnData
 
-        tissue = prepare(adata, self.card, DataSpec())
-        card = self.card
+        tissue, card = self._tissue(adata), self.card
         categories = values_of(self.registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
         own = AnnData(X=tissue.expression(np.arange(tissue.n_cells)))
         own.obs_names, own.var_names = list(tissue.cell_names), list(card.genes)
@@ -383,17 +385,39 @@ class TrainedAMICI:
         model.module.eval()
         give_own_data_splitter(model)
         model.is_trained_ = True
-        import pandas as pd
-
         model.history_ = {
             name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
             for name, values in self.history.items()
         }
-        row_of = {name: row for row, name in enumerate(tissue.cell_names)}
         for split, names in self.cells.items():
-            rows = [row_of[name] for name in names if name in row_of]
-            setattr(model, f"{split}_indices_", np.array(rows, dtype=np.int64))
+            setattr(model, f"{split}_indices_", self._rows_of(split, names, tissue))
         return model
+
+    def _tissue(self, adata: AnnData) -> Tissue:
+        """Return a tissue as the model sees it, whichever of its cells the model was fitted on."""
+        return prepare(adata, replace(self.card, training_cells=None, fingerprints=None), DataSpec())
+
+    def _rows_of(self, split: str, names: tuple[str, ...], tissue: Tissue) -> Int64[np.ndarray, " rows"] | None:
+        """Return the rows of the cells of a split, in its order if they have their names; ``None`` if not known."""
+        rows = pd.Index(tissue.cell_names).get_indexer(pd.Index(names, dtype=object))
+        rows = rows[rows >= 0].astype(np.int64)
+        prints = self.fingerprints.get(split)
+        if prints is None or not names:
+            return rows
+        own = replace(self.card, training_cells=frozenset(names), fingerprints=prints)
+        reader = open_rows(tissue.matrix)
+        try:
+            found = fitted_cells(
+                own,
+                tissue.cell_names,
+                tissue.coordinates,
+                lambda: expression_prints(reader, tissue.gene_columns, own.genes),
+                [],
+            )
+        except DataError:
+            return None
+        members = np.flatnonzero(np.zeros(0) if found is None else found)
+        return rows if np.array_equal(np.sort(rows), members) else members
 
     def predict(self, adata: AnnData) -> Float32[np.ndarray, "cells genes"]:
         """Return the unablated model's predicted expression of all cells, in the order of the AnnData.
@@ -406,7 +430,7 @@ class TrainedAMICI:
         from amici_eval.model.access import open_access
         from amici_eval.specs import AblationSpec
 
-        tissue = prepare(adata, self.card, DataSpec())
+        tissue = self._tissue(adata)
         with open_access(self, tissue, AblationSpec(device="cpu")) as access:
             return access.predict(np.arange(tissue.n_cells), keeps=[None])[0]
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["SavedAMICI", "SavedFiles", "read_saved_amici", "saved_files", "split_covers"]
+__all__ = ["SavedAMICI", "SavedFiles", "read_saved_amici", "saved_files", "split_covers", "split_size"]
 
 _MODEL, _ADATA = "model.pt", "adata.h5ad"
+_ROWS = ("train_indices_", "validation_indices_", "test_indices_")
 _ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
 
@@ -65,11 +66,16 @@ def saved_files(where: Path) -> SavedFiles:
     return SavedFiles(model=found[0], adata=adata if adata.is_file() else None)
 
 
+def split_size(attributes: Mapping[str, Any]) -> int:
+    """Return of how many cells the recorded rows are a split; 0 if they are none of the first so many rows."""
+    rows = [attributes.get(name) for name in _ROWS]
+    known = np.concatenate([np.asarray([] if one is None else one, dtype=np.int64) for one in rows])
+    return len(known) if np.array_equal(np.sort(known), np.arange(len(known))) else 0
+
+
 def split_covers(model: Any, n_cells: int) -> bool:
     """Return whether the split of a live model is one of exactly so many cells."""
-    rows = [getattr(model, f"{split}_indices_", None) for split in ("train", "validation", "test")]
-    known = np.concatenate([np.asarray([] if one is None else one, dtype=np.int64) for one in rows])
-    return np.array_equal(np.sort(known), np.arange(n_cells))
+    return split_size({name: getattr(model, name, None) for name in _ROWS}) == n_cells
 
 
 def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from anndata import AnnData
-    from jaxtyping import Bool, Int64
+    from jaxtyping import Int64
     from torch import Tensor
 
 __all__ = ["TrainingTissue", "training_tissue"]
 
-_PROFILE_TOLERANCE = 1e-3
+_PROFILE_TOLERANCE, _SAME_PROFILE = 1e-3, 1e-5
 _MOST_PARTS = 100
 
 
@@ -56,7 +56,7 @@ def training_tissue(
     registry: Mapping[str, Any],
     genes: list[str],
     weights: Mapping[str, Tensor],
-    part: Bool[np.ndarray, " cells"] | None,
+    part: Int64[np.ndarray, " trained"] | None,
     n_split: int,
 ) -> TrainingTissue:
     """Return the tissue and the cells of training; refuse those whose number, genes or mean profiles are others.
@@ -66,14 +66,18 @@ def training_tissue(
     setup = registry["setup_args"]
     # a live model that was bound to another AnnData records the number of that
     n_bound = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
-    rows = np.arange(adata.n_obs) if part is None else np.flatnonzero(part)
-    n_cells = n_split if len(rows) == n_split else n_bound
-    fix = "give the AnnData the model was trained on, cells in the same order" + _a_part_of(adata, n_cells)
-    if len(rows) != n_cells:
+    rows = np.arange(adata.n_obs) if part is None else part
+    n_cells = n_split or n_bound
+    fix = "give the AnnData the model was trained on, cells in the same order"
+    if len(rows) not in (n_cells, n_bound):
         chosen = "" if part is None else ", of which trained_on chooses " + str(len(rows))
         raise DataError(
-            value=f"the data has {adata.n_obs} cells{chosen}", rule=f"the model was trained on {n_cells}", fix=fix
+            value=f"the data has {adata.n_obs} cells{chosen}",
+            rule=f"the model was trained on {n_cells}",
+            fix=fix + ("" if part is not None else _a_part_of(adata, n_cells)),
         )
+    # more cells than the split has may be those of another AnnData that the model was bound to
+    tolerance = _PROFILE_TOLERANCE if len(rows) == n_cells else _SAME_PROFILE
     profiles = weights["ct_profiles"].detach().cpu().double().numpy()
     labels = [
         str(label)
@@ -94,12 +98,13 @@ def training_tissue(
         own = rows[tissue.label_codes[rows] == code]
         if len(own) == 0:
             continue
-        gap = float(np.abs(_mean_profile(tissue, own) - profiles[code]).max())
-        if gap > _PROFILE_TOLERANCE * max(1.0, float(np.abs(profiles[code]).max())):
+        gap = np.abs(_mean_profile(tissue, own) - profiles[code])
+        if (gap > tolerance * np.maximum(1.0, np.abs(profiles[code]))).any():
             raise DataError(
-                value=f"mean expression of type {label!r} differs by up to {gap:.3g} from the profile in the model",
+                value=f"mean expression of type {label!r} differs by up to {gap.max():.3g} from the profile in "
+                "the model",
                 rule="the model stores the mean profiles of its training data",
-                fix=fix,
+                fix=fix + ("" if part is not None else _a_part_of(adata, n_cells)),
             )
     return TrainingTissue(tissue=tissue, rows=rows)
 
@@ -110,8 +115,10 @@ def _a_part_of(adata: AnnData, n_cells: int) -> str:
         return ""
     key, value = "COLUMN", "VALUE"
     for name, column in adata.obs.items():
+        if column.nunique() > _MOST_PARTS:
+            continue
         counts = column.astype(str).value_counts()
-        if len(counts) <= _MOST_PARTS and (counts == n_cells).any():
+        if (counts == n_cells).any():
             key, value = str(name), str(counts.index[counts == n_cells][0])
             break
     return (

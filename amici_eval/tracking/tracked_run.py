@@ -47,13 +47,18 @@ def tracked_run(
     import mlflow
 
     given = os.environ.get(_RUN_VARIABLE)
-    run = start_run(
-        tracking.experiment,
-        name=masked(tracking.run_name or name),
-        tags={**tags, **mask_mapping(tracking.tags)},
-        go_on=go_on,
-        retry_s=tracking.retry_s,
-    )
+    try:
+        run = start_run(
+            tracking.experiment,
+            name=masked(tracking.run_name or name),
+            tags={**tags, **mask_mapping(tracking.tags)},
+            go_on=go_on,
+            retry_s=tracking.retry_s,
+        )
+    except BaseException:
+        if given is not None:
+            os.environ[_RUN_VARIABLE] = given
+        raise
     status, why, safe = "FAILED", "", False
     heartbeat = Heartbeat(run.info.run_id, mlflow.MlflowClient())
     try:
@@ -90,7 +95,7 @@ def start_run(
 
     parent, above, run_id = os.environ.get(PARENT_RUN_VARIABLE), None, go_on
     # MLflow takes it for the id of any run that is started
-    given = os.environ.pop(_RUN_VARIABLE, None)
+    given = os.environ.pop(_RUN_VARIABLE, None) or None
     if given is not None and parent is None and go_on is None:
         holds = patiently(lambda: _contents(given), seconds=retry_s, what=f"looking at the run of {_RUN_VARIABLE}")
         above, run_id = (given, None) if holds else (None, given)

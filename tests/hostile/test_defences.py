@@ -95,7 +95,7 @@ def test_the_variable_means_what_it_means_to_mlflow(base, monkeypatch, value):
     except ValueError:
         allowed = False
     try:
-        ours = bool(read_saved_amici(base.folder / "saved", trust=False).weights)
+        ours = bool(read_saved_amici(base.folder / "saved" / "model.pt", trust=False).weights)
     except UnsafePickleError:
         ours = False
     assert ours == allowed

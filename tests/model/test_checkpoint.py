@@ -564,3 +564,34 @@ def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, capl
     assert evaluate(model, adata, EvaluationSpec(permutation=test, data=spec)).n_cells.sum() == 500 - len(fitted)
     for logged in (TrainedAMICI.from_amici(model, trained_on=training), TrainedAMICI.from_amici(model, adata=part)):
         assert logged.card.training_cells == frozenset(fitted)
+
+
+def test_prediction_needs_no_names(trained, adata):
+    expected = trained.predict(adata)
+    other = adata.copy()
+    # names and places of training, none of its cells
+    other.X = other.X[::-1]
+    other.obsm["spatial"] = other.obsm["spatial"][::-1] + 1.0
+    other.obs["cell_type"] = other.obs["cell_type"].to_numpy()[::-1]
+    np.testing.assert_allclose(trained.predict(other)[::-1], expected, atol=1e-4)
+    bound = trained.bind(other)
+    renamed = adata[::-1].copy()
+    np.testing.assert_array_equal(
+        np.sort(bound.train_indices_), np.flatnonzero(renamed.obs_names.isin(trained.card.training_cells))
+    )
+
+
+def test_a_model_bound_to_all_and_saved_again_does_not_take_other_rows(make_amici, adata, tmp_path):
+    import amici
+
+    from amici_eval.model.scvi_loader import own_data_loader
+
+    part = part_of(adata)
+    make_amici(part).save(str(tmp_path / "part"))
+    with own_data_loader():
+        amici.AMICI.load(str(tmp_path / "part"), adata=adata.copy()).save(str(tmp_path / "all"))
+    with pytest.raises(DataError, match=r"differs by up to .*register\.trained_on\.key=in_test"):
+        read_amici_directory(tmp_path / "all", adata=adata, trust=False)
+    training = TrainedOnSpec(key="in_test", value="false")
+    found = read_amici_directory(tmp_path / "all", adata=adata, trust=False, trained_on=training)
+    assert found.card.training_cells == frozenset(part.obs_names[::2])
