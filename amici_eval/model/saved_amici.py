@@ -52,7 +52,7 @@ class SavedFiles:
 
 def saved_files(where: Path) -> SavedFiles:
     """Return the files of a saved model, given its folder or its ``model.pt``, whatever prefix they have."""
-    found = [where] if where.is_file() else sorted(where.glob(f"*{_MODEL}")) if where.is_dir() else []
+    found = [where] if where.is_file() else sorted(where.glob(f"*{_MODEL}"))
     if (where / _MODEL) in found:
         found = [where / _MODEL]
     if len(found) != 1:
@@ -81,6 +81,10 @@ def split_covers(model: Any, n_cells: int) -> bool:
 def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
     """Return what a ``model.pt`` holds; this unpickles it."""
     _check_pickles_are_allowed(path)
+    if not path.is_file():
+        raise ModelFormatError(
+            value=f"{path.parent} holds no model.pt", rule=f"{path.name} must be a plain file", fix="correct model_dir"
+        )
     if not zipfile.is_zipfile(path):
         raise ModelFormatError(
             value=f"{path} is no torch archive",

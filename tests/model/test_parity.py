@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control
 from amici_eval.evaluation import evaluate
 from amici_eval.model.access import open_access
 from amici_eval.model.cards import card_of
-from amici_eval.model.checkpoint import read_amici_directory
+from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.permutation_spec import default_n_permutations
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
@@ -274,8 +274,8 @@ def test_default_number_of_permutations(native, monkeypatch, engine):
     assert_same_counts(comparison, all_pairs=False)
 
 
-def test_saved_model_agrees_too(small, trained, adata):
-    saved = evaluate(trained, adata, small.ours.spec)
+def test_saved_model_agrees_too(small, adata):
+    saved = evaluate(TrainedAMICI.from_amici(small.native), adata, small.ours.spec)
     np.testing.assert_array_equal(saved.exceedances, small.ours.exceedances)
     assert_rounded(saved.expl_var_gene, small.ours.expl_var_gene)
 
