@@ -201,12 +201,15 @@ def test_training_cells_under_other_names_are_not_called_held_out(registry, adat
     assert run().evaluation.held_out == (False,) * 5
     adata.obs_names = [f"renamed_{number}" for number in range(adata.n_obs)]
     adata.write_h5ad("renamed.h5ad")
-    evaluation = run(data_uri="renamed.h5ad", report=ReportSpec(figures=False)).evaluation
-    assert evaluation.held_out == (None,) * 5
-    assert any("have other names: which of them were held out is not known" in note for note in evaluation.notes)
     adata.obsm["spatial"] = adata.obsm["spatial"] + 7.0
-    adata.write_h5ad("elsewhere.h5ad")
-    evaluation = run(data_uri="elsewhere.h5ad", report=ReportSpec(figures=False)).evaluation
+    adata.write_h5ad("moved.h5ad")
+    for uri in ("renamed.h5ad", "moved.h5ad"):
+        evaluation = run(data_uri=uri, report=ReportSpec(figures=False)).evaluation
+        assert evaluation.held_out == (False,) * 5
+        assert any("cells of training have other names here" in note for note in evaluation.notes)
+    adata.X = adata.X * 1.5
+    adata.write_h5ad("other.h5ad")
+    evaluation = run(data_uri="other.h5ad", report=ReportSpec(figures=False)).evaluation
     assert evaluation.held_out == (True,) * 5
 
 

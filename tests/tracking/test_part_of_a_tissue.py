@@ -7,7 +7,6 @@ import shlex
 import numpy as np
 import pytest
 
-from amici_eval.results import HeadEvaluation
 from tests.conftest import train_plainly
 from tests.test_cli import call
 
@@ -45,20 +44,9 @@ def store(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(before)
 
 
-def evaluation_of(run_id):
-    import mlflow
-
-    return HeadEvaluation.load(mlflow.artifacts.download_artifacts(run_id=run_id))
-
-
-def newest_run(kind):
-    import mlflow
-
-    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    return next(run.info.run_id for run in runs if run.data.tags.get("amici_eval.kind", kind) == kind)
-
-
 def test_from_save_to_a_verdict_on_the_command_line(road, store, capsys):
+    import mlflow
+
     folder, adata, fitted, _ = road
     data = f"data.uri={folder / 'full.h5ad'}"
     assert call("register", f"model_dir={folder / 'first'}", "name=road", data) == 2
@@ -74,8 +62,13 @@ def test_from_save_to_a_verdict_on_the_command_line(road, store, capsys):
     assert call("register", f"model_dir={folder / 'second' / 'run1_model.pt'}", "name=road", data, *wanted) == 0
     assert call("evaluate", "model_uri=models:/road/1", "data.subset.held_out=true", *QUICK) == 0
     assert f"{adata.n_obs - len(fitted)} of {adata.n_obs} cells evaluated" in capsys.readouterr().out
-    assert call("compare", "model=road", "versions=[1,2]", "compare.n_permutations=99", *QUICK) == 0
-    assert f"{adata.n_obs - len(fitted)} cells that no compared version was fitted on" in capsys.readouterr().out
+    assert (
+        call("compare", "model=road", "versions=[1,2]", "compare.n_permutations=99", "compare.cells=held_out", *QUICK)
+        == 0
+    )
+    (compared,) = mlflow.search_runs(filter_string="params.`cfg/compare.cells` LIKE '%'", output_format="list")
+    said = compared.data.params["cfg/compare.cells"]
+    assert said == f"{adata.n_obs - len(fitted)} cells that no compared version was fitted on"
     assert call("gate", "model_uri=models:/road/2", "baseline=1", *QUICK) in (0, 3, 4)
 
 
