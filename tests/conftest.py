@@ -153,6 +153,11 @@ def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPa
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     before, here = mlflow.get_tracking_uri(), Path.cwd()
     os.chdir(folder)
+    # MLflow leaves the experiment that a test sets in the environment
+    clean = pytest.MonkeyPatch()
+    for name in list(os.environ):
+        if name.startswith(_OURS):
+            clean.delenv(name)
     try:
         # version 1 brings its data by the run that logged it, version 2 in a bundle, version 3 not at all
         options = {"name": "tiny", "trust": False, "tracking": TrackingSpec(uri=uri)}
@@ -160,6 +165,7 @@ def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPa
         register_job(str(amici_dir), data_uri=str(data), adata="bundle", alias=None, **options)
         register_job(str(amici_dir), data_uri=None, adata=None, alias=None, **options)
     finally:
+        clean.undo()
         os.chdir(here)
         mlflow.set_tracking_uri(before)
     return Registry(uri=uri, folder=folder, data=data, model_id=first.model_id, run_id=first.run_id)

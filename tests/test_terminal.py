@@ -84,8 +84,8 @@ import os, signal, sys, time
 from amici_eval.terminal import TerminatedError, catch_signals
 catch_signals()
 {before}
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except TerminatedError:
     {after}
