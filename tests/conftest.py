@@ -21,6 +21,22 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+# a run, a store or an experiment that the caller works in is not for tests
+for _name in [name for name in os.environ if name.startswith(("MLFLOW_RUN", "MLFLOW_EXPERIMENT", "MLFLOW_TRACKING"))]:
+    del os.environ[_name]
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "AMICI_EVAL_"))}
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Forget what a test, or a command called in it, leaves in the environment."""
+    yield
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AMICI_EVAL_"))]:
+        if name not in _ENVIRONMENT:
+            del os.environ[name]
+    os.environ.update(_ENVIRONMENT)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -137,9 +153,6 @@ class Registry:
     run_id: str
 
 
-_OURS = ("MLFLOW_RUN", "MLFLOW_EXPERIMENT", "MLFLOW_TRACKING", "AMICI_EVAL")
-
-
 @pytest.fixture(scope="session")
 def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     import mlflow
@@ -153,11 +166,6 @@ def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPa
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     before, here = mlflow.get_tracking_uri(), Path.cwd()
     os.chdir(folder)
-    # MLflow leaves the experiment that a test sets in the environment
-    clean = pytest.MonkeyPatch()
-    for name in list(os.environ):
-        if name.startswith(_OURS):
-            clean.delenv(name)
     try:
         # version 1 brings its data by the run that logged it, version 2 in a bundle, version 3 not at all
         options = {"name": "tiny", "trust": False, "tracking": TrackingSpec(uri=uri)}
@@ -165,7 +173,6 @@ def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPa
         register_job(str(amici_dir), data_uri=str(data), adata="bundle", alias=None, **options)
         register_job(str(amici_dir), data_uri=None, adata=None, alias=None, **options)
     finally:
-        clean.undo()
         os.chdir(here)
         mlflow.set_tracking_uri(before)
     return Registry(uri=uri, folder=folder, data=data, model_id=first.model_id, run_id=first.run_id)
@@ -177,9 +184,6 @@ def registry(_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import mlflow
 
     monkeypatch.chdir(tmp_path)
-    for name in list(os.environ):
-        if name.startswith(_OURS):
-            monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", _registry.uri)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(_registry.uri)

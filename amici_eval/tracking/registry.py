@@ -38,7 +38,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MODELS_SOUGHT, _MODELS_NAMED = 1000, 20
-_TIMEOUTS_S = 5, 20
+_TIMEOUTS_S = 5, 10
 """For a connection and for an answer, where ``MLFLOW_HTTP_REQUEST_TIMEOUT`` is not set."""
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))/?")
@@ -122,7 +122,7 @@ def _check_reachable(uri: str) -> None:
                 "/health",
                 "GET",
                 timeout=None if MLFLOW_HTTP_REQUEST_TIMEOUT.is_set() else _TIMEOUTS_S,
-                max_retries=None if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set() else 0,
+                max_retries=None if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set() else 1,
                 raise_on_status=False,
             )
             return
