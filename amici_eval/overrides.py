@@ -24,6 +24,8 @@ from amici_eval.errors import InvalidSpecError
 from amici_eval.gate_spec import Rule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hydra.plugins.config_source import ConfigResult
 
 __all__ = ["check_override", "hydra_override", "keep_texts_of_files"]
@@ -42,11 +44,15 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
         known = [entry.name for entry in fields(schema)]
         if name not in known:
             group = ".".join(path[:depth])
-            near = get_close_matches(name, known, n=3, cutoff=0.5)
+            near = [
+                ".".join([*path[:depth], one, *path[depth + 1 :]])
+                for one in get_close_matches(name, known, n=3, cutoff=0.5)
+            ]
+            near = [one for one in _paths(SCHEMAS[command]) if one.endswith(f".{key}")] or near
             raise InvalidSpecError(
                 value=f"setting {key!r}",
                 rule=f"{group or command} has {', '.join(known)}",
-                fix=f"write {' or '.join('.'.join([*path[:depth], one, *path[depth + 1 :]]) for one in near)}"
+                fix=f"write {' or '.join(near)}"
                 if near
                 else f"choose one of these; amici-eval {command} --cfg job shows all settings",
             )
@@ -76,6 +82,15 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
         ) from error
     except HydraException:
         return
+
+
+def _paths(schema: Any, group: str = "") -> Iterator[str]:
+    """Yield each setting below a group of settings, from the root."""
+    for name, kind in get_type_hints(schema).items():
+        yield group + name
+        parts = [one for one in (kind, *get_args(kind)) if is_dataclass(one)]
+        if parts and get_origin(kind) not in (list, tuple, dict):
+            yield from _paths(parts[0], f"{group}{name}.")
 
 
 def hydra_override(text: str, *, command: str = "evaluate", sweep: bool = False) -> str:

@@ -238,6 +238,7 @@ def test_project_parameters_become_overrides():
         (["permutation.n_perm=3"], "amici-eval: setting 'permutation.n_perm': permutation has n_permutations, alpha, "),
         (["permutation.n_perm=3"], "; write permutation.n_permutations"),
         (["data.subset.held=true"], "; write data.subset.held_out"),
+        (["trained_on.key=in_test"], "; write data.trained_on.key"),
         (["data.subset.indices=[1,b]"], "data.subset.indices=[1,b]: Value 'b' of type 'str' could not be converted"),
         (["tracking.zzz=3"], "; choose one of these; amici-eval evaluate --cfg job shows all settings"),
         (["permutation.alpha=big"], "could not be converted to Float"),
