@@ -361,7 +361,8 @@ def _register(config: DictConfig) -> None:
         adata=config.register.adata,
         trust=config.register.trust,
         alias=config.register.alias,
-        trained_on=TrainedOnSpec(**config.register.trained_on),
+        # a group data=mine says it for all commands
+        trained_on=TrainedOnSpec(**config.register.trained_on) or TrainedOnSpec(**config.data.trained_on),
         tracking=tracking,
     )
     _say(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
 from amici_eval.errors import DataError, first_line
+from amici_eval.tracking.patience import patiently, understood
 from amici_eval.untrusted import load_json
 
 __all__ = ["NAMED", "as_local_path", "fetch"]
@@ -42,25 +44,32 @@ def fetch(uri: str, folder: Path) -> Path:
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="correct the URI",
         )
-    target = folder / named[0].rstrip("/")
     try:
-        if parsed.scheme in _MLFLOW_SCHEMES:
-            import mlflow.artifacts
-
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-        if parsed.scheme in ("http", "https"):
-            if target.suffix.lower() == ".h5ad":
-                return _download(uri, target)
-            return _download_zarr(uri, target)
-        _copy_from_store(uri, target)
+        return patiently(partial(_fetched, uri, folder, named[0].rstrip("/")), what="fetching the data")
     except DataError:
         raise
     except Exception as error:
+        fault = understood(error)
+        check = "check the URI, your credentials, and that the fsspec package of its scheme is installed"
         raise DataError(
-            value=f"{uri} cannot be fetched ({first_line(error)})",
+            value=f"{uri} cannot be fetched ({first_line(error) if fault is None else fault.said})",
             rule="data.uri must name a readable .h5ad or .zarr",
-            fix="check the URI, your credentials, and that the fsspec package of its scheme is installed",
+            fix=fault.fix if fault is not None and fault.passing else check,
         ) from error
+
+
+def _fetched(uri: str, folder: Path, name: str) -> Path:
+    scheme, target = urlparse(uri).scheme, folder / name
+    if scheme in _MLFLOW_SCHEMES:
+        import mlflow.artifacts
+
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    if scheme not in ("http", "https"):
+        _copy_from_store(uri, target)
+    elif target.suffix.lower() == ".h5ad":
+        _download(uri, target)
+    else:
+        _download_zarr(uri, target)
     return target
 
 

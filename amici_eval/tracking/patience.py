@@ -7,6 +7,7 @@ import logging
 import random
 import re
 import sqlite3
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,19 @@ _NO_LOGIN = ("authentication", "does not exist", "denied", "pg_hba", "permission
 _SQLITE = {"is full": errno.ENOSPC, "readonly": errno.EROFS, "read-only": errno.EROFS, "to open": errno.EACCES}
 _TABLE = re.compile(r"INSERT INTO [`\"\[]?(\w+)|constraint failed: (\w+)|for key '(\w+)\.|constraint \"(\w+)")
 
+# where the clients of the object stores that hold MLflow's artifacts, or data, keep the classes of their errors
+_CLIENTS = {
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "boto3.exceptions": ("Boto3Error",),
+    "azure.core.exceptions": ("AzureError",),
+    "google.api_core.exceptions": ("GoogleAPIError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "google.resumable_media.common": ("InvalidResponse",),
+    "gcsfs.retry": ("HttpError",),
+    "aiohttp": ("ClientError",),
+}
+_LOST = re.compile(r"Connect|Timeout|Transport|ServiceRe|IncompleteRead|Protocol|HTTPClient|Disconnect|Payload|Retry")
+
 _RULES: dict[str | int, tuple[str, str]] = {
     "HTTP 401": ("the server must know who asks", "give MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"),
     "HTTP 403": ("your account must be allowed to do this", "ask for the permission, or use another account"),
@@ -81,6 +95,10 @@ _RULES: dict[str | int, tuple[str, str]] = {
     "collision": (
         "rows of one run must differ; some databases take names that differ by case only for the same",
         "let the names differ by more than case, or use a database that tells them apart",
+    ),
+    "object store": (
+        "the store of the artifacts or data must know and serve this environment",
+        "check its address, and the credentials, rights and certificates that its client finds here",
     ),
     "file": ("it must be whole, and you must be allowed to read and write it", "mend it, or name another place"),
     "refused": ("MLflow refuses this", "do what it says"),
@@ -183,7 +201,12 @@ def store_errors() -> tuple[type[Exception], ...]:
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError
+    return MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError, *_client_errors()
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    loaded = [(sys.modules[name], classes) for name, classes in _CLIENTS.items() if name in sys.modules]
+    return tuple(getattr(module, one) for module, classes in loaded for one in classes)
 
 
 def is_missing(error: BaseException) -> bool:
@@ -259,6 +282,8 @@ def _of_transport(one: Any) -> Fault | None:
         return _refused(_text(one), "no address") if isinstance(one, ValueError) else Fault(said=first_line(one))
     if isinstance(one, (SQLAlchemyError, sqlite3.Error)):
         return _of_database(one)
+    if isinstance(one, _client_errors()):
+        return _of_client(one)
     if isinstance(one, MlflowException) and (fault := _of_collision(one)) is not None:
         return fault
     # as an MLflow server sends it with 500
@@ -287,6 +312,21 @@ def _of_answer(answer: Any) -> Fault:
         return _refused(f"{said}{moved}, which is no answer of MLflow", "no MLflow")
     why = f"HTTP {status}"
     return _refused(said, why) if why in _RULES else _refused(said, "refused", InvalidSpecError)
+
+
+def _of_client(error: Any) -> Fault:
+    """Return what an error of a client of an object store is, by the answer that it got."""
+    answer = getattr(error, "response", None)
+    status = getattr(error, "status_code", None) or getattr(error, "code", None) or getattr(error, "status", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif answer is not None:
+        status = getattr(answer, "status_code", status)
+    if isinstance(status, int) and status >= 400:
+        passing = _passes(status)
+    else:
+        passing = _LOST.search(type(error).__name__) is not None
+    return Fault(said=first_line(error)) if passing else _refused(_text(error), "object store")
 
 
 def _passes(status: int) -> bool:

@@ -7,7 +7,11 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import ModuleType
 
 import pytest
 import requests
@@ -24,7 +28,16 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from amici_eval.cli import main
-from amici_eval.errors import AmiciEvalError, InvalidSpecError, ModelNotFoundError, OutputError, TrackingError
+from amici_eval.errors import (
+    AmiciEvalError,
+    DataError,
+    InvalidSpecError,
+    ModelNotFoundError,
+    OutputError,
+    TrackingError,
+)
+from amici_eval.tracking import patience
+from amici_eval.tracking.fetching import fetch
 from amici_eval.tracking.patience import tracking_errors, understood
 
 
@@ -203,6 +216,55 @@ def test_what_is_ours(error):
     assert understood(error) is None
     with pytest.raises(type(error)), tracking_errors():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "passing"),
+    [
+        ("ClientError", {"response": {"ResponseMetadata": {"HTTPStatusCode": 403}}}, False),
+        ("ClientError", {"response": {"ResponseMetadata": {"HTTPStatusCode": 503}}}, True),
+        ("ResourceNotFoundError", {"status_code": 404}, False),
+        ("TooManyRequests", {"code": 429}, True),
+        ("InvalidResponse", {"response": answer(502)}, True),
+        ("EndpointConnectionError", {}, True),
+        ("NoCredentialsError", {}, False),
+    ],
+)
+def test_what_the_client_of_an_object_store_says(name, attributes, passing, monkeypatch):
+    client = ModuleType("botocore.exceptions")
+    client.BotoCoreError = client.ClientError = type("BotoCoreError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, client.__name__, client)
+    # as S3UploadFailedError of boto3 hides what it comes from
+    error = MlflowException("x")
+    error.__context__ = type(name, (client.BotoCoreError,), attributes)("said")
+    fault = understood(error)
+    assert (fault.passing, fault.kind) == (passing, TrackingError)
+    assert "said" in fault.said
+    assert ("same command" in fault.fix) == passing
+
+
+def test_data_is_asked_for_again(tmp_path, monkeypatch):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(503 if len(asked) < 3 else 200)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"data")
+
+    monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "_patience_s", [0.0])
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/a.h5ad"
+        with pytest.raises(DataError, match=r"503.*run the same command again"):
+            fetch(uri, tmp_path)
+        patience.set_patience(10.0)
+        assert fetch(uri, tmp_path).read_bytes() == b"data"
+        server.shutdown()
+    assert len(asked) == 3
 
 
 def test_files_that_were_fetched_in_threads_say_what_failed():
