@@ -169,8 +169,10 @@ def _check_arrived(client: Any, folder: Path, record: RunRecord) -> None:
             there = {item.path for item in client.list_artifacts(record.run_id, None if path == folder else within)}
             lacking |= {one.relative_to(folder).as_posix() for one in path.iterdir() if one.is_file()} - there
     if lacking:
+        shown = ", ".join(sorted(lacking)[:3])
         msg = (
-            f"the store took what was sent, and does not hold {', '.join(sorted(lacking)[:3])} ({len(lacking)} in all)"
+            f"the store took what was sent, and does not hold {shown} ({len(lacking)} in all): a login page or a proxy "
+            "may answer in its place"
         )
         raise ConnectionError(msg)
 

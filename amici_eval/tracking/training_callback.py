@@ -8,20 +8,24 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from amici_eval.checks import check_type
 from amici_eval.errors import InvalidSpecError, ModelFormatError, first_line
 from amici_eval.evaluation import evaluate
+from amici_eval.model.cards import card_of
 from amici_eval.spec_checks import require_int, require_one_of
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.tissue import prepare
 from amici_eval.tracking.run_contents import evaluation_metrics
-from amici_eval.tracking.training_cells import CELLS, TrainingCells, cells_to_evaluate
+from amici_eval.tracking.training_cells import CELLS, Split, TrainingCells, cells_to_evaluate
 from amici_eval.tracking.training_run import ModelInTraining, Once, RunInTraining, generators_untouched, split_of
 
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from jaxtyping import Bool, Int64
     from mlflow.entities import Metric
 
 __all__ = ["HeadEvaluationCallback"]
@@ -234,8 +238,7 @@ class HeadEvaluationCallback(Callback):
         if self._chosen is None:
             self._chosen = cells_to_evaluate(
                 adata,
-                fitted_to=model.adata,
-                split=split,
+                part=self._part(adata, {"validation": split.validation, "train": split.train}.get(self.cells)),
                 cells=self.cells,
                 subset=self.spec.data.subset,
                 labels_key=self.spec.data.labels_key or model.registry_["setup_args"]["labels_key"],
@@ -255,6 +258,15 @@ class HeadEvaluationCallback(Callback):
         # what a failed attempt left goes along with the next
         self._run.send(self._unsent, self._tags)
         self._unsent, self._tags = [], {}
+
+    def _part(self, adata: AnnData, rows: Int64[np.ndarray, " part"] | None) -> Bool[np.ndarray, " cells"] | None:
+        """Return which cells are those of some rows of the model's own AnnData; ``None``: not known."""
+        if rows is None:
+            return None
+        if adata is self._model.adata:
+            return np.isin(np.arange(adata.n_obs), rows)
+        card = card_of(ModelInTraining.of(self._model, Split(train=rows)), adata=adata)
+        return prepare(adata, card, replace(self.spec.data, subset=SubsetSpec())).fitted
 
     def _settings(self, chosen: TrainingCells) -> EvaluationSpec:
         subset = replace(self.spec.data.subset, key=None, value=None, indices=chosen.rows)

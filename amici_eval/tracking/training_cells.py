@@ -54,22 +54,21 @@ class TrainingCells:
 def cells_to_evaluate(
     adata: AnnData,
     *,
-    fitted_to: AnnData,
-    split: Split,
+    part: Bool[np.ndarray, " cells"] | None,
     cells: str,
     subset: SubsetSpec,
     labels_key: str,
     n_cells: int,
     seed: int,
 ) -> TrainingCells:
-    """Choose cells: as many of each type as there are, up to an equal share.
+    """Choose cells of a part (``None``: all, or not known): as many of each type as there are, up to an equal share.
 
     Notes
     -----
     Equal shares, not proportional ones: a curve is drawn for each type, and each needs cells enough.
     """
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
-    part = _part_of_split(adata, names, fitted_to, split, cells)
+    part = None if part is None or not part.any() else part
     members = np.ones(len(names), dtype=bool) if part is None else part
     kind = f"{cells} cells"
     if cells == "all":
@@ -98,21 +97,6 @@ def cells_to_evaluate(
         described=f"{len(rows)} of {len(chosen)} {kind}",
         as_asked=cells == "all" or part is not None,
     )
-
-
-def _part_of_split(
-    adata: AnnData, names: np.ndarray, fitted_to: AnnData, split: Split, cells: str
-) -> Bool[np.ndarray, " cells"] | None:
-    """Return which cells are of a part of the split; ``None``: all were asked for, or it is not known, or none is."""
-    rows = {"validation": split.validation, "train": split.train}.get(cells)
-    if rows is None or not len(rows):
-        return None
-    members = np.zeros(len(names), dtype=bool)
-    if adata is fitted_to:
-        members[rows] = True
-    else:
-        members = pd.Index(names).isin(fitted_to.obs_names.astype(str)[rows])
-    return members if members.any() else None
 
 
 def _quotas(counts: Int64[np.ndarray, " types"], n_cells: int) -> Int64[np.ndarray, " types"]:

@@ -23,7 +23,7 @@ from amici_eval.names import slugify
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tracking import training_callback
 from amici_eval.tracking.run_contents import evaluation_metrics
-from amici_eval.tracking.training_cells import Split, cells_to_evaluate
+from amici_eval.tracking.training_cells import cells_to_evaluate
 from amici_eval.tracking.training_run import RunInTraining
 
 SMALL = {
@@ -220,6 +220,26 @@ def test_without_an_active_run_nothing_is_done_and_it_is_said_once(store, adata,
     said = [record.getMessage() for record in caplog.records if record.name == NAME]
     assert said == ["no MLflow run is active: heads are not evaluated while the model trains"]
     assert same(weights(model), plain)
+
+
+@pytest.mark.amici
+def test_in_another_tissue_cells_of_the_split_are_told_by_name_place_and_expression(store, adata, caplog):
+    order = np.random.default_rng(2).permutation(adata.n_obs)
+    renamed, taken = adata[order].copy(), adata[order].copy()
+    renamed.obs_names = [f"other {name}" for name in renamed.obs_names]
+    # the names of other cells
+    taken.obs_names = adata.obs_names
+    for other in (adata[order].copy(), renamed):
+        model = untrained(adata)
+        callback = HeadEvaluationCallback(model, adata=other, every_n_epochs=1, n_cells=10_000, max_share=math.inf)
+        with mlflow.start_run():
+            train(model, callback, n_epochs=1)
+        assert set(order[list(callback._chosen.rows)]) == set(rows_of(adata)[1])
+    model = untrained(adata)
+    callback = HeadEvaluationCallback(model, adata=taken, every_n_epochs=1, n_cells=10_000, max_share=math.inf)
+    with mlflow.start_run():
+        train(model, callback, n_epochs=1)
+    assert set(order[list(callback._chosen.rows)]) == set(rows_of(adata)[1])
 
 
 @pytest.mark.amici
@@ -484,10 +504,8 @@ def test_what_is_no_live_amici_is_refused():
 
 
 def choose(adata, **changes):
-    train_rows, validation = rows_of(adata)
     settings = {
-        "fitted_to": adata,
-        "split": Split(train=train_rows, validation=validation),
+        "part": (adata.obs["region"] != "rest").to_numpy(),
         "cells": "validation",
         "subset": SubsetSpec(),
         "labels_key": "cell_type",
@@ -502,7 +520,7 @@ def test_types_get_equal_shares_as_far_as_they_have_cells(adata):
     everyone = adata.obs["cell_type"].value_counts()
     rarest = int(everyone.min())
     n_types, n_cells = len(everyone), 3 * (rarest + 10)
-    found = choose(adata, cells="all", n_cells=n_cells)
+    found = choose(adata, cells="all", part=None, n_cells=n_cells)
     kept = adata.obs["cell_type"].iloc[list(found.rows)].value_counts()
     assert n_types >= 3
     assert len(found.rows) == n_cells
@@ -519,15 +537,11 @@ def test_the_same_cells_are_chosen_whatever_the_order_of_rows_and_others_by_anot
     assert set(adata.obs_names[list(choose(adata, seed=1).rows)]) != first
 
 
-def test_in_another_tissue_cells_of_the_split_are_found_by_name(adata):
-    order = np.random.default_rng(2).permutation(adata.n_obs)
-    other = adata[order].copy()
-    found = choose(other, fitted_to=adata, split=Split(validation=rows_of(adata)[1]), n_cells=10_000)
-    assert set(other.obs_names[list(found.rows)]) == set(adata.obs_names[rows_of(adata)[1]])
-    other.obs_names = [f"other {name}" for name in other.obs_names]
-    found = choose(other, fitted_to=adata, n_cells=10_000)
-    assert len(found.rows) == adata.n_obs
-    assert not found.as_asked
+def test_without_a_known_part_all_cells_are_evaluated_and_it_is_said(adata):
+    for part in (None, np.zeros(adata.n_obs, dtype=bool)):
+        found = choose(adata, part=part, n_cells=10_000)
+        assert len(found.rows) == adata.n_obs
+        assert not found.as_asked
 
 
 def test_cells_are_drawn_from_the_subset_of_the_settings(adata):
