@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AblationSpec": "amici_eval.specs",
-    "AmiciEvalError": "amici_eval.errors",
+    "AmiciEvalError": "amici_eval.common.errors",
     "AnnDataDataset": "amici_eval.tracking.dataset",
     "ComparisonSpec": "amici_eval.comparison_spec",
     "DEMO_TISSUE": "amici_eval.simulate",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from amici_eval import __version__
-from amici_eval.errors import AmiciEvalError, InvalidSpecError, mask_secrets
+from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, mask_secrets
 from amici_eval.project_arguments import project_overrides, written_out
 from amici_eval.terminal import (
     Reporter,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval import comparison_frames
+from amici_eval.common.errors import DataError
+from amici_eval.common.untrusted import parse_json
 from amici_eval.comparison_parts import (
     ComparedVersion,
     FailedVersion,
@@ -20,9 +22,7 @@ from amici_eval.comparison_parts import (
     check_settings,
 )
 from amici_eval.comparison_senders import SenderDifferences, sender_differences_frame
-from amici_eval.errors import DataError
 from amici_eval.named_arrays import read_named
-from amici_eval.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

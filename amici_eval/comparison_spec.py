@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 
 __all__ = ["ComparisonSpec"]
 

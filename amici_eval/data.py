@@ -11,7 +11,8 @@ import pandas as pd
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
+from amici_eval.common.model_card import TrainingData
 from amici_eval.files import check_is_filled, is_on_disk, missing, open_anndata, with_table
 from amici_eval.matrices import (
     as_dense,
@@ -23,7 +24,6 @@ from amici_eval.matrices import (
     spans,
     stored_values,
 )
-from amici_eval.model_card import TrainingData
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.errors import AmiciEvalError
+from amici_eval.common.errors import AmiciEvalError
 from amici_eval.tracking.local_results import check_writable
 from amici_eval.tracking.registry import keep_artifacts_in
 

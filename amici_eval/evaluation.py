@@ -9,7 +9,7 @@ import numpy as np
 
 from amici_eval.ablation_results import HeadAblations
 from amici_eval.by_type import evaluate_types
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.inference import adjusted_free, held_out_parts, intervals, spatial_tests
 from amici_eval.parity import Parity, check_parity
 from amici_eval.permutation_spec import default_n_permutations

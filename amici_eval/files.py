@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from scipy import sparse
 
-from amici_eval.errors import DataError, first_line
-from amici_eval.free_memory import available_memory
+from amici_eval.common.errors import DataError, first_line
+from amici_eval.common.free_memory import available_memory
+from amici_eval.common.untrusted import check_is_plain_file, check_names
 from amici_eval.matrices import lies_on_disk
 from amici_eval.shared_matrices import open_hdf5
-from amici_eval.untrusted import check_is_plain_file, check_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -6,11 +6,11 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.durable import PARTIAL_SUFFIX, write_durably
+from amici_eval.common.durable import PARTIAL_SUFFIX, write_durably
+from amici_eval.common.packing import DamagedPackError, read_pack, write_pack
 from amici_eval.free_test import FreeTest
 from amici_eval.inference_results import Baselines
 from amici_eval.model.factored import HeadOutputs
-from amici_eval.packing import DamagedPackError, read_pack, write_pack
 from amici_eval.sender_results import Senders
 from amici_eval.spatial_evaluation import TypeSpatial
 from amici_eval.stats.ablations import TypeAblations

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 from amici_eval.spec_checks import check_alias
 from amici_eval.specs import settings_that_matter
 

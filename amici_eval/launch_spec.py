@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from amici_eval.errors import DeviceError, InvalidSpecError
+from amici_eval.common.errors import DeviceError, InvalidSpecError
 from amici_eval.spec_checks import require_int, require_one_of
 
 __all__ = ["LaunchSpec"]

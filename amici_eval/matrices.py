@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from scipy import sparse
 
-from amici_eval.errors import DataError, first_line
+from amici_eval.common.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.errors import DataError
-from amici_eval.untrusted import check_names, load_npz, parse_json
+from amici_eval.common.errors import DataError
+from amici_eval.common.untrusted import check_names, load_npz, parse_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64

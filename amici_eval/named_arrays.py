@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from amici_eval.errors import DataError
-from amici_eval.untrusted import read_plain_file
+from amici_eval.common.errors import DataError
+from amici_eval.common.untrusted import read_plain_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

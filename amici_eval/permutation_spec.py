@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 from amici_eval.spec_checks import require_int, require_one_of
 
 __all__ = ["PermutationSpec", "default_n_permutations"]

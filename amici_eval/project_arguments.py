@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 
 __all__ = ["project_overrides", "written_out"]
 

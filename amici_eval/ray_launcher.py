@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import LaunchError, first_line
+from amici_eval.common.errors import LaunchError, first_line
 from amici_eval.ray_process import check_answers, environment, import_ray, own_handlers
 from amici_eval.ray_worker import TypeWorker, parts_of
 

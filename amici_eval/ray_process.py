@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import LaunchError
+from amici_eval.common.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

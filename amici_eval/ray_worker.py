@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.errors import LaunchError, first_line
+from amici_eval.common.errors import LaunchError, first_line
 from amici_eval.protocols import SendableAccess
 
 if TYPE_CHECKING:

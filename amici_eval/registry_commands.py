@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from amici_eval.common.errors import mask_secrets
+from amici_eval.common.escaping import markdown
 from amici_eval.config import (
     comparison_spec,
     data_uri,
@@ -13,8 +15,6 @@ from amici_eval.config import (
     resolved_yaml,
     tracking_spec,
 )
-from amici_eval.errors import mask_secrets
-from amici_eval.escaping import markdown
 from amici_eval.terminal import Reporter, append_for_ci, pause
 
 if TYPE_CHECKING:

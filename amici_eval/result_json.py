@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from amici_eval.ablation_results import HeadAblations, array_shapes
+from amici_eval.common.untrusted import check_names
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.sender_results import Senders
 from amici_eval.specs import spec_from_mapping
-from amici_eval.untrusted import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

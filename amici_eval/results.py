@@ -12,7 +12,8 @@ import numpy as np
 
 from amici_eval import result_frames, result_senders
 from amici_eval.ablation_results import HeadAblations
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
+from amici_eval.common.untrusted import parse_json
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import MOMENTS_FILE, Moments
 from amici_eval.named_arrays import read_named
@@ -29,7 +30,6 @@ from amici_eval.result_json import fields_of, record_of
 from amici_eval.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
 from amici_eval.sender_results import Senders
 from amici_eval.specs import ENGINES
-from amici_eval.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

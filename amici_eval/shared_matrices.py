@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from amici_eval.errors import LaunchError
+from amici_eval.common.errors import LaunchError
 from amici_eval.matrices import lies_on_disk
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.stats.head_products import HeadContributions
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.spatial import balanced_blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 
 __all__ = ["bytes_of", "check_alias", "require_int", "require_one_of"]
 

@@ -15,7 +15,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 from amici_eval.permutation_spec import PermutationSpec
 from amici_eval.spec_checks import bytes_of, require_int, require_one_of
 

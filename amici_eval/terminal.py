@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import OutputError
-from amici_eval.escaping import printable, terminal_text
-from amici_eval.masking import mask_secrets
+from amici_eval.common.errors import OutputError
+from amici_eval.common.escaping import printable, terminal_text
+from amici_eval.common.masking import mask_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -27,8 +27,8 @@ from amici_eval.checks import (
     split_cells,
     trained_on,
 )
+from amici_eval.common.errors import DataError
 from amici_eval.data import coordinates_of, expression_matrix
-from amici_eval.errors import DataError
 from amici_eval.geometry import Geometry
 from amici_eval.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
 from amici_eval.membership import expression_prints, fitted_cells
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 
+    from amici_eval.common.model_card import ModelCard
     from amici_eval.matrices import RowReader
-    from amici_eval.model_card import ModelCard
     from amici_eval.specs import DataSpec
 
 __all__ = ["ExpressionBlock", "Tissue", "check_sections", "keep_away_from_training", "prepare"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from amici_eval.side_by_side import run_side_by_side
+from amici_eval.common.side_by_side import run_side_by_side
 from amici_eval.stats.place import Place
 from amici_eval.type_evaluation import evaluate_type_by_factors, evaluate_type_by_hooks
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError
-from amici_eval.untrusted import parse_json, read_plain_file
+from amici_eval.common.errors import DataError
+from amici_eval.common.untrusted import parse_json, read_plain_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

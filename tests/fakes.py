@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.model_card import ModelCard
+from amici_eval.common.model_card import ModelCard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

@@ -19,7 +19,7 @@ from amici_eval.tissue import ExpressionBlock
 from tests.fakes import make_card
 
 if TYPE_CHECKING:
-    from amici_eval.model_card import ModelCard
+    from amici_eval.common.model_card import ModelCard
 
 TYPES = ("A", "B+/x", "C")
 N_GENES, N_NEIGHBOURS = 6, 8

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from amici_eval.cli import main
+from amici_eval.common.errors import InvalidSpecError
 from amici_eval.config import gate_spec
-from amici_eval.errors import InvalidSpecError
 from amici_eval.overrides import hydra_override
 from amici_eval.project_arguments import project_overrides
 

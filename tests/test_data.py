@@ -13,9 +13,9 @@ from scipy import sparse
 
 from amici_eval import matrices as module
 from amici_eval.checks import labels_of
+from amici_eval.common.errors import DataError
+from amici_eval.common.model_card import TrainingData
 from amici_eval.data import content_digest, describe_training_data, digest_of_places, open_anndata
-from amici_eval.errors import DataError
-from amici_eval.model_card import TrainingData
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import check_sections, keep_away_from_training, prepare
 from tests.fakes import make_card

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from amici_eval.escaping import (
+from amici_eval.common.escaping import (
     code_block,
     csv_text,
     from_csv_text,

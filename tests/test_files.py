@@ -13,8 +13,8 @@ import zarr
 from scipy import sparse
 
 from amici_eval import files as module
+from amici_eval.common.errors import DataError
 from amici_eval.data import content_digest, describe_training_data
-from amici_eval.errors import DataError
 from amici_eval.files import is_on_disk, open_anndata
 from amici_eval.specs import DataSpec, SubsetSpec
 from amici_eval.tissue import prepare

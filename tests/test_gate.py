@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.gate import Element, decide, judge
 from amici_eval.gate_spec import KINDS, TABLES, GateSpec, Rule, gate_key, gate_spec_from
 from amici_eval.specs import EvaluationSpec

@@ -12,7 +12,7 @@ from anndata.io import sparse_dataset
 from scipy import sparse
 
 from amici_eval import matrices as module
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.matrices import (
     as_dense,
     expression_blocks,

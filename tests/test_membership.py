@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.common.errors import DataError, InvalidSpecError
+from amici_eval.common.model_card import Fingerprints
 from amici_eval.matrices import open_rows
 from amici_eval.membership import expression_prints, place_prints, prints_from, text_of
-from amici_eval.model_card import Fingerprints
 from amici_eval.specs import DataSpec, SubsetSpec, TrainedOnSpec
 from amici_eval.tissue import prepare
 from tests.fakes import make_card

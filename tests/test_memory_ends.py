@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.errors import DeviceMemoryError
+from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.evaluation import evaluate
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.shrinking import Shrinking, is_out_of_memory, memory_errors_explained
@@ -210,7 +210,7 @@ def test_a_failure_inside_a_failure_shrinks_the_outer_work_too():
 
 
 def test_a_file_or_a_tissue_that_does_not_fit_is_told(trained, adata, tmp_path, monkeypatch):
-    from amici_eval.errors import DataError
+    from amici_eval.common.errors import DataError
     from amici_eval.files import open_anndata
     from amici_eval.specs import DataSpec
     from amici_eval.tissue import prepare

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pytest
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.moments import Moments
 from amici_eval.stats.moments import factors_of, gather_moments, merge_tiles
 from amici_eval.stats.readout import Readout

@@ -21,12 +21,12 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
 import amici_eval
+from amici_eval.common.errors import DataError
+from amici_eval.common.escaping import csv_text, printable
+from amici_eval.common.names import slugify
 from amici_eval.config import resolved_yaml
-from amici_eval.errors import DataError
-from amici_eval.escaping import csv_text, printable
 from amici_eval.gate import judge
 from amici_eval.gate_spec import GateSpec, Rule
-from amici_eval.names import slugify
 from amici_eval.report.csv_files import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
 from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amici_eval.durable import PARTIAL_SUFFIX, FolderLock, is_disk_full, write_durably, write_text_durably
+from amici_eval.common.durable import PARTIAL_SUFFIX, FolderLock, is_disk_full, write_durably, write_text_durably
+from amici_eval.common.packing import DamagedPackError, read_pack, write_pack
 from amici_eval.finished_parts import FinishedParts
-from amici_eval.packing import DamagedPackError, read_pack, write_pack
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 import mlflow
 import pytest
 
-from amici_eval.errors import TrackingError
+from amici_eval.common.errors import TrackingError
 from amici_eval.tracking.promotion import promotions
 from amici_eval.tracking.watching import watch
 from tests.racing import promoter, race_key, watcher

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from amici_eval.errors import DataError, DeviceError, InvalidSpecError, LaunchError
+from amici_eval.common.errors import DataError, DeviceError, InvalidSpecError, LaunchError
 from amici_eval.evaluation import evaluate, evaluate_access
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.launching import open_launcher
@@ -242,7 +242,7 @@ _OUTSIDE = """
 import os, sys, tempfile
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 import ray
-from amici_eval.errors import LaunchError
+from amici_eval.common.errors import LaunchError
 from amici_eval.evaluation import evaluate_access
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.launching import open_launcher

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from scipy import sparse
 
 from amici_eval import files
+from amici_eval.common.errors import AmiciEvalError, DataError
 from amici_eval.config import EvaluateConfig, data_uri
 from amici_eval.data import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain
-from amici_eval.errors import AmiciEvalError, DataError
 from amici_eval.files import open_anndata
 from amici_eval.specs import DataSpec
 from amici_eval.tissue import prepare

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amici_eval.ablation_results import HeadAblations
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import Moments
 from amici_eval.results import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import amici_eval
-from amici_eval.errors import TrackingError
+from amici_eval.common.errors import TrackingError
 from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking.jobs import evaluate_job, register_job
 from amici_eval.tracking.uploading import upload

@@ -8,7 +8,7 @@ import pytest
 import zarr
 from scipy import sparse
 
-from amici_eval.errors import LaunchError
+from amici_eval.common.errors import LaunchError
 from amici_eval.files import open_anndata
 from amici_eval.matrices import lies_on_disk, open_rows, take_expression
 from amici_eval.shared_matrices import SentMatrix, sent

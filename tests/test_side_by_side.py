@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
+from amici_eval.common.side_by_side import run_side_by_side
 from amici_eval.progress import Meter
-from amici_eval.side_by_side import run_side_by_side
 
 
 @pytest.fixture(params=[1, 3])

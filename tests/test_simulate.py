@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 from amici_eval.simulate import DEMO_TISSUE, PlantedEffect, TissueSpec, sender_exposure, simulate_tissue
 
 NULL_TYPES = ("Macrophages/Monocytes", "Endothelial")

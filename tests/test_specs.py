@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amici_eval.errors import AmiciEvalError, InvalidSpecError
+from amici_eval.common.errors import AmiciEvalError, InvalidSpecError
 from amici_eval.permutation_spec import default_n_permutations
 from amici_eval.specs import (
     AblationSpec,

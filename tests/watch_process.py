@@ -16,7 +16,7 @@ def gate_job(
 ):
     from mlflow import MlflowClient
 
-    from amici_eval.errors import DataError
+    from amici_eval.common.errors import DataError
 
     name, version = model_uri.removeprefix("models:/").split("/")
     if data_uri == "broken":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from amici_eval.errors import DeviceError, ModelFormatError
+from amici_eval.common.errors import DeviceError, ModelFormatError
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import AMICI_SOURCES, TrainedAMICI, package_versions
 from amici_eval.model.factored import FactoredAccess
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.model_card import ModelCard
+    from amici_eval.common.model_card import ModelCard
     from amici_eval.specs import AblationSpec
     from amici_eval.tissue import ExpressionBlock
 

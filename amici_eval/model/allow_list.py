@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 import torch
 
-from amici_eval.errors import UnsafePickleError
-from amici_eval.untrusted import check_is_plain_file
+from amici_eval.common.errors import UnsafePickleError
+from amici_eval.common.untrusted import check_is_plain_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from amici_eval.free_memory import available_memory, free_bytes
+from amici_eval.common.free_memory import available_memory, free_bytes
 
 __all__ = ["memory_budget", "warn_of_budget"]
 

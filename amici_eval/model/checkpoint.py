@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amici_eval.checks import trained_on as trained_rows
+from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
+from amici_eval.common.model_card import Fingerprints, ModelCard
+from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data import describe_training_data, open_anndata
-from amici_eval.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
 from amici_eval.matrices import open_rows
 from amici_eval.membership import expression_prints, fitted_cells, prints_from, text_of
 from amici_eval.model.interventions import plain_profiles
@@ -39,11 +41,9 @@ from amici_eval.model.stored_setup import (
     read_weights,
 )
 from amici_eval.model.training_tissue import training_tissue
-from amici_eval.model_card import Fingerprints, ModelCard
 from amici_eval.specs import DataSpec, TrainedOnSpec
 from amici_eval.stats.shrinking import memory_errors_explained
 from amici_eval.tissue import prepare
-from amici_eval.untrusted import check_names, load_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import ModelFormatError
-from amici_eval.untrusted import check_is_plain_file, load_json, odd_character
+from amici_eval.common.errors import ModelFormatError
+from amici_eval.common.untrusted import check_is_plain_file, load_json, odd_character
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

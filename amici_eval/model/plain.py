@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from amici_eval.errors import ModelFormatError
+from amici_eval.common.errors import ModelFormatError
 from amici_eval.model.allow_list import Inert
 
 __all__ = ["history_of", "to_plain", "values_of", "with_arrays"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from amici_eval.errors import ModelFormatError, UnsafePickleError, first_line
+from amici_eval.common.errors import ModelFormatError, UnsafePickleError, first_line
 from amici_eval.model.allow_list import check_archive, load_allow_listed
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Int64
 
+    from amici_eval.common.model_card import ModelCard
     from amici_eval.matrices import ExpressionBlock, RowReader
-    from amici_eval.model_card import ModelCard
     from amici_eval.stats.readout import Readout
 
 __all__ = ["SentFactors"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from safetensors.torch import load as load_safetensors
 
-from amici_eval.errors import ModelFormatError
+from amici_eval.common.errors import ModelFormatError
+from amici_eval.common.model_card import ModelCard, TrainingData
+from amici_eval.common.untrusted import check_is_plain_file, check_names, odd_character, read_plain_file
 from amici_eval.model.plain import values_of
-from amici_eval.model_card import ModelCard, TrainingData
-from amici_eval.untrusted import check_is_plain_file, check_names, odd_character, read_plain_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

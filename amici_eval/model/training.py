@@ -18,7 +18,7 @@ from amici import AMICI
 from amici.callbacks import AttentionPenaltyMonitor
 from scvi.dataloaders import DataSplitter
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.common.errors import DataError, InvalidSpecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
+from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.matrices import open_rows
 from amici_eval.membership import expression_prints, place_prints
 from amici_eval.model.plain import values_of
-from amici_eval.model_card import Fingerprints, ModelCard
 from amici_eval.specs import DataSpec
 from amici_eval.tissue import Tissue, prepare
 

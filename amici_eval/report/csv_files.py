@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from amici_eval.escaping import csv_text, from_csv_text
+from amici_eval.common.escaping import csv_text, from_csv_text
 from amici_eval.report.wording import unwritable
 
 if TYPE_CHECKING:

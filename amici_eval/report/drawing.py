@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.colors import is_color_like, to_rgb
 from matplotlib.patches import Patch
 
-from amici_eval.errors import InvalidSpecError
-from amici_eval.escaping import literal, printable
+from amici_eval.common.errors import InvalidSpecError
+from amici_eval.common.escaping import literal, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

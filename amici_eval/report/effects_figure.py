@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.report.drawing import INK, MUTED, add_caption, chosen_types, drawn_label, literal, opened
 from amici_eval.report.figures import significance_note
 from amici_eval.report.wording import rounded

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import matplotlib
 import numpy as np
 
-from amici_eval.errors import InvalidSpecError
-from amici_eval.names import slugify
+from amici_eval.common.errors import InvalidSpecError
+from amici_eval.common.names import slugify
 from amici_eval.report.drawing import (
     INK,
     MUTED,

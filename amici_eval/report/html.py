@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.names import slugify
+from amici_eval.common.names import slugify
 from amici_eval.report.ablation_summary import ablations_section
 from amici_eval.report.head_sections import head_sections, verdict_sentence
 from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.masking import mask_mapping, masked
+from amici_eval.common.masking import mask_mapping, masked
 from amici_eval.report.markup import cell, row, section, text
 from amici_eval.report.wording import permutations_text
 

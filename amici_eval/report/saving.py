@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from amici_eval.errors import InvalidSpecError
+from amici_eval.common.errors import InvalidSpecError
 from amici_eval.report.ablation_figures import (
     ABLATIONS_STEM,
     INTERACTIONS_STEM,

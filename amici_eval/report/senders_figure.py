@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.report.drawing import INK, MUTED, UNDEFINED, add_caption, chosen_types, drawn_label, literal, new_axes
 from amici_eval.report.senders_section import sure_links
 from amici_eval.report.wording import effect, in_sample_text

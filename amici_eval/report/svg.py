@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from amici_eval.errors import DataError
-from amici_eval.escaping import markup, printable
+from amici_eval.common.errors import DataError
+from amici_eval.common.escaping import markup, printable
 
 __all__ = ["inline_figure"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from amici_eval.names import slugify
+from amici_eval.common.names import slugify
 from amici_eval.report.csv_files import write_csv
 from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.wording import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.stats import compiled
+from amici_eval.common import threads as compiled
 from amici_eval.stats.memory import STORED_INDICES
 from amici_eval.stats.packing import LANES, TIE_TOLERANCE
 

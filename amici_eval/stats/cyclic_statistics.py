@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.fft import next_fast_len
 
-from amici_eval.stats import compiled
+from amici_eval.common import threads as compiled
 from amici_eval.stats.memory import TORCH_ENTRIES
 from amici_eval.stats.packing import LANES
 from amici_eval.stats.shrinking import Shrinking, memory_errors_explained

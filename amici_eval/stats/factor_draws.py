@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats import compiled
+from amici_eval.common import threads as compiled
 from amici_eval.stats.factor_statistics import exact_statistics, identity_statistics
 from amici_eval.stats.nulls import MIN_CELLS_TEST
 from amici_eval.stats.packing import TIE_TOLERANCE

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats import compiled
+from amici_eval.common import threads as compiled
 from amici_eval.stats.compiled_statistics import compiled_statistics
 from amici_eval.stats.cyclic_statistics import cyclic_statistics
 from amici_eval.stats.factor_draws import FactorDraw, check_factors, draw_from, part_of

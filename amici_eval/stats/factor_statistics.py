@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats import compiled
+from amici_eval.common import threads as compiled
 from amici_eval.stats.compiled_statistics import exact_sums
 from amici_eval.stats.torch_statistics import torch_factor, torch_statistics
 

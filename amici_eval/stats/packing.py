@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats import compiled
+from amici_eval.common import threads as compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

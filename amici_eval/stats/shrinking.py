@@ -10,8 +10,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from amici_eval.errors import DeviceMemoryError, first_line
-from amici_eval.free_memory import free_bytes
+from amici_eval.common.errors import DeviceMemoryError, first_line
+from amici_eval.common.free_memory import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

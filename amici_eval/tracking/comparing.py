@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amici_eval.common.errors import AmiciEvalError, DataError, first_line
+from amici_eval.common.escaping import markdown
 from amici_eval.comparison import compare, matched_similarity
-from amici_eval.errors import AmiciEvalError, DataError, first_line
-from amici_eval.escaping import markdown
 from amici_eval.report.comparison_words import comparison_sentences
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris

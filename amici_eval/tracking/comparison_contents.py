@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from amici_eval.names import slugify
+from amici_eval.common.names import slugify
 from amici_eval.report.comparison_page import write_comparison_html
 from amici_eval.report.comparison_tables import write_comparison_tables
 

@@ -16,7 +16,7 @@ from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
-from amici_eval.errors import mask_secrets
+from amici_eval.common.errors import mask_secrets
 from amici_eval.tracking.fetching import NAMED, as_local_path, fetch
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
-from amici_eval.errors import DataError, first_line
+from amici_eval.common.errors import DataError, first_line
+from amici_eval.common.untrusted import load_json
 from amici_eval.tracking.patience import patiently, understood
-from amici_eval.untrusted import load_json
 
 __all__ = ["NAMED", "as_local_path", "fetch"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from amici_eval.errors import InvalidSpecError, ModelNotFoundError
+from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError
 from amici_eval.tracking.promotion import promoted_over
 from amici_eval.tracking.registry import resolve_model
 from amici_eval.tracking.registry_tags import RegistryTags

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from amici_eval.common.errors import AmiciEvalError, DataError
 from amici_eval.comparison_parts import FailedVersion
-from amici_eval.errors import AmiciEvalError, DataError
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME
 from amici_eval.tracking.jobs import evaluate_job

@@ -9,9 +9,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, mask_secrets
+from amici_eval.common.escaping import markdown
 from amici_eval.comparison import compare
-from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, mask_secrets
-from amici_eval.escaping import markdown
 from amici_eval.gate import judge
 from amici_eval.gate_spec import gate_key
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from amici_eval.errors import first_line
+from amici_eval.common.errors import first_line
 from amici_eval.tracking.patience import store_errors
 from amici_eval.tracking.searching import runs_anywhere
 

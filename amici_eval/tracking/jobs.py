@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError, InvalidSpecError, TrackingError, first_line
-from amici_eval.escaping import code_block
+from amici_eval.common.errors import DataError, InvalidSpecError, TrackingError, first_line
+from amici_eval.common.escaping import code_block
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.spec_checks import check_alias
 from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Protocol
 
-from amici_eval.errors import AmiciEvalError, InvalidSpecError, LeaseHeldError, first_line
+from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, LeaseHeldError, first_line
 from amici_eval.tracking.tracked_run import undisturbed
 
 if TYPE_CHECKING:

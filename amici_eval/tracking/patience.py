@@ -15,7 +15,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
-from amici_eval.errors import (
+from amici_eval.common.errors import (
     AmiciEvalError,
     InvalidSpecError,
     ModelNotFoundError,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError, ModelNotFoundError, TrackingError
+from amici_eval.common.errors import DataError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.lease import held
 from amici_eval.tracking.registry_tags import RegistryTags
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError, first_line, mask_secrets
+from amici_eval.common.errors import (
+    DataError,
+    InvalidSpecError,
+    ModelNotFoundError,
+    TrackingError,
+    first_line,
+    mask_secrets,
+)
 from amici_eval.tracking.heartbeat import close_abandoned
 from amici_eval.tracking.patience import asked_again, is_missing, set_patience, store_errors, tracking_errors
 from amici_eval.tracking.searching import all_pages, version_numbers

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from amici_eval import __version__
-from amici_eval.errors import first_line
+from amici_eval.common.errors import first_line
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
 from amici_eval.specs import settings_that_matter

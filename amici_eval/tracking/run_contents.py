@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import DataError, InvalidSpecError, mask_secrets
-from amici_eval.names import slugify
+from amici_eval.common.errors import DataError, InvalidSpecError, mask_secrets
+from amici_eval.common.names import slugify
 
 if TYPE_CHECKING:
     from pathlib import Path

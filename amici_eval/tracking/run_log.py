@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.durable import is_disk_full
-from amici_eval.errors import OutputError, TrackingError
+from amici_eval.common.durable import is_disk_full
+from amici_eval.common.errors import OutputError, TrackingError
 from amici_eval.tracking.local_results import ARTIFACTS, RunRecord
 from amici_eval.tracking.patience import optional, patiently, understood
 from amici_eval.tracking.run_contents import write_artifacts

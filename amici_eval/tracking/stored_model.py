@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amici_eval.errors import InvalidSpecError, ModelFormatError, ModelNotFoundError, OutputError, first_line
+from amici_eval.common.errors import InvalidSpecError, ModelFormatError, ModelNotFoundError, OutputError, first_line
+from amici_eval.common.untrusted import odd_character, read_plain_file
 from amici_eval.tracking.patience import patiently, tracking_errors
-from amici_eval.untrusted import odd_character, read_plain_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
-from amici_eval.errors import first_line, mask_secrets
+from amici_eval.common.errors import first_line, mask_secrets
 from amici_eval.tracking.heartbeat import Heartbeat
 from amici_eval.tracking.patience import patiently
 from amici_eval.tracking.searching import all_pages

@@ -10,8 +10,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import InvalidSpecError, TrackingError, first_line
-from amici_eval.masking import mask_mapping, masked
+from amici_eval.common.errors import InvalidSpecError, TrackingError, first_line
+from amici_eval.common.masking import mask_mapping, masked
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
 from amici_eval.tracking.patience import is_missing, patiently, store_errors
 

@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from amici_eval.checks import check_type
-from amici_eval.errors import InvalidSpecError, ModelFormatError, first_line
+from amici_eval.common.errors import InvalidSpecError, ModelFormatError, first_line
 from amici_eval.evaluation import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.spec_checks import require_int, require_one_of

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from amici_eval.checks import chosen_cells, obs_column
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.stats.permutations import PermutationStream
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from amici_eval.durable import FolderLock
-from amici_eval.errors import DataError, OutputError
+from amici_eval.common.durable import FolderLock
+from amici_eval.common.errors import DataError, OutputError
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.tracking.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.local_results import RECORD_FILE, RunRecord

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.errors import (
+from amici_eval.common.errors import (
     AmiciEvalError,
     InvalidSpecError,
     LeaseHeldError,

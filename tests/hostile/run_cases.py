@@ -28,7 +28,7 @@ def _too_long(*_: object) -> None:
 
 def outcome(case: Case, base: Base, folder: Path) -> dict[str, object]:
     """Make a case, read it, and say what happened."""
-    from amici_eval.errors import AmiciEvalError
+    from amici_eval.common.errors import AmiciEvalError
 
     target = case.build(base, folder)
     found: dict[str, object] = {"name": case.name, "target": str(target), "error": None}

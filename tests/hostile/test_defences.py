@@ -20,11 +20,11 @@ import torch
 import yaml
 from scipy import sparse
 
-from amici_eval import untrusted
-from amici_eval.errors import DataError, ModelFormatError, UnsafePickleError
+from amici_eval.common import untrusted
+from amici_eval.common.errors import DataError, ModelFormatError, UnsafePickleError
+from amici_eval.common.untrusted import check_names, parse_json
 from amici_eval.files import open_anndata
 from amici_eval.matrices import open_rows, spans
-from amici_eval.untrusted import check_names, parse_json
 
 pytestmark = pytest.mark.amici
 VARIABLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from amici_eval.common.errors import AmiciEvalError
 from amici_eval.comparison_results import HeadComparison
-from amici_eval.errors import AmiciEvalError
 from amici_eval.gate_spec import gate_spec_from
 from amici_eval.moments import Moments
 from amici_eval.overrides import check_override, hydra_override

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from amici_eval.common.errors import DataError, DeviceError, ModelFormatError
 from amici_eval.data import content_digest
-from amici_eval.errors import DataError, DeviceError, ModelFormatError
 from amici_eval.model.access import neighbours, open_access, resolve_device
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.errors import ModelFormatError, UnsafePickleError
+from amici_eval.common.errors import ModelFormatError, UnsafePickleError
 from amici_eval.model.allow_list import Inert, _AllowListUnpickler, load_allow_listed
 from amici_eval.model.checkpoint import read_amici_directory
 

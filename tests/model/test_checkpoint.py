@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import sparse
 
+from amici_eval.common.errors import DataError, ModelFormatError
 from amici_eval.data import content_digest
-from amici_eval.errors import DataError, ModelFormatError
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.manifest import write_manifest
 from amici_eval.specs import TrainedOnSpec

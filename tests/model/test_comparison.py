@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from amici_eval.common.errors import DataError
 from amici_eval.comparison import compare
 from amici_eval.comparison_results import HeadComparison
 from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.errors import DataError
 from amici_eval.evaluation import evaluate
 from amici_eval.model.untrained import untrained_like
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec

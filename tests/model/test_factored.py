@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.errors import DeviceMemoryError
+from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.evaluation import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access

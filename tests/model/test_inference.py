@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.evaluation import evaluate, evaluate_access
 from amici_eval.model.access import open_access
 from amici_eval.results import HeadEvaluation

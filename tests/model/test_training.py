@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amici_eval.errors import DataError, InvalidSpecError
+from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.simulate import PlantedEffect, TissueSpec, simulate_tissue
 
 pytestmark = pytest.mark.amici

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.figure import Figure
 
-from amici_eval.errors import DataError, InvalidSpecError
-from amici_eval.names import slugify
+from amici_eval.common.errors import DataError, InvalidSpecError
+from amici_eval.common.names import slugify
 from amici_eval.report.ablation_figures import plot_ablations, plot_interactions
 from amici_eval.report.saving import save_figures
 from amici_eval.specs import MODES

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
 
+from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.comparison_results import HeadComparison
 from amici_eval.comparison_senders import SENDER_DIFFERENCE_COLUMNS
 from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.errors import DataError, InvalidSpecError
 from amici_eval.report.comparison_figures import (
     plot_differences,
     plot_lineage,

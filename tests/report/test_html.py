@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from amici_eval.errors import DataError, OutputError
+from amici_eval.common.errors import DataError, OutputError
 from amici_eval.report.html import write_html
 from amici_eval.report.saving import save_figures
 from amici_eval.report.wording import effect

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
+from amici_eval.common.names import slugify
 from amici_eval.moments import Moments
-from amici_eval.names import slugify
 from amici_eval.results import HeadEvaluation
 from amici_eval.specs import MODES, ReportSpec
 from amici_eval.tracking.local_results import RunRecord

@@ -11,7 +11,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from amici_eval.errors import DataError
+from amici_eval.common.errors import DataError
 from amici_eval.report.html import write_html
 from amici_eval.report.saving import save_figures
 from amici_eval.report.senders_figure import plot_sender_graph, plot_senders, senders_size

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from amici_eval.errors import OutputError
+from amici_eval.common.errors import OutputError
 from amici_eval.report.significance import write_significance
 from amici_eval.report.wording import VALIDITY
 from tests.builders import AWKWARD_TYPES, make_evaluation

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from amici_eval.errors import OutputError
-from amici_eval.names import slugify
+from amici_eval.common.errors import OutputError
+from amici_eval.common.names import slugify
 from amici_eval.report.headline import best_heads
 from amici_eval.report.tables import summary_lines, write_tables
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS

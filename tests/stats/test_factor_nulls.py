@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.stats import binomtest, kstest
 
-from amici_eval.errors import DeviceMemoryError
-from amici_eval.stats import compiled, compiled_statistics, cyclic_statistics, packing, torch_statistics
+from amici_eval.common import threads as compiled
+from amici_eval.common.errors import DeviceMemoryError
+from amici_eval.stats import compiled_statistics, cyclic_statistics, packing, torch_statistics
 from amici_eval.stats.factor_nulls import factor_exceedances
 from amici_eval.stats.nulls import permutation_exceedances
 from amici_eval.stats.permutations import PermutationStream

@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from amici_eval.stats import compiled, permutations
+from amici_eval.common import threads as compiled
+from amici_eval.stats import permutations
 from amici_eval.stats.permutations import PermutationStream
 from tests.oracles.permutations import fisher_yates
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, chisquare
 
-from amici_eval.stats import compiled, factor_draws, stratified
+from amici_eval.common import threads as compiled
+from amici_eval.stats import factor_draws, stratified
 from amici_eval.stats.factor_nulls import factor_draw, factor_exceedances
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values

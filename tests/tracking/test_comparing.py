@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.comparison_results import HeadComparison
 from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.specs import (
     AblationSpec,
     DataSpec,

@@ -16,8 +16,8 @@ from scipy import sparse
 
 import amici_eval
 from amici_eval import files
+from amici_eval.common.errors import DataError
 from amici_eval.data import content_digest, is_on_disk
-from amici_eval.errors import DataError
 from amici_eval.tracking.dataset import AnnDataSource
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import amici_eval
-from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError
 from amici_eval.tracking.stored_model import open_stored_model
 
 pytestmark = pytest.mark.amici

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.gate_spec import GateSpec, Rule
 from amici_eval.model.untrained import untrained_like
 from amici_eval.specs import ReportSpec, TrackingSpec

@@ -11,11 +11,11 @@ import requests
 from mlflow.exceptions import MlflowException
 
 import amici_eval
+from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
+from amici_eval.common.names import slugify
 from amici_eval.data import content_digest
-from amici_eval.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
 from amici_eval.model.access import neighbours
 from amici_eval.moments import Moments
-from amici_eval.names import slugify
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
 from amici_eval.tissue import prepare

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from amici_eval.errors import InvalidSpecError, LeaseHeldError, ModelNotFoundError, TrackingError
+from amici_eval.common.errors import InvalidSpecError, LeaseHeldError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.lease import LEASE_TAG, Lease, held
 from amici_eval.tracking.registry_tags import RegistryTags
 from tests.stage import Actor, Stage

@@ -28,7 +28,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from amici_eval.cli import main
-from amici_eval.errors import (
+from amici_eval.common.errors import (
     AmiciEvalError,
     DataError,
     InvalidSpecError,

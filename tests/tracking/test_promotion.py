@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from amici_eval.errors import DataError, LeaseHeldError, ModelNotFoundError, TrackingError
+from amici_eval.common.errors import DataError, LeaseHeldError, ModelNotFoundError, TrackingError
 from amici_eval.tracking import promotion
 from amici_eval.tracking.lease import held
 from amici_eval.tracking.promotion import promote, promotions, rollback

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from amici_eval.errors import OutputError, TrackingError
+from amici_eval.common.errors import OutputError, TrackingError
 from amici_eval.finished_parts import FinishedParts
 from amici_eval.launch_spec import LaunchSpec
 from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
@@ -480,7 +480,7 @@ def test_the_local_copy_is_without_parts(registry, tmp_path):
 LOCKER = """
 import sys, time
 from pathlib import Path
-from amici_eval.durable import FolderLock
+from amici_eval.common.durable import FolderLock
 lock = FolderLock.take(Path(sys.argv[1]))
 print("locked" if lock else "not locked", flush=True)
 time.sleep(120)

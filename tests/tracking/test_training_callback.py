@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import Callback
 
 import amici_eval
 from amici_eval import HeadEvaluationCallback
-from amici_eval.errors import DataError, InvalidSpecError, ModelFormatError
-from amici_eval.names import slugify
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
+from amici_eval.common.names import slugify
 from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tracking import training_callback
 from amici_eval.tracking.run_contents import evaluation_metrics

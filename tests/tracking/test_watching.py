@@ -8,7 +8,7 @@ import time
 import pytest
 from mlflow.exceptions import MlflowException
 
-from amici_eval.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.tracking import watching
 from amici_eval.tracking.lease import held
 from amici_eval.tracking.registry_tags import RegistryTags

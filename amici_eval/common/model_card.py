@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from amici_eval.errors import ModelFormatError
+from amici_eval.common.errors import ModelFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

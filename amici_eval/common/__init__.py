@@ -1,0 +1,1 @@
+"""What every package may use: errors, safe text, safe files, threads, memory."""
