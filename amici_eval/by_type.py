@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.moments import Moments
     from amici_eval.sender_results import Senders
-    from amici_eval.specs import EvaluationSpec
+    from amici_eval.settings.specs import EvaluationSpec
     from amici_eval.type_evaluation import TypeEvaluation
     from amici_eval.type_tasks import Launcher
 

@@ -349,7 +349,7 @@ def _register(config: DictConfig) -> None:
     from amici_eval.config import data_uri, tracking_spec
 
     tracking = tracking_spec(config)
-    from amici_eval.specs import TrainedOnSpec
+    from amici_eval.settings.specs import TrainedOnSpec
     from amici_eval.tracking.jobs import register_job
 
     if config.register.trust:

@@ -16,10 +16,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.masking import masked
-from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.gate_spec import GateSpec, gate_spec_from
-from amici_eval.launch_spec import LaunchSpec
-from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
+from amici_eval.settings.comparison_spec import ComparisonSpec
+from amici_eval.settings.gate_spec import GateSpec, gate_spec_from
+from amici_eval.settings.launch_spec import LaunchSpec
+from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
 
 __all__ = [
     "SCHEMAS",

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from amici_eval.results import HeadEvaluation
+    from amici_eval.settings.specs import TrackingSpec
     from amici_eval.simulate import PlantedEffect
-    from amici_eval.specs import TrackingSpec
 
 __all__ = ["MODEL_NAME", "planted_table", "run_demo"]
 

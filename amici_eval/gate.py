@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from amici_eval.comparison_results import HeadComparison
-    from amici_eval.gate_spec import GateSpec, Rule
     from amici_eval.results import HeadEvaluation
+    from amici_eval.settings.gate_spec import GateSpec, Rule
 
 __all__ = ["Element", "decide", "judge"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64
 
-    from amici_eval.permutation_spec import PermutationSpec
+    from amici_eval.settings.permutation_spec import PermutationSpec
     from amici_eval.stats.bootstrap import TileBootstrap
     from amici_eval.tile_rows import Rows
     from amici_eval.type_evaluation import TypeEvaluation

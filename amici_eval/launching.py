@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from amici_eval.launch_spec import LaunchSpec
+    from amici_eval.settings.launch_spec import LaunchSpec
     from amici_eval.type_tasks import Launcher
 
 __all__ = ["open_launcher"]

@@ -19,8 +19,8 @@ from amici_eval.ray_worker import TypeWorker, parts_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from amici_eval.launch_spec import LaunchSpec
     from amici_eval.protocols import ModelAccess
+    from amici_eval.settings.launch_spec import LaunchSpec
     from amici_eval.type_evaluation import TypeEvaluation
     from amici_eval.type_tasks import TypeSettings, TypeTask
 

@@ -11,7 +11,7 @@ from amici_eval.ablation_results import HeadAblations, array_shapes
 from amici_eval.common.untrusted import check_names
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.sender_results import Senders
-from amici_eval.specs import spec_from_mapping
+from amici_eval.settings.specs import spec_from_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,7 +17,6 @@ from amici_eval.common.untrusted import parse_json
 from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.moments import MOMENTS_FILE, Moments
 from amici_eval.named_arrays import read_named
-from amici_eval.permutation_spec import SAMPLINGS
 from amici_eval.result_frames import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
@@ -29,7 +28,8 @@ from amici_eval.result_frames import (
 from amici_eval.result_json import fields_of, record_of
 from amici_eval.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
 from amici_eval.sender_results import Senders
-from amici_eval.specs import ENGINES
+from amici_eval.settings.permutation_spec import SAMPLINGS
+from amici_eval.settings.specs import ENGINES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float64, Int64
 
-    from amici_eval.specs import EvaluationSpec
+    from amici_eval.settings.specs import EvaluationSpec
 
 __all__ = [
     "ABLATION_COLUMNS",

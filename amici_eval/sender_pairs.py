@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
     from amici_eval.comparison_parts import HeadMatches
-    from amici_eval.comparison_spec import ComparisonSpec
     from amici_eval.results import HeadEvaluation
     from amici_eval.sender_results import Senders
+    from amici_eval.settings.comparison_spec import ComparisonSpec
 
 __all__ = ["sender_differences_between", "unpaired_sender_differences"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Float64, Int64
 
-    from amici_eval.permutation_spec import PermutationSpec
+    from amici_eval.settings.permutation_spec import PermutationSpec
     from amici_eval.stats.exact_moments import PermutationMoments
     from amici_eval.stats.lag_test import LagTest
     from amici_eval.stats.moments import TypeMoments

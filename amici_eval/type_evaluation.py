@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.permutation_spec import PermutationSpec
     from amici_eval.protocols import FactorAccess, ModelAccess
+    from amici_eval.settings.permutation_spec import PermutationSpec
     from amici_eval.spatial_evaluation import TypeSpatial
     from amici_eval.stats.place import Place
 

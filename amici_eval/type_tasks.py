@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.permutation_spec import PermutationSpec
     from amici_eval.progress import PermutationMeter
     from amici_eval.protocols import FactorAccess, ModelAccess
+    from amici_eval.settings.permutation_spec import PermutationSpec
     from amici_eval.type_evaluation import TypeEvaluation
 
 __all__ = ["Launcher", "Plan", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.comparison_parts import ComparedVersion
-    from amici_eval.comparison_spec import ComparisonSpec
     from amici_eval.moments import Moments
     from amici_eval.results import HeadEvaluation
+    from amici_eval.settings.comparison_spec import ComparisonSpec
     from amici_eval.sketches import Shared
 
 __all__ = ["differences_between", "matches_between", "similarity_of", "unpaired_differences"]

@@ -11,7 +11,7 @@ from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, Spa
 from amici_eval.moments import Moments
 from amici_eval.results import HeadEvaluation, Undefined
 from amici_eval.sender_results import Senders
-from amici_eval.specs import MODES, EvaluationSpec, PermutationSpec
+from amici_eval.settings.specs import MODES, EvaluationSpec, PermutationSpec
 from amici_eval.stats.multiplicity import adjust_p_values
 
 if TYPE_CHECKING:

@@ -157,7 +157,7 @@ class Registry:
 def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     import mlflow
 
-    from amici_eval.specs import TrackingSpec
+    from amici_eval.settings.specs import TrackingSpec
     from amici_eval.tracking.jobs import register_job
 
     folder = tmp_path_factory.mktemp("store")

@@ -16,7 +16,7 @@ from amici_eval.checks import labels_of
 from amici_eval.common.errors import DataError
 from amici_eval.common.model_card import TrainingData
 from amici_eval.data import content_digest, describe_training_data, digest_of_places, open_anndata
-from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import check_sections, keep_away_from_training, prepare
 from tests.fakes import make_card
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from amici_eval.evaluation import evaluate_access
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from tests.fakes import make_access

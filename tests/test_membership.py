@@ -16,7 +16,7 @@ from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.common.model_card import Fingerprints
 from amici_eval.matrices import open_rows
 from amici_eval.membership import expression_prints, place_prints, prints_from, text_of
-from amici_eval.specs import DataSpec, SubsetSpec, TrainedOnSpec
+from amici_eval.settings.specs import DataSpec, SubsetSpec, TrainedOnSpec
 from amici_eval.tissue import prepare
 from tests.fakes import make_card
 

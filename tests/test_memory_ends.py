@@ -12,7 +12,7 @@ import torch
 
 from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.evaluation import evaluate
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.shrinking import Shrinking, is_out_of_memory, memory_errors_explained
 from tests.same_numbers import FLOAT32, assert_counts
 from tests.scarce import ERRORS, scarce
@@ -212,7 +212,7 @@ def test_a_failure_inside_a_failure_shrinks_the_outer_work_too():
 def test_a_file_or_a_tissue_that_does_not_fit_is_told(trained, adata, tmp_path, monkeypatch):
     from amici_eval.common.errors import DataError
     from amici_eval.files import open_anndata
-    from amici_eval.specs import DataSpec
+    from amici_eval.settings.specs import DataSpec
     from amici_eval.tissue import prepare
 
     adata.write_h5ad(tmp_path / "tissue.h5ad")

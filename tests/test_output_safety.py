@@ -26,10 +26,10 @@ from amici_eval.common.escaping import csv_text, printable
 from amici_eval.common.names import slugify
 from amici_eval.config import resolved_yaml
 from amici_eval.gate import judge
-from amici_eval.gate_spec import GateSpec, Rule
 from amici_eval.report.csv_files import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
-from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.gate_spec import GateSpec, Rule
+from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking.jobs import evaluate_job
 from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
 from tests.report.test_html import Page

@@ -18,9 +18,9 @@ import pytest
 
 from amici_eval.common.errors import DataError, DeviceError, InvalidSpecError, LaunchError
 from amici_eval.evaluation import evaluate, evaluate_access
-from amici_eval.launch_spec import LaunchSpec
 from amici_eval.launching import open_launcher
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.launch_spec import LaunchSpec
+from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from tests.fakes import FakeAccess, make_access
 from tests.same_numbers import differences
 from tests.test_cli import call
@@ -244,7 +244,7 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZER
 import ray
 from amici_eval.common.errors import LaunchError
 from amici_eval.evaluation import evaluate_access
-from amici_eval.launch_spec import LaunchSpec
+from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.launching import open_launcher
 from tests.fakes import make_access
 from tests.test_ray import QUICK

@@ -22,7 +22,7 @@ from amici_eval.common.errors import AmiciEvalError, DataError
 from amici_eval.config import EvaluateConfig, data_uri
 from amici_eval.data import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain
 from amici_eval.files import open_anndata
-from amici_eval.specs import DataSpec
+from amici_eval.settings.specs import DataSpec
 from amici_eval.tissue import prepare
 from amici_eval.tracking.dataset import AnnDataSource, from_anndata
 from tests.test_data import CARD, make_adata

@@ -29,7 +29,7 @@ from amici_eval.results import (
     Undefined,
 )
 from amici_eval.sender_results import Senders
-from amici_eval.specs import MODES
+from amici_eval.settings.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 
 seeded = settings(max_examples=40, deadline=None, derandomize=True)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import AmiciEvalError, InvalidSpecError
-from amici_eval.permutation_spec import default_n_permutations
-from amici_eval.specs import (
+from amici_eval.settings.permutation_spec import default_n_permutations
+from amici_eval.settings.specs import (
     AblationSpec,
     DataSpec,
     EvaluationSpec,

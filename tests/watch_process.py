@@ -6,7 +6,7 @@ import sys
 import types
 from types import SimpleNamespace
 
-from amici_eval import gate_spec
+from amici_eval.settings import gate_spec
 
 KEY = "0123456789ab"
 

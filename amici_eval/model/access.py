@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64, Int64
 
     from amici_eval.common.model_card import ModelCard
-    from amici_eval.specs import AblationSpec
+    from amici_eval.settings.specs import AblationSpec
     from amici_eval.tissue import ExpressionBlock
 
 __all__ = ["HookedAccess", "ModelAccess", "neighbours", "open_access", "resolve_device"]

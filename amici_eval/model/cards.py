@@ -14,13 +14,13 @@ from amici_eval.data import describe_training_data
 from amici_eval.model.checkpoint import TrainedAMICI, package_versions
 from amici_eval.model.saved_amici import split_covers
 from amici_eval.model.training_tissue import TrainingTissue
-from amici_eval.specs import DataSpec
+from amici_eval.settings.specs import DataSpec
 from amici_eval.tissue import prepare
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from amici_eval.specs import TrainedOnSpec
+    from amici_eval.settings.specs import TrainedOnSpec
 
 __all__ = ["card_of"]
 

@@ -41,7 +41,7 @@ from amici_eval.model.stored_setup import (
     read_weights,
 )
 from amici_eval.model.training_tissue import training_tissue
-from amici_eval.specs import DataSpec, TrainedOnSpec
+from amici_eval.settings.specs import DataSpec, TrainedOnSpec
 from amici_eval.stats.shrinking import memory_errors_explained
 from amici_eval.tissue import prepare
 
@@ -428,7 +428,7 @@ class TrainedAMICI:
             If the tissue does not fit the model.
         """
         from amici_eval.model.access import open_access
-        from amici_eval.specs import AblationSpec
+        from amici_eval.settings.specs import AblationSpec
 
         tissue = self._tissue(adata)
         with open_access(self, tissue, AblationSpec(device="cpu")) as access:

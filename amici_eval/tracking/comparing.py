@@ -13,7 +13,7 @@ from amici_eval.common.errors import AmiciEvalError, DataError, first_line
 from amici_eval.common.escaping import markdown
 from amici_eval.comparison import compare, matched_similarity
 from amici_eval.report.comparison_words import comparison_sentences
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.comparison_contents import comparison_params, comparison_series, write_comparison
 from amici_eval.tracking.gathering import gather_evaluations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.comparison_results import HeadComparison
-    from amici_eval.comparison_spec import ComparisonSpec
-    from amici_eval.specs import ReportSpec, TrackingSpec
+    from amici_eval.settings.comparison_spec import ComparisonSpec
+    from amici_eval.settings.specs import ReportSpec, TrackingSpec
     from amici_eval.tracking.compared_cells import Column, ComparedCells
     from amici_eval.tracking.registry import ResolvedModel
 

@@ -12,7 +12,7 @@ import yaml
 from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
-from amici_eval.specs import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
+from amici_eval.settings.specs import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
 from amici_eval.tracking.stored_model import FLAVOR_NAME
 
 __all__ = ["AMICIEvaluator", "settings_from_config"]

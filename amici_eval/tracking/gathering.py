@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec
+    from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.compared_cells import Column, ComparedCells
     from amici_eval.tracking.dataset import AnnDataDataset
 

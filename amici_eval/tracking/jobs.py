@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, InvalidSpecError, TrackingError, first_line
 from amici_eval.common.escaping import code_block
-from amici_eval.launch_spec import LaunchSpec
-from amici_eval.spec_checks import check_alias
+from amici_eval.settings.launch_spec import LaunchSpec
+from amici_eval.settings.spec_checks import check_alias
 from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
 from amici_eval.tracking.patience import optional, patiently, store_errors
 from amici_eval.tracking.registry import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from amici_eval.results import HeadEvaluation
-    from amici_eval.specs import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
+    from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.type_tasks import Launcher
 

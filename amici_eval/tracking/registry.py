@@ -28,7 +28,7 @@ from amici_eval.tracking.searching import all_pages, version_numbers
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:
-    from amici_eval.specs import TrackingSpec
+    from amici_eval.settings.specs import TrackingSpec
     from amici_eval.tracking.stored_model import StoredModel
 
 __all__ = [

@@ -11,14 +11,14 @@ from amici_eval import __version__
 from amici_eval.common.errors import first_line
 from amici_eval.moments import MOMENTS_FILE
 from amici_eval.results import FILE_NAME, SCHEMA_VERSION
-from amici_eval.specs import settings_that_matter
+from amici_eval.settings.specs import settings_that_matter
 from amici_eval.tracking.patience import asked_again, patiently, store_errors
 from amici_eval.tracking.searching import runs_anywhere
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.specs import EvaluationSpec
+    from amici_eval.settings.specs import EvaluationSpec
 
 __all__ = ["FINGERPRINT_TAG", "download_evaluation", "find_evaluation", "fingerprint", "resume_key"]
 

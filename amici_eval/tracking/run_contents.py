@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from amici_eval.results import HeadEvaluation
-    from amici_eval.specs import ReportSpec
+    from amici_eval.settings.specs import ReportSpec
 
 __all__ = [
     "check_report",

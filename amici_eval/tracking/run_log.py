@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from amici_eval.results import HeadEvaluation
-    from amici_eval.specs import ReportSpec
+    from amici_eval.settings.specs import ReportSpec
 
 __all__ = ["deliver", "send"]
 

@@ -18,7 +18,7 @@ from amici_eval.tracking.patience import is_missing, patiently, store_errors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from amici_eval.specs import TrackingSpec
+    from amici_eval.settings.specs import TrackingSpec
 
 __all__ = ["NOTE_TAG", "PARENT_RUN_VARIABLE", "mark_whole", "start_run", "tracked_run", "undisturbed"]
 

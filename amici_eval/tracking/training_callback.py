@@ -15,8 +15,8 @@ from amici_eval.checks import check_type
 from amici_eval.common.errors import InvalidSpecError, ModelFormatError, first_line
 from amici_eval.evaluation import evaluate
 from amici_eval.model.cards import card_of
-from amici_eval.spec_checks import require_int, require_one_of
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.spec_checks import require_int, require_one_of
+from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 from amici_eval.tracking.run_contents import evaluation_metrics
 from amici_eval.tracking.training_cells import CELLS, Split, TrainingCells, cells_to_evaluate

@@ -21,7 +21,7 @@ from amici_eval.tracking.tracked_run import NOTE_TAG, PARENT_RUN_VARIABLE
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.specs import TrackingSpec
+    from amici_eval.settings.specs import TrackingSpec
 
 __all__ = ["PARTS_FOLDER", "RESUME_FILE", "UnfinishedWork", "forget_parts"]
 

@@ -110,7 +110,7 @@ def measure_floor(
     emit: Emit, *, base: dict[str, Any], sizes: list[int], engine: str, repeats: int, dims: dict[str, int]
 ) -> None:
     """Time evaluations with one permutation and with all, and the matrix products that a pass needs."""
-    from amici_eval.specs import DataSpec
+    from amici_eval.settings.specs import DataSpec
     from amici_eval.tissue import prepare
 
     small = read_tissue(TissueSize(n_cells=200 + 60 * base["types"], n_genes=base["genes"], n_types=base["types"]))

@@ -90,7 +90,7 @@ def measure_phases(
     from amici_eval.evaluation import evaluate_access
     from amici_eval.model.access import open_access
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.specs import DataSpec
+    from amici_eval.settings.specs import DataSpec
     from amici_eval.tissue import prepare
 
     # as by default, with all ablation modes

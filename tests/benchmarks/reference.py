@@ -94,7 +94,7 @@ def measure_ours(
     emit: Emit, *, model: str, data: str, side: str, n_permutations: int | None, repeats: int, numbers: str
 ) -> None:
     """Time our evaluation, from loaded model and data to all numbers, after a warm-up on a tiny part of the data."""
-    from amici_eval.specs import DataSpec
+    from amici_eval.settings.specs import DataSpec
     from amici_eval.tissue import prepare
 
     trained, adata = Source(model, data).load()

@@ -23,9 +23,9 @@ def main() -> None:
     import torch
 
     from amici_eval.evaluation import evaluate
-    from amici_eval.launch_spec import LaunchSpec
     from amici_eval.launching import open_launcher
-    from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec
+    from amici_eval.settings.launch_spec import LaunchSpec
+    from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)

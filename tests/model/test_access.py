@@ -12,7 +12,7 @@ from amici_eval.data import content_digest
 from amici_eval.model.access import neighbours, open_access, resolve_device
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
-from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 
 pytestmark = pytest.mark.amici

@@ -23,7 +23,7 @@ from amici_eval.model.inspection import why_not_factored
 from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.parity import Parity, check_parity
-from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tissue import prepare
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 

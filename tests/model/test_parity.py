@@ -17,8 +17,8 @@ from amici_eval.model.access import open_access
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.permutation_spec import default_n_permutations
-from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.permutation_spec import default_n_permutations
+from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.tissue import prepare
 from tests.same_numbers import assert_counts, assert_rounded

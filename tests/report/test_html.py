@@ -14,7 +14,7 @@ from amici_eval.common.errors import DataError, OutputError
 from amici_eval.report.html import write_html
 from amici_eval.report.saving import save_figures
 from amici_eval.report.wording import effect
-from amici_eval.specs import MODES
+from amici_eval.settings.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 EVIL = "<img src=x onerror=alert(2)>\"'&"

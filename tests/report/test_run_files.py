@@ -14,7 +14,7 @@ from amici_eval.common.errors import DataError
 from amici_eval.common.names import slugify
 from amici_eval.moments import Moments
 from amici_eval.results import HeadEvaluation
-from amici_eval.specs import MODES, ReportSpec
+from amici_eval.settings.specs import MODES, ReportSpec
 from amici_eval.tracking.local_results import RunRecord
 from amici_eval.tracking.run_contents import evaluation_metrics, write_artifacts
 from amici_eval.tracking.run_log import deliver

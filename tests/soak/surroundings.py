@@ -30,7 +30,7 @@ from dataclasses import replace
 import numpy as np
 from amici_eval.model.training import train_amici
 from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
-from amici_eval.specs import TrackingSpec
+from amici_eval.settings.specs import TrackingSpec
 from amici_eval.tracking.jobs import register_job
 
 folder, uris = sys.argv[1], sys.argv[2:]
@@ -131,7 +131,7 @@ def _warm_up(folder: Path) -> None:
     import mlflow
     import torch
 
-    from amici_eval.specs import ReportSpec, TrackingSpec
+    from amici_eval.settings.specs import ReportSpec, TrackingSpec
     from amici_eval.tracking.jobs import evaluate_job
     from tests.soak.trial import MODEL, SPEC
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 
 if TYPE_CHECKING:
     import random

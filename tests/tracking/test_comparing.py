@@ -13,8 +13,8 @@ import pytest
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.comparison_results import HeadComparison
-from amici_eval.comparison_spec import ComparisonSpec
-from amici_eval.specs import (
+from amici_eval.settings.comparison_spec import ComparisonSpec
+from amici_eval.settings.specs import (
     AblationSpec,
     DataSpec,
     EvaluationSpec,

@@ -23,7 +23,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from omegaconf import OmegaConf
 
 from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError, TrackingError
-from amici_eval.specs import TrackingSpec
+from amici_eval.settings.specs import TrackingSpec
 from amici_eval.tracking import registry, run_log
 from amici_eval.tracking.heartbeat import PARTIAL_TAG, close_abandoned
 from amici_eval.tracking.local_results import ARTIFACTS

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
-from amici_eval.gate_spec import GateSpec, Rule
 from amici_eval.model.untrained import untrained_like
-from amici_eval.specs import ReportSpec, TrackingSpec
+from amici_eval.settings.gate_spec import GateSpec, Rule
+from amici_eval.settings.specs import ReportSpec, TrackingSpec
 from amici_eval.tracking import compared_cells, gating
 from amici_eval.tracking.flavor import log_model
 from amici_eval.tracking.gating import gate_job

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
 from requests import ConnectionError as RequestsConnectionError
 
-from amici_eval.specs import TrackingSpec
+from amici_eval.settings.specs import TrackingSpec
 from amici_eval.tracking import heartbeat
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, STOPPED_S, Beat, Heartbeat, close_abandoned
 from amici_eval.tracking.patience import patiently

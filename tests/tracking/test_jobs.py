@@ -17,7 +17,7 @@ from amici_eval.data import content_digest
 from amici_eval.model.access import neighbours
 from amici_eval.moments import Moments
 from amici_eval.results import GENE_COLUMNS, HEAD_COLUMNS
-from amici_eval.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
+from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
 from amici_eval.tissue import prepare
 from amici_eval.tracking.jobs import evaluate_job, register_job
 from amici_eval.tracking.uploading import load_evaluation, upload

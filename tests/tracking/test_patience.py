@@ -376,7 +376,7 @@ def test_where_results_cannot_go_is_found_before_any_work(command, setting, word
 
 @pytest.mark.parametrize("name", ["", "breast.v2", "a/b", "a:b", "a@b", "100%", "it's", '"x"', ".."])
 def test_names_that_mlflow_refuses_are_found_before_any_work(name, bare_model):
-    from amici_eval.specs import TrackingSpec
+    from amici_eval.settings.specs import TrackingSpec
     from amici_eval.tracking.jobs import register_job
 
     options = {"data_uri": None, "adata": None, "trust": False, "alias": None}

@@ -14,8 +14,8 @@ import pytest
 
 from amici_eval.common.errors import OutputError, TrackingError
 from amici_eval.finished_parts import FinishedParts
-from amici_eval.launch_spec import LaunchSpec
-from amici_eval.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.launch_spec import LaunchSpec
+from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking import run_log
 from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
 from amici_eval.tracking.jobs import evaluate_job
@@ -537,7 +537,7 @@ def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatc
 
 
 def test_an_interrupted_comparison_takes_up_the_types_of_its_evaluations(registry, tmp_path, stop):
-    from amici_eval.comparison_spec import ComparisonSpec
+    from amici_eval.settings.comparison_spec import ComparisonSpec
     from amici_eval.tracking.comparing import compare_job
 
     def compare():

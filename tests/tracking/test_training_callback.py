@@ -20,7 +20,7 @@ import amici_eval
 from amici_eval import HeadEvaluationCallback
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.common.names import slugify
-from amici_eval.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tracking import training_callback
 from amici_eval.tracking.run_contents import evaluation_metrics
 from amici_eval.tracking.training_cells import cells_to_evaluate
