@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.designs import DESIGNS, FITTED, FOLD, SCORED, TypeDesigns, gather, sections_of, those_that_fit
-from amici_eval.inference_results import Baselines
+from amici_eval.results.inference_results import Baselines
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 
 if TYPE_CHECKING:

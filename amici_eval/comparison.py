@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.comparison_parts import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
-from amici_eval.comparison_results import HeadComparison
-from amici_eval.results import HeadEvaluation
+from amici_eval.results.comparison import HeadComparison
+from amici_eval.results.comparison_parts import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
+from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.sender_pairs import sender_differences_between, unpaired_sender_differences
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.stats.alignment import assign_heads
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64
 
-    from amici_eval.comparison_parts import FailedVersion
-    from amici_eval.comparison_senders import SenderDifferences
-    from amici_eval.moments import Moments
+    from amici_eval.results.comparison_parts import FailedVersion
+    from amici_eval.results.comparison_senders import SenderDifferences
+    from amici_eval.results.tile_moments import Moments
 
 __all__ = ["compare", "matched_similarity"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.specs import TrackingSpec
     from amici_eval.simulate import PlantedEffect
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.ablation_results import HeadAblations
 from amici_eval.by_type import evaluate_types
 from amici_eval.common.errors import DataError
 from amici_eval.inference import adjusted_free, held_out_parts, intervals, spatial_tests
 from amici_eval.parity import Parity, check_parity
 from amici_eval.progress import Progress
 from amici_eval.protocols import FactorAccess, LocatedAccess
-from amici_eval.results import HeadEvaluation
+from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.permutation_spec import default_n_permutations
 from amici_eval.settings.specs import EvaluationSpec
 

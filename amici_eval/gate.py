@@ -11,15 +11,15 @@ import numpy as np
 
 from amici_eval.common.names import meant_by
 from amici_eval.gate_wording import Element, listed, number_of, reason_of, threshold_of
-from amici_eval.verdict import RuleResult, Verdict, overall_outcome
+from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
 
-    from amici_eval.comparison_results import HeadComparison
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.comparison import HeadComparison
+    from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.gate_spec import GateSpec, Rule
 
 __all__ = ["Element", "decide", "judge"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.inference_results import HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.inference_results import HeldOutParts, Intervals, SpatialTests
 from amici_eval.stats.bootstrap import tile_bootstrap
 from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
 from amici_eval.tile_rows import rows_of

@@ -8,7 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
-from amici_eval.moments import Moments
+from amici_eval.results.tile_moments import Moments
 from amici_eval.tiling import part_of, tile_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.protocols import FactorAccess
-    from amici_eval.sender_results import Senders
+    from amici_eval.results.sender_results import Senders
     from amici_eval.tiling import Tiling
     from amici_eval.type_evaluation import TypeEvaluation
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.sender_results import Senders
+from amici_eval.results.sender_results import Senders
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.gene_intervals import gene_intervals

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.comparison_senders import SenderDifferences
+from amici_eval.results.comparison_senders import SenderDifferences
 from amici_eval.stats.multiplicity import adjust_p_values
 from amici_eval.stats.paired import verdict_of
 from amici_eval.stats.tile_changes import share_changes, squares_about
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64, Int64
 
-    from amici_eval.comparison_parts import HeadMatches
-    from amici_eval.results import HeadEvaluation
-    from amici_eval.sender_results import Senders
+    from amici_eval.results.comparison_parts import HeadMatches
+    from amici_eval.results.evaluation import HeadEvaluation
+    from amici_eval.results.sender_results import Senders
     from amici_eval.settings.comparison_spec import ComparisonSpec
 
 __all__ = ["sender_differences_between", "unpaired_sender_differences"]

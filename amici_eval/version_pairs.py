@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.comparison_parts import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
-from amici_eval.sketches import attention_of_both, blocks_of, contributions, outputs_of, shared_by
+from amici_eval.results.comparison_parts import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
+from amici_eval.results.sketches import attention_of_both, blocks_of, contributions, outputs_of, shared_by
 from amici_eval.stats.alignment import match_heads
 from amici_eval.stats.head_products import head_products
 from amici_eval.stats.likeness import attention_divergence, linear_cka, profile_cosine
@@ -19,11 +19,11 @@ from amici_eval.tile_rows import kept_rows
 if TYPE_CHECKING:
     from jaxtyping import Float64
 
-    from amici_eval.comparison_parts import ComparedVersion
-    from amici_eval.moments import Moments
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.comparison_parts import ComparedVersion
+    from amici_eval.results.evaluation import HeadEvaluation
+    from amici_eval.results.sketches import Shared
+    from amici_eval.results.tile_moments import Moments
     from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.sketches import Shared
 
 __all__ = ["differences_between", "matches_between", "similarity_of", "unpaired_differences"]
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.ablation_results import HeadAblations
-from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.moments import Moments
-from amici_eval.results import HeadEvaluation, Undefined
-from amici_eval.sender_results import Senders
+from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.evaluation import HeadEvaluation, Undefined
+from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.sender_results import Senders
+from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import MODES, EvaluationSpec, PermutationSpec
 from amici_eval.stats.multiplicity import adjust_p_values
 
@@ -344,7 +344,8 @@ def make_comparison(
     n_versions: int = 3, n_heads: int = 3, seed: int = 0, *, kind: str = "versions", with_genes: bool = True
 ):
     """Return a comparison of made-up numbers: in each step one head is gone and one new; the last type has no tests."""
-    from amici_eval.comparison_parts import (
+    from amici_eval.results.comparison import HeadComparison
+    from amici_eval.results.comparison_parts import (
         WHOLE_MODEL,
         ComparedVersion,
         FailedVersion,
@@ -353,8 +354,7 @@ def make_comparison(
         Lineage,
         Overall,
     )
-    from amici_eval.comparison_results import HeadComparison
-    from amici_eval.comparison_senders import SenderDifferences
+    from amici_eval.results.comparison_senders import SenderDifferences
 
     rng = np.random.default_rng(seed)
     types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.gate import Element, decide, judge
+from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.settings.gate_spec import KINDS, TABLES, GateSpec, Rule, gate_key, gate_spec_from
 from amici_eval.settings.specs import EvaluationSpec
 from amici_eval.tracking.run_contents import evaluation_metrics, metric_intervals
-from amici_eval.verdict import RuleResult, Verdict, overall_outcome
 from tests.builders import AWKWARD_TYPES, make_comparison, make_evaluation
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from amici_eval.common.errors import DataError
-from amici_eval.moments import Moments
+from amici_eval.results.tile_moments import Moments
 from amici_eval.stats.moments import factors_of, gather_moments, merge_tiles
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.spatial import square_tiles

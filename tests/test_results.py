@@ -13,11 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amici_eval.ablation_results import HeadAblations
 from amici_eval.common.errors import DataError
-from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.moments import Moments
-from amici_eval.results import (
+from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.evaluation import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
     HEAD_COLUMNS,
@@ -28,7 +26,9 @@ from amici_eval.results import (
     HeadEvaluation,
     Undefined,
 )
-from amici_eval.sender_results import Senders
+from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.sender_results import Senders
+from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 

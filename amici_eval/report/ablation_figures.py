@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
 
-    from amici_eval.results import HeadAblations, HeadEvaluation
+    from amici_eval.results.evaluation import HeadAblations, HeadEvaluation
 
 __all__ = [
     "ABLATIONS_STEM",

@@ -12,7 +12,7 @@ from amici_eval.report.wording import effect
 if TYPE_CHECKING:
     from jaxtyping import Float64
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["ablations_section"]
 

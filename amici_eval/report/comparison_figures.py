@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from amici_eval.comparison_results import HeadComparison
     from amici_eval.report.saving import Drawing
+    from amici_eval.results.comparison import HeadComparison
 
 __all__ = ["plot_differences", "plot_lineage", "plot_similarity", "plot_versions", "save_comparison_figures"]
 

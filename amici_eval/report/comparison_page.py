@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from amici_eval.comparison_parts import HeadDifferences, HeadMatches
-    from amici_eval.comparison_results import HeadComparison
-    from amici_eval.comparison_senders import SenderDifferences
+    from amici_eval.results.comparison import HeadComparison
+    from amici_eval.results.comparison_parts import HeadDifferences, HeadMatches
+    from amici_eval.results.comparison_senders import SenderDifferences
 
 __all__ = ["write_comparison_html"]
 

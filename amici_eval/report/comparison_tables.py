@@ -10,7 +10,7 @@ from amici_eval.report.wording import made_folder, unwritable
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.results.comparison import HeadComparison
 
 __all__ = ["write_comparison_tables"]
 

@@ -10,7 +10,7 @@ from amici_eval.report.sender_changes import counted_changes, few_tiles
 from amici_eval.report.wording import effect, interval, printable
 
 if TYPE_CHECKING:
-    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.results.comparison import HeadComparison
 
 __all__ = ["VERDICTS", "comparison_sentences"]
 

@@ -16,7 +16,7 @@ from amici_eval.common.escaping import literal, printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
     Color = str | tuple[float, float, float]
     Palette = str | Sequence[Color] | Mapping[str, Color]

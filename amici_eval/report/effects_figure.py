@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64
     from matplotlib.axes import Axes
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["EFFECTS_STEM", "effects_size", "has_effects", "plot_effects"]
 

@@ -12,7 +12,7 @@ from amici_eval.report.wording import effect, in_sample_text, interval, p_text, 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["head_sections", "verdict_sentence"]
 

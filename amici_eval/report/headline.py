@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Bool, Float64
 
-    from amici_eval.inference_results import SpatialTests
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
+    from amici_eval.results.inference_results import SpatialTests
 
 __all__ = ["best_heads", "effect_sentences", "held_out_sentences", "outcome_sentences", "spatial_sentences"]
 

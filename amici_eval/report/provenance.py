@@ -16,7 +16,7 @@ from amici_eval.report.markup import cell, row, section, text
 from amici_eval.report.wording import permutations_text
 
 if TYPE_CHECKING:
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["identity_line", "plain", "provenance_section"]
 

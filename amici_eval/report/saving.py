@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from amici_eval.report.drawing import Palette
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
     Drawing = tuple[str, tuple[float, float], Callable[[Axes], object]]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.results.comparison import HeadComparison
 
 __all__ = [
     "counted_changes",

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
     from matplotlib.axes import Axes
 
-    from amici_eval.results import HeadEvaluation
-    from amici_eval.sender_results import Senders
+    from amici_eval.results.evaluation import HeadEvaluation
+    from amici_eval.results.sender_results import Senders
 
 __all__ = [
     "SENDERS_STEM",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Int64
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["senders_section", "sure_links"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["SIGNIFICANCE_SCHEMA_VERSION", "write_significance"]
 

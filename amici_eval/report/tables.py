@@ -25,7 +25,7 @@ from amici_eval.report.wording import (
 )
 
 if TYPE_CHECKING:
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["summary_lines", "write_tables"]
 

@@ -13,7 +13,7 @@ from amici_eval.report.wording import made_folder, unwritable
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.verdict import RuleResult, Verdict
+    from amici_eval.results.verdict import RuleResult, Verdict
 
 __all__ = [
     "verdict_junit",

@@ -13,7 +13,7 @@ from amici_eval.common.escaping import printable
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from amici_eval.results import HeadEvaluation, Undefined
+    from amici_eval.results.evaluation import HeadEvaluation, Undefined
 
 __all__ = [
     "BASELINE_MEANINGS",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError
-from amici_eval.comparison_parts import FailedVersion
+from amici_eval.results.comparison_parts import FailedVersion
 from amici_eval.settings.specs import EvaluationSpec, SubsetSpec
 from amici_eval.tracking.registry import find_dataset, resolve_model
 from amici_eval.tracking.searching import version_numbers

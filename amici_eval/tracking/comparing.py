@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float64
 
-    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.results.comparison import HeadComparison
     from amici_eval.settings.comparison_spec import ComparisonSpec
     from amici_eval.settings.specs import ReportSpec, TrackingSpec
     from amici_eval.tracking.compared_cells import Column, ComparedCells

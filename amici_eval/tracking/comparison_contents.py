@@ -13,7 +13,7 @@ from amici_eval.report.comparison_tables import write_comparison_tables
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.results.comparison import HeadComparison
     from amici_eval.settings.comparison_spec import ComparisonSpec
     from amici_eval.settings.specs import ReportSpec
 

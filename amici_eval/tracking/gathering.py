@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import AmiciEvalError, DataError
-from amici_eval.comparison_parts import FailedVersion
-from amici_eval.moments import MOMENTS_FILE
-from amici_eval.results import FILE_NAME
+from amici_eval.results.comparison_parts import FailedVersion
+from amici_eval.results.evaluation import FILE_NAME
+from amici_eval.results.tile_moments import MOMENTS_FILE
 from amici_eval.tracking.jobs import evaluate_job
 from amici_eval.tracking.registry import find_dataset, known_model_id
 from amici_eval.tracking.reuse import download_evaluation, find_evaluation, fingerprint

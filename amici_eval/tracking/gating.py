@@ -14,7 +14,7 @@ from amici_eval.common.escaping import markdown
 from amici_eval.comparison import compare
 from amici_eval.gate import judge
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
-from amici_eval.results import HeadEvaluation
+from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.gate_spec import gate_key
 from amici_eval.tracking.compared_cells import Column, cells_of
 from amici_eval.tracking.comparison_contents import comparison_params, write_comparison
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from amici_eval.comparison_results import HeadComparison
+    from amici_eval.results.comparison import HeadComparison
+    from amici_eval.results.verdict import Verdict
     from amici_eval.settings.comparison_spec import ComparisonSpec
     from amici_eval.settings.gate_spec import GateSpec
     from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.gathering import Gathered
     from amici_eval.tracking.registry import ResolvedModel
-    from amici_eval.verdict import Verdict
 
 __all__ = ["GateRun", "gate_job"]
 

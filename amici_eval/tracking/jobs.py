@@ -31,7 +31,7 @@ from amici_eval.tracking.unfinished import UnfinishedWork
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.type_tasks import Launcher

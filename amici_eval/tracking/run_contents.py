@@ -12,7 +12,7 @@ from amici_eval.common.names import slugify
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.specs import ReportSpec
 
 __all__ = [

@@ -19,7 +19,7 @@ from amici_eval.tracking.tracked_run import mark_whole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.specs import ReportSpec
 
 __all__ = ["deliver", "send"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from amici_eval.common.durable import FolderLock
 from amici_eval.common.errors import DataError, OutputError
-from amici_eval.moments import MOMENTS_FILE
+from amici_eval.results.tile_moments import MOMENTS_FILE
 from amici_eval.tracking.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.local_results import RECORD_FILE, RunRecord
 from amici_eval.tracking.run_log import send
@@ -18,7 +18,7 @@ from amici_eval.tracking.run_log import send
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = ["load_evaluation", "upload"]
 
@@ -72,7 +72,7 @@ def load_evaluation(run_id: str, *, tracking_uri: str | None = None) -> HeadEval
     """Return the evaluation that a run holds, with its moments if it holds them."""
     import mlflow.artifacts
 
-    from amici_eval.results import FILE_NAME, HeadEvaluation
+    from amici_eval.results.evaluation import FILE_NAME, HeadEvaluation
 
     there = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run_id, tracking_uri=tracking_uri)}
     if FILE_NAME not in there:

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import AmiciEvalError
-from amici_eval.comparison_results import HeadComparison
-from amici_eval.moments import Moments
 from amici_eval.overrides import check_override, hydra_override
 from amici_eval.project_arguments import project_overrides, written_out
-from amici_eval.results import HeadEvaluation
+from amici_eval.results.comparison import HeadComparison
+from amici_eval.results.evaluation import HeadEvaluation
+from amici_eval.results.tile_moments import Moments
+from amici_eval.results.verdict import RuleResult, Verdict
 from amici_eval.settings.gate_spec import gate_spec_from
 from amici_eval.settings.specs import spec_from_mapping
-from amici_eval.verdict import RuleResult, Verdict
 from tests.builders import make_comparison, make_evaluation, make_moments
 from tests.hostile.stored_models import sign
 

@@ -26,7 +26,7 @@ from tests.same_numbers import assert_counts, assert_rounded
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 pytestmark = pytest.mark.amici
 

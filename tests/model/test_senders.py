@@ -16,7 +16,7 @@ from amici_eval.model.cards import card_of
 from amici_eval.model.encoder import SenderTables
 from amici_eval.model.factored import FactoredAccess
 from amici_eval.report.senders_section import sure_links
-from amici_eval.results import HeadEvaluation
+from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.tissue import prepare

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.names import slugify
-from amici_eval.moments import Moments
-from amici_eval.results import HeadEvaluation
+from amici_eval.results.evaluation import HeadEvaluation
+from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import MODES, ReportSpec
 from amici_eval.tracking.local_results import RunRecord
 from amici_eval.tracking.run_contents import evaluation_metrics, write_artifacts

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
-from amici_eval.comparison_results import HeadComparison
+from amici_eval.results.comparison import HeadComparison
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.settings.specs import (
     AblationSpec,

@@ -15,13 +15,13 @@ import torch
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.model.untrained import untrained_like
+from amici_eval.results.verdict import Verdict
 from amici_eval.settings.gate_spec import GateSpec, Rule
 from amici_eval.settings.specs import ReportSpec, TrackingSpec
 from amici_eval.tracking import compared_cells, gating
 from amici_eval.tracking.flavor import log_model
 from amici_eval.tracking.gating import gate_job
 from amici_eval.tracking.promotion import rollback
-from amici_eval.verdict import Verdict
 from tests.model.test_comparison import relabelled
 from tests.test_cli import call
 from tests.tracking.test_comparing import QUICK, SPEC

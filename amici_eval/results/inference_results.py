@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from amici_eval.named_arrays import NamedArrays
+from amici_eval.results.named_arrays import NamedArrays
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 
-from amici_eval.named_arrays import NamedArrays
+from amici_eval.results.named_arrays import NamedArrays
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

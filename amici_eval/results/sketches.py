@@ -15,7 +15,7 @@ from amici_eval.stats.spatial import balanced_blocks
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
-    from amici_eval.moments import Moments
+    from amici_eval.results.tile_moments import Moments
 
 __all__ = ["Shared", "attention_of_both", "blocks_of", "contributions", "outputs_of", "shared_by"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.ablation_results import SHAPLEY_MODES
+from amici_eval.results.ablation_results import SHAPLEY_MODES
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float64
 
-    from amici_eval.results import HeadEvaluation
+    from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = [
     "ABLATION_COLUMNS",

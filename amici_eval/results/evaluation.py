@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval import result_frames, result_senders
-from amici_eval.ablation_results import HeadAblations
 from amici_eval.common.errors import DataError
 from amici_eval.common.untrusted import parse_json
-from amici_eval.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.moments import MOMENTS_FILE, Moments
-from amici_eval.named_arrays import read_named
-from amici_eval.result_frames import (
+from amici_eval.results import result_frames, result_senders
+from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.named_arrays import read_named
+from amici_eval.results.result_frames import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
     HEAD_COLUMNS,
@@ -25,9 +24,10 @@ from amici_eval.result_frames import (
     INTERACTION_COLUMNS,
     SCALE_COLUMNS,
 )
-from amici_eval.result_json import fields_of, record_of
-from amici_eval.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
-from amici_eval.sender_results import Senders
+from amici_eval.results.result_json import fields_of, record_of
+from amici_eval.results.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
+from amici_eval.results.sender_results import Senders
+from amici_eval.results.tile_moments import MOMENTS_FILE, Moments
 from amici_eval.settings.permutation_spec import SAMPLINGS
 from amici_eval.settings.specs import ENGINES
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from amici_eval.named_arrays import NamedArrays
+from amici_eval.results.named_arrays import NamedArrays
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class SenderDifferences(NamedArrays):
     head_before, head_after
         The matched heads, shape (M,).
     attention_before, attention_after, lost_before, lost_after, distance_before, distance_after
-        As in :class:`~amici_eval.sender_results.Senders`: attention, explained variance lost without such senders, and
+        As in :class:`~amici_eval.results.sender_results.Senders`: attention, explained variance lost without such senders, and
         distance to a tenth, shape (M, C, S).
     difference, low, high
         Explained variance lost in ``after`` minus that in ``before``, with its interval over tiles, shape (M, C, S).

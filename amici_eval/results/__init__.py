@@ -1,0 +1,1 @@
+"""What was found, as plain arrays: saved, loaded, as tables."""
