@@ -310,7 +310,7 @@ def register_schemas() -> None:
 
 def data_uri(config: DictConfig) -> str | None:
     """Return where the data lie: ``data.uri``, with the table of a SpatialData store if one is named."""
-    from amici_eval.files import with_table
+    from amici_eval.data.files import with_table
 
     data = _plain(config)["data"]
     if data["uri"] is None and data["table"] is not None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from amici_eval.data.simulate import PlantedEffect
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.specs import TrackingSpec
-    from amici_eval.simulate import PlantedEffect
 
 __all__ = ["MODEL_NAME", "planted_table", "run_demo"]
 
@@ -42,8 +42,8 @@ def run_demo(
     """Simulate, train, register, evaluate, and print what was found beside what was planted."""
     from dataclasses import replace
 
+    from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
     from amici_eval.model.training import DEMO_TRAINING, train_amici
-    from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
 
     started = time.monotonic()
     folder = output_dir.absolute()

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float32, Float64, Int, Int64
 
+    from amici_eval.data.tissue import ExpressionBlock
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.stats.readout import Readout
-    from amici_eval.tissue import ExpressionBlock
 
 __all__ = ["FactorAccess", "LocatedAccess", "ModelAccess", "SendableAccess", "TissueAccess"]
 

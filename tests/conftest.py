@@ -50,7 +50,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def _tissue() -> AnnData:
-    from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
+    from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 
     tissue = simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
     # as most tissues are stored

@@ -120,7 +120,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
+    from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 
     path = tmp_path_factory.mktemp("data") / "tissue.h5ad"
     simulate_tissue(replace(DEMO_TISSUE, region_fraction=0.3)).adata.write_h5ad(path)

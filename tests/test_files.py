@@ -12,12 +12,12 @@ import pytest
 import zarr
 from scipy import sparse
 
-from amici_eval import files as module
 from amici_eval.common.errors import DataError
-from amici_eval.data import content_digest, describe_training_data
-from amici_eval.files import is_on_disk, open_anndata
+from amici_eval.data import files as module
+from amici_eval.data.files import is_on_disk, open_anndata
+from amici_eval.data.opening import content_digest, describe_training_data
+from amici_eval.data.tissue import prepare
 from amici_eval.settings.specs import DataSpec, SubsetSpec
-from amici_eval.tissue import prepare
 from tests.fakes import make_card
 from tests.test_data import CARD, make_adata
 

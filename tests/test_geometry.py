@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amici_eval.geometry import Geometry
+from amici_eval.data.geometry import Geometry
 from amici_eval.tiling import Tiling
 
 if TYPE_CHECKING:

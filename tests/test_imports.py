@@ -101,7 +101,7 @@ def test_the_lowest_rooms_load_nothing_heavy(room):
 
 def test_the_check_of_imports_can_fail():
     assert loaded_after("import pandas") >= {"pandas"}
-    assert loaded_after("import amici_eval.data") >= {"pandas"}
+    assert loaded_after("import amici_eval.data.opening") >= {"pandas"}
     assert {"results", "result_frames", "result_json"} <= set(LIGHT)
     if find_spec("numba"):
         assert loaded_after("import amici_eval.stats.kernels") == {"numba"}

@@ -11,9 +11,9 @@ import zarr
 from anndata.io import sparse_dataset
 from scipy import sparse
 
-from amici_eval import matrices as module
 from amici_eval.common.errors import DataError
-from amici_eval.matrices import (
+from amici_eval.data import matrices as module
+from amici_eval.data.matrices import (
     as_dense,
     expression_blocks,
     lies_on_disk,

@@ -14,10 +14,10 @@ from scipy import sparse
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.common.model_card import Fingerprints
-from amici_eval.matrices import open_rows
-from amici_eval.membership import expression_prints, place_prints, prints_from, text_of
+from amici_eval.data.matrices import open_rows
+from amici_eval.data.membership import expression_prints, place_prints, prints_from, text_of
+from amici_eval.data.tissue import prepare
 from amici_eval.settings.specs import DataSpec, SubsetSpec, TrainedOnSpec
-from amici_eval.tissue import prepare
 from tests.fakes import make_card
 
 GENES = tuple(f"g{i}" for i in range(12))
@@ -104,7 +104,7 @@ def test_order_of_genes_and_further_genes_do_not_change_fingerprints():
 def test_names_that_agree_need_no_look_at_expression(monkeypatch):
     adata = make_tissue()
     card = card_of(adata)
-    monkeypatch.setattr("amici_eval.tissue.expression_prints", None)
+    monkeypatch.setattr("amici_eval.data.tissue.expression_prints", None)
     found, notes = fitted(adata[np.random.default_rng(0).permutation(N_CELLS)].copy(), card)
     assert found.sum() == N_FITTED
     assert not notes

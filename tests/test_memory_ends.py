@@ -211,9 +211,9 @@ def test_a_failure_inside_a_failure_shrinks_the_outer_work_too():
 
 def test_a_file_or_a_tissue_that_does_not_fit_is_told(trained, adata, tmp_path, monkeypatch):
     from amici_eval.common.errors import DataError
-    from amici_eval.files import open_anndata
+    from amici_eval.data.files import open_anndata
+    from amici_eval.data.tissue import prepare
     from amici_eval.settings.specs import DataSpec
-    from amici_eval.tissue import prepare
 
     adata.write_h5ad(tmp_path / "tissue.h5ad")
 
@@ -226,7 +226,7 @@ def test_a_file_or_a_tissue_that_does_not_fit_is_told(trained, adata, tmp_path, 
             DataError, match=r"tissue\.h5ad .*: it does not fit into the free memory; .*data\.backed=true"
         ):
             open_anndata(tmp_path / "tissue.h5ad")
-    monkeypatch.setattr("amici_eval.tissue.np.asarray", too_large)
+    monkeypatch.setattr("amici_eval.data.tissue.np.asarray", too_large)
     with pytest.raises(DeviceMemoryError, match="preparing the tissue"):
         prepare(adata, trained.card, DataSpec())
     monkeypatch.undo()

@@ -137,7 +137,7 @@ def test_a_model_gives_the_same_numbers(workers, trained, adata, engine, method)
 def test_expression_on_disk_gives_the_same_numbers(workers, trained, adata, tmp_path, engine, suffix):
     from scipy import sparse
 
-    from amici_eval.files import open_anndata
+    from amici_eval.data.files import open_anndata
 
     path = tmp_path / f"tissue.{suffix}"
     if engine == "factored":

@@ -17,13 +17,13 @@ import zarr
 from omegaconf import OmegaConf
 from scipy import sparse
 
-from amici_eval import files
 from amici_eval.common.errors import AmiciEvalError, DataError
 from amici_eval.config import EvaluateConfig, data_uri
-from amici_eval.data import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain
-from amici_eval.files import open_anndata
+from amici_eval.data import files
+from amici_eval.data.files import open_anndata
+from amici_eval.data.opening import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain
+from amici_eval.data.tissue import prepare
 from amici_eval.settings.specs import DataSpec
-from amici_eval.tissue import prepare
 from amici_eval.tracking.dataset import AnnDataSource, from_anndata
 from tests.test_data import CARD, make_adata
 

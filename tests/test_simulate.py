@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.simulate import DEMO_TISSUE, PlantedEffect, TissueSpec, sender_exposure, simulate_tissue
+from amici_eval.data.simulate import DEMO_TISSUE, PlantedEffect, TissueSpec, sender_exposure, simulate_tissue
 
 NULL_TYPES = ("Macrophages/Monocytes", "Endothelial")
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from amici_eval.common.errors import DeviceError, ModelFormatError
+from amici_eval.data.shared_matrices import sent
+from amici_eval.data.tissue import Tissue, check_sections, keep_away_from_training
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import AMICI_SOURCES, TrainedAMICI, package_versions
 from amici_eval.model.factored import FactoredAccess
@@ -24,9 +26,7 @@ from amici_eval.model.interventions import (
     keep_heads,
 )
 from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.shared_matrices import sent
 from amici_eval.stats.shrinking import Shrinking, memory_errors_explained
-from amici_eval.tissue import Tissue, check_sections, keep_away_from_training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64, Int64
 
     from amici_eval.common.model_card import ModelCard
+    from amici_eval.data.tissue import ExpressionBlock
     from amici_eval.settings.specs import AblationSpec
-    from amici_eval.tissue import ExpressionBlock
 
 __all__ = ["HookedAccess", "ModelAccess", "neighbours", "open_access", "resolve_device"]
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.checks import trained_on as trained_rows
 from amici_eval.common.errors import ModelFormatError
 from amici_eval.common.model_card import ModelCard
-from amici_eval.data import describe_training_data
+from amici_eval.data.checks import trained_on as trained_rows
+from amici_eval.data.opening import describe_training_data
+from amici_eval.data.tissue import prepare
 from amici_eval.model.checkpoint import TrainedAMICI, package_versions
 from amici_eval.model.saved_amici import split_covers
 from amici_eval.model.training_tissue import TrainingTissue
 from amici_eval.settings.specs import DataSpec
-from amici_eval.tissue import prepare
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -20,13 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from amici_eval.checks import trained_on as trained_rows
 from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
 from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.common.untrusted import check_names, load_json
-from amici_eval.data import describe_training_data, open_anndata
-from amici_eval.matrices import open_rows
-from amici_eval.membership import expression_prints, fitted_cells, prints_from, text_of
+from amici_eval.data.checks import trained_on as trained_rows
+from amici_eval.data.matrices import open_rows
+from amici_eval.data.membership import expression_prints, fitted_cells, prints_from, text_of
+from amici_eval.data.opening import describe_training_data, open_anndata
+from amici_eval.data.tissue import prepare
 from amici_eval.model.interventions import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
@@ -43,7 +44,6 @@ from amici_eval.model.stored_setup import (
 from amici_eval.model.training_tissue import training_tissue
 from amici_eval.settings.specs import DataSpec, TrainedOnSpec
 from amici_eval.stats.shrinking import memory_errors_explained
-from amici_eval.tissue import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
     from torch import Tensor
 
-    from amici_eval.tissue import Tissue
+    from amici_eval.data.tissue import Tissue
 
 __all__ = ["AMICI_SOURCES", "BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
 

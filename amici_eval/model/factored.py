@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from amici_eval.common.side_by_side import run_on_single_threads
+from amici_eval.data.shared_matrices import sent
 from amici_eval.model.attention import attend, attention_weights
 from amici_eval.model.budget import memory_budget, warn_of_budget
 from amici_eval.model.encoder import SenderTables, embed_senders
@@ -23,7 +24,6 @@ from amici_eval.model.masked_attention import (
     sums_by_sender,
 )
 from amici_eval.model.sent_factors import SentFactors
-from amici_eval.shared_matrices import sent
 from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
 from amici_eval.stats.spatial import morton_codes
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
     from amici_eval.common.model_card import ModelCard
+    from amici_eval.data.tissue import ExpressionBlock
     from amici_eval.model.access import HookedAccess
     from amici_eval.stats.readout import Readout
-    from amici_eval.tissue import ExpressionBlock
 
 __all__ = ["FactoredAccess", "HeadOutputs"]
 

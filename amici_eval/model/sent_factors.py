@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.matrices import expression_blocks, open_rows
+from amici_eval.data.matrices import expression_blocks, open_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
 
     from amici_eval.common.model_card import ModelCard
-    from amici_eval.matrices import ExpressionBlock, RowReader
+    from amici_eval.data.matrices import ExpressionBlock, RowReader
     from amici_eval.stats.readout import Readout
 
 __all__ = ["SentFactors"]

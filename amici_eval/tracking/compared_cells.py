@@ -118,8 +118,8 @@ def cells_of(
     datasets: Sequence[str],
 ) -> ComparedCells:
     """Choose the cells that no compared version was fitted on, if there are enough of them."""
-    from amici_eval.checks import chosen_cells, obs_column
-    from amici_eval.tissue import prepare
+    from amici_eval.data.checks import chosen_cells, obs_column
+    from amici_eval.data.tissue import prepare
     from amici_eval.tracking.dataset import from_anndata
 
     if datasets or not columns:

@@ -141,10 +141,10 @@ def _evaluate(
     progress: Callable[[int, int, str], None] | None,
     launcher: Launcher | None,
 ) -> EvaluationRun:
+    from amici_eval.data.tissue import prepare
     from amici_eval.evaluation import evaluate_access
     from amici_eval.model.access import open_access
     from amici_eval.report.tables import summary_lines
-    from amici_eval.tissue import prepare
     from amici_eval.tracking.dataset import AnnDataSource
 
     model_id = known_model_id(model.model_id or stored.model_id)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from amici_eval.checks import chosen_cells, obs_column
 from amici_eval.common.errors import DataError
+from amici_eval.data.checks import chosen_cells, obs_column
 from amici_eval.stats.permutations import PermutationStream
 
 if TYPE_CHECKING:

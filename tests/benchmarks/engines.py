@@ -13,9 +13,9 @@ from tests.benchmarks.tissues import few_of_each
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from amici_eval.data.tissue import Tissue
     from amici_eval.model.checkpoint import TrainedAMICI
     from amici_eval.settings.specs import EvaluationSpec
-    from amici_eval.tissue import Tissue
 
 _WARM_UP_CELLS = 40
 
@@ -169,8 +169,8 @@ class StageClock:
 
 def warm_up(model: TrainedAMICI, adata: AnnData, side: str) -> float:
     """Evaluate a tiny part of a tissue in all ways, so that everything is compiled; return the seconds it took."""
+    from amici_eval.data.tissue import prepare
     from amici_eval.settings.specs import DataSpec
-    from amici_eval.tissue import prepare
 
     started = time.perf_counter()
     small = few_of_each(adata, max(_WARM_UP_CELLS, model.card.n_neighbors + 1), labels_key=model.card.labels_key)

@@ -14,8 +14,8 @@ from tests.benchmarks.scaling import BASE, QUICK_BASE, QUICK_DIMS
 from tests.benchmarks.tissues import TissueSize, random_model, read_tissue
 
 if TYPE_CHECKING:
+    from amici_eval.data.tissue import Tissue
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.tissue import Tissue
     from tests.benchmarks.common import Emit
 
 _ROWS = 8192
@@ -110,8 +110,8 @@ def measure_floor(
     emit: Emit, *, base: dict[str, Any], sizes: list[int], engine: str, repeats: int, dims: dict[str, int]
 ) -> None:
     """Time evaluations with one permutation and with all, and the matrix products that a pass needs."""
+    from amici_eval.data.tissue import prepare
     from amici_eval.settings.specs import DataSpec
-    from amici_eval.tissue import prepare
 
     small = read_tissue(TissueSize(n_cells=200 + 60 * base["types"], n_genes=base["genes"], n_types=base["types"]))
     model = random_model(

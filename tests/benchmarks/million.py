@@ -86,12 +86,12 @@ def measure_phases(
     """Open, check, find neighbours, compute: time each, and the peak memory of all."""
     import anndata
 
-    from amici_eval.data import open_anndata
+    from amici_eval.data.opening import open_anndata
+    from amici_eval.data.tissue import prepare
     from amici_eval.evaluation import evaluate_access
     from amici_eval.model.access import open_access
     from amici_eval.model.checkpoint import TrainedAMICI
     from amici_eval.settings.specs import DataSpec
-    from amici_eval.tissue import prepare
 
     # as by default, with all ablation modes
     side = "hooked" if engine == "hooked" else "catalogue"

@@ -52,7 +52,7 @@ def run(options: Options) -> None:
 
 def simulated_case(folder: Path, *, quick: bool) -> Case:
     """Simulate a tissue and give it a model with random weights."""
-    from amici_eval.simulate import TissueSpec, simulate_tissue
+    from amici_eval.data.simulate import TissueSpec, simulate_tissue
     from tests.benchmarks.tissues import random_model
 
     n_cells, n_types = (240, 3) if quick else (6000, 6)
@@ -94,8 +94,8 @@ def measure_ours(
     emit: Emit, *, model: str, data: str, side: str, n_permutations: int | None, repeats: int, numbers: str
 ) -> None:
     """Time our evaluation, from loaded model and data to all numbers, after a warm-up on a tiny part of the data."""
+    from amici_eval.data.tissue import prepare
     from amici_eval.settings.specs import DataSpec
-    from amici_eval.tissue import prepare
 
     trained, adata = Source(model, data).load()
     warm_up(trained, adata, side)

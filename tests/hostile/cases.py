@@ -54,7 +54,7 @@ class Case:
 def read(kind: str, target: Path) -> None:
     """Hand a model or file to its reader."""
     if kind == "model":
-        from amici_eval.files import open_anndata
+        from amici_eval.data.files import open_anndata
         from amici_eval.tracking.stored_model import open_stored_model
 
         with open_stored_model(str(target)) as stored:
@@ -65,8 +65,8 @@ def read(kind: str, target: Path) -> None:
 
         read_amici_directory(target, adata=None, trust=False)
     elif kind == "data":
-        from amici_eval.data import coordinates_of, expression_matrix
-        from amici_eval.files import open_anndata
+        from amici_eval.data.files import open_anndata
+        from amici_eval.data.opening import coordinates_of, expression_matrix
 
         adata = open_anndata(target)
         coordinates_of(adata, "spatial")

@@ -23,8 +23,8 @@ from scipy import sparse
 from amici_eval.common import untrusted
 from amici_eval.common.errors import DataError, ModelFormatError, UnsafePickleError
 from amici_eval.common.untrusted import check_names, parse_json
-from amici_eval.files import open_anndata
-from amici_eval.matrices import open_rows, spans
+from amici_eval.data.files import open_anndata
+from amici_eval.data.matrices import open_rows, spans
 
 pytestmark = pytest.mark.amici
 VARIABLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
@@ -201,7 +201,7 @@ def test_sparse_counts_that_pack_well_stay_legal(tmp_path, compression):
 
 
 def test_expression_larger_than_memory_stays_legal_on_disk(tmp_path, monkeypatch):
-    from amici_eval import files
+    from amici_eval.data import files
 
     ad.AnnData(np.zeros((500, 100), dtype=np.float32)).write_h5ad(tmp_path / "a.h5ad", compression="gzip")
     monkeypatch.setattr(files, "_SMALL_BYTES", 0)
@@ -267,7 +267,7 @@ def test_a_limit_of_the_process_limits_the_memory():
             sys.executable,
             "-c",
             "import resource, os\n"
-            "from amici_eval.files import available_memory\n"
+            "from amici_eval.data.files import available_memory\n"
             "size = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
             "resource.setrlimit(resource.RLIMIT_AS, (size + 10**8, size + 10**8))\n"
             "print(available_memory())",

@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 
 from amici_eval.common.errors import DataError, ModelFormatError
-from amici_eval.data import content_digest
+from amici_eval.data.opening import content_digest
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.manifest import write_manifest
 from amici_eval.settings.specs import TrainedOnSpec
@@ -181,9 +181,9 @@ def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, ada
 
 
 def test_layer_of_the_data_can_be_named(trained, native, adata):
+    from amici_eval.data.tissue import prepare
     from amici_eval.model.access import open_access
     from amici_eval.settings.specs import AblationSpec, DataSpec
-    from amici_eval.tissue import prepare
 
     adata.layers["scaled"] = adata.X.copy()
     adata.X = adata.X * 0.5

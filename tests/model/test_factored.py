@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DeviceMemoryError
+from amici_eval.data.tissue import prepare
 from amici_eval.evaluation import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
@@ -24,7 +25,6 @@ from amici_eval.model.interventions import added_hook, faint_attention_is_zero, 
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.parity import Parity, check_parity
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.tissue import prepare
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 
 pytestmark = pytest.mark.amici

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from amici_eval.evaluation import evaluate
 from amici_eval.model.training import train_amici
-from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
+from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 
 budget, limit = sys.argv[1], int(sys.argv[2])

@@ -12,6 +12,7 @@ import pytest
 from scipy.sparse import csr_matrix, issparse
 from scipy.stats import false_discovery_control
 
+from amici_eval.data.tissue import prepare
 from amici_eval.evaluation import evaluate
 from amici_eval.model.access import open_access
 from amici_eval.model.cards import card_of
@@ -20,7 +21,6 @@ from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.settings.permutation_spec import default_n_permutations
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.permutations import PermutationStream
-from amici_eval.tissue import prepare
 from tests.same_numbers import assert_counts, assert_rounded
 
 if TYPE_CHECKING:

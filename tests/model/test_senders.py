@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from amici_eval.data.tissue import prepare
 from amici_eval.evaluation import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
@@ -19,7 +20,6 @@ from amici_eval.report.senders_section import sure_links
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.explained_variance import explained_variance
-from amici_eval.tissue import prepare
 from tests.model.test_factored import attention_patterns
 from tests.oracles.masked import predictions_without
 from tests.same_numbers import FLOAT32, assert_rounded
@@ -159,9 +159,9 @@ def test_sender_types_are_taken_in_turn_where_memory_is_scarce(trained, adata, e
 
 
 def test_a_planted_effect_is_found_for_its_sender_its_receiver_and_its_genes():
+    from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
     from amici_eval.evaluation import evaluate
     from amici_eval.model.training import DEMO_TRAINING, train_amici
-    from amici_eval.simulate import PlantedEffect, TissueSpec, simulate_tissue
 
     planted = PlantedEffect("B", "A", ("X1", "X2", "X3"), range_um=20.0, strength=2.2)
     tissue = TissueSpec(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from amici_eval.common.errors import DataError, InvalidSpecError
-from amici_eval.simulate import PlantedEffect, TissueSpec, simulate_tissue
+from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
 
 pytestmark = pytest.mark.amici
 

@@ -29,7 +29,7 @@ import sys
 from dataclasses import replace
 import numpy as np
 from amici_eval.model.training import train_amici
-from amici_eval.simulate import DEMO_TISSUE, simulate_tissue
+from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 from amici_eval.settings.specs import TrackingSpec
 from amici_eval.tracking.jobs import register_job
 

@@ -13,12 +13,12 @@ from mlflow.exceptions import MlflowException
 import amici_eval
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
 from amici_eval.common.names import slugify
-from amici_eval.data import content_digest
+from amici_eval.data.opening import content_digest
+from amici_eval.data.tissue import prepare
 from amici_eval.model.access import neighbours
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
-from amici_eval.tissue import prepare
 from amici_eval.tracking.jobs import evaluate_job, register_job
 from amici_eval.tracking.uploading import load_evaluation, upload
 

@@ -13,8 +13,8 @@ from scipy.spatial import cKDTree
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.model_card import TrainingData
-from amici_eval.files import check_is_filled, is_on_disk, missing, open_anndata, with_table
-from amici_eval.matrices import (
+from amici_eval.data.files import check_is_filled, is_on_disk, missing, open_anndata, with_table
+from amici_eval.data.matrices import (
     as_dense,
     check_rows_can_be_read,
     in_memory,

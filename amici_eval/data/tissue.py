@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from amici_eval.checks import (
+from amici_eval.common.errors import DataError
+from amici_eval.data.checks import (
     align_genes,
     check_cell_names,
     check_expression,
@@ -27,11 +28,10 @@ from amici_eval.checks import (
     split_cells,
     trained_on,
 )
-from amici_eval.common.errors import DataError
-from amici_eval.data import coordinates_of, expression_matrix
-from amici_eval.geometry import Geometry
-from amici_eval.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
-from amici_eval.membership import expression_prints, fitted_cells
+from amici_eval.data.geometry import Geometry
+from amici_eval.data.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
+from amici_eval.data.membership import expression_prints, fitted_cells
+from amici_eval.data.opening import coordinates_of, expression_matrix
 from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 
     from amici_eval.common.model_card import ModelCard
-    from amici_eval.matrices import RowReader
+    from amici_eval.data.matrices import RowReader
     from amici_eval.settings.specs import DataSpec
 
 __all__ = ["ExpressionBlock", "Tissue", "check_sections", "keep_away_from_training", "prepare"]
@@ -67,7 +67,7 @@ class Tissue:
         Cell radii, if the model was trained with them.
     samples, sections
         Stratum of each cell for statistics, and the section that its neighbours must not leave; see
-        :class:`~amici_eval.geometry.Geometry`.
+        :class:`~amici_eval.data.geometry.Geometry`.
     evaluated
         Which cells are receivers of the evaluation; all cells are neighbours.
     notes

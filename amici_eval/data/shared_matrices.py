@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from amici_eval.common.errors import LaunchError
-from amici_eval.matrices import lies_on_disk
+from amici_eval.data.matrices import lies_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,16 +10,16 @@ import pandas as pd
 
 from amici_eval.common.errors import DataError, first_line
 from amici_eval.common.names import meant_by
-from amici_eval.data import check_is_filled, is_integer_valued
-from amici_eval.files import missing
-from amici_eval.matrices import as_dense, spans, stored_values
+from amici_eval.data.files import missing
+from amici_eval.data.matrices import as_dense, spans, stored_values
+from amici_eval.data.opening import check_is_filled, is_integer_valued
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from jaxtyping import Bool, Float64, Int64
 
     from amici_eval.common.model_card import ModelCard
-    from amici_eval.matrices import RowReader
+    from amici_eval.data.matrices import RowReader
     from amici_eval.settings.specs import SubsetSpec, TrainedOnSpec
 
 __all__ = [

@@ -13,8 +13,8 @@ from scipy import sparse
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.model_card import Fingerprints
-from amici_eval.data import digest_of_places
-from amici_eval.matrices import spans
+from amici_eval.data.matrices import spans
+from amici_eval.data.opening import digest_of_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64, UInt32, UInt64
 
     from amici_eval.common.model_card import ModelCard
-    from amici_eval.matrices import RowReader
+    from amici_eval.data.matrices import RowReader
 
 __all__ = ["expression_prints", "fitted_cells", "place_prints", "prints_from", "text_of"]
 

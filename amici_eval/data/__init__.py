@@ -1,0 +1,1 @@
+"""Opens a tissue, chooses its cells and genes, and simulates one."""
