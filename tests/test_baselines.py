@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from amici_eval import designs
-from amici_eval.baselines import evaluate_baselines
 from amici_eval.data.tissue import ExpressionBlock
-from amici_eval.designs import DESIGNS
+from amici_eval.evaluation import designs
+from amici_eval.evaluation.baselines import evaluate_baselines
+from amici_eval.evaluation.designs import DESIGNS
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.ridge import RidgeSums, choose_penalty, fit_ridge
 from tests.fakes import make_card

@@ -903,7 +903,7 @@ def test_held_out_cells_keep_all_their_neighbours_whatever_the_engine(whole_tiss
 
 @pytest.mark.amici
 def test_the_cells_that_a_buffer_drops_are_evaluated_by_nobody(whole_tissue, model):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     subset = SubsetSpec(held_out=True, buffer=True)
     spec = EvaluationSpec(

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amici_eval.evaluation import evaluate_access
+from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.free_test import free_test
+from amici_eval.evaluation.free_test import free_test
 from amici_eval.settings.specs import PermutationSpec
 from amici_eval.stats import factor_nulls
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.inference import rows_of
+from amici_eval.evaluation.inference import rows_of
 from amici_eval.stats.plain_moments import moments_of_predictions
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DeviceMemoryError
-from amici_eval.evaluation import evaluate
+from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.shrinking import Shrinking, is_out_of_memory, memory_errors_explained
 from tests.same_numbers import FLOAT32, assert_counts

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from amici_eval.common.durable import PARTIAL_SUFFIX, FolderLock, is_disk_full, write_durably, write_text_durably
 from amici_eval.common.packing import DamagedPackError, read_pack, write_pack
-from amici_eval.finished_parts import FinishedParts
+from amici_eval.evaluation.finished_parts import FinishedParts
 
 
 @dataclass(frozen=True)

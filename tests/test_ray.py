@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from amici_eval.common.errors import DataError, DeviceError, InvalidSpecError, LaunchError
-from amici_eval.evaluation import evaluate, evaluate_access
-from amici_eval.launching import open_launcher
+from amici_eval.evaluation.launching import open_launcher
+from amici_eval.evaluation.pipeline import evaluate, evaluate_access
 from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from tests.fakes import FakeAccess, make_access
@@ -28,7 +28,7 @@ from tests.test_cli import call
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from amici_eval.ray_launcher import RayLauncher
+    from amici_eval.evaluation.ray_launcher import RayLauncher
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
 QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=49))
@@ -223,7 +223,7 @@ def test_what_cannot_be_sent_is_named(workers):
 @pytest.mark.ray
 @needs_ray
 def test_more_workers_than_processors_are_refused(workers):
-    from amici_eval.ray_launcher import RayLauncher
+    from amici_eval.evaluation.ray_launcher import RayLauncher
 
     with RayLauncher(LaunchSpec(kind="ray", n_workers=3)) as more, pytest.raises(LaunchError, match="cluster has 2"):
         more.prepare(5)
@@ -243,9 +243,9 @@ import os, sys, tempfile
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 import ray
 from amici_eval.common.errors import LaunchError
-from amici_eval.evaluation import evaluate_access
+from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.settings.launch_spec import LaunchSpec
-from amici_eval.launching import open_launcher
+from amici_eval.evaluation.launching import open_launcher
 from tests.fakes import make_access
 from tests.test_ray import QUICK
 """
@@ -352,7 +352,7 @@ except LaunchError as error:
 @pytest.mark.ray
 @needs_ray
 def test_waiting_for_a_processor_is_said(workers, monkeypatch, caplog):
-    from amici_eval import ray_launcher
+    from amici_eval.evaluation import ray_launcher
 
     class TiredError(Exception):
         pass

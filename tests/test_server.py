@@ -89,7 +89,7 @@ def test_register_run_evaluate_and_a_lost_server(server, amici_dir, adata, tmp_p
     assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
 
     # 3. the server dies while the heads are evaluated, comes back, and the run is finished from the local folder
-    from amici_eval import evaluation
+    from amici_eval.evaluation import pipeline as evaluation
 
     real = evaluation.evaluate_access
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amici_eval.common.side_by_side import run_side_by_side
-from amici_eval.progress import Meter
+from amici_eval.evaluation.progress import Meter
 
 
 @pytest.fixture(params=[1, 3])

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval import spatial_evaluation
+from amici_eval.evaluation import spatial_evaluation
+from amici_eval.evaluation.spatial_evaluation import spatial_test
 from amici_eval.settings.specs import PermutationSpec
-from amici_eval.spatial_evaluation import spatial_test
 from amici_eval.stats.place import Place
 from amici_eval.stats.plain_moments import moments_of_predictions, principal_factors
 

@@ -16,7 +16,7 @@ import pytest
 
 import amici_eval
 from amici_eval.cli import main
-from amici_eval.evaluation import evaluate_access
+from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.settings.specs import EvaluationSpec, PermutationSpec
 from amici_eval.terminal import Reporter, check_temporary_folder
 from tests.fakes import make_access

@@ -146,7 +146,7 @@ def _floor(
     columns: Sequence[Column], cells: ComparedCells, data_uri: str | None
 ) -> Float64[np.ndarray, " heads"] | None:
     """Return how alike the heads of two untrained models of the last version's architecture are."""
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.model.untrained import untrained_like
     from amici_eval.tracking.dataset import from_anndata
 

@@ -91,7 +91,7 @@ class AMICIEvaluator(ModelEvaluator):
         from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_LOGGING
 
         from amici_eval.data.tissue import prepare
-        from amici_eval.evaluation import evaluate_access
+        from amici_eval.evaluation.pipeline import evaluate_access
         from amici_eval.model.access import open_access, resolve_device
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
         from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, remove_local

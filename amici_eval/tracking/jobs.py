@@ -31,10 +31,10 @@ from amici_eval.tracking.unfinished import UnfinishedWork
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from amici_eval.evaluation.type_tasks import Launcher
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset
-    from amici_eval.type_tasks import Launcher
 
 __all__ = ["EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job"]
 
@@ -97,7 +97,7 @@ def evaluate_job(
     launch: LaunchSpec | None = None,
 ) -> EvaluationRun:
     """Evaluate a registered or logged model and log everything to a run."""
-    from amici_eval.launching import open_launcher
+    from amici_eval.evaluation.launching import open_launcher
     from amici_eval.model.access import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.stored_model import open_stored_model
@@ -142,7 +142,7 @@ def _evaluate(
     launcher: Launcher | None,
 ) -> EvaluationRun:
     from amici_eval.data.tissue import prepare
-    from amici_eval.evaluation import evaluate_access
+    from amici_eval.evaluation.pipeline import evaluate_access
     from amici_eval.model.access import open_access
     from amici_eval.report.tables import summary_lines
     from amici_eval.tracking.dataset import AnnDataSource

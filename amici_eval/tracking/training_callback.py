@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from amici_eval.common.errors import InvalidSpecError, ModelFormatError, first_line
 from amici_eval.data.checks import check_type
 from amici_eval.data.tissue import prepare
-from amici_eval.evaluation import evaluate
+from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.settings.spec_checks import require_int, require_one_of
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
@@ -37,7 +37,12 @@ CELLS_TAG = "amici_eval.train_heads.cells"
 _LOGGED = ("ev/", "ev_full_model/", "p_adj/", "p_adj_spatial/", "summary/n_significant", "summary/n_tests")
 _FAILURES = 3
 """So many in a row, and it is tried no more."""
-_REPEATING = ("amici_eval.evaluation", "amici_eval.data.tissue", "amici_eval.model.access", "amici_eval.model.factored")
+_REPEATING = (
+    "amici_eval.evaluation.pipeline",
+    "amici_eval.data.tissue",
+    "amici_eval.model.access",
+    "amici_eval.model.factored",
+)
 
 
 def _cheap() -> EvaluationSpec:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.durable import FolderLock, write_text_durably
 from amici_eval.common.errors import TrackingError, mask_secrets
-from amici_eval.finished_parts import FinishedParts
+from amici_eval.evaluation.finished_parts import FinishedParts
 from amici_eval.tracking.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.local_results import RECORD_FILE, output_folder
 from amici_eval.tracking.patience import is_missing, store_errors, understood

@@ -15,15 +15,15 @@ from tests.benchmarks.engines import Source
 from tests.same_numbers import differences
 
 if TYPE_CHECKING:
+    from amici_eval.evaluation.type_tasks import Launcher
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.type_tasks import Launcher
 
 
 def main() -> None:
     import torch
 
-    from amici_eval.evaluation import evaluate
-    from amici_eval.launching import open_launcher
+    from amici_eval.evaluation.launching import open_launcher
+    from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.settings.launch_spec import LaunchSpec
     from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 

@@ -53,7 +53,7 @@ def one_training(*, path: Path, way: str, number: int, seed: int, max_epochs: in
     """Train a model on moved expression and count the heads that are significant, in-sample and held out."""
     import anndata
 
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.model.training import DEMO_TRAINING, train_amici
     from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 

@@ -125,7 +125,7 @@ def test_devices_that_are_there_are_taken(monkeypatch):
 
 
 def test_absent_device_stops_an_evaluation_before_the_data_is_looked_at(monkeypatch, trained):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="0 CUDA devices"):
@@ -133,7 +133,7 @@ def test_absent_device_stops_an_evaluation_before_the_data_is_looked_at(monkeypa
 
 
 def test_touching_sections_are_refused(trained, adata):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     left = adata.obsm["spatial"][:, 0] < np.median(adata.obsm["spatial"][:, 0])
     adata.obs["slide"] = np.where(left, "slide 1", "slide 2")
@@ -160,7 +160,7 @@ def test_evaluation_leaves_a_live_model_and_all_else_as_it_was(native, adata):
     import amici
     from scvi.dataloaders import DataSplitter
 
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     calls = []
     native.module.train()
@@ -194,7 +194,7 @@ def test_evaluation_leaves_a_live_model_and_all_else_as_it_was(native, adata):
 
 
 def test_live_and_saved_model_give_the_same_evaluation(native, trained, adata):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     live, saved = evaluate(native, adata, QUICK), evaluate(trained, adata, QUICK)
     np.testing.assert_array_equal(live.expl_var_gene, saved.expl_var_gene)
@@ -203,7 +203,7 @@ def test_live_and_saved_model_give_the_same_evaluation(native, trained, adata):
 
 
 def test_held_out_cells_are_told_from_training_cells(trained, adata):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     region = sorted(set(adata.obs["region"]) - {"rest"})[0]
     fresh = evaluate(trained, adata, replace(QUICK, data=DataSpec(subset=SubsetSpec(key="region", value=region))))
@@ -213,7 +213,7 @@ def test_held_out_cells_are_told_from_training_cells(trained, adata):
 
 
 def test_evaluation_without_any_data_is_refused(trained):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     with pytest.raises(DataError, match=r"no data was given: .* call evaluate\(model, adata\)"):
         evaluate(trained)
@@ -222,7 +222,7 @@ def test_evaluation_without_any_data_is_refused(trained):
 def test_subclass_of_amici_can_be_evaluated(make_amici, adata):
     from amici import AMICI
 
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     class Mine(AMICI):
         pass
@@ -253,7 +253,7 @@ def variant(*, asks_for: str = "X"):
 
 
 def test_a_variant_runs_through_its_own_forward_pass(make_amici, adata):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     model = make_amici(adata, cls=variant())
     found = evaluate(model, adata, replace(QUICK, ablation=AblationSpec(device="cpu", engine="factored")))
@@ -266,7 +266,7 @@ def test_a_variant_runs_through_its_own_forward_pass(make_amici, adata):
 
 
 def test_a_variant_gets_what_its_own_loader_gives(make_amici, adata):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     model = make_amici(adata, cls=variant(asks_for="coordinates"))
     assert np.isfinite(evaluate(model, adata, QUICK).expl_var).all()
@@ -298,7 +298,7 @@ def test_a_fork_that_keeps_the_names_is_not_registered(make_amici, adata, tmp_pa
 
 
 def test_other_sources_of_amici_are_said(trained, adata):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     assert not any("sources of amici-st" in note for note in evaluate(trained, adata, QUICK).notes)
     versions = {**trained.card.versions, "amici-st sources": "0123456789abcdef"}

@@ -282,7 +282,7 @@ def test_subclass_of_the_same_name_is_refused(make_amici, adata):
 def test_another_model_of_scvi_tools_is_refused(adata):
     from scvi.model import SCVI
 
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     adata.X = adata.X.astype(np.float32).rint()
     SCVI.setup_anndata(adata)
@@ -467,7 +467,7 @@ def test_a_model_is_found_under_any_prefix_with_its_data(native, trained, tmp_pa
     "form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray, np.float64, lambda x: sparse.csr_matrix(np.int64(x))]
 )
 def test_the_form_of_the_training_data_does_not_reach_the_model(make_amici, adata, tmp_path, form):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.settings.specs import EvaluationSpec, PermutationSpec
 
     x = np.expm1(adata.X.toarray()).round().astype(np.float32)
@@ -489,7 +489,7 @@ def test_the_form_of_the_training_data_does_not_reach_the_model(make_amici, adat
 
 
 def test_a_model_of_doubled_genes_is_refused_in_the_same_words_everywhere(make_amici, adata, tmp_path):
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
 
     distinct = adata.copy()
     adata.var_names = ["A", "A", *adata.var_names[2:]]
@@ -540,7 +540,7 @@ def test_a_model_of_a_part_is_registered_with_the_whole_tissue(make_amici, adata
 def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, caplog):
     import amici
 
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.model.scvi_loader import own_data_loader
     from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 

@@ -12,7 +12,8 @@ import torch
 
 from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.data.tissue import prepare
-from amici_eval.evaluation import evaluate_access
+from amici_eval.evaluation.parity import Parity, check_parity
+from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
@@ -23,7 +24,6 @@ from amici_eval.model.folding import fold_encoder
 from amici_eval.model.inspection import why_not_factored
 from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
 from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.parity import Parity, check_parity
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 
@@ -439,7 +439,7 @@ def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata, monkeyp
         (101, 17, 2, 4096),
         (None, 64, 2, 10),
     ):
-        monkeypatch.setattr("amici_eval.type_tasks._SIDE_BY_SIDE_CELLS", small)
+        monkeypatch.setattr("amici_eval.evaluation.type_tasks._SIDE_BY_SIDE_CELLS", small)
         torch.set_num_threads(n_threads)
         try:
             with opened(trained, adata) as access:
@@ -705,7 +705,7 @@ def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(tr
 
 @pytest.mark.parametrize("engine", ["factored", "hooked"])
 def test_baselines_need_no_head_of_either_engine(trained, adata, engine):
-    from amici_eval.baselines import evaluate_baselines
+    from amici_eval.evaluation.baselines import evaluate_baselines
 
     with opened(trained, adata, engine=engine) as access:
         receivers = access.receivers()

@@ -19,7 +19,7 @@ import json, os, resource, sys
 from dataclasses import replace
 from pathlib import Path
 
-from amici_eval.evaluation import evaluate
+from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.training import train_amici
 from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec

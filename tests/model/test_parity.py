@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix, issparse
 from scipy.stats import false_discovery_control
 
 from amici_eval.data.tissue import prepare
-from amici_eval.evaluation import evaluate
+from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.access import open_access
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory

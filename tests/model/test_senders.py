@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amici_eval.data.tissue import prepare
-from amici_eval.evaluation import evaluate_access
+from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.model import factored
 from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
@@ -160,7 +160,7 @@ def test_sender_types_are_taken_in_turn_where_memory_is_scarce(trained, adata, e
 
 def test_a_planted_effect_is_found_for_its_sender_its_receiver_and_its_genes():
     from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
-    from amici_eval.evaluation import evaluate
+    from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.model.training import DEMO_TRAINING, train_amici
 
     planted = PlantedEffect("B", "A", ("X1", "X2", "X3"), range_um=20.0, strength=2.2)

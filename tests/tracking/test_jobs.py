@@ -229,7 +229,7 @@ def test_an_interrupted_run_is_killed(registry, monkeypatch, interrupt):
     def stop(*arguments, **options):
         raise interrupt
 
-    monkeypatch.setattr("amici_eval.evaluation.evaluate_access", stop)
+    monkeypatch.setattr("amici_eval.evaluation.pipeline.evaluate_access", stop)
     with pytest.raises(interrupt):
         run(run_name=f"stopped by {interrupt.__name__}")
     (stopped,) = mlflow.search_runs(
@@ -246,7 +246,7 @@ def test_a_crash_is_failed(registry, monkeypatch):
         message = "boom"
         raise ZeroDivisionError(message)
 
-    monkeypatch.setattr("amici_eval.evaluation.evaluate_access", crash)
+    monkeypatch.setattr("amici_eval.evaluation.pipeline.evaluate_access", crash)
     with pytest.raises(ZeroDivisionError):
         run(run_name="crashed")
     (crashed,) = mlflow.search_runs(

@@ -13,7 +13,8 @@ import mlflow
 import pytest
 
 from amici_eval.common.errors import OutputError, TrackingError
-from amici_eval.finished_parts import FinishedParts
+from amici_eval.evaluation.finished_parts import FinishedParts
+from amici_eval.evaluation.type_tasks import evaluate_task
 from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.tracking import run_log
@@ -23,7 +24,6 @@ from amici_eval.tracking.local_results import ARTIFACTS, RECORD_FILE
 from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
 from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
 from amici_eval.tracking.uploading import upload
-from amici_eval.type_tasks import evaluate_task
 
 pytestmark = pytest.mark.amici
 
@@ -157,7 +157,7 @@ def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, 
         adata.write_h5ad(tmp_path / "other.h5ad")
         changed = {"data_uri": str(tmp_path / "other.h5ad")}
     if "launch" in changed:
-        monkeypatch.setattr("amici_eval.launching.open_launcher", lambda spec: nullcontext(OneByOne()))
+        monkeypatch.setattr("amici_eval.evaluation.launching.open_launcher", lambda spec: nullcontext(OneByOne()))
     run(experiment="anew", **changed)
     assert seen["taken"] == []
     assert set(kept) < set(seen["kept"])
@@ -212,7 +212,7 @@ def test_a_run_in_which_nothing_was_finished_goes_on_too(registry, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("amici_eval.evaluation.evaluate_access", interrupted)
+        patch.setattr("amici_eval.evaluation.pipeline.evaluate_access", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(experiment="nothing")
     (killed,) = runs_of("nothing")

@@ -456,7 +456,7 @@ def test_a_trainer_that_tells_no_split_has_all_cells_evaluated_with_a_warning(st
 
 
 def test_what_is_said_at_each_evaluation_is_heard_once(store, model, monkeypatch, caplog):
-    inner = logging.getLogger("amici_eval.evaluation")
+    inner = logging.getLogger("amici_eval.evaluation.pipeline")
 
     def talks(*_):
         inner.warning("undefined for %s", "B")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int, Int64
 
-    from amici_eval.protocols import TissueAccess
+    from amici_eval.evaluation.protocols import TissueAccess
 
 __all__ = [
     "DESIGNS",

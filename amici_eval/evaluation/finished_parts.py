@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.durable import PARTIAL_SUFFIX, write_durably
 from amici_eval.common.packing import DamagedPackError, read_pack, write_pack
-from amici_eval.free_test import FreeTest
+from amici_eval.evaluation.free_test import FreeTest
+from amici_eval.evaluation.one_type import TypeEvaluation
+from amici_eval.evaluation.spatial_evaluation import TypeSpatial
 from amici_eval.model.factored import HeadOutputs
 from amici_eval.results.inference_results import Baselines
 from amici_eval.results.sender_results import Senders
-from amici_eval.spatial_evaluation import TypeSpatial
 from amici_eval.stats.ablations import TypeAblations
 from amici_eval.stats.moments import TypeMoments
-from amici_eval.type_evaluation import TypeEvaluation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,16 +13,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import LaunchError, first_line
-from amici_eval.ray_process import check_answers, environment, import_ray, own_handlers
-from amici_eval.ray_worker import TypeWorker, parts_of
+from amici_eval.evaluation.ray_process import check_answers, environment, import_ray, own_handlers
+from amici_eval.evaluation.ray_worker import TypeWorker, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from amici_eval.protocols import ModelAccess
+    from amici_eval.evaluation.one_type import TypeEvaluation
+    from amici_eval.evaluation.protocols import ModelAccess
+    from amici_eval.evaluation.type_tasks import TypeSettings, TypeTask
     from amici_eval.settings.launch_spec import LaunchSpec
-    from amici_eval.type_evaluation import TypeEvaluation
-    from amici_eval.type_tasks import TypeSettings, TypeTask
 
 __all__ = ["RayLauncher"]
 
@@ -37,7 +37,7 @@ _PATIENCE_S = 30.0
 
 
 class RayLauncher:
-    """A :class:`~amici_eval.type_tasks.Launcher` over Ray; use it as a context manager.
+    """A :class:`~amici_eval.evaluation.type_tasks.Launcher` over Ray; use it as a context manager.
 
     Parameters
     ----------

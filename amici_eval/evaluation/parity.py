@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from amici_eval.protocols import FactorAccess
+    from amici_eval.evaluation.protocols import FactorAccess
 
 __all__ = ["Parity", "check_parity"]
 

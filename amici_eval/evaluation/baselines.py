@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.designs import DESIGNS, FITTED, FOLD, SCORED, TypeDesigns, gather, sections_of, those_that_fit
+from amici_eval.evaluation.designs import (
+    DESIGNS,
+    FITTED,
+    FOLD,
+    SCORED,
+    TypeDesigns,
+    gather,
+    sections_of,
+    those_that_fit,
+)
 from amici_eval.results.inference_results import Baselines
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 
@@ -15,7 +24,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float64, Int64
 
-    from amici_eval.protocols import TissueAccess
+    from amici_eval.evaluation.protocols import TissueAccess
 
 __all__ = ["evaluate_baselines"]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.by_type import evaluate_types
 from amici_eval.common.errors import DataError
-from amici_eval.inference import adjusted_free, held_out_parts, intervals, spatial_tests
-from amici_eval.parity import Parity, check_parity
-from amici_eval.progress import Progress
-from amici_eval.protocols import FactorAccess, LocatedAccess
+from amici_eval.evaluation.all_types import evaluate_types
+from amici_eval.evaluation.inference import adjusted_free, held_out_parts, intervals, spatial_tests
+from amici_eval.evaluation.parity import Parity, check_parity
+from amici_eval.evaluation.progress import Progress
+from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess
 from amici_eval.results.ablation_results import HeadAblations
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.permutation_spec import default_n_permutations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from amici_eval.finished_parts import FinishedParts
+    from amici_eval.evaluation.finished_parts import FinishedParts
+    from amici_eval.evaluation.one_type import TypeEvaluation
+    from amici_eval.evaluation.type_tasks import Launcher
     from amici_eval.model.access import ModelAccess
-    from amici_eval.type_evaluation import TypeEvaluation
-    from amici_eval.type_tasks import Launcher
 
 __all__ = ["Progress", "evaluate", "evaluate_access"]
 
@@ -109,9 +109,9 @@ def evaluate_access(
 ) -> HeadEvaluation:
     """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`.
 
-    An access that offers :class:`~amici_eval.protocols.FactorAccess` is first checked against its own hooked
+    An access that offers :class:`~amici_eval.evaluation.protocols.FactorAccess` is first checked against its own hooked
     engine on some cells of each type; if they disagree, the hooked engine does the work. Without coordinates
-    (:class:`~amici_eval.protocols.LocatedAccess`) there are neither spatial tests nor intervals. With ``parts``, what
+    (:class:`~amici_eval.evaluation.protocols.LocatedAccess`) there are neither spatial tests nor intervals. With ``parts``, what
     is finished is kept as it finishes, and what they hold already is not computed again.
     """
     receivers = access.receivers()

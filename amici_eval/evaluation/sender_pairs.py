@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval.evaluation.tile_rows import kept_rows
 from amici_eval.results.comparison_senders import SenderDifferences
 from amici_eval.stats.multiplicity import adjust_p_values
 from amici_eval.stats.paired import verdict_of
 from amici_eval.stats.tile_changes import share_changes, squares_about
-from amici_eval.tile_rows import kept_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.free_test import FreeTest, counted, free_test
-from amici_eval.spatial_evaluation import spatial_test
+from amici_eval.evaluation.free_test import FreeTest, counted, free_test
+from amici_eval.evaluation.spatial_evaluation import spatial_test
 from amici_eval.stats.ablations import TypeAblations, ablate
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import explained_variance
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.protocols import FactorAccess, ModelAccess
+    from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
+    from amici_eval.evaluation.spatial_evaluation import TypeSpatial
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.spatial_evaluation import TypeSpatial
     from amici_eval.stats.place import Place
 
 __all__ = ["TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]

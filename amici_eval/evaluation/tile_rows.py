@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.evaluation.tiling import part_of, tile_of
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.moments import merge_tiles
-from amici_eval.tiling import part_of, tile_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 
 from amici_eval.common.side_by_side import run_side_by_side
+from amici_eval.evaluation.one_type import evaluate_type_by_factors, evaluate_type_by_hooks
 from amici_eval.stats.place import Place
-from amici_eval.type_evaluation import evaluate_type_by_factors, evaluate_type_by_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.progress import PermutationMeter
-    from amici_eval.protocols import FactorAccess, ModelAccess
+    from amici_eval.evaluation.one_type import TypeEvaluation
+    from amici_eval.evaluation.progress import PermutationMeter
+    from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.type_evaluation import TypeEvaluation
 
 __all__ = ["Launcher", "Plan", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]
 
@@ -42,7 +42,7 @@ class TypeTask:
     rows
         Its evaluated cells, in canonical order.
     keys
-        Tile of each, see :class:`~amici_eval.tiling.Tiling`.
+        Tile of each, see :class:`~amici_eval.evaluation.tiling.Tiling`.
     outputs
         What attention brings to each; ``None``: the hooked engine makes predictions instead.
     without_nearest

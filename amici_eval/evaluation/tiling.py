@@ -12,7 +12,7 @@ from amici_eval.stats.spatial import square_tiles, tile_side
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-    from amici_eval.protocols import LocatedAccess
+    from amici_eval.evaluation.protocols import LocatedAccess
 
 __all__ = ["HELD_OUT", "IN_SAMPLE", "Tiling", "part_of", "tile_of"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from amici_eval.evaluation.type_tasks import Launcher
     from amici_eval.settings.launch_spec import LaunchSpec
-    from amici_eval.type_tasks import Launcher
 
 __all__ = ["open_launcher"]
 
@@ -35,7 +35,7 @@ def open_launcher(spec: LaunchSpec) -> Iterator[Launcher | None]:
     if spec.kind == "local":
         yield None
         return
-    from amici_eval.ray_launcher import RayLauncher
+    from amici_eval.evaluation.ray_launcher import RayLauncher
 
     with RayLauncher(spec) as launcher:
         yield launcher

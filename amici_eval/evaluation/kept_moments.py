@@ -8,19 +8,19 @@ from zlib import crc32
 
 import numpy as np
 
+from amici_eval.evaluation.tiling import part_of, tile_of
 from amici_eval.results.tile_moments import Moments
-from amici_eval.tiling import part_of, tile_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from jaxtyping import Int64
 
+    from amici_eval.evaluation.one_type import TypeEvaluation
+    from amici_eval.evaluation.protocols import FactorAccess
+    from amici_eval.evaluation.tiling import Tiling
     from amici_eval.model.factored import HeadOutputs
-    from amici_eval.protocols import FactorAccess
     from amici_eval.results.sender_results import Senders
-    from amici_eval.tiling import Tiling
-    from amici_eval.type_evaluation import TypeEvaluation
 
 __all__ = ["Sketch", "kept_moments"]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.errors import LaunchError, first_line
-from amici_eval.protocols import SendableAccess
+from amici_eval.evaluation.protocols import SendableAccess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from amici_eval.protocols import ModelAccess
-    from amici_eval.type_evaluation import TypeEvaluation
+    from amici_eval.evaluation.one_type import TypeEvaluation
+    from amici_eval.evaluation.protocols import ModelAccess
 
 __all__ = ["TypeWorker", "parts_of"]
 
@@ -28,7 +28,7 @@ class TypeWorker:
     def __init__(self) -> None:
         import torch
 
-        import amici_eval.type_tasks  # noqa: F401 - takes seconds, while the driver does something else
+        import amici_eval.evaluation.type_tasks  # noqa: F401 - takes seconds, while the driver does something else
 
         torch.set_num_threads(1)
         self._key: int | None = None
@@ -43,7 +43,7 @@ class TypeWorker:
         import ray
         import torch
 
-        from amici_eval.type_tasks import evaluate_task
+        from amici_eval.evaluation.type_tasks import evaluate_task
 
         if key != self._key:
             self._key, self._access = None, None

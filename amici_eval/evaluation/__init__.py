@@ -1,0 +1,1 @@
+"""One model on one tissue: cell types, tests, senders, baselines, workers."""
