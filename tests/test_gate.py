@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import DataError, InvalidSpecError
-from amici_eval.gate import Element, decide, judge
+from amici_eval.comparison.gate import Element, decide, judge
 from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.settings.gate_spec import KINDS, TABLES, GateSpec, Rule, gate_key, gate_spec_from

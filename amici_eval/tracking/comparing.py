@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from amici_eval.common.errors import AmiciEvalError, DataError, first_line
 from amici_eval.common.escaping import markdown
-from amici_eval.comparison import compare, matched_similarity
+from amici_eval.comparison.pipeline import compare, matched_similarity
+from amici_eval.comparison.version_pairs import similarity_of
 from amici_eval.report.comparison_words import comparison_sentences
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.compared_cells import cells_of, columns_of, model_uris
@@ -23,7 +24,6 @@ from amici_eval.tracking.registry import connect_to, find_dataset
 from amici_eval.tracking.run_log import send
 from amici_eval.tracking.stored_model import open_stored_model
 from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run
-from amici_eval.version_pairs import similarity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

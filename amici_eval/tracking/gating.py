@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, mask_secrets
 from amici_eval.common.escaping import markdown
-from amici_eval.comparison import compare
-from amici_eval.gate import judge
+from amici_eval.comparison.gate import judge
+from amici_eval.comparison.pipeline import compare
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.gate_spec import gate_key

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DataError
-from amici_eval.comparison import compare
+from amici_eval.comparison.pipeline import compare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.evaluation.tile_rows import kept_rows
 from amici_eval.model.untrained import untrained_like

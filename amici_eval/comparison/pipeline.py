@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import DataError
+from amici_eval.comparison.version_pairs import (
+    differences_between,
+    matches_between,
+    similarity_of,
+    unpaired_differences,
+)
 from amici_eval.evaluation.sender_pairs import sender_differences_between, unpaired_sender_differences
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.comparison_parts import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.stats.alignment import assign_heads
-from amici_eval.version_pairs import differences_between, matches_between, similarity_of, unpaired_differences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

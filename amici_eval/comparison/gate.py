@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.names import meant_by
-from amici_eval.gate_wording import Element, listed, number_of, reason_of, threshold_of
+from amici_eval.comparison.gate_wording import Element, listed, number_of, reason_of, threshold_of
 from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 
 if TYPE_CHECKING:
