@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import mlflow
 import pytest
 
-from amici_eval.cli import main
+from amici_eval.cli.commands import main
 from amici_eval.evaluation import pipeline as evaluation
 from amici_eval.tracking import patience, promotion
 from tests.serving import Server

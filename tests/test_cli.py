@@ -11,11 +11,11 @@ import mlflow
 import pytest
 import yaml
 
-from amici_eval.cli import main
+from amici_eval.cli.commands import main
+from amici_eval.cli.config import gate_spec
+from amici_eval.cli.overrides import hydra_override
+from amici_eval.cli.project_arguments import project_overrides
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.config import gate_spec
-from amici_eval.overrides import hydra_override
-from amici_eval.project_arguments import project_overrides
 
 
 def call(*arguments: str) -> int:
@@ -210,7 +210,7 @@ def test_numbers_of_rules_in_files_are_numbers(tmp_path):
     (tmp_path / "gate" / "mine.yaml").write_text(f"rules: {{mine: {rule}}}\n")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("amici_eval.cli._TASKS", {"gate": lambda config, **_: seen.append(gate_spec(config))})
+        patch.setattr("amici_eval.cli.commands._TASKS", {"gate": lambda config, **_: seen.append(gate_spec(config))})
         assert call("gate", "--config-dir", str(tmp_path), "gate=mine", "model_uri=models:/a/1") == 0
     (found,) = seen[0].rules
     assert (found.at_least, found.min_cells, found.types) == (0.001, 10, ("0", "1_0"))

@@ -111,7 +111,7 @@ def test_the_check_of_imports_can_fail():
 
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_and_version_load_nothing_heavy(argument):
-    assert loaded_after(f"from amici_eval.cli import main; main([{argument!r}])") == set()
+    assert loaded_after(f"from amici_eval.cli.commands import main; main([{argument!r}])") == set()
 
 
 def test_help_is_printed():

@@ -21,11 +21,11 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
 import amici_eval
+from amici_eval.cli.config import resolved_yaml
 from amici_eval.common.errors import DataError
 from amici_eval.common.escaping import csv_text, printable
 from amici_eval.common.names import slugify
 from amici_eval.comparison.gate import judge
-from amici_eval.config import resolved_yaml
 from amici_eval.report.csv_files import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
 from amici_eval.settings.gate_spec import GateSpec, Rule

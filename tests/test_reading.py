@@ -17,8 +17,8 @@ import zarr
 from omegaconf import OmegaConf
 from scipy import sparse
 
+from amici_eval.cli.config import EvaluateConfig, data_uri
 from amici_eval.common.errors import AmiciEvalError, DataError
-from amici_eval.config import EvaluateConfig, data_uri
 from amici_eval.data import files
 from amici_eval.data.files import open_anndata
 from amici_eval.data.opening import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain

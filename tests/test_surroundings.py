@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import amici_eval
-from amici_eval.cli import main
+from amici_eval.cli.commands import main
+from amici_eval.cli.terminal import Reporter, check_temporary_folder
 from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.settings.specs import EvaluationSpec, PermutationSpec
-from amici_eval.terminal import Reporter, check_temporary_folder
 from tests.fakes import make_access
 
 NOWHERE = "/proc/none"
@@ -132,7 +132,7 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch, capsys, jump):
         return real() + jump * (calls % 2)
 
     monkeypatch.setattr(time, "time", jumping)
-    monkeypatch.setattr("amici_eval.terminal._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("amici_eval.cli.terminal._LOG_SECONDS", 0.0)
     with Reporter() as report:
         found = evaluate_access(make_access(), spec, progress=report)
     assert found == whole or np.array_equal(found.p_value, whole.p_value, equal_nan=True)

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from amici_eval.terminal import Reporter, append_for_ci, cleaned, guard_logs, guarded_streams
+from amici_eval.cli.terminal import Reporter, append_for_ci, cleaned, guard_logs, guarded_streams
 
 SECRET = "wJalrXUtnFEMIK7MDENG"
 SECRET_KEY = f"AWS_SECRET_ACCESS_KEY={SECRET}"
@@ -81,7 +81,7 @@ def test_messages_with_a_mapping_are_formatted(safe_logs, caplog):
 
 STOPPING = """
 import os, signal, sys, time
-from amici_eval.terminal import TerminatedError, catch_signals
+from amici_eval.cli.terminal import TerminatedError, catch_signals
 catch_signals()
 {before}
 try:
@@ -152,7 +152,7 @@ def test_a_runner_of_github_is_given_no_commands(monkeypatch):
 
 
 def test_progress_shows_names_and_obeys_none(capsys, monkeypatch):
-    monkeypatch.setattr("amici_eval.terminal._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("amici_eval.cli.terminal._LOG_SECONDS", 0.0)
     with Reporter() as report:
         report(0, 10, "B cell")
         report(5, 10, "\x1b]0;title\x07")

@@ -33,6 +33,6 @@ if __name__ == "__main__":
     double.gate_job = gate_job
     sys.modules[double.__name__] = double
     gate_spec.gate_key = lambda **_: KEY
-    from amici_eval.cli import main
+    from amici_eval.cli.commands import main
 
     main(["watch", *sys.argv[1:]])

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from amici_eval.cli.overrides import check_override, hydra_override
+from amici_eval.cli.project_arguments import project_overrides, written_out
 from amici_eval.common.errors import AmiciEvalError
-from amici_eval.overrides import check_override, hydra_override
-from amici_eval.project_arguments import project_overrides, written_out
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.results.tile_moments import Moments

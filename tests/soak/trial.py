@@ -86,9 +86,9 @@ def evaluate_in_fork(place: Place, *, retry_s: float, name: str, inject: Callabl
 def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], None] | None) -> int:
     import torch
 
-    from amici_eval import cli
+    from amici_eval.cli import commands as cli
+    from amici_eval.cli.terminal import forget_signals
     from amici_eval.evaluation import finished_parts
-    from amici_eval.terminal import forget_signals
     from amici_eval.tracking.jobs import evaluate_job
     from amici_eval.tracking.patience import tracking_errors
 

@@ -214,7 +214,7 @@ def test_versions_are_named_in_many_ways(pair):
 
 
 def test_the_command_compares(pair, capsys):
-    from amici_eval.cli import main
+    from amici_eval.cli.commands import main
 
     mlflow.MlflowClient().set_registered_model_alias("pair", "champion", "2")
     settings = ["permutation.n_permutations=19", "permutation.n_bootstrap=50", "ablation.modes=keep_one"]

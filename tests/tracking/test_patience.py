@@ -27,7 +27,7 @@ from mlflow.protos.databricks_pb2 import (
     TEMPORARILY_UNAVAILABLE,
 )
 
-from amici_eval.cli import main
+from amici_eval.cli.commands import main
 from amici_eval.common.errors import (
     AmiciEvalError,
     DataError,

@@ -112,7 +112,7 @@ def test_watch_once_with_nothing_to_do_loads_no_model(bare_model):
     for version in "123":
         bare_model.client.delete_model_version(bare_model.name, version)
     arguments = ["--once", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"]
-    code = f"from amici_eval.cli import main; main(['watch', *{arguments!r}])"
+    code = f"from amici_eval.cli.commands import main; main(['watch', *{arguments!r}])"
     among = (*HEAVY, "hydra", "sqlalchemy")
     loaded = loaded_after(code, among=among)
     assert loaded >= {"mlflow", "hydra", "sqlalchemy"}, "it did not run"

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from amici_eval import __version__
-from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, mask_secrets
-from amici_eval.project_arguments import project_overrides, written_out
-from amici_eval.terminal import (
+from amici_eval.cli.project_arguments import project_overrides, written_out
+from amici_eval.cli.terminal import (
     Reporter,
     TerminatedError,
     append_for_ci,
@@ -28,6 +27,7 @@ from amici_eval.terminal import (
     guarded_streams,
     quiet_matplotlib,
 )
+from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, mask_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,7 +187,7 @@ def _run(command: str, rest: list[str]) -> int:
 
 def config_directory() -> Path:
     """Return the folder of the configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
@@ -197,8 +197,8 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from amici_eval.config import register_schemas
-    from amici_eval.overrides import check_override, hydra_override, keep_texts_of_files
+    from amici_eval.cli.config import register_schemas
+    from amici_eval.cli.overrides import check_override, hydra_override, keep_texts_of_files
 
     own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
@@ -283,7 +283,7 @@ def _worst(folder: str, *, none: int) -> int:
 
 
 def _evaluate(config: DictConfig) -> None:
-    from amici_eval.config import data_uri, evaluation_spec, launch_spec, report_spec, resolved_yaml, tracking_spec
+    from amici_eval.cli.config import data_uri, evaluation_spec, launch_spec, report_spec, resolved_yaml, tracking_spec
 
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     launch = launch_spec(config)
@@ -310,7 +310,14 @@ def _evaluate(config: DictConfig) -> None:
 
 
 def _compare(config: DictConfig) -> None:
-    from amici_eval.config import comparison_spec, data_uri, evaluation_spec, report_spec, resolved_yaml, tracking_spec
+    from amici_eval.cli.config import (
+        comparison_spec,
+        data_uri,
+        evaluation_spec,
+        report_spec,
+        resolved_yaml,
+        tracking_spec,
+    )
 
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     comparison = comparison_spec(config)
@@ -346,7 +353,7 @@ def _how_to_look(tracking_uri: str) -> tuple[str, ...]:
 
 
 def _register(config: DictConfig) -> None:
-    from amici_eval.config import data_uri, tracking_spec
+    from amici_eval.cli.config import data_uri, tracking_spec
 
     tracking = tracking_spec(config)
     from amici_eval.settings.specs import TrainedOnSpec
@@ -377,8 +384,8 @@ def _register(config: DictConfig) -> None:
 
 
 def _demo(config: DictConfig) -> None:
-    from amici_eval.config import tracking_spec
-    from amici_eval.demo import run_demo
+    from amici_eval.cli.config import tracking_spec
+    from amici_eval.cli.demo import run_demo
 
     run_demo(
         seed=config.seed,
@@ -390,19 +397,19 @@ def _demo(config: DictConfig) -> None:
 
 
 def _gate(config: DictConfig, *, dry_run: bool) -> int:
-    from amici_eval.registry_commands import run_gate
+    from amici_eval.cli.registry_commands import run_gate
 
     return run_gate(config, dry_run=dry_run, say=_say)
 
 
 def _watch(config: DictConfig, *, once: bool) -> int:
-    from amici_eval.registry_commands import run_watch
+    from amici_eval.cli.registry_commands import run_watch
 
     return run_watch(config, once=once, say=_say)
 
 
 def _rollback(config: DictConfig, *, dry_run: bool) -> int:
-    from amici_eval.registry_commands import run_rollback
+    from amici_eval.cli.registry_commands import run_rollback
 
     return run_rollback(config, dry_run=dry_run, say=_say)
 

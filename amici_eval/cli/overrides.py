@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
+from amici_eval.cli.config import SCHEMAS
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.config import SCHEMAS
 from amici_eval.settings.gate_spec import Rule
 
 if TYPE_CHECKING:

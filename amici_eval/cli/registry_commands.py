@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.errors import mask_secrets
-from amici_eval.common.escaping import markdown
-from amici_eval.config import (
+from amici_eval.cli.config import (
     comparison_spec,
     data_uri,
     evaluation_spec,
@@ -15,7 +13,9 @@ from amici_eval.config import (
     resolved_yaml,
     tracking_spec,
 )
-from amici_eval.terminal import Reporter, append_for_ci, pause
+from amici_eval.cli.terminal import Reporter, append_for_ci, pause
+from amici_eval.common.errors import mask_secrets
+from amici_eval.common.escaping import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
