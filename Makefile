@@ -48,7 +48,7 @@ OTHER := $(VENV)-mlflow-$(MLFLOW)
 test-mlflow:
 	$(MAKE) install VENV=$(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check 'mlflow==$(MLFLOW).*' 'sqlalchemy<2.1'
-	$(OTHER)/bin/python -m pytest -W default tests/tracking tests/test_server.py tests/test_cli.py $(PYTEST_ARGS)
+	$(OTHER)/bin/python -m pytest -W default tests/tracking tests/cli/test_cli.py $(PYTEST_ARGS)
 
 # selenium and axe-core come with the dev extra; without a browser the tests that need one are skipped and say so
 SUDO = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)

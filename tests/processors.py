@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = (
     "tests/stats",
     "tests/model",
-    "tests/test_baselines.py",
-    "tests/test_evaluation.py",
-    "tests/test_files.py",
-    "tests/test_memory_ends.py",
-    "tests/test_moments.py",
-    "tests/test_spatial_evaluation.py",
+    "tests/evaluation/test_baselines.py",
+    "tests/evaluation/test_evaluation.py",
+    "tests/data/test_files.py",
+    "tests/evaluation/test_memory_ends.py",
+    "tests/results/test_moments.py",
+    "tests/evaluation/test_spatial_evaluation.py",
 )
 _AVX512 = "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL"
 _WITHOUT_AVX = {

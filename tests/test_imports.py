@@ -1,4 +1,4 @@
-"""What is imported when: the package and its help are there at once, and each room loads only what it names."""
+"""What is imported when: the package and its help are there at once, and each package loads only what it names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -14,53 +15,21 @@ import amici_eval
 from amici_eval import __version__
 
 HEAVY = ("amici", "scvi", "mlflow", "torch", "numba", "anndata", "pandas", "hydra", "matplotlib")
-PACKAGE = Path(amici_eval.__file__).parent
-STATISTICS = {path.stem for path in (PACKAGE / "stats").glob("*.py")} - {"__init__"}
-# compiled code: nothing but ``compiled.kernels()`` imports it
-COMPILED = {"kernels"}
-WITH_TORCH = {
-    "ablations",
-    "cell_chunks",
-    "coalitions",
-    "compiled_statistics",
-    "cyclic_statistics",
-    "exact_moments",
-    "factor_draws",
-    "factor_nulls",
-    "factor_statistics",
-    "head_sums",
-    "lag",
-    "lag_test",
-    "masked_moments",
-    "memory",
-    "moment_sums",
-    "moments",
-    "near_pairs",
-    "nulls",
-    "packing",
-    "place",
-    "plain_moments",
-    "stratified",
-    "substitutions",
-    "torch_statistics",
-    "torus",
+# what all modules of a package together may load; others load what they like
+LOADS = {
+    "settings": set(),
+    "common": {"torch"},
+    "stats": {"torch"},
+    "results": {"pandas"},
+    "data": {"anndata", "pandas"},
 }
-LIGHT = sorted(
-    {
-        "errors",
-        "specs",
-        "spec_checks",
-        "permutation_spec",
-        "launch_spec",
-        "model_card",
-        "names",
-        "moments",
-        "ablation_results",
-        "inference_results",
-        "sender_results",
-    }
-    | {path.stem for pattern in ("results.py", "result_*.py") for path in PACKAGE.glob(pattern)}
-)
+# compiled code: nothing but ``threads.kernels()`` imports it
+COMPILED = "amici_eval.stats.kernels"
+
+
+def modules_of(package: str) -> list[str]:
+    folder = Path(amici_eval.__file__).parent / package
+    return [f"amici_eval.{package}.{one.name}" for one in iter_modules([str(folder)])]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -86,25 +55,19 @@ def test_names_of_the_package_are_fetched_when_used():
     assert loaded_after("from amici_eval import HeadEvaluation, PermutationSpec, AmiciEvalError") == set()
 
 
-def test_statistics_know_no_model_no_anndata_and_no_tracker():
-    assert len(STATISTICS) > 15
-    assert STATISTICS >= COMPILED | WITH_TORCH, "a room that is gone"
-    for rooms, allowed in ((STATISTICS - COMPILED - WITH_TORCH, set()), (WITH_TORCH, {"torch"})):
-        code = "import " + ", ".join(f"amici_eval.stats.{room}" for room in sorted(rooms))
-        assert loaded_after(code) <= allowed
-
-
-@pytest.mark.parametrize("room", LIGHT)
-def test_the_lowest_rooms_load_nothing_heavy(room):
-    assert loaded_after(f"import amici_eval.{room}") == set()
+@pytest.mark.parametrize("package", LOADS)
+def test_the_lower_packages_load_little(package):
+    modules = [name for name in modules_of(package) if name != COMPILED]
+    assert len(modules) > 4
+    assert loaded_after("import " + ", ".join(modules)) <= LOADS[package]
 
 
 def test_the_check_of_imports_can_fail():
     assert loaded_after("import pandas") >= {"pandas"}
     assert loaded_after("import amici_eval.data.opening") >= {"pandas"}
-    assert {"results", "result_frames", "result_json"} <= set(LIGHT)
+    assert COMPILED in modules_of("stats")
     if find_spec("numba"):
-        assert loaded_after("import amici_eval.stats.kernels") == {"numba"}
+        assert loaded_after(f"import {COMPILED}") == {"numba"}
     with pytest.raises(AssertionError, match=r"No module named 'amici_eval\.none'"):
         loaded_after("import amici_eval.none")
 

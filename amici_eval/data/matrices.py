@@ -192,7 +192,7 @@ def expression_blocks(
     *,
     max_rows: int,
 ) -> Iterator[ExpressionBlock]:
-    """Walk rows once, in the order in which they are stored; see :meth:`amici_eval.data.tissue.Tissue.expression_blocks`.
+    """Walk rows once, in the order in which they are stored; see ``Tissue.expression_blocks``.
 
     Where memory ends, fewer rows are read at a time.
     """

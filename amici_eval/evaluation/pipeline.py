@@ -111,8 +111,8 @@ def evaluate_access(
 
     An access that offers :class:`~amici_eval.evaluation.protocols.FactorAccess` is first checked against its own hooked
     engine on some cells of each type; if they disagree, the hooked engine does the work. Without coordinates
-    (:class:`~amici_eval.evaluation.protocols.LocatedAccess`) there are neither spatial tests nor intervals. With ``parts``, what
-    is finished is kept as it finishes, and what they hold already is not computed again.
+    (:class:`~amici_eval.evaluation.protocols.LocatedAccess`) there are neither spatial tests nor intervals. With
+    ``parts``, what is finished is kept as it finishes, and what they hold already is not computed again.
     """
     receivers = access.receivers()
     _check_sections_known(access, spec)

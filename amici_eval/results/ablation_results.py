@@ -24,7 +24,8 @@ class HeadAblations:
     Parameters
     ----------
     modes
-        Some of :data:`amici_eval.settings.specs.MODES`, in that order. Explained variance, over all genes, of the model with
+        Some of :data:`amici_eval.settings.specs.MODES`, in that order. Explained variance, over all genes, of the model
+        with
 
         - ``keep_one``: this head alone;
         - ``leave_one_out``: all heads but this one;

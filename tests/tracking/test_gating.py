@@ -22,8 +22,8 @@ from amici_eval.tracking import compared_cells, gating
 from amici_eval.tracking.flavor import log_model
 from amici_eval.tracking.gating import gate_job
 from amici_eval.tracking.promotion import rollback
+from tests.cli.test_cli import call
 from tests.model.test_comparison import relabelled
-from tests.test_cli import call
 from tests.tracking.test_comparing import QUICK, SPEC
 
 pytestmark = pytest.mark.amici

@@ -7,8 +7,8 @@ import shlex
 import numpy as np
 import pytest
 
+from tests.cli.test_cli import call
 from tests.conftest import train_plainly
-from tests.test_cli import call
 
 pytestmark = pytest.mark.amici
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amici_eval.tracking.promotion import promote
-from tests.test_cli import call
+from tests.cli.test_cli import call
 from tests.test_imports import HEAVY, loaded_after
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,7 +25,7 @@ from amici_eval.data.opening import _numeric_obsm, content_digest, coordinates_o
 from amici_eval.data.tissue import prepare
 from amici_eval.settings.specs import DataSpec
 from amici_eval.tracking.dataset import AnnDataSource, from_anndata
-from tests.test_data import CARD, make_adata
+from tests.data.test_data import CARD, make_adata
 
 FORMATS = ("h5ad", "zarr")
 

@@ -21,9 +21,9 @@ from amici_eval.evaluation.launching import open_launcher
 from amici_eval.evaluation.pipeline import evaluate, evaluate_access
 from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from tests.cli.test_cli import call
 from tests.fakes import FakeAccess, make_access
 from tests.same_numbers import differences
-from tests.test_cli import call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -247,13 +247,13 @@ from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.evaluation.launching import open_launcher
 from tests.fakes import make_access
-from tests.test_ray import QUICK
+from tests.evaluation.test_ray import QUICK
 """
 
 
 def in_another_process(code: str, tmp_path: Path) -> str:
     """Run code where no cluster is connected, and return what it prints."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", _OUTSIDE + code],

@@ -408,7 +408,7 @@ def start(*arguments: str, cwd: Path, script: str | None = None) -> subprocess.P
     return subprocess.Popen(
         [*command, *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -451,7 +451,7 @@ def wait_for_run(name: str, process: subprocess.Popen[str]) -> list:
 @pytest.mark.amici
 def test_mlflow_run_evaluates(registry, tmp_path, monkeypatch):
     """`mlflow run .` in the environment at hand: parameters, further overrides, exit code, the run it opened itself."""
-    repository = Path(__file__).resolve().parents[1]
+    repository = Path(__file__).resolve().parents[2]
     # the project's command says `python`, as for anybody whose environment is activated
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     run = mlflow.projects.run(

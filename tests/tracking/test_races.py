@@ -12,7 +12,7 @@ from amici_eval.common.errors import TrackingError
 from amici_eval.tracking.promotion import promotions
 from amici_eval.tracking.watching import watch
 from tests.racing import promoter, race_key, watcher
-from tests.test_server import server  # noqa: F401 - a fixture
+from tests.tracking.test_server import server  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.server
 

@@ -35,7 +35,7 @@ from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 seeded = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-ARCHIVES = Path(__file__).parent / "archives"
+ARCHIVES = Path(__file__).parents[1] / "archives"
 
 
 def assert_equal(left: Any, right: Any) -> None:
