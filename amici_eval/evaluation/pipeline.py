@@ -77,8 +77,8 @@ def evaluate(
     Nothing that is handed in changes: not the AnnData, not the model (hooks, training flags, device), no random state.
     """
     from amici_eval.data.tissue import prepare
-    from amici_eval.model.access import open_access, resolve_device
     from amici_eval.model.cards import card_of
+    from amici_eval.model.opening import open_access, resolve_device
 
     spec = spec or EvaluationSpec()
     if adata is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -12,21 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from amici_eval.common.errors import DeviceError, ModelFormatError
+from amici_eval.common.errors import ModelFormatError
 from amici_eval.data.shared_matrices import sent
 from amici_eval.data.tissue import Tissue, check_sections, keep_away_from_training
-from amici_eval.model.cards import card_of
-from amici_eval.model.checkpoint import AMICI_SOURCES, TrainedAMICI, package_versions
-from amici_eval.model.factored import FactoredAccess
-from amici_eval.model.inspection import is_amici_module, why_not_factored
+from amici_eval.model.inspection import is_amici_module
 from amici_eval.model.interventions import (
     ablations_side_by_side,
-    eval_mode_on,
     faint_attention_is_zero,
     keep_heads,
 )
-from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.stats.shrinking import Shrinking, memory_errors_explained
+from amici_eval.stats.shrinking import Shrinking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -35,9 +30,8 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import ExpressionBlock
-    from amici_eval.settings.specs import AblationSpec
 
-__all__ = ["HookedAccess", "ModelAccess", "neighbours", "open_access", "resolve_device"]
+__all__ = ["HookedAccess", "ModelAccess", "neighbours"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,26 +74,6 @@ class ModelAccess(Protocol):
     ) -> Float32[np.ndarray, "keeps cells genes"]:
         """Return predicted expression under each ablation; ``None`` keeps all heads, ``()`` keeps none."""
         ...
-
-
-def resolve_device(device: str) -> str:
-    """Return the torch device for a setting, or say why it cannot be had."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        number = int(device.partition(":")[2] or 0)
-        if number >= count:
-            raise DeviceError(
-                value=f"ablation.device={device}",
-                rule=f"PyTorch {torch.__version__} finds {count} CUDA devices here",
-                fix="set ablation.device=auto or cpu, or install a PyTorch build for your CUDA",
-            )
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(
-            value="ablation.device=mps", rule="PyTorch finds no Apple GPU here", fix="set ablation.device=auto or cpu"
-        )
-    return device
 
 
 def neighbours(
@@ -304,55 +278,3 @@ class HookedAccess:
             "nn_dist": torch.from_numpy(self.distances[rows]),
         }
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
-
-
-def _other_sources(card: ModelCard) -> tuple[str, ...]:
-    """Say that AMICI itself is another one here than where the model was saved."""
-    then, now = card.versions.get(AMICI_SOURCES), package_versions()[AMICI_SOURCES]
-    if then in (None, now):
-        return ()
-    return (
-        f"the sources of amici-st here (digest {now}) are not those with which the model was registered ({then}, "
-        f"version {card.versions.get('amici-st')}): install those to be sure that the model computes what it did",
-    )
-
-
-def _own_tensors(model: Any, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
-    """Return what a live model's own loader hands its module, for classes that ask for more than AMICI's."""
-    with own_data_loader():
-        loader = model._make_data_loader(adata=model.adata, indices=rows, batch_size=len(rows))
-        (tensors,) = loader
-    return dict(tensors)
-
-
-@contextmanager
-def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[HookedAccess | FactoredAccess]:
-    """Give access to a model on a tissue by the engine of the settings; the model leaves as it came.
-
-    A model that the factored engine cannot follow (parts or hooks of its own) is opened by the hooked one, with a note.
-    """
-    device = resolve_device(spec.device)
-    if isinstance(model, TrainedAMICI):
-        module, card = model.build_module(), model.card
-    else:
-        module, card = model.module, card_of(model, adata=model.adata)
-    reason = why_not_factored(module) if spec.engine == "factored" else None
-    notes: tuple[str, ...] = ()
-    if reason is not None:
-        notes = (f"evaluated by the hooked engine, through the model's own forward pass: {reason}",)
-    notes += _other_sources(card)
-    if tissue.fitted is None and getattr(model, "train_indices_", None) is not None:
-        notes += (
-            "which cells the model was fitted on is not known: it is bound to other cells than those of its split; say "
-            "which it was trained on, by data.trained_on or DataSpec(trained_on=TrainedOnSpec(key=..., value=...))",
-        )
-    for note in notes:
-        logger.warning("%s", note)
-    with memory_errors_explained("the evaluation", device), eval_mode_on(module, device):
-        hooked = HookedAccess(module, card, tissue, device=device, batch_size=spec.batch_size, notes=notes)
-        if not is_amici_module(module) and tissue.adata is not None and tissue.adata is getattr(model, "adata", None):
-            hooked.own_tensors = partial(_own_tensors, model)
-        if spec.engine == "hooked" or reason is not None:
-            yield hooked
-        else:
-            yield FactoredAccess(hooked, memory_bytes=spec.memory_bytes)

@@ -12,9 +12,9 @@ from amici_eval.common.model_card import ModelCard
 from amici_eval.data.checks import trained_on as trained_rows
 from amici_eval.data.opening import describe_training_data
 from amici_eval.data.tissue import prepare
-from amici_eval.model.checkpoint import TrainedAMICI, package_versions
 from amici_eval.model.saved_amici import split_covers
 from amici_eval.model.training_tissue import TrainingTissue
+from amici_eval.model.versions import package_versions
 from amici_eval.settings.specs import DataSpec
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ __all__ = ["card_of"]
 
 
 def card_of(model: Any, *, adata: AnnData, trained_on: TrainedOnSpec | None = None) -> ModelCard:
-    """Return the card of a :class:`TrainedAMICI` or of a live ``amici.AMICI`` (or a subclass).
+    """Return the card of a ``TrainedAMICI`` or of a live ``amici.AMICI`` (or a subclass).
 
     Notes
     -----
     scvi-tools saves splits as row numbers, which mean nothing once the model is bound to another AnnData: they count
     only if they are a split of exactly the cells at hand.
     """
-    if isinstance(model, TrainedAMICI):
-        return model.card
+    if isinstance(card := getattr(model, "card", None), ModelCard):
+        return card
     registry = getattr(model, "registry_", None)
     if registry is None or not hasattr(getattr(model, "module", None), "attention_layer"):
         raise ModelFormatError(

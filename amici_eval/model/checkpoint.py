@@ -8,10 +8,6 @@ import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,11 +38,13 @@ from amici_eval.model.stored_setup import (
     read_weights,
 )
 from amici_eval.model.training_tissue import training_tissue
+from amici_eval.model.versions import package_versions
 from amici_eval.settings.specs import DataSpec, TrainedOnSpec
 from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from anndata import AnnData
     from jaxtyping import Float32, Int64
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
 
     from amici_eval.data.tissue import Tissue
 
-__all__ = ["AMICI_SOURCES", "BUNDLED_ADATA", "TrainedAMICI", "package_versions", "read_amici_directory"]
+__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "read_amici_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +62,6 @@ _SETUP_BYTES, _SETUP_VALUES = 2**26, 2**21
 _CELLS_BYTES, _CELLS_VALUES = 2**30, 2**25
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, RecursionError, SafetensorError)
 _SPLITS = ("train", "validation", "test")
-AMICI_SOURCES = "amici-st sources"
-_PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "amici-eval")
 
 
 @contextmanager
@@ -427,7 +423,7 @@ class TrainedAMICI:
         DataError
             If the tissue does not fit the model.
         """
-        from amici_eval.model.access import open_access
+        from amici_eval.model.opening import open_access
         from amici_eval.settings.specs import AblationSpec
 
         tissue = self._tissue(adata)
@@ -470,28 +466,3 @@ def _explained(source: object) -> Iterator[None]:
             rule="it must be what AMICI.save(...) wrote",
             fix="copy or save it again",
         ) from error
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a model depends on, as installed here, and a digest of AMICI's sources.
-
-    AMICI's development branch has the version number of the release.
-    """
-    return {**{package: _version(package) for package in _PACKAGES}, AMICI_SOURCES: _amici_sources()}
-
-
-@cache
-def _amici_sources() -> str:
-    digest = hashlib.sha256()
-    spec = find_spec("amici")
-    for folder in [] if spec is None else spec.submodule_search_locations or []:
-        for path in sorted(Path(folder).rglob("*.py")):
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -92,7 +92,7 @@ class AMICIEvaluator(ModelEvaluator):
 
         from amici_eval.data.tissue import prepare
         from amici_eval.evaluation.pipeline import evaluate_access
-        from amici_eval.model.access import open_access, resolve_device
+        from amici_eval.model.opening import open_access, resolve_device
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
         from amici_eval.tracking.local_results import ARTIFACTS, RunRecord, remove_local
         from amici_eval.tracking.registry import known_model_id

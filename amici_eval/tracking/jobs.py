@@ -98,7 +98,7 @@ def evaluate_job(
 ) -> EvaluationRun:
     """Evaluate a registered or logged model and log everything to a run."""
     from amici_eval.evaluation.launching import open_launcher
-    from amici_eval.model.access import resolve_device
+    from amici_eval.model.opening import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.stored_model import open_stored_model
 
@@ -143,7 +143,7 @@ def _evaluate(
 ) -> EvaluationRun:
     from amici_eval.data.tissue import prepare
     from amici_eval.evaluation.pipeline import evaluate_access
-    from amici_eval.model.access import open_access
+    from amici_eval.model.opening import open_access
     from amici_eval.report.tables import summary_lines
     from amici_eval.tracking.dataset import AnnDataSource
 

@@ -40,7 +40,7 @@ _FAILURES = 3
 _REPEATING = (
     "amici_eval.evaluation.pipeline",
     "amici_eval.data.tissue",
-    "amici_eval.model.access",
+    "amici_eval.model.opening",
     "amici_eval.model.factored",
 )
 

@@ -122,7 +122,7 @@ class Timing:
 def time_evaluation(model: TrainedAMICI, tissue: Tissue, spec: EvaluationSpec, *, repeats: int = 1) -> Timing:
     """Evaluate some times, each time from a freshly opened model, so that nothing is left from the run before."""
     from amici_eval.evaluation.pipeline import evaluate_access
-    from amici_eval.model.access import open_access
+    from amici_eval.model.opening import open_access
 
     opening, costs, attending = [], [], []
     while len(costs) < repeats and (not costs or costs[0].wall_s < SLOW_S):

@@ -89,8 +89,8 @@ def measure_phases(
     from amici_eval.data.opening import open_anndata
     from amici_eval.data.tissue import prepare
     from amici_eval.evaluation.pipeline import evaluate_access
-    from amici_eval.model.access import open_access
     from amici_eval.model.checkpoint import TrainedAMICI
+    from amici_eval.model.opening import open_access
     from amici_eval.settings.specs import DataSpec
 
     # as by default, with all ablation modes

@@ -881,7 +881,7 @@ def model(amici_dir, whole_tissue):
 @pytest.mark.amici
 @pytest.mark.parametrize("engine", ["factored", "hooked"])
 def test_held_out_cells_keep_all_their_neighbours_whatever_the_engine(whole_tissue, model, engine):
-    from amici_eval.model.access import open_access
+    from amici_eval.model.opening import open_access
 
     everything = AblationSpec(device="cpu", engine=engine)
     with open_access(model, prepare(whole_tissue, model.card, DataSpec()), everything) as access:

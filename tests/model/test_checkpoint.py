@@ -182,7 +182,7 @@ def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, ada
 
 def test_layer_of_the_data_can_be_named(trained, native, adata):
     from amici_eval.data.tissue import prepare
-    from amici_eval.model.access import open_access
+    from amici_eval.model.opening import open_access
     from amici_eval.settings.specs import AblationSpec, DataSpec
 
     adata.layers["scaled"] = adata.X.copy()

@@ -15,7 +15,6 @@ from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.parity import Parity, check_parity
 from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.model import factored
-from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
 from amici_eval.model.cards import card_of
 from amici_eval.model.encoder import SenderTables, embed_senders
@@ -23,6 +22,7 @@ from amici_eval.model.factored import FactoredAccess
 from amici_eval.model.folding import fold_encoder
 from amici_eval.model.inspection import why_not_factored
 from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
+from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded

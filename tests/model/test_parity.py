@@ -14,9 +14,9 @@ from scipy.stats import false_discovery_control
 
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate
-from amici_eval.model.access import open_access
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
+from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.settings.permutation_spec import default_n_permutations
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec

@@ -11,11 +11,11 @@ import torch
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.model import factored
-from amici_eval.model.access import open_access
 from amici_eval.model.attention import attend, compiled_attention
 from amici_eval.model.cards import card_of
 from amici_eval.model.encoder import SenderTables
 from amici_eval.model.factored import FactoredAccess
+from amici_eval.model.opening import open_access
 from amici_eval.report.senders_section import sure_links
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
