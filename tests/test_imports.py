@@ -24,7 +24,7 @@ LOADS = {
     "data": {"anndata", "pandas"},
 }
 # compiled code: nothing but ``threads.kernels()`` imports it
-COMPILED = "amici_eval.stats.kernels"
+COMPILED = "amici_eval.stats.permutation.kernels"
 
 
 def modules_of(package: str) -> list[str]:

@@ -24,7 +24,7 @@ _WAITING_PER_THREAD = 8
 
 def kernels() -> ModuleType | None:
     """Return the module of compiled kernels, or ``None`` without numba or with its compiler switched off."""
-    return None if numba_if_usable() is None else importlib.import_module("amici_eval.stats.kernels")
+    return None if numba_if_usable() is None else importlib.import_module("amici_eval.stats.permutation.kernels")
 
 
 def cuts(length: int, n_parts: int, *, multiple: int = 1) -> list[tuple[int, int]]:

@@ -10,11 +10,17 @@ import numpy as np
 from amici_eval.evaluation.tile_rows import kept_rows
 from amici_eval.results.comparison_parts import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
 from amici_eval.results.sketches import attention_of_both, blocks_of, contributions, outputs_of, shared_by
-from amici_eval.stats.alignment import match_heads
-from amici_eval.stats.head_products import head_products
-from amici_eval.stats.likeness import attention_divergence, linear_cka, profile_cosine
+from amici_eval.stats.heads.alignment import match_heads
+from amici_eval.stats.heads.head_products import head_products
+from amici_eval.stats.heads.likeness import attention_divergence, linear_cka, profile_cosine
 from amici_eval.stats.multiplicity import adjust_p_values
-from amici_eval.stats.paired import PairedDifferences, PairedRows, paired_differences, pooled_difference, verdict_of
+from amici_eval.stats.tiles.paired import (
+    PairedDifferences,
+    PairedRows,
+    paired_differences,
+    pooled_difference,
+    verdict_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float64

@@ -14,8 +14,8 @@ from amici_eval.evaluation.spatial_evaluation import TypeSpatial
 from amici_eval.model.factored import HeadOutputs
 from amici_eval.results.inference_results import Baselines
 from amici_eval.results.sender_results import Senders
-from amici_eval.stats.ablations import TypeAblations
-from amici_eval.stats.moments import TypeMoments
+from amici_eval.stats.ablation.ablations import TypeAblations
+from amici_eval.stats.permutation.moments import TypeMoments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
-from amici_eval.stats.factor_nulls import factor_draw, factor_exceedances
-from amici_eval.stats.nulls import PermutationCounts
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
+from amici_eval.stats.permutation.factor_nulls import factor_draw, factor_exceedances
+from amici_eval.stats.permutation.nulls import PermutationCounts
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.sequential import sequential_exceedances
+from amici_eval.stats.permutation.tails import MAX_EXCEEDANCES, tail_p_values
 from amici_eval.stats.pvalues import p_values
-from amici_eval.stats.sequential import sequential_exceedances
-from amici_eval.stats.tails import MAX_EXCEEDANCES, tail_p_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
 
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.stats.factor_draws import FactorDraw, FactorStatistics
+    from amici_eval.stats.permutation.factor_draws import FactorDraw, FactorStatistics
 
 __all__ = ["FreeTest", "counted", "free_test"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from amici_eval.evaluation.tile_rows import rows_of
 from amici_eval.evaluation.tiling import HELD_OUT, IN_SAMPLE
 from amici_eval.results.inference_results import HeldOutParts, Intervals, SpatialTests
-from amici_eval.stats.bootstrap import tile_bootstrap
 from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
+from amici_eval.stats.tiles.bootstrap import tile_bootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.tile_rows import Rows
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.stats.bootstrap import TileBootstrap
+    from amici_eval.stats.tiles.bootstrap import TileBootstrap
 
 __all__ = ["adjusted_free", "held_out_parts", "intervals", "spatial_tests"]
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from amici_eval.evaluation.free_test import FreeTest, counted, free_test
 from amici_eval.evaluation.spatial_evaluation import spatial_test
-from amici_eval.stats.ablations import TypeAblations, ablate
+from amici_eval.stats.ablation.ablations import TypeAblations, ablate
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import explained_variance
-from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
-from amici_eval.stats.nulls import MIN_CELLS_TEST, permutation_exceedances
-from amici_eval.stats.permutations import PermutationStream
-from amici_eval.stats.plain_moments import moments_of_predictions, principal_factors
+from amici_eval.stats.permutation.moments import TypeMoments, factors_of, gather_moments
+from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST, permutation_exceedances
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.plain_moments import moments_of_predictions, principal_factors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.evaluation.spatial_evaluation import TypeSpatial
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.stats.place import Place
+    from amici_eval.stats.permutation.place import Place
 
 __all__ = ["TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
 

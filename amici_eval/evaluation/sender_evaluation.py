@@ -11,11 +11,11 @@ import numpy as np
 from amici_eval.results.sender_results import Senders
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.gene_intervals import gene_intervals
-from amici_eval.stats.masked_moments import masked_moments
 from amici_eval.stats.multiplicity import adjust_p_values
-from amici_eval.stats.paired import PairedRows, paired_differences
-from amici_eval.stats.tile_changes import squares_about
+from amici_eval.stats.permutation.masked_moments import masked_moments
+from amici_eval.stats.tiles.gene_intervals import gene_intervals
+from amici_eval.stats.tiles.paired import PairedRows, paired_differences
+from amici_eval.stats.tiles.tile_changes import squares_about
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess
     from amici_eval.model.factored import HeadOutputs
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.stats.masked_moments import MaskedMoments
+    from amici_eval.stats.permutation.masked_moments import MaskedMoments
 
 __all__ = ["WHY_NOT", "evaluate_senders"]
 
@@ -54,7 +54,7 @@ def evaluate_senders(
     Notes
     -----
     What is masked and what is not are two models of the same cells: the interval and p of their difference come from
-    :func:`~amici_eval.stats.paired.paired_differences`, on the same tiles, resamples and flips for all senders.
+    :func:`~amici_eval.stats.tiles.paired.paired_differences`, on the same tiles, resamples and flips for all senders.
     """
     types, n_heads = tuple(receivers), access.card.n_heads
     found = _Found.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes), n_tiles)

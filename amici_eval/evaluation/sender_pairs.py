@@ -10,8 +10,8 @@ import numpy as np
 from amici_eval.evaluation.tile_rows import kept_rows
 from amici_eval.results.comparison_senders import SenderDifferences
 from amici_eval.stats.multiplicity import adjust_p_values
-from amici_eval.stats.paired import verdict_of
-from amici_eval.stats.tile_changes import share_changes, squares_about
+from amici_eval.stats.tiles.paired import verdict_of
+from amici_eval.stats.tiles.tile_changes import share_changes, squares_about
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ def sender_differences_between(
     -----
     The tile's share of a difference is that of the losses: what the masked head leaves of expression in a tile, minus
     what the whole head leaves, each against the squares of expression of the type. It goes the way of all differences
-    (:func:`~amici_eval.stats.tile_changes.share_changes`). Losses are kept over all genes together, so that versions
+    (:func:`~amici_eval.stats.tiles.tile_changes.share_changes`). Losses are kept over all genes together, so that versions
     with other genes have differences without interval and p.
     """
     if before.senders is None or after.senders is None:

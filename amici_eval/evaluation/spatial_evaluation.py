@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
-from amici_eval.stats.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
-from amici_eval.stats.nulls import MIN_CELLS_TEST
+from amici_eval.stats.permutation.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
+from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
+from amici_eval.stats.permutation.stratified import stratified_exceedances
+from amici_eval.stats.permutation.torus import torus_statistics
 from amici_eval.stats.pvalues import exact, p_values
-from amici_eval.stats.spatial import default_widths, tiles_of_width
-from amici_eval.stats.stratified import stratified_exceedances
-from amici_eval.stats.torus import torus_statistics
+from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
+from amici_eval.stats.spatial.spatial import default_widths, tiles_of_width
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
 
     from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.stats.exact_moments import PermutationMoments
-    from amici_eval.stats.lag_test import LagTest
-    from amici_eval.stats.moments import TypeMoments
-    from amici_eval.stats.place import Place
+    from amici_eval.stats.permutation.exact_moments import PermutationMoments
+    from amici_eval.stats.permutation.moments import TypeMoments
+    from amici_eval.stats.permutation.place import Place
     from amici_eval.stats.pvalues import PValues
+    from amici_eval.stats.spatial.lag_test import LagTest
 
 __all__ = ["TypeSpatial", "spatial_test"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from amici_eval.evaluation.tiling import part_of, tile_of
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
-from amici_eval.stats.moments import merge_tiles
+from amici_eval.stats.permutation.moments import merge_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
     from amici_eval.results.tile_moments import Moments
-    from amici_eval.stats.moments import TypeMoments
+    from amici_eval.stats.permutation.moments import TypeMoments
 
 __all__ = ["Rows", "kept_rows", "rows_of"]
 

@@ -48,7 +48,7 @@ class Senders(NamedArrays):
     best_gene, effect_best_gene
         The gene that loses most (position in the evaluation's genes; -1: none), and how much, shape (H, C, S).
     effect_gene, low_gene, high_gene, p_value_gene, p_value_adj_gene
-        Of each gene, shape (H, C, S, G); the interval is linearised (:func:`~amici_eval.stats.gene_intervals.
+        Of each gene, shape (H, C, S, G); the interval is linearised (:func:`~amici_eval.stats.tiles.gene_intervals.
         gene_intervals`); adjusted over all heads x receiver types x sender types x genes. They are kept in
         ``tables/sender_genes.parquet`` alone: ``None`` in an evaluation that was read back.
     lost_squares

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.stats.head_products import HeadContributions
+from amici_eval.stats.heads.head_products import HeadContributions
 from amici_eval.stats.readout import Readout
-from amici_eval.stats.spatial import balanced_blocks
+from amici_eval.stats.spatial.spatial import balanced_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64

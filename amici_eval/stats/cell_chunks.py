@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Float32, Int, Int64
 
-    from amici_eval.stats.moments import Block
+    from amici_eval.stats.permutation.moments import Block
 
 __all__ = ["CHUNK_CELLS", "in_chunks", "one_thread", "over_blocks", "over_cells", "to_float64", "to_tensor"]
 

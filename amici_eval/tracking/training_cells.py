@@ -10,7 +10,7 @@ import pandas as pd
 
 from amici_eval.common.errors import DataError
 from amici_eval.data.checks import chosen_cells, obs_column
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -20,9 +20,9 @@ import torch
 from amici_eval.model.attention import attend
 from amici_eval.model.encoder import SenderTables, embed_senders
 from amici_eval.model.folding import fold_encoder
-from amici_eval.stats.factor_nulls import factor_exceedances
-from amici_eval.stats.moments import TypeMoments, factors_of, gather_moments
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.factor_nulls import factor_exceedances
+from amici_eval.stats.permutation.moments import TypeMoments, factors_of, gather_moments
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.benchmarks.common import say, write_table
 
 if TYPE_CHECKING:

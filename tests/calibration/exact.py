@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.exact_moments import pearson3_tail, permutation_moments
-from amici_eval.stats.factor_nulls import factor_draw
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.exact_moments import pearson3_tail, permutation_moments
+from amici_eval.stats.permutation.factor_nulls import factor_draw
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.benchmarks.common import write_table
 from tests.oracles.exact_moments import all_statistics
 
 if TYPE_CHECKING:
-    from amici_eval.stats.exact_moments import PermutationMoments
+    from amici_eval.stats.permutation.exact_moments import PermutationMoments
     from tests.calibration.common import Options, Row
 
 QUANTILES = (0.5, 0.1, 0.05, 0.01, 1e-3, 1e-4)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats import place as stats
-from amici_eval.stats.lag_test import GeneSums
+from amici_eval.stats.permutation import place as stats
+from amici_eval.stats.spatial.lag_test import GeneSums
 
 if TYPE_CHECKING:
     from pathlib import Path

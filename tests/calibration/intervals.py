@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.bootstrap import tile_bootstrap
+from amici_eval.stats.tiles.bootstrap import tile_bootstrap
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread
 from tests.calibration.fields import Place, Smooth, fields

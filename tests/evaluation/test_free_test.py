@@ -5,7 +5,7 @@ import pytest
 
 from amici_eval.evaluation.free_test import free_test
 from amici_eval.settings.specs import PermutationSpec
-from amici_eval.stats import factor_nulls
+from amici_eval.stats.permutation import factor_nulls
 
 
 def free(*, n_permutations, signal=0.0, progress=None, **settings):

@@ -20,16 +20,16 @@ from tests.scarce import ERRORS, scarce
 STAGES = {
     # module, function, how much it is asked to do at a time, and what is too much
     "attention": ("amici_eval.model.factored", "embed_senders", lambda weights, expression, *_: len(expression), 70),
-    "ablations": ("amici_eval.stats.coalitions", "_coalition_moments", lambda *a, **_: a[4], 20),
+    "ablations": ("amici_eval.stats.ablation.coalitions", "_coalition_moments", lambda *a, **_: a[4], 20),
     "substitutions": (
-        "amici_eval.stats.substitutions",
+        "amici_eval.stats.ablation.substitutions",
         "_substituted_values",
         lambda *_, chunk_cells, **__: chunk_cells,
         20,
     ),
-    "exact moments": ("amici_eval.stats.moment_sums", "_stratum_sums", lambda *a: a[4], 2**14),
-    "test in tissue": ("amici_eval.stats.lag_test", "_lag_test", lambda *_, **k: k["n_heads"], 1),
-    "gram": ("amici_eval.stats.nulls", "_gram_statistics", lambda *a: a[3], 2**16),
+    "exact moments": ("amici_eval.stats.permutation.moment_sums", "_stratum_sums", lambda *a: a[4], 2**14),
+    "test in tissue": ("amici_eval.stats.spatial.lag_test", "_lag_test", lambda *_, **k: k["n_heads"], 1),
+    "gram": ("amici_eval.stats.permutation.nulls", "_gram_statistics", lambda *a: a[3], 2**16),
 }
 
 
@@ -50,7 +50,7 @@ def as_on_a_device(trained, monkeypatch):
     monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
     monkeypatch.setattr("amici_eval.model.encoder.encoder_kernels", lambda: None)
     monkeypatch.setattr("amici_eval.model.encoder_weights.encoder_kernels", lambda: None)
-    monkeypatch.setattr("amici_eval.stats.substitutions.compiled_substitution", lambda: None)
+    monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

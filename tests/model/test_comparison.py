@@ -16,7 +16,7 @@ from amici_eval.model.untrained import untrained_like
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.stats.tile_changes import squares_about
+from amici_eval.stats.tiles.tile_changes import squares_about
 
 pytestmark = pytest.mark.amici
 SPEC = EvaluationSpec(

@@ -473,7 +473,7 @@ def test_cuda_gives_the_same_counts(trained, adata):
 def test_the_catalogue_is_what_hooks_on_the_model_give(trained, adata):
     """Mean z, resampled z and frozen norm, done to the model itself by hooks."""
     from amici_eval.stats.explained_variance import explained_variance
-    from amici_eval.stats.permutations import PermutationStream
+    from amici_eval.stats.permutation.permutations import PermutationStream
 
     spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
     with opened(trained, adata) as access:
@@ -680,7 +680,7 @@ def test_with_one_neighbour_nothing_is_left_without_it(make_amici, adata, monkey
 
 def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(trained, adata):
     from amici_eval.stats.explained_variance import explained_variance
-    from amici_eval.stats.moments import gather_moments
+    from amici_eval.stats.permutation.moments import gather_moments
 
     with opened(trained, adata, batch_size=10**6) as access:
         receivers, hooked = access.receivers(), access.hooked

@@ -20,7 +20,7 @@ from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.settings.permutation_spec import default_n_permutations
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.same_numbers import assert_counts, assert_rounded
 
 if TYPE_CHECKING:

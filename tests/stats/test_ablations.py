@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.stats.ablations import ABLATION_MODES, ablate
-from amici_eval.stats.coalitions import coalition_moments, coalition_values
-from amici_eval.stats.permutations import PermutationStream
-from amici_eval.stats.shapley import all_coalitions
-from amici_eval.stats.substitution_kernels import compiled_substitution
-from amici_eval.stats.substitutions import substituted_values
+from amici_eval.stats.ablation.ablations import ABLATION_MODES, ablate
+from amici_eval.stats.ablation.coalitions import coalition_moments, coalition_values
+from amici_eval.stats.ablation.shapley import all_coalitions
+from amici_eval.stats.ablation.substitution_kernels import compiled_substitution
+from amici_eval.stats.ablation.substitutions import substituted_values
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import coalitions as oracle
 from tests.stats.test_coalitions import Case, draw, members
 
@@ -149,7 +149,7 @@ def test_the_compiled_kernel_and_torch_agree(n_cells, n_heads, head_size, monkey
     case = draw(12, n_cells=n_cells, n_heads=n_heads, head_size=head_size)
     compiled = catalogue(case)
     called = []
-    monkeypatch.setattr("amici_eval.stats.substitutions.compiled_substitution", lambda: called.append(1))
+    monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: called.append(1))
     assert_same(catalogue(case), compiled)
     assert called
 
@@ -157,7 +157,7 @@ def test_the_compiled_kernel_and_torch_agree(n_cells, n_heads, head_size, monkey
 @pytest.mark.parametrize("compiled", [True, False])
 def test_threads_change_nothing_but_rounding(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr("amici_eval.stats.substitutions.compiled_substitution", lambda: None)
+        monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
     case = draw(13, n_cells=1500, n_heads=4, head_size=8)
     results, before = [], torch.get_num_threads()
     try:
@@ -196,8 +196,8 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     def refused(*arguments, **options):
         raise AssertionError
 
-    monkeypatch.setattr("amici_eval.stats.ablations.coalition_moments", counted)
-    monkeypatch.setattr("amici_eval.stats.ablations.substituted_values", refused)
+    monkeypatch.setattr("amici_eval.stats.ablation.ablations.coalition_moments", counted)
+    monkeypatch.setattr("amici_eval.stats.ablation.ablations.substituted_values", refused)
     case = draw(15, n_heads=6)
     for mode in ("frozen_norm", "keep_one", "leave_one_out", "shapley"):
         catalogue(case, [mode])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom, kstest, ortho_group
 
-from amici_eval.stats import alignment
-from amici_eval.stats.alignment import assign_heads, match_heads
-from amici_eval.stats.head_products import HeadContributions, head_products
-from amici_eval.stats.likeness import attention_divergence, linear_cka, profile_cosine
-from amici_eval.stats.spatial import balanced_blocks
+from amici_eval.stats.heads import alignment
+from amici_eval.stats.heads.alignment import assign_heads, match_heads
+from amici_eval.stats.heads.head_products import HeadContributions, head_products
+from amici_eval.stats.heads.likeness import attention_divergence, linear_cka, profile_cosine
+from amici_eval.stats.spatial.spatial import balanced_blocks
 
 
 def contributions(rng, *, n_types=3, n_cells=40, n_heads=4, size=3, n_genes=11, z=None, xy=None):

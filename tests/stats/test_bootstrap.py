@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from amici_eval.stats.bootstrap import tile_bootstrap
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.tiles.bootstrap import tile_bootstrap
 from tests.oracles import tiles as oracle
 from tests.oracles.reference import explained_variance
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, kstest
 
-from amici_eval.stats.nulls import permutation_exceedances
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.nulls import permutation_exceedances
+from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from tests.calibration import __main__ as suite
 from tests.calibration.fields import Smooth, simulate, uniform_place

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from amici_eval.stats.coalitions import coalition_moments, coalition_values
-from amici_eval.stats.readout import Readout
-from amici_eval.stats.shapley import (
+from amici_eval.stats.ablation.coalitions import coalition_moments, coalition_values
+from amici_eval.stats.ablation.shapley import (
     all_coalitions,
     antithetic_orders,
     interaction_index,
@@ -17,6 +16,7 @@ from amici_eval.stats.shapley import (
     sampled_shapley_values,
     shapley_values,
 )
+from amici_eval.stats.readout import Readout
 from tests.oracles import coalitions as oracle
 
 
@@ -87,7 +87,7 @@ def test_chunks_and_blocks_change_nothing_but_rounding(chunk_cells, block, monke
     case = draw(2)
     kept = all_coalitions(3)
     expected = coalition_values(*case.arguments, coalitions=kept)
-    monkeypatch.setattr("amici_eval.stats.coalitions._COALITION_BLOCK", block)
+    monkeypatch.setattr("amici_eval.stats.ablation.coalitions._COALITION_BLOCK", block)
     chunked = coalition_values(*case.arguments, coalitions=kept, chunk_cells=chunk_cells)
     np.testing.assert_allclose(chunked, expected, rtol=0, atol=1e-12)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import binomtest, kstest, norm
 
-from amici_eval.stats import moment_sums
-from amici_eval.stats.exact_moments import pearson3_tail, permutation_moments
+from amici_eval.stats.permutation import moment_sums
+from amici_eval.stats.permutation.exact_moments import pearson3_tail, permutation_moments
 from tests.oracles import exact_moments as oracle
 
 

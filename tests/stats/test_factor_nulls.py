@@ -11,10 +11,10 @@ from scipy.stats import binomtest, kstest
 
 from amici_eval.common import threads as compiled
 from amici_eval.common.errors import DeviceMemoryError
-from amici_eval.stats import compiled_statistics, cyclic_statistics, packing, torch_statistics
-from amici_eval.stats.factor_nulls import factor_exceedances
-from amici_eval.stats.nulls import permutation_exceedances
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation import compiled_statistics, cyclic_statistics, packing, torch_statistics
+from amici_eval.stats.permutation.factor_nulls import factor_exceedances
+from amici_eval.stats.permutation.nulls import permutation_exceedances
+from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from tests.oracles import permutations as oracle
 

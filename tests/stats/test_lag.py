@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from amici_eval.stats.lag import LagGrid
-from amici_eval.stats.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
-from amici_eval.stats.near_pairs import NearPairs
-from amici_eval.stats.place import Place
+from amici_eval.stats.permutation.place import Place
+from amici_eval.stats.spatial.lag import LagGrid
+from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
+from amici_eval.stats.spatial.near_pairs import NearPairs
 from tests.oracles import lag as oracle
 
 

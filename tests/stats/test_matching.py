@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from amici_eval.stats import alignment
-from amici_eval.stats.alignment import match_heads
-from amici_eval.stats.head_products import HeadContributions, head_products
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.heads import alignment
+from amici_eval.stats.heads.alignment import match_heads
+from amici_eval.stats.heads.head_products import HeadContributions, head_products
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import alignment as oracle
 
 N_TYPES, N_CELLS = 2, 24

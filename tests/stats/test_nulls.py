@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.stats import nulls
-from amici_eval.stats.nulls import permutation_exceedances
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation import nulls
+from amici_eval.stats.permutation.nulls import permutation_exceedances
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import reference
 
 FORMS = ("gram", "gather")

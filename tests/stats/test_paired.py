@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from amici_eval.stats.paired import PairedRows, paired_differences, pooled_difference, verdict_of
+from amici_eval.stats.tiles.paired import PairedRows, paired_differences, pooled_difference, verdict_of
 
 
 def by_tile(tiles, values):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from amici_eval.stats.paired import PairedRows, paired_differences, pooled_difference
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.tiles.paired import PairedRows, paired_differences, pooled_difference
 from tests.oracles import paired as oracle
 from tests.oracles.tiles import drawn_tiles
 

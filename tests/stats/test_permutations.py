@@ -11,8 +11,8 @@ import torch
 from scipy.stats import chisquare
 
 from amici_eval.common import threads as compiled
-from amici_eval.stats import permutations
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation import permutations
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles.permutations import fisher_yates
 
 FROZEN = [[2, 4, 0, 5, 7, 6, 3, 1], [6, 3, 1, 5, 4, 7, 0, 2], [4, 0, 6, 7, 3, 5, 2, 1]]
@@ -145,7 +145,7 @@ def test_kernels_compile_where_nothing_can_be_cached(kernels, monkeypatch):
 
 def test_statistics_load_without_loading_numba():
     code = (
-        "import sys; import amici_eval.stats.permutations, amici_eval.stats.nulls, amici_eval.stats.factor_nulls;"
+        "import sys; import amici_eval.stats.permutation.permutations, amici_eval.stats.permutation.nulls, amici_eval.stats.permutation.factor_nulls;"
         "sys.exit('numba' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from amici_eval.stats.cosines import CosineBasis
 from amici_eval.stats.explained_variance import explained_variance
+from amici_eval.stats.heads.cosines import CosineBasis
 from amici_eval.stats.ridge import (
     PENALTIES,
     RidgeSums,

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from amici_eval.stats.factor_draws import FactorStatistics
-from amici_eval.stats.factor_nulls import factor_draw
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.factor_draws import FactorStatistics
+from amici_eval.stats.permutation.factor_nulls import factor_draw
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.sequential import sequential_exceedances
 from amici_eval.stats.pvalues import p_values, sequential_p_values
-from amici_eval.stats.sequential import sequential_exceedances
 
 
 def give(reached, dead=None):

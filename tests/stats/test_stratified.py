@@ -8,11 +8,11 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from amici_eval.common import threads as compiled
-from amici_eval.stats import factor_draws, stratified
-from amici_eval.stats.factor_nulls import factor_draw, factor_exceedances
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation import factor_draws, stratified
+from amici_eval.stats.permutation.factor_nulls import factor_draw, factor_exceedances
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.stratified import stratified_draw, stratified_exceedances
 from amici_eval.stats.pvalues import p_values
-from amici_eval.stats.stratified import stratified_draw, stratified_exceedances
 from tests.oracles import permutations as oracle
 
 SETTINGS = {"seed": 0, "cell_type": "T"}

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from amici_eval.stats import tails
-from amici_eval.stats.tails import tail_p_values
+from amici_eval.stats.permutation import tails
+from amici_eval.stats.permutation.tails import tail_p_values
 
 NULLS = {
     "exponential": stats.expon(),

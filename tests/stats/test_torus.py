@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.torus import torus_statistics
 from amici_eval.stats.pvalues import p_values
-from amici_eval.stats.torus import torus_statistics
 from tests.oracles import tiles as oracle
 
 N_TISSUES, N_CELLS, N_SHIFTS, N_HEADS = 60, 150, 59, 4

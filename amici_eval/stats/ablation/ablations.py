@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.cell_chunks import CHUNK_CELLS
-from amici_eval.stats.coalitions import CoalitionMoments, check_inputs, coalition_moments
-from amici_eval.stats.permutations import PermutationStream
-from amici_eval.stats.shapley import (
+from amici_eval.stats.ablation.coalitions import CoalitionMoments, check_inputs, coalition_moments
+from amici_eval.stats.ablation.shapley import (
     MAX_EXACT_HEADS,
     ShapleyValues,
     all_coalitions,
@@ -20,7 +18,9 @@ from amici_eval.stats.shapley import (
     sampled_shapley_values,
     shapley_values,
 )
-from amici_eval.stats.substitutions import substituted_values
+from amici_eval.stats.ablation.substitutions import substituted_values
+from amici_eval.stats.cell_chunks import CHUNK_CELLS
+from amici_eval.stats.permutation.permutations import PermutationStream
 
 if TYPE_CHECKING:
     from collections.abc import Collection

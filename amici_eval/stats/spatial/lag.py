@@ -37,7 +37,7 @@ class LagGrid:
     Pairs of cells are binned by distance, from two pixels on, in rings of about half a pixel up to 4.2 pixels; beyond,
     pixels of twice the side in rings up to 4.2 of those, and so on up to the window's extent. A pixel is then never
     more than about half of the distance, and a ring's cost does not grow with the cells or the distance. Pairs in the
-    same or touching pixels are left to :class:`amici_eval.stats.near_pairs.NearPairs`.
+    same or touching pixels are left to :class:`amici_eval.stats.spatial.near_pairs.NearPairs`.
 
     Parameters
     ----------

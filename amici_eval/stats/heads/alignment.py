@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from amici_eval.stats.head_products import contracted, head_products
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.heads.head_products import contracted, head_products
+from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64, UInt64
 
-    from amici_eval.stats.head_products import HeadContributions
+    from amici_eval.stats.heads.head_products import HeadContributions
 
 
 __all__ = [
@@ -40,7 +40,7 @@ class HeadMatching:
     Parameters
     ----------
     similarity, similarity_by_type
-        As :class:`~amici_eval.stats.head_products.HeadProducts` gives them.
+        As :class:`~amici_eval.stats.heads.head_products.HeadProducts` gives them.
     partner
         The other model's head that each head is, shape (heads,); -1: none.
     p_value

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float64, Int64
 
-    from amici_eval.stats.factor_draws import FactorStatistics
+    from amici_eval.stats.permutation.factor_draws import FactorStatistics
 
 __all__ = ["SequentialTest", "sequential_exceedances"]
 

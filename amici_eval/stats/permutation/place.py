@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from amici_eval.stats.lag import LagGrid
-from amici_eval.stats.near_pairs import NearPairs
+from amici_eval.stats.spatial.lag import LagGrid
+from amici_eval.stats.spatial.near_pairs import NearPairs
 
 if TYPE_CHECKING:
     import numpy as np

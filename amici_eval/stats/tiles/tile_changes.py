@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.bootstrap import LEAST_ERROR, MIN_TILES_INTERVAL, tile_draws, widening
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.tiles.bootstrap import LEAST_ERROR, MIN_TILES_INTERVAL, tile_draws, widening
 
 if TYPE_CHECKING:
     from jaxtyping import Float64
@@ -109,13 +109,13 @@ def studentised(
     target
         Squares of expression of each resample.
     widened
-        What half-widths are multiplied by (:func:`~amici_eval.stats.bootstrap.widening`).
+        What half-widths are multiplied by (:func:`~amici_eval.stats.tiles.bootstrap.widening`).
     confidence, margin
         Of the interval, and what is too small to matter.
 
     Notes
     -----
-    See :func:`~amici_eval.stats.paired.paired_differences`.
+    See :func:`~amici_eval.stats.tiles.paired.paired_differences`.
     """
     total = (counts * change).sum(axis=1) / target
     influence = change - total[:, None] * target_share
@@ -184,7 +184,7 @@ def share_changes(
     n_cells
         Of each tile, all above 0.
     confidence, n_resamples, n_flips, margin, seed, label
-        As in :func:`~amici_eval.stats.paired.paired_differences`.
+        As in :func:`~amici_eval.stats.tiles.paired.paired_differences`.
 
     Raises
     ------
@@ -193,7 +193,7 @@ def share_changes(
 
     Notes
     -----
-    As :func:`~amici_eval.stats.paired.paired_differences`, with the same tiles drawn, but squares stay about the means
+    As :func:`~amici_eval.stats.tiles.paired.paired_differences`, with the same tiles drawn, but squares stay about the means
     over all tiles when tiles are drawn again: genes' means by tile would be needed for more. The p is the same; the
     interval differs in second order only.
     """

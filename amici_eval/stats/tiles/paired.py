@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.bootstrap import MIN_TILES_INTERVAL, TileSquares, tile_draws, widening
-from amici_eval.stats.tile_changes import ROUNDING, flipped_p, squares_about, studentised
+from amici_eval.stats.tiles.bootstrap import MIN_TILES_INTERVAL, TileSquares, tile_draws, widening
+from amici_eval.stats.tiles.tile_changes import ROUNDING, flipped_p, squares_about, studentised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -161,7 +161,7 @@ def paired_differences(
     exchangeable in every tile, each D_b is as likely as its negative: signs are flipped, the same for all pairs and
     genes.
 
-    The interval is symmetric and studentised, as that of explained variance itself (:func:`~amici_eval.stats.bootstrap.
+    The interval is symmetric and studentised, as that of explained variance itself (:func:`~amici_eval.stats.tiles.bootstrap.
     tile_bootstrap`), with the linearised standard error ``s^2 = sum_b (D_b - difference * T_b / S)^2``, T_b the squares
     of expression in the tile. Equivalence takes both one-sided tests from the same resamples (TOST, Schuirmann 1987).
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from amici_eval.stats.head_sums import HeadSums
+from amici_eval.stats.permutation.head_sums import HeadSums
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.stats.place import Place
+    from amici_eval.stats.permutation.place import Place
     from amici_eval.stats.readout import Readout
 
 __all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 
 from amici_eval.common import threads as compiled
-from amici_eval.stats.compiled_statistics import compiled_statistics
-from amici_eval.stats.cyclic_statistics import cyclic_statistics
-from amici_eval.stats.factor_draws import FactorDraw, check_factors, draw_from, part_of
-from amici_eval.stats.nulls import PermutationCounts
-from amici_eval.stats.packing import TIE_TOLERANCE, pack
-from amici_eval.stats.torch_statistics import torch_statistics
+from amici_eval.stats.permutation.compiled_statistics import compiled_statistics
+from amici_eval.stats.permutation.cyclic_statistics import cyclic_statistics
+from amici_eval.stats.permutation.factor_draws import FactorDraw, check_factors, draw_from, part_of
+from amici_eval.stats.permutation.nulls import PermutationCounts
+from amici_eval.stats.permutation.packing import TIE_TOLERANCE, pack
+from amici_eval.stats.permutation.torch_statistics import torch_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Bool, Float, Float64
 
-    from amici_eval.stats.permutations import PermutationStream
+    from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["factor_draw", "factor_exceedances"]
 

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 
 from amici_eval.common import threads as compiled
-from amici_eval.stats.compiled_statistics import exact_sums
-from amici_eval.stats.torch_statistics import torch_factor, torch_statistics
+from amici_eval.stats.permutation.compiled_statistics import exact_sums
+from amici_eval.stats.permutation.torch_statistics import torch_factor, torch_statistics
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from jaxtyping import Float64
 
-    from amici_eval.stats.packing import PackedPair
-    from amici_eval.stats.permutations import PermutationStream
+    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["exact_statistics", "identity_statistics"]
 

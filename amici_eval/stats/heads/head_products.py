@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.likeness import product_scale
+from amici_eval.stats.heads.likeness import product_scale
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64

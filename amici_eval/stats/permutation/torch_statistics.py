@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from amici_eval.stats.memory import STORED_INDICES, TORCH_ENTRIES
-from amici_eval.stats.packing import LANES, TIE_TOLERANCE
+from amici_eval.stats.permutation.packing import LANES, TIE_TOLERANCE
 from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float64, Int32
     from torch import Tensor
 
-    from amici_eval.stats.compiled_statistics import Take
-    from amici_eval.stats.packing import PackedPair
-    from amici_eval.stats.permutations import PermutationStream
+    from amici_eval.stats.permutation.compiled_statistics import Take
+    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["torch_factor", "torch_statistics"]
 

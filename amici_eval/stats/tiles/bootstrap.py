@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64, Int64
 
-    from amici_eval.stats.lag import LagGrid
+    from amici_eval.stats.spatial.lag import LagGrid
 
 __all__ = ["NearPairs"]
 

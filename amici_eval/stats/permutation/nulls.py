@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
     from torch import Tensor
 
-    from amici_eval.stats.permutations import PermutationStream
+    from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["MIN_CELLS_TEST", "PermutationCounts", "permutation_exceedances"]
 

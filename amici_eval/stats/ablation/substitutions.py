@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from amici_eval.stats.ablation.substitution_kernels import compiled_substitution
 from amici_eval.stats.cell_chunks import CHUNK_CELLS, in_chunks, one_thread, over_cells, to_float64, to_tensor
-from amici_eval.stats.substitution_kernels import compiled_substitution
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Float, Float64, Int
 
-    from amici_eval.stats.coalitions import CoalitionMoments
+    from amici_eval.stats.ablation.coalitions import CoalitionMoments
     from amici_eval.stats.readout import Readout
 
 __all__ = ["SubstitutedValues", "substituted_values"]
@@ -54,7 +54,7 @@ def substituted_values(
     Parameters
     ----------
     z, projected, target_ss, readout, chunk_cells, device
-        As for :func:`amici_eval.stats.coalitions.coalition_values`, checked there.
+        As for :func:`amici_eval.stats.ablation.coalitions.coalition_values`, checked there.
     permutations
         Shape (permutations, cells), of positions; shared by all heads. None at all will do.
     moments

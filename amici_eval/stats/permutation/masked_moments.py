@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.head_sums import HeadSums
+from amici_eval.stats.permutation.head_sums import HeadSums
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.stats.moments import Block
+    from amici_eval.stats.permutation.moments import Block
     from amici_eval.stats.readout import Readout
 
 __all__ = ["MaskedMoments", "masked_moments"]
@@ -71,7 +71,7 @@ def masked_moments(
 
     Notes
     -----
-    The same sums as :func:`~amici_eval.stats.moments.gather_moments`, for several models from one reading.
+    The same sums as :func:`~amici_eval.stats.permutation.moments.gather_moments`, for several models from one reading.
     """
     n_genes = len(readout.offset)
     present, local = np.unique(tiles, return_inverse=True)

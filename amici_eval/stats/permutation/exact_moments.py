@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import gammaln
 
-from amici_eval.stats.moment_sums import stratum_sums
-from amici_eval.stats.nulls import MIN_CELLS_TEST
-from amici_eval.stats.pearson3 import pearson3_tail
+from amici_eval.stats.permutation.moment_sums import stratum_sums
+from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
+from amici_eval.stats.permutation.pearson3 import pearson3_tail
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.moments import TypeMoments
+from amici_eval.stats.permutation.moments import TypeMoments
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
-    from amici_eval.stats.place import Place
+    from amici_eval.stats.permutation.place import Place
 
 __all__ = ["moments_of_predictions", "principal_factors"]
 
@@ -27,7 +27,7 @@ def moments_of_predictions(
     tiles: Int64[np.ndarray, " cells"],
     place: Place | None = None,
 ) -> TypeMoments:
-    """Return the moments of one cell type from its predictions; see :func:`amici_eval.stats.moments.gather_moments`.
+    """Return the moments of one cell type from its predictions; see :func:`amici_eval.stats.permutation.moments.gather_moments`.
 
     Parameters
     ----------

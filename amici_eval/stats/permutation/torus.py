@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.spatial import cKDTree
 
-from amici_eval.stats.nulls import MIN_CELLS_TEST
-from amici_eval.stats.permutations import PermutationStream
+from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
+from amici_eval.stats.permutation.permutations import PermutationStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,1 @@
+"""What a prediction loses without heads: coalitions, Shapley values, substitutions."""

@@ -1,0 +1,1 @@
+"""How alike heads are, and which of two models belong together."""

@@ -1,0 +1,1 @@
+"""Permutation nulls of explained variance: drawn, compiled, by FFT, by exact moments."""

@@ -1,0 +1,1 @@
+"""Positions of cells: lags, neighbours within reach, the spatial null."""

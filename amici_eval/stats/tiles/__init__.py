@@ -1,0 +1,1 @@
+"""Intervals and changes over tiles of tissue."""
