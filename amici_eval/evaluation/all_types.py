@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.finished_parts import FinishedParts
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.type_tasks import Launcher
-    from amici_eval.model.access import ModelAccess
-    from amici_eval.model.factored import HeadOutputs
+    from amici_eval.model.engines.access import ModelAccess
+    from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.results.inference_results import Baselines
     from amici_eval.results.sender_results import Senders
     from amici_eval.results.tile_moments import Moments

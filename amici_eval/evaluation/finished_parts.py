@@ -11,7 +11,7 @@ from amici_eval.common.packing import DamagedPackError, read_pack, write_pack
 from amici_eval.evaluation.free_test import FreeTest
 from amici_eval.evaluation.one_type import TypeEvaluation
 from amici_eval.evaluation.spatial_evaluation import TypeSpatial
-from amici_eval.model.factored import HeadOutputs
+from amici_eval.model.engines.factored import HeadOutputs
 from amici_eval.results.inference_results import Baselines
 from amici_eval.results.sender_results import Senders
 from amici_eval.stats.ablation.ablations import TypeAblations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.protocols import FactorAccess
     from amici_eval.evaluation.tiling import Tiling
-    from amici_eval.model.factored import HeadOutputs
+    from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.results.sender_results import Senders
 
 __all__ = ["Sketch", "kept_moments"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.finished_parts import FinishedParts
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.type_tasks import Launcher
-    from amici_eval.model.access import ModelAccess
+    from amici_eval.model.engines.access import ModelAccess
 
 __all__ = ["Progress", "evaluate", "evaluate_access"]
 
@@ -107,7 +107,7 @@ def evaluate_access(
     launcher: Launcher | None = None,
     parts: FinishedParts | None = None,
 ) -> HeadEvaluation:
-    """Evaluate anything that offers :class:`~amici_eval.model.access.ModelAccess`; see :func:`evaluate`.
+    """Evaluate anything that offers :class:`~amici_eval.model.engines.access.ModelAccess`; see :func:`evaluate`.
 
     An access that offers :class:`~amici_eval.evaluation.protocols.FactorAccess` is first checked against its own hooked
     engine on some cells of each type; if they disagree, the hooked engine does the work. Without coordinates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from amici_eval.model.access import ModelAccess
+from amici_eval.model.engines.access import ModelAccess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int, Int64
 
     from amici_eval.data.tissue import ExpressionBlock
-    from amici_eval.model.factored import HeadOutputs
+    from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.stats.readout import Readout
 
 __all__ = ["FactorAccess", "LocatedAccess", "ModelAccess", "SendableAccess", "TissueAccess"]

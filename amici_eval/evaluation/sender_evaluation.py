@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
 
     from amici_eval.evaluation.protocols import FactorAccess
-    from amici_eval.model.factored import HeadOutputs
+    from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.settings.permutation_spec import PermutationSpec
     from amici_eval.stats.permutation.masked_moments import MaskedMoments
 

@@ -24,7 +24,7 @@ from amici_eval.data.matrices import open_rows
 from amici_eval.data.membership import expression_prints, fitted_cells, prints_from, text_of
 from amici_eval.data.opening import describe_training_data, open_anndata
 from amici_eval.data.tissue import prepare
-from amici_eval.model.interventions import plain_profiles
+from amici_eval.model.engines.interventions import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
 from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers, split_size

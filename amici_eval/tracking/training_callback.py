@@ -41,7 +41,7 @@ _REPEATING = (
     "amici_eval.evaluation.pipeline",
     "amici_eval.data.tissue",
     "amici_eval.model.opening",
-    "amici_eval.model.factored",
+    "amici_eval.model.engines.factored",
 )
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from amici_eval.model.attention import attend
-from amici_eval.model.encoder import SenderTables, embed_senders
-from amici_eval.model.folding import fold_encoder
+from amici_eval.model.engines.attention import attend
+from amici_eval.model.engines.encoder import SenderTables, embed_senders
+from amici_eval.model.engines.folding import fold_encoder
 from amici_eval.stats.permutation.factor_nulls import factor_exceedances
 from amici_eval.stats.permutation.moments import TypeMoments, factors_of, gather_moments
 from amici_eval.stats.permutation.permutations import PermutationStream
@@ -28,7 +28,7 @@ from tests.benchmarks.common import say, write_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from amici_eval.model.encoder_weights import EncoderWeights
+    from amici_eval.model.engines.encoder_weights import EncoderWeights
     from tests.benchmarks.common import Row
 
 _CHUNK = 16_384

@@ -19,7 +19,12 @@ from tests.scarce import ERRORS, scarce
 
 STAGES = {
     # module, function, how much it is asked to do at a time, and what is too much
-    "attention": ("amici_eval.model.factored", "embed_senders", lambda weights, expression, *_: len(expression), 70),
+    "attention": (
+        "amici_eval.model.engines.factored",
+        "embed_senders",
+        lambda weights, expression, *_: len(expression),
+        70,
+    ),
     "ablations": ("amici_eval.stats.ablation.coalitions", "_coalition_moments", lambda *a, **_: a[4], 20),
     "substitutions": (
         "amici_eval.stats.ablation.substitutions",
@@ -47,9 +52,9 @@ def as_on_a_device(trained, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "numba", None)
     # what was compiled by earlier tests is kept
-    monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
-    monkeypatch.setattr("amici_eval.model.encoder.encoder_kernels", lambda: None)
-    monkeypatch.setattr("amici_eval.model.encoder_weights.encoder_kernels", lambda: None)
+    monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
+    monkeypatch.setattr("amici_eval.model.engines.encoder.encoder_kernels", lambda: None)
+    monkeypatch.setattr("amici_eval.model.engines.encoder_weights.encoder_kernels", lambda: None)
     monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)

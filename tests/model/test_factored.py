@@ -14,14 +14,14 @@ from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.parity import Parity, check_parity
 from amici_eval.evaluation.pipeline import evaluate_access
-from amici_eval.model import factored
-from amici_eval.model.attention import attend, compiled_attention
 from amici_eval.model.cards import card_of
-from amici_eval.model.encoder import SenderTables, embed_senders
-from amici_eval.model.factored import FactoredAccess
-from amici_eval.model.folding import fold_encoder
-from amici_eval.model.inspection import why_not_factored
-from amici_eval.model.interventions import added_hook, faint_attention_is_zero, keep_heads
+from amici_eval.model.engines import factored
+from amici_eval.model.engines.attention import attend, compiled_attention
+from amici_eval.model.engines.encoder import SenderTables, embed_senders
+from amici_eval.model.engines.factored import FactoredAccess
+from amici_eval.model.engines.folding import fold_encoder
+from amici_eval.model.engines.inspection import why_not_factored
+from amici_eval.model.engines.interventions import added_hook, faint_attention_is_zero, keep_heads
 from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
@@ -196,7 +196,7 @@ def test_compiled_and_plain_attention_agree():
 def test_without_numba_attention_is_plain_torch(monkeypatch, trained, adata):
     rows = np.arange(40)
     whole = outputs_of(trained, adata, rows)
-    monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
+    monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     np.testing.assert_allclose(outputs_of(trained, adata, rows), whole, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="needs numba"):
         attend(
@@ -671,7 +671,7 @@ def test_attention_is_the_softmax_of_the_models_own_scores(trained, adata):
 @pytest.mark.parametrize("use_numba", [True, False])
 def test_with_one_neighbour_nothing_is_left_without_it(make_amici, adata, monkeypatch, use_numba):
     if not use_numba:
-        monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
+        monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     with opened(make_amici(adata, n_neighbors=1), adata) as access:
         both = access.attend(np.arange(adata.n_obs), without_nearest=True)
     assert np.abs(both.whole).max() > 1e-3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from amici_eval.model import budget
+from amici_eval.model.engines import budget
 
 pytestmark = pytest.mark.amici
 

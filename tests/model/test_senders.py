@@ -10,11 +10,11 @@ import torch
 
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate_access
-from amici_eval.model import factored
-from amici_eval.model.attention import attend, compiled_attention
 from amici_eval.model.cards import card_of
-from amici_eval.model.encoder import SenderTables
-from amici_eval.model.factored import FactoredAccess
+from amici_eval.model.engines import factored
+from amici_eval.model.engines.attention import attend, compiled_attention
+from amici_eval.model.engines.encoder import SenderTables
+from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.opening import open_access
 from amici_eval.report.senders_section import sure_links
 from amici_eval.results.evaluation import HeadEvaluation
@@ -55,7 +55,7 @@ def evaluation(_tissue, amici_dir):
 @pytest.mark.parametrize("use_numba", [True, False])
 def test_without_a_sender_type_outputs_are_those_of_masked_scores(trained, adata, monkeypatch, use_numba):
     if not use_numba:
-        monkeypatch.setattr("amici_eval.model.attention.compiled_attention", lambda: None)
+        monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     elif compiled_attention() is None:
         pytest.skip("numba is not installed")
     rows = np.random.default_rng(0).permutation(adata.n_obs)[:90]

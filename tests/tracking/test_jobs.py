@@ -15,7 +15,7 @@ from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError
 from amici_eval.common.names import slugify
 from amici_eval.data.opening import content_digest
 from amici_eval.data.tissue import prepare
-from amici_eval.model.access import neighbours
+from amici_eval.model.engines.access import neighbours
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec

@@ -15,8 +15,8 @@ import torch
 from amici_eval.common.errors import ModelFormatError
 from amici_eval.data.shared_matrices import sent
 from amici_eval.data.tissue import Tissue, check_sections, keep_away_from_training
-from amici_eval.model.inspection import is_amici_module
-from amici_eval.model.interventions import (
+from amici_eval.model.engines.inspection import is_amici_module
+from amici_eval.model.engines.interventions import (
     ablations_side_by_side,
     faint_attention_is_zero,
     keep_heads,

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.model.attention import GATHERED_ENTRIES, attend, softmax_weights
+from amici_eval.model.engines.attention import GATHERED_ENTRIES, attend, softmax_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jaxtyping import Float32, Float64, Int32, Int64
 
-    from amici_eval.model.encoder import SenderTables
+    from amici_eval.model.engines.encoder import SenderTables
 
 __all__ = ["SenderSums", "outputs_without_nearest", "outputs_without_senders", "sums_by_sender"]
 

@@ -13,17 +13,17 @@ import torch
 
 from amici_eval.common.side_by_side import run_on_single_threads
 from amici_eval.data.shared_matrices import sent
-from amici_eval.model.attention import attend, attention_weights
-from amici_eval.model.budget import memory_budget, warn_of_budget
-from amici_eval.model.encoder import SenderTables, embed_senders
-from amici_eval.model.folding import fold_encoder
-from amici_eval.model.masked_attention import (
+from amici_eval.model.engines.attention import attend, attention_weights
+from amici_eval.model.engines.budget import memory_budget, warn_of_budget
+from amici_eval.model.engines.encoder import SenderTables, embed_senders
+from amici_eval.model.engines.folding import fold_encoder
+from amici_eval.model.engines.masked_attention import (
     SenderSums,
     outputs_without_nearest,
     outputs_without_senders,
     sums_by_sender,
 )
-from amici_eval.model.sent_factors import SentFactors
+from amici_eval.model.engines.sent_factors import SentFactors
 from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
 from amici_eval.stats.spatial.spatial import morton_codes
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import ExpressionBlock
-    from amici_eval.model.access import HookedAccess
+    from amici_eval.model.engines.access import HookedAccess
     from amici_eval.stats.readout import Readout
 
 __all__ = ["FactoredAccess", "HeadOutputs"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from amici_eval.model.attention import FAINT
+from amici_eval.model.engines.attention import FAINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence

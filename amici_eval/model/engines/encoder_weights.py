@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from amici_eval.model.encoder_kernels import encoder_kernels
+from amici_eval.model.engines.encoder_kernels import encoder_kernels
 from amici_eval.stats.readout import Readout
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from amici_eval.model.encoder_kernels import encoder_kernels
+from amici_eval.model.engines.encoder_kernels import encoder_kernels
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
     from torch import Tensor
 
-    from amici_eval.model.encoder_kernels import EncoderKernels
-    from amici_eval.model.encoder_weights import EncoderWeights
+    from amici_eval.model.engines.encoder_kernels import EncoderKernels
+    from amici_eval.model.engines.encoder_weights import EncoderWeights
 
 __all__ = ["SenderTables", "embed_senders"]
 

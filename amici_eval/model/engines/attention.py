@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Int32, Int64
 
-    from amici_eval.model.encoder import SenderTables
+    from amici_eval.model.engines.encoder import SenderTables
 
 __all__ = ["GATHERED_ENTRIES", "attend", "attention_weights", "compiled_attention", "softmax_weights"]
 

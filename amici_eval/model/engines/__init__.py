@@ -1,0 +1,1 @@
+"""z of every head: the hooked engine, the truth, and the factored one, its fast equal."""
