@@ -22,7 +22,7 @@ _EXPORTS = {
     "HeadAblations": "amici_eval.results.ablation_results",
     "HeadComparison": "amici_eval.results.comparison",
     "HeadEvaluation": "amici_eval.results.evaluation",
-    "HeadEvaluationCallback": "amici_eval.tracking.training_callback",
+    "HeadEvaluationCallback": "amici_eval.tracking.training.training_callback",
     "LaunchSpec": "amici_eval.settings.launch_spec",
     "Moments": "amici_eval.results.tile_moments",
     "PermutationSpec": "amici_eval.settings.specs",

@@ -158,7 +158,7 @@ def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPa
     import mlflow
 
     from amici_eval.settings.specs import TrackingSpec
-    from amici_eval.tracking.jobs import register_job
+    from amici_eval.tracking.jobs.jobs import register_job
 
     folder = tmp_path_factory.mktemp("store")
     data = folder / "tissue.h5ad"

@@ -17,7 +17,7 @@ def promoter(uri: str, name: str, number: int, races: int, start: Any, done: Any
     """In each race, promote a version of one's own: it was judged against the champion from before the start."""
     import mlflow
 
-    from amici_eval.tracking.promotion import promote
+    from amici_eval.tracking.jobs.promotion import promote
 
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()
@@ -37,7 +37,7 @@ def watcher(uri: str, name: str, races: int, log: Path, start: Any, done: Any) -
     """In each race, judge the versions that have no verdict for its configuration."""
     import mlflow
 
-    from amici_eval.tracking.watching import watch
+    from amici_eval.tracking.jobs.watching import watch
 
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()

@@ -29,7 +29,7 @@ def gate_job(
 
 
 if __name__ == "__main__":
-    double = types.ModuleType("amici_eval.tracking.gating")
+    double = types.ModuleType("amici_eval.tracking.jobs.gating")
     double.gate_job = gate_job
     sys.modules[double.__name__] = double
     gate_spec.gate_key = lambda **_: KEY

@@ -135,7 +135,7 @@ def _set_up_process() -> None:
 
 def _answered(body: Callable[[], int | None]) -> int:
     """Return the exit code of a body, or say what went wrong and return its code."""
-    from amici_eval.tracking.patience import tracking_errors
+    from amici_eval.tracking.store.patience import tracking_errors
 
     try:
         with tracking_errors():
@@ -289,7 +289,7 @@ def _evaluate(config: DictConfig) -> None:
     launch = launch_spec(config)
     _set_up_process()
     from amici_eval.report.tables import summary_lines
-    from amici_eval.tracking.jobs import evaluate_job
+    from amici_eval.tracking.jobs.jobs import evaluate_job
 
     with Reporter() as progress:
         result = evaluate_job(
@@ -323,7 +323,7 @@ def _compare(config: DictConfig) -> None:
     comparison = comparison_spec(config)
     _set_up_process()
     from amici_eval.report.comparison_words import comparison_sentences
-    from amici_eval.tracking.comparing import compare_job
+    from amici_eval.tracking.jobs.comparing import compare_job
 
     with Reporter() as progress:
         result = compare_job(
@@ -357,7 +357,7 @@ def _register(config: DictConfig) -> None:
 
     tracking = tracking_spec(config)
     from amici_eval.settings.specs import TrainedOnSpec
-    from amici_eval.tracking.jobs import register_job
+    from amici_eval.tracking.jobs.jobs import register_job
 
     if config.register.trust:
         logger.warning("register.trust=true: unpickling %s runs whatever code the file holds", config.model_dir)
@@ -438,7 +438,7 @@ def _upload(rest: list[str]) -> int:
         raise InvalidSpecError(
             value=f"upload with {len(folders)} folders", rule="it takes one folder", fix="amici-eval upload DIR"
         )
-    from amici_eval.tracking.uploading import upload
+    from amici_eval.tracking.jobs.uploading import upload
 
     run_id = upload(Path(folders[0]))
     _say(f"run {run_id} has what the folder holds")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.errors import AmiciEvalError
-from amici_eval.tracking.local_results import check_writable
-from amici_eval.tracking.registry import keep_artifacts_in
+from amici_eval.tracking.models.registry import keep_artifacts_in
+from amici_eval.tracking.runs.local_results import check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -177,6 +177,6 @@ def _command(arguments: list[str], say: Callable[..., None]) -> str:
 
 
 def _evaluation_of(tracking_uri: str, run_id: str) -> Any:
-    from amici_eval.tracking.uploading import load_evaluation
+    from amici_eval.tracking.jobs.uploading import load_evaluation
 
     return load_evaluation(run_id, tracking_uri=tracking_uri)

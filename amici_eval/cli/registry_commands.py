@@ -33,7 +33,7 @@ def run_gate(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> 
     """Judge a version, print the verdict, and promote the version if that is asked for."""
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
     from amici_eval.report.verdict_files import verdict_lines, verdict_markdown
-    from amici_eval.tracking.gating import gate_job
+    from amici_eval.tracking.jobs.gating import gate_job
 
     with Reporter() as progress:
         run = gate_job(
@@ -71,8 +71,8 @@ def _gate_settings(config: DictConfig) -> dict[str, Any]:
 def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None]) -> int:
     """Take back the last promotion to an alias."""
     tracking = tracking_spec(config)
-    from amici_eval.tracking.promotion import rollback
-    from amici_eval.tracking.registry import connect
+    from amici_eval.tracking.jobs.promotion import rollback
+    from amici_eval.tracking.models.registry import connect
 
     connect(tracking.uri, retry_s=tracking.retry_s)
     done = rollback(config.model, config.alias, dry_run=dry_run)
@@ -84,14 +84,14 @@ def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> in
     """Judge all versions of a model that have no verdict for these settings, once or for ever."""
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
     from amici_eval.settings.gate_spec import gate_key
-    from amici_eval.tracking.registry import connect_to
-    from amici_eval.tracking.watching import watch
+    from amici_eval.tracking.jobs.watching import watch
+    from amici_eval.tracking.models.registry import connect_to
 
     uri = mask_secrets(connect_to(tracking))
     key = gate_key(**settings)
 
     def judge(model_uri: str) -> str:
-        from amici_eval.tracking.gating import gate_job
+        from amici_eval.tracking.jobs.gating import gate_job
 
         for _ in range(_AGAIN):
             with Reporter() as progress:

@@ -17,7 +17,7 @@ from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
 from amici_eval.common.errors import mask_secrets
-from amici_eval.tracking.fetching import NAMED, as_local_path, fetch
+from amici_eval.tracking.store.fetching import NAMED, as_local_path, fetch
 
 if TYPE_CHECKING:
     from anndata import AnnData

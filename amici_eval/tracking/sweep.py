@@ -11,10 +11,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
 from amici_eval.common.errors import first_line, mask_secrets
-from amici_eval.tracking.heartbeat import Heartbeat
-from amici_eval.tracking.patience import patiently
-from amici_eval.tracking.searching import all_pages
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, mark_whole, start_run
+from amici_eval.tracking.runs.heartbeat import Heartbeat
+from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE, mark_whole, start_run
+from amici_eval.tracking.store.patience import patiently
+from amici_eval.tracking.store.searching import all_pages
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -74,7 +74,7 @@ class ParentRun(Callback):
         """Start the parent run, or take over the one that ``mlflow run`` opened."""
         import mlflow
 
-        from amici_eval.tracking.registry import connect
+        from amici_eval.tracking.models.registry import connect
 
         tracking = config.tracking
         os.environ["MLFLOW_TRACKING_URI"] = connect(tracking.uri)

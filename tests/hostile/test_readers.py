@@ -268,7 +268,7 @@ def test_arguments_of_any_text(arguments):
 @settings(seeded, max_examples=25)
 @given(st.data())
 def test_a_stored_model_of_any_bytes(base, tmp_path, name, signed, data):
-    from amici_eval.tracking.stored_model import open_stored_model
+    from amici_eval.tracking.models.stored_model import open_stored_model
 
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
     model = base.model(tmp_path)

@@ -15,10 +15,10 @@ from amici_eval.common.names import slugify
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import MODES, ReportSpec
-from amici_eval.tracking.local_results import RunRecord
-from amici_eval.tracking.run_contents import evaluation_metrics, write_artifacts
-from amici_eval.tracking.run_log import deliver
-from amici_eval.tracking.uploading import load_evaluation
+from amici_eval.tracking.jobs.uploading import load_evaluation
+from amici_eval.tracking.runs.local_results import RunRecord
+from amici_eval.tracking.runs.run_contents import evaluation_metrics, write_artifacts
+from amici_eval.tracking.runs.run_log import deliver
 from tests.builders import make_evaluation, make_moments
 
 NO_FIGURES = ReportSpec(figures=False)

@@ -89,8 +89,8 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     from amici_eval.cli import commands as cli
     from amici_eval.cli.terminal import forget_signals
     from amici_eval.evaluation import finished_parts
-    from amici_eval.tracking.jobs import evaluate_job
-    from amici_eval.tracking.patience import tracking_errors
+    from amici_eval.tracking.jobs.jobs import evaluate_job
+    from amici_eval.tracking.store.patience import tracking_errors
 
     torch.set_num_threads(1)
     forget_signals()

@@ -13,7 +13,8 @@ import pytest
 
 from amici_eval.cli.commands import main
 from amici_eval.evaluation import pipeline as evaluation
-from amici_eval.tracking import patience, promotion
+from amici_eval.tracking.jobs import promotion
+from amici_eval.tracking.store import patience
 from tests.serving import Server
 from tests.stub import ANSWERS, PASSING, Stub
 

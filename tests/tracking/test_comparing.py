@@ -23,11 +23,11 @@ from amici_eval.settings.specs import (
     SubsetSpec,
     TrackingSpec,
 )
-from amici_eval.tracking import compared_cells, gathering
-from amici_eval.tracking.compared_cells import model_uris
-from amici_eval.tracking.comparing import compare_job
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.jobs import evaluate_job
+from amici_eval.tracking.jobs import compared_cells, gathering
+from amici_eval.tracking.jobs.compared_cells import model_uris
+from amici_eval.tracking.jobs.comparing import compare_job
+from amici_eval.tracking.jobs.jobs import evaluate_job
 from tests.model.test_comparison import relabelled
 
 pytestmark = pytest.mark.amici

@@ -24,15 +24,16 @@ from omegaconf import OmegaConf
 
 from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.settings.specs import TrackingSpec
-from amici_eval.tracking import registry, run_log
-from amici_eval.tracking.heartbeat import PARTIAL_TAG, close_abandoned
-from amici_eval.tracking.local_results import ARTIFACTS
-from amici_eval.tracking.registry import connect
-from amici_eval.tracking.reuse import FINGERPRINT_TAG, find_evaluation
-from amici_eval.tracking.searching import version_numbers
+from amici_eval.tracking.models import registry
+from amici_eval.tracking.models.registry import connect
+from amici_eval.tracking.runs import run_log
+from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG, close_abandoned
+from amici_eval.tracking.runs.local_results import ARTIFACTS
+from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG, find_evaluation
+from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.runs.unfinished import UnfinishedWork
+from amici_eval.tracking.store.searching import version_numbers
 from amici_eval.tracking.sweep import ParentRun, close_parent
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
-from amici_eval.tracking.unfinished import UnfinishedWork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -471,7 +472,7 @@ def test_runs_of_others_are_closed_wherever_they_are_in_limited_time(monkeypatch
     many = [f"r{number}" for number in range(5)]
     assert close_abandoned(Crowded(holds={"2344": many})) == many
     store = Crowded(holds={"2344": many})
-    monkeypatch.setattr("amici_eval.tracking.heartbeat._SEARCH_S", -1.0)
+    monkeypatch.setattr("amici_eval.tracking.runs.heartbeat._SEARCH_S", -1.0)
     assert close_abandoned(store) == []
     assert store.asked == []
 

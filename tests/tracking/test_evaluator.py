@@ -15,7 +15,7 @@ import amici_eval
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError, TrackingError
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.tracking.evaluator import AMICIEvaluator, settings_from_config
-from amici_eval.tracking.uploading import upload
+from amici_eval.tracking.jobs.uploading import upload
 
 pytestmark = pytest.mark.amici
 

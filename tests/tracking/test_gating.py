@@ -18,10 +18,10 @@ from amici_eval.model.untrained import untrained_like
 from amici_eval.results.verdict import Verdict
 from amici_eval.settings.gate_spec import GateSpec, Rule
 from amici_eval.settings.specs import ReportSpec, TrackingSpec
-from amici_eval.tracking import compared_cells, gating
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.gating import gate_job
-from amici_eval.tracking.promotion import rollback
+from amici_eval.tracking.jobs import compared_cells, gating
+from amici_eval.tracking.jobs.gating import gate_job
+from amici_eval.tracking.jobs.promotion import rollback
 from tests.cli.test_cli import call
 from tests.model.test_comparison import relabelled
 from tests.tracking.test_comparing import QUICK, SPEC
@@ -182,7 +182,7 @@ def test_a_champion_that_was_replaced_meanwhile_is_not_replaced_again(model, mon
 
 def test_a_baseline_that_cannot_be_evaluated_leaves_the_verdict_open(model, monkeypatch, trained):
     gated(model, 1)
-    from amici_eval.tracking import gathering
+    from amici_eval.tracking.jobs import gathering
 
     evaluate_job = gathering.evaluate_job
 

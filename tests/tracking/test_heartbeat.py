@@ -18,11 +18,11 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
 from requests import ConnectionError as RequestsConnectionError
 
 from amici_eval.settings.specs import TrackingSpec
-from amici_eval.tracking import heartbeat
-from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, STOPPED_S, Beat, Heartbeat, close_abandoned
-from amici_eval.tracking.patience import patiently
-from amici_eval.tracking.registry import connect
-from amici_eval.tracking.tracked_run import tracked_run
+from amici_eval.tracking.models.registry import connect
+from amici_eval.tracking.runs import heartbeat
+from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, STOPPED_S, Beat, Heartbeat, close_abandoned
+from amici_eval.tracking.runs.tracked_run import tracked_run
+from amici_eval.tracking.store.patience import patiently
 
 
 def start(beat: Beat | str, *, partial: bool = True) -> str:
@@ -38,7 +38,7 @@ def status(run_id: str) -> str:
 
 def gone_process() -> Beat:
     """Return the sign of life of a process that has ended."""
-    code = "from amici_eval.tracking.heartbeat import Beat; print(Beat.now().to_text())"
+    code = "from amici_eval.tracking.runs.heartbeat import Beat; print(Beat.now().to_text())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     beat = Beat.parse(done.stdout)
     assert beat is not None
@@ -167,7 +167,7 @@ def test_any_tag_is_a_sign_or_none(text):
 
 def waiting(monkeypatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr("amici_eval.tracking.patience.time.sleep", waits.append)
+    monkeypatch.setattr("amici_eval.tracking.store.patience.time.sleep", waits.append)
     return waits
 
 

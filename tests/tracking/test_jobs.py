@@ -19,8 +19,8 @@ from amici_eval.model.engines.access import neighbours
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.results.tile_moments import Moments
 from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
-from amici_eval.tracking.jobs import evaluate_job, register_job
-from amici_eval.tracking.uploading import load_evaluation, upload
+from amici_eval.tracking.jobs.jobs import evaluate_job, register_job
+from amici_eval.tracking.jobs.uploading import load_evaluation, upload
 
 pytestmark = pytest.mark.amici
 

@@ -36,9 +36,9 @@ from amici_eval.common.errors import (
     OutputError,
     TrackingError,
 )
-from amici_eval.tracking import patience
-from amici_eval.tracking.fetching import fetch
-from amici_eval.tracking.patience import tracking_errors, understood
+from amici_eval.tracking.store import patience
+from amici_eval.tracking.store.fetching import fetch
+from amici_eval.tracking.store.patience import tracking_errors, understood
 
 
 def from_(error, cause):
@@ -281,7 +281,7 @@ def test_our_own_fault_is_called_so_and_kept_in_a_file(bare_model, monkeypatch, 
         raise KeyError("surprise")
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("amici_eval.tracking.promotion.rollback", fail)
+    monkeypatch.setattr("amici_eval.tracking.jobs.promotion.rollback", fail)
     with pytest.raises(SystemExit) as end:
         main(["rollback", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"])
     said = capsys.readouterr().err
@@ -377,7 +377,7 @@ def test_where_results_cannot_go_is_found_before_any_work(command, setting, word
 @pytest.mark.parametrize("name", ["", "breast.v2", "a/b", "a:b", "a@b", "100%", "it's", '"x"', ".."])
 def test_names_that_mlflow_refuses_are_found_before_any_work(name, bare_model):
     from amici_eval.settings.specs import TrackingSpec
-    from amici_eval.tracking.jobs import register_job
+    from amici_eval.tracking.jobs.jobs import register_job
 
     options = {"data_uri": None, "adata": None, "trust": False, "alias": None}
     with pytest.raises(InvalidSpecError, match="name=") as caught:

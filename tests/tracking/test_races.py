@@ -9,8 +9,8 @@ import mlflow
 import pytest
 
 from amici_eval.common.errors import TrackingError
-from amici_eval.tracking.promotion import promotions
-from amici_eval.tracking.watching import watch
+from amici_eval.tracking.jobs.promotion import promotions
+from amici_eval.tracking.jobs.watching import watch
 from tests.racing import promoter, race_key, watcher
 from tests.tracking.test_server import server  # noqa: F401 - a fixture
 

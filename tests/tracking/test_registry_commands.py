@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from amici_eval.tracking.promotion import promote
+from amici_eval.tracking.jobs.promotion import promote
 from tests.cli.test_cli import call
 from tests.test_imports import HEAVY, loaded_after
 

@@ -17,13 +17,13 @@ from amici_eval.evaluation.finished_parts import FinishedParts
 from amici_eval.evaluation.type_tasks import evaluate_task
 from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.tracking import run_log
-from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
-from amici_eval.tracking.jobs import evaluate_job
-from amici_eval.tracking.local_results import ARTIFACTS, RECORD_FILE
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE, tracked_run
-from amici_eval.tracking.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
-from amici_eval.tracking.uploading import upload
+from amici_eval.tracking.jobs.jobs import evaluate_job
+from amici_eval.tracking.jobs.uploading import upload
+from amici_eval.tracking.runs import run_log
+from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
+from amici_eval.tracking.runs.local_results import ARTIFACTS, RECORD_FILE
+from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.runs.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
 
 pytestmark = pytest.mark.amici
 
@@ -225,7 +225,7 @@ def test_a_run_in_which_nothing_was_finished_goes_on_too(registry, tmp_path, mon
 def test_a_folder_whose_removal_was_cut_short_is_removed_by_the_next(registry, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # as if killed once the folder was to go
-        patch.setattr("amici_eval.tracking.unfinished.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("amici_eval.tracking.runs.unfinished.shutil.rmtree", lambda *_, **__: None)
         first = run(experiment="cut short")
     assert mlflow.get_run(first.run_id).info.status == "FINISHED"
     (left,) = (tmp_path / "out").iterdir()
@@ -538,7 +538,7 @@ def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatc
 
 def test_an_interrupted_comparison_takes_up_the_types_of_its_evaluations(registry, tmp_path, stop):
     from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.tracking.comparing import compare_job
+    from amici_eval.tracking.jobs.comparing import compare_job
 
     def compare():
         return compare_job(
@@ -574,7 +574,7 @@ def test_a_close_that_is_asked_again_closes_this_run_and_no_other(registry, monk
 
     inner_id = [""]
     monkeypatch.setattr(client, "set_terminated", once)
-    monkeypatch.setattr("amici_eval.tracking.patience.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("amici_eval.tracking.store.patience.time.sleep", lambda seconds: None)
     tracking = TrackingSpec(experiment="nested", retry_s=30.0)
     with tracked_run(tracking, name="outer", tags={}) as outer:
         monkeypatch.setenv(PARENT_RUN_VARIABLE, outer.info.run_id)
@@ -599,7 +599,7 @@ def test_a_start_that_is_asked_again_keeps_the_run_of_mlflow_run(registry, monke
         return real(**options)
 
     monkeypatch.setattr(mlflow, "start_run", once)
-    monkeypatch.setattr("amici_eval.tracking.patience.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("amici_eval.tracking.store.patience.time.sleep", lambda seconds: None)
     with tracked_run(TrackingSpec(retry_s=30.0), name="x", tags={}) as run:
         assert run.info.run_id == opened
 

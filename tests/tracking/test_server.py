@@ -14,8 +14,8 @@ import pytest
 import amici_eval
 from amici_eval.common.errors import TrackingError
 from amici_eval.settings.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.tracking.jobs import evaluate_job, register_job
-from amici_eval.tracking.uploading import upload
+from amici_eval.tracking.jobs.jobs import evaluate_job, register_job
+from amici_eval.tracking.jobs.uploading import upload
 from tests.serving import Server
 
 if TYPE_CHECKING:

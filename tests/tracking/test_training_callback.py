@@ -21,10 +21,10 @@ from amici_eval import HeadEvaluationCallback
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.common.names import slugify
 from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.tracking import training_callback
-from amici_eval.tracking.run_contents import evaluation_metrics
-from amici_eval.tracking.training_cells import cells_to_evaluate
-from amici_eval.tracking.training_run import RunInTraining
+from amici_eval.tracking.runs.run_contents import evaluation_metrics
+from amici_eval.tracking.training import training_callback
+from amici_eval.tracking.training.training_cells import cells_to_evaluate
+from amici_eval.tracking.training.training_run import RunInTraining
 
 SMALL = {
     "n_heads": 2,
@@ -38,7 +38,7 @@ SMALL = {
     "distance_kernel_unit_scale": 10.0,
 }
 N_EPOCHS = 5
-NAME = "amici_eval.tracking.training_callback"
+NAME = "amici_eval.tracking.training.training_callback"
 
 
 @pytest.fixture

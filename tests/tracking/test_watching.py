@@ -9,10 +9,10 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
-from amici_eval.tracking import watching
-from amici_eval.tracking.lease import held
-from amici_eval.tracking.registry_tags import RegistryTags
-from amici_eval.tracking.watching import Watched, watch
+from amici_eval.tracking.jobs import watching
+from amici_eval.tracking.jobs.watching import Watched, watch
+from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.runs.lease import held
 
 KEY = "0123456789ab"
 VERDICT = f"amici_eval.verdict.{KEY}"
@@ -233,7 +233,7 @@ def test_a_model_that_is_not_there_is_told(bare_model):  # noqa: ARG001, RUF100 
 
 _DIES = """
 import sys, time, mlflow
-from amici_eval.tracking.watching import watch
+from amici_eval.tracking.jobs.watching import watch
 uri, name, key = sys.argv[1:]
 mlflow.set_tracking_uri(uri)
 def judge(model_uri):

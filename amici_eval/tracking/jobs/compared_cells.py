@@ -12,15 +12,15 @@ import numpy as np
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.results.comparison_parts import FailedVersion
 from amici_eval.settings.specs import EvaluationSpec, SubsetSpec
-from amici_eval.tracking.registry import find_dataset, resolve_model
-from amici_eval.tracking.searching import version_numbers
-from amici_eval.tracking.stored_model import open_stored_model
+from amici_eval.tracking.models.registry import find_dataset, resolve_model
+from amici_eval.tracking.models.stored_model import open_stored_model
+from amici_eval.tracking.store.searching import version_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.tracking.registry import ResolvedModel
+    from amici_eval.tracking.models.registry import ResolvedModel
 
 __all__ = ["Column", "ComparedCells", "cells_of", "columns_of", "model_uris"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import InvalidSpecError, TrackingError, first_line
 from amici_eval.common.masking import mask_mapping, masked
-from amici_eval.tracking.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
-from amici_eval.tracking.patience import is_missing, patiently, store_errors
+from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
+from amici_eval.tracking.store.patience import is_missing, patiently, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.common.durable import FolderLock, write_text_durably
 from amici_eval.common.errors import TrackingError, mask_secrets
 from amici_eval.evaluation.finished_parts import FinishedParts
-from amici_eval.tracking.heartbeat import PARTIAL_TAG
-from amici_eval.tracking.local_results import RECORD_FILE, output_folder
-from amici_eval.tracking.patience import is_missing, store_errors, understood
-from amici_eval.tracking.tracked_run import NOTE_TAG, PARENT_RUN_VARIABLE
+from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG
+from amici_eval.tracking.runs.local_results import RECORD_FILE, output_folder
+from amici_eval.tracking.runs.tracked_run import NOTE_TAG, PARENT_RUN_VARIABLE
+from amici_eval.tracking.store.patience import is_missing, store_errors, understood
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,14 +22,14 @@ from amici_eval.common.errors import (
     first_line,
     mask_secrets,
 )
-from amici_eval.tracking.heartbeat import close_abandoned
-from amici_eval.tracking.patience import asked_again, is_missing, set_patience, store_errors, tracking_errors
-from amici_eval.tracking.searching import all_pages, version_numbers
-from amici_eval.tracking.tracked_run import PARENT_RUN_VARIABLE
+from amici_eval.tracking.runs.heartbeat import close_abandoned
+from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE
+from amici_eval.tracking.store.patience import asked_again, is_missing, set_patience, store_errors, tracking_errors
+from amici_eval.tracking.store.searching import all_pages, version_numbers
 
 if TYPE_CHECKING:
     from amici_eval.settings.specs import TrackingSpec
-    from amici_eval.tracking.stored_model import StoredModel
+    from amici_eval.tracking.models.stored_model import StoredModel
 
 __all__ = [
     "ResolvedModel",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.durable import is_disk_full
 from amici_eval.common.errors import OutputError, TrackingError
-from amici_eval.tracking.local_results import ARTIFACTS, RunRecord
-from amici_eval.tracking.patience import optional, patiently, understood
-from amici_eval.tracking.run_contents import write_artifacts
-from amici_eval.tracking.tracked_run import mark_whole
+from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord
+from amici_eval.tracking.runs.run_contents import write_artifacts
+from amici_eval.tracking.runs.tracked_run import mark_whole
+from amici_eval.tracking.store.patience import optional, patiently, understood
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError
-from amici_eval.tracking.promotion import promoted_over
-from amici_eval.tracking.registry import resolve_model
-from amici_eval.tracking.registry_tags import RegistryTags
+from amici_eval.tracking.jobs.promotion import promoted_over
+from amici_eval.tracking.models.registry import resolve_model
+from amici_eval.tracking.models.registry_tags import RegistryTags
 
 if TYPE_CHECKING:
-    from amici_eval.tracking.registry import ResolvedModel
+    from amici_eval.tracking.models.registry import ResolvedModel
 
 __all__ = ["Against", "baseline_of"]
 

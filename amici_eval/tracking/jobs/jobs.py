@@ -12,9 +12,7 @@ from amici_eval.common.errors import DataError, InvalidSpecError, TrackingError,
 from amici_eval.common.escaping import code_block
 from amici_eval.settings.launch_spec import LaunchSpec
 from amici_eval.settings.spec_checks import check_alias
-from amici_eval.tracking.local_results import RunRecord, checked_output, remove_local
-from amici_eval.tracking.patience import optional, patiently, store_errors
-from amici_eval.tracking.registry import (
+from amici_eval.tracking.models.registry import (
     ResolvedModel,
     check_model_name,
     connect_to,
@@ -22,11 +20,13 @@ from amici_eval.tracking.registry import (
     known_model_id,
     resolve_model,
 )
-from amici_eval.tracking.reuse import FINGERPRINT_TAG, fingerprint, resume_key
-from amici_eval.tracking.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
-from amici_eval.tracking.run_log import deliver
-from amici_eval.tracking.tracked_run import NOTE_TAG, tracked_run, undisturbed
-from amici_eval.tracking.unfinished import UnfinishedWork
+from amici_eval.tracking.runs.local_results import RunRecord, checked_output, remove_local
+from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG, fingerprint, resume_key
+from amici_eval.tracking.runs.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
+from amici_eval.tracking.runs.run_log import deliver
+from amici_eval.tracking.runs.tracked_run import NOTE_TAG, tracked_run, undisturbed
+from amici_eval.tracking.runs.unfinished import UnfinishedWork
+from amici_eval.tracking.store.patience import optional, patiently, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +100,7 @@ def evaluate_job(
     from amici_eval.evaluation.launching import open_launcher
     from amici_eval.model.opening import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
-    from amici_eval.tracking.stored_model import open_stored_model
+    from amici_eval.tracking.models.stored_model import open_stored_model
 
     launch = launch or LaunchSpec()
     launch.check_device(resolve_device(spec.ablation.device))

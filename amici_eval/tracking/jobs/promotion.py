@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.lease import held
-from amici_eval.tracking.registry_tags import RegistryTags
+from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.runs.lease import held
 
 if TYPE_CHECKING:
-    from amici_eval.tracking.lease import Lease
+    from amici_eval.tracking.runs.lease import Lease
 
 __all__ = ["PROMOTIONS_TAG", "ROLLED_BACK_TAG", "Promotion", "promote", "promoted_over", "promotions", "rollback"]
 

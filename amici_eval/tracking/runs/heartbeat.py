@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from amici_eval.common.errors import first_line
-from amici_eval.tracking.patience import store_errors
-from amici_eval.tracking.searching import runs_anywhere
+from amici_eval.tracking.store.patience import store_errors
+from amici_eval.tracking.store.searching import runs_anywhere
 
 __all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]
 

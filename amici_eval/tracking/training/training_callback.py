@@ -18,9 +18,15 @@ from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.settings.spec_checks import require_int, require_one_of
 from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.tracking.run_contents import evaluation_metrics
-from amici_eval.tracking.training_cells import CELLS, Split, TrainingCells, cells_to_evaluate
-from amici_eval.tracking.training_run import ModelInTraining, Once, RunInTraining, generators_untouched, split_of
+from amici_eval.tracking.runs.run_contents import evaluation_metrics
+from amici_eval.tracking.training.training_cells import CELLS, Split, TrainingCells, cells_to_evaluate
+from amici_eval.tracking.training.training_run import (
+    ModelInTraining,
+    Once,
+    RunInTraining,
+    generators_untouched,
+    split_of,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from amici_eval.common.errors import first_line
 from amici_eval.results.evaluation import FILE_NAME, SCHEMA_VERSION
 from amici_eval.results.tile_moments import MOMENTS_FILE
 from amici_eval.settings.specs import settings_that_matter
-from amici_eval.tracking.patience import asked_again, patiently, store_errors
-from amici_eval.tracking.searching import runs_anywhere
+from amici_eval.tracking.store.patience import asked_again, patiently, store_errors
+from amici_eval.tracking.store.searching import runs_anywhere
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,1 @@
+"""What a command does: evaluate, compare, gate, watch, promote, upload."""

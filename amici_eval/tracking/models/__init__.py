@@ -1,0 +1,1 @@
+"""Registered models: found, opened, tagged."""

@@ -1,0 +1,1 @@
+"""Runs: started, kept alive, written, delivered, taken up again."""

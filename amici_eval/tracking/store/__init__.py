@@ -1,0 +1,1 @@
+"""Asking a store: errors and retries, searches, fetched data."""

@@ -1,0 +1,1 @@
+"""Head metrics while AMICI trains."""
