@@ -10,7 +10,7 @@ import pandas as pd
 
 from amici_eval.common.names import slugify
 from amici_eval.report.csv_files import write_csv
-from amici_eval.report.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
+from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.wording import (
     WHY_THIS_ORDER,
     effect,

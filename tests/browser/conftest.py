@@ -140,8 +140,8 @@ def evaluation():
 @pytest.fixture(scope="session")
 def report(evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its page, with figures."""
-    from amici_eval.report.html import write_html
-    from amici_eval.report.saving import save_figures
+    from amici_eval.report.figures.saving import save_figures
+    from amici_eval.report.page.html import write_html
 
     folder = tmp_path_factory.mktemp("page")
     shown = AWKWARD_TYPES[:2]
@@ -152,7 +152,7 @@ def report(evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def comparison_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a comparison: the same frame, script and styles."""
-    from amici_eval.report.comparison_page import write_comparison_html
+    from amici_eval.report.page.comparison_page import write_comparison_html
     from tests.builders import make_comparison
 
     return write_comparison_html(make_comparison(), tmp_path_factory.mktemp("comparison"))
@@ -162,7 +162,7 @@ def comparison_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a page with one table of a column of values."""
     from amici_eval.report.markup import cell, row, section, table
-    from amici_eval.report.page import write_page
+    from amici_eval.report.page.page import write_page
 
     def write(values: list[str]) -> Path:
         rows = [row(f"row {number}", [cell(value)]) for number, value in enumerate(values)]

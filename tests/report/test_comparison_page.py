@@ -12,17 +12,17 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from amici_eval.common.errors import DataError, InvalidSpecError
-from amici_eval.report.comparison_figures import (
+from amici_eval.report.comparison_tables import write_comparison_tables
+from amici_eval.report.comparison_words import comparison_sentences
+from amici_eval.report.figures.comparison_figures import (
     plot_differences,
     plot_lineage,
     plot_similarity,
     plot_versions,
     save_comparison_figures,
 )
-from amici_eval.report.comparison_page import write_comparison_html
-from amici_eval.report.comparison_tables import write_comparison_tables
-from amici_eval.report.comparison_words import comparison_sentences
-from amici_eval.report.sender_changes import plot_sender_differences, sender_changes_section
+from amici_eval.report.figures.sender_changes import plot_sender_differences, sender_changes_section
+from amici_eval.report.page.comparison_page import write_comparison_html
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.comparison_senders import SENDER_DIFFERENCE_COLUMNS
 from amici_eval.settings.comparison_spec import ComparisonSpec

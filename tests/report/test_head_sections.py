@@ -8,10 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from amici_eval.report.head_sections import head_sections, verdict_sentence
-from amici_eval.report.html import write_html
 from amici_eval.report.markup import table
-from amici_eval.report.provenance import provenance_section
+from amici_eval.report.page.head_sections import head_sections, verdict_sentence
+from amici_eval.report.page.html import write_html
+from amici_eval.report.page.provenance import provenance_section
 from amici_eval.report.wording import effect, interval, p_text
 from tests.builders import make_evaluation
 from tests.report.test_html import EVIL, WRITTEN, Page

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from amici_eval.common.errors import DataError, OutputError
-from amici_eval.report.html import write_html
-from amici_eval.report.saving import save_figures
+from amici_eval.report.figures.saving import save_figures
+from amici_eval.report.page.html import write_html
 from amici_eval.report.wording import effect
 from amici_eval.settings.specs import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation

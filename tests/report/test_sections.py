@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from amici_eval.report.html import write_html
-from amici_eval.report.sections import (
+from amici_eval.report.page.html import write_html
+from amici_eval.report.page.sections import (
     genes_section,
     held_out_section,
     scale_section,

@@ -12,9 +12,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError
-from amici_eval.report.html import write_html
-from amici_eval.report.saving import save_figures
-from amici_eval.report.senders_figure import plot_sender_graph, plot_senders, senders_size
+from amici_eval.report.figures.saving import save_figures
+from amici_eval.report.figures.senders_figure import plot_sender_graph, plot_senders, senders_size
+from amici_eval.report.page.html import write_html
 from amici_eval.report.senders_section import senders_section, sure_links
 from tests.builders import AWKWARD_TYPES, make_evaluation
 from tests.report.test_figures import svg_texts, texts

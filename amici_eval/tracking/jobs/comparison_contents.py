@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from amici_eval.common.names import slugify
-from amici_eval.report.comparison_page import write_comparison_html
 from amici_eval.report.comparison_tables import write_comparison_tables
+from amici_eval.report.page.comparison_page import write_comparison_html
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ def write_comparison(
     (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
     figures: dict[str, Path] = {}
     if report.figures:
-        from amici_eval.report.comparison_figures import save_comparison_figures
+        from amici_eval.report.figures.comparison_figures import save_comparison_figures
 
         paths = save_comparison_figures(comparison, folder / "figures", formats=report.formats)
         figures = {path.stem: path for path in paths if path.suffix == ".svg"} or {path.stem: path for path in paths}

@@ -132,7 +132,7 @@ def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
                 fix="choose among these",
             )
     if report.figures and report.palette is not None:
-        from amici_eval.report.drawing import type_colours
+        from amici_eval.report.figures.drawing import type_colours
 
         type_colours(cell_types, report.palette)
 
@@ -145,7 +145,7 @@ def write_artifacts(
     config_yaml: str,
 ) -> None:
     """Write the tables, figures and report of an evaluation, as a run holds them, into a folder."""
-    from amici_eval.report.html import write_html
+    from amici_eval.report.page.html import write_html
     from amici_eval.report.significance import write_significance
     from amici_eval.report.tables import write_tables
 
@@ -157,7 +157,7 @@ def write_artifacts(
     (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
     figures: dict[str, Path] = {}
     if report.figures:
-        from amici_eval.report.saving import save_figures
+        from amici_eval.report.figures.saving import save_figures
 
         paths = save_figures(
             evaluation,

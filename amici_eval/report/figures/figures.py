@@ -10,7 +10,7 @@ import numpy as np
 
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.names import slugify
-from amici_eval.report.drawing import (
+from amici_eval.report.figures.drawing import (
     INK,
     MUTED,
     UNDEFINED,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
     from matplotlib.axes import Axes
 
-    from amici_eval.report.drawing import Palette
+    from amici_eval.report.figures.drawing import Palette
     from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = [

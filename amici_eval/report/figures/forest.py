@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.lines import Line2D
 
-from amici_eval.report.drawing import MUTED, literal
+from amici_eval.report.figures.drawing import MUTED, literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

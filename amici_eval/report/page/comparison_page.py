@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.report.comparison_words import comparison_sentences
+from amici_eval.report.figures.sender_changes import sender_changes_section
+from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, row, section, table, text
-from amici_eval.report.page import write_page
-from amici_eval.report.sender_changes import sender_changes_section
-from amici_eval.report.svg import inline_figure
+from amici_eval.report.page.page import write_page
 from amici_eval.report.wording import effect, interval, made_folder, p_text, printable
 
 if TYPE_CHECKING:

@@ -11,7 +11,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from amici_eval.common.errors import DataError
-from amici_eval.report.drawing import INK, MUTED, UNDEFINED, add_caption, chosen_types, drawn_label, literal, new_axes
+from amici_eval.report.figures.drawing import (
+    INK,
+    MUTED,
+    UNDEFINED,
+    add_caption,
+    chosen_types,
+    drawn_label,
+    literal,
+    new_axes,
+)
 from amici_eval.report.senders_section import sure_links
 from amici_eval.report.wording import effect, in_sample_text
 

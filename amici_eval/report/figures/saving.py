@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.report.ablation_figures import (
+from amici_eval.report.figures.ablation_figures import (
     ABLATIONS_STEM,
     INTERACTIONS_STEM,
     ablations_size,
@@ -19,9 +19,9 @@ from amici_eval.report.ablation_figures import (
     plot_ablations,
     plot_interactions,
 )
-from amici_eval.report.drawing import chosen_types
-from amici_eval.report.effects_figure import EFFECTS_STEM, effects_size, has_effects, plot_effects
-from amici_eval.report.figures import (
+from amici_eval.report.figures.drawing import chosen_types
+from amici_eval.report.figures.effects_figure import EFFECTS_STEM, effects_size, has_effects, plot_effects
+from amici_eval.report.figures.figures import (
     BARPLOT_STEM,
     barplot_size,
     check_n_top_genes,
@@ -31,7 +31,7 @@ from amici_eval.report.figures import (
     plot_heatmap,
     top_genes,
 )
-from amici_eval.report.senders_figure import (
+from amici_eval.report.figures.senders_figure import (
     SENDER_GRAPH_STEM,
     SENDERS_STEM,
     graph_size,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from amici_eval.report.drawing import Palette
+    from amici_eval.report.figures.drawing import Palette
     from amici_eval.results.evaluation import HeadEvaluation
 
     Drawing = tuple[str, tuple[float, float], Callable[[Axes], object]]

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from amici_eval.common.errors import DataError
-from amici_eval.report.drawing import INK, MUTED, add_caption, chosen_types, drawn_label, literal, opened
-from amici_eval.report.figures import significance_note
+from amici_eval.report.figures.drawing import INK, MUTED, add_caption, chosen_types, drawn_label, literal, opened
+from amici_eval.report.figures.figures import significance_note
 from amici_eval.report.wording import rounded
 
 if TYPE_CHECKING:

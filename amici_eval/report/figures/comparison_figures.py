@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
-from amici_eval.report.drawing import INK, MUTED, add_caption, drawn_label, literal, new_axes
-from amici_eval.report.forest import ForestRow, draw_forest, forest_size, largest
-from amici_eval.report.saving import FORMATS, save_drawings
-from amici_eval.report.sender_changes import plot_sender_differences, sender_differences_size
+from amici_eval.report.figures.drawing import INK, MUTED, add_caption, drawn_label, literal, new_axes
+from amici_eval.report.figures.forest import ForestRow, draw_forest, forest_size, largest
+from amici_eval.report.figures.saving import FORMATS, save_drawings
+from amici_eval.report.figures.sender_changes import plot_sender_differences, sender_differences_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from amici_eval.report.saving import Drawing
+    from amici_eval.report.figures.saving import Drawing
     from amici_eval.results.comparison import HeadComparison
 
 __all__ = ["plot_differences", "plot_lineage", "plot_similarity", "plot_versions", "save_comparison_figures"]

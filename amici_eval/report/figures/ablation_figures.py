@@ -10,7 +10,7 @@ import numpy as np
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.names import slugify
-from amici_eval.report.drawing import (
+from amici_eval.report.figures.drawing import (
     INK,
     UNDEFINED,
     add_caption,
