@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 import pytest
 
@@ -28,8 +28,8 @@ COMPILED = "amici_eval.stats.permutation.kernels"
 
 
 def modules_of(package: str) -> list[str]:
-    folder = Path(amici_eval.__file__).parent / package
-    return [f"amici_eval.{package}.{one.name}" for one in iter_modules([str(folder)])]
+    folder, prefix = Path(amici_eval.__file__).parent / package, f"amici_eval.{package}."
+    return [one.name for one in walk_packages([str(folder)], prefix) if not one.ispkg]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -40,8 +40,8 @@ def sender_differences_between(
     -----
     The tile's share of a difference is that of the losses: what the masked head leaves of expression in a tile, minus
     what the whole head leaves, each against the squares of expression of the type. It goes the way of all differences
-    (:func:`~amici_eval.stats.tiles.tile_changes.share_changes`). Losses are kept over all genes together, so that versions
-    with other genes have differences without interval and p.
+    (:func:`~amici_eval.stats.tiles.tile_changes.share_changes`). Losses are kept over all genes together, so that
+    versions with other genes have differences without interval and p.
     """
     if before.senders is None or after.senders is None:
         return None

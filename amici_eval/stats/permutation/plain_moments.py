@@ -27,7 +27,7 @@ def moments_of_predictions(
     tiles: Int64[np.ndarray, " cells"],
     place: Place | None = None,
 ) -> TypeMoments:
-    """Return the moments of one cell type from its predictions; see :func:`amici_eval.stats.permutation.moments.gather_moments`.
+    """Return the moments of one cell type from its predictions; see ``moments.gather_moments``.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def gene_intervals(rows: PairedRows, *, confidence: float = 0.95) -> GeneInterva
 
     Notes
     -----
-    A tile's share of the difference is ``D_b / S``, as in :func:`~amici_eval.stats.tiles.paired.paired_differences`; its
+    A tile's share of the difference is ``D_b / S``, as in ``paired.paired_differences``; its
     linearised standard error is ``s^2 = n / (n - 1) * sum_b (D_b - difference * T_b)^2 / S^2`` with T_b the squares of
     expression in the tile and S their sum, which is that of a ratio estimated from clusters (Cochran 1977, chapter 6).
     The interval is the difference plus and minus ``t * s``, with n - 1 degrees of freedom, n the effective number of

@@ -193,7 +193,7 @@ def share_changes(
 
     Notes
     -----
-    As :func:`~amici_eval.stats.tiles.paired.paired_differences`, with the same tiles drawn, but squares stay about the means
+    As ``paired.paired_differences``, with the same tiles drawn, but squares stay about the means
     over all tiles when tiles are drawn again: genes' means by tile would be needed for more. The p is the same; the
     interval differs in second order only.
     """

@@ -106,7 +106,7 @@ def watch(
     """Judge the versions of a registered model that have no verdict yet, oldest first, in one round or until an error.
 
     A version has a verdict if it has the tag ``amici_eval.verdict.<key>``, which ``judge`` writes. It is judged under a
-    lease on it (see `amici_eval.tracking.runs.lease.held`), and its tags are read again once the lease is there: watchers
+    lease on it (``lease.held``), and its tags are read again once the lease is there: watchers
     share the work, and none judges what another has judged. A watcher that is stopped for longer than ``lease_s`` while
     it judges is taken for dead; then two may judge a version, both with the same configuration. The seconds between
     rounds double from ``interval_s`` to ``max_interval_s`` while there is nothing to do.
