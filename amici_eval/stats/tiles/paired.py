@@ -161,7 +161,8 @@ def paired_differences(
     exchangeable in every tile, each D_b is as likely as its negative: signs are flipped, the same for all pairs and
     genes.
 
-    The interval is symmetric and studentised, as that of explained variance itself (``bootstrap.tile_bootstrap``), with the linearised standard error ``s^2 = sum_b (D_b - difference * T_b / S)^2``, T_b the squares
+    The interval is symmetric and studentised, as that of explained variance itself (``bootstrap.tile_bootstrap``),
+    with the linearised standard error ``s^2 = sum_b (D_b - difference * T_b / S)^2``, T_b the squares
     of expression in the tile. Equivalence takes both one-sided tests from the same resamples (TOST, Schuirmann 1987).
 
     Both take tiles to be about independent. n tiles have no p below ``2^(1 - n)``: five cannot reach .05.
