@@ -1,14 +1,17 @@
 """What Hydra may set, and how it becomes the frozen settings that everything else takes.
 
-The schema classes are plain dataclasses because Hydra needs that to refuse unknown keys and wrong types; they go no
-further than this module.
+Names, types and defaults come from the dataclasses of ``amici_eval.settings``; their checks come when these are made.
 """
 
+# Hydra knows Optional, List and Dict only
+# ruff: noqa: UP006, UP035, UP045
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -19,7 +22,20 @@ from amici_eval.common.masking import masked
 from amici_eval.settings.comparison_spec import ComparisonSpec
 from amici_eval.settings.gate_spec import GateSpec, gate_spec_from
 from amici_eval.settings.launch_spec import LaunchSpec
-from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
+from amici_eval.settings.specs import (
+    AblationSpec,
+    DataSpec,
+    EvaluationSpec,
+    PermutationSpec,
+    ReportSpec,
+    TrackingSpec,
+    TrainedOnSpec,
+    spec_from_mapping,
+    spec_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "SCHEMAS",
@@ -34,270 +50,109 @@ __all__ = [
     "tracking_spec",
 ]
 
-# Hydra resolves these annotations at run time and knows Optional, List and Dict only
-# ruff: noqa: UP006, UP035, UP045
-from typing import Dict, List
+_TEXT: tuple[Any, Any] = (Optional[str], None)
+_NEEDED: tuple[Any, Any] = (str, MISSING)
 
 
-@dataclass
-class SubsetConfig:
-    """Group ``data.subset``."""
-
-    key: Optional[str] = None
-    value: Optional[str] = None
-    indices: Optional[List[int]] = None
-    held_out: Optional[bool] = None
-    buffer: bool = False
-
-
-@dataclass
-class TrainedOnConfig:
-    """Groups ``data.trained_on`` and ``register.trained_on``."""
-
-    key: Optional[str] = None
-    value: Optional[str] = None
-    names: Optional[str] = None
+def _known_to_hydra(kind: Any) -> Any:
+    """Return the nearest type that Hydra knows: what may be text or a number is text, and all of a list are alike."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    known = [one for one in options if one is not type(None)]
+    found, parts = known[0], get_args(known[0])
+    if is_dataclass(found):
+        found = _group(found)
+    elif get_origin(found) is tuple:
+        found = List[_known_to_hydra(parts[0])]  # type: ignore[misc]
+    elif parts:
+        found = Dict[parts[0], parts[1]]  # type: ignore[valid-type]
+    return Optional[found] if len(known) < len(options) else found
 
 
-@dataclass
-class DataConfig:
-    """Group ``data``."""
-
-    uri: Optional[str] = None
-    table: Optional[str] = None
-    labels_key: Optional[str] = None
-    coord_obsm_key: Optional[str] = None
-    layer: Optional[str] = None
-    sample_key: Optional[str] = None
-    backed: Optional[bool] = None
-    subset: SubsetConfig = field(default_factory=SubsetConfig)
-    trained_on: TrainedOnConfig = field(default_factory=TrainedOnConfig)
+def _group(spec: Any, *, without: Sequence[str] = (), **further: tuple[Any, Any]) -> type[Any]:
+    """Return a class from which Hydra takes names, types and defaults of the settings in ``spec``, and further ones."""
+    kinds, known = get_type_hints(spec), {}
+    for one in fields(spec):
+        if one.name not in without:
+            default = one.default if one.default_factory is dataclasses.MISSING else None
+            known[one.name] = (
+                _known_to_hydra(kinds[one.name]),
+                list(default) if isinstance(default, tuple) else default,
+            )
+    return _schema(spec.__name__, **further, **known)
 
 
-@dataclass
-class AblationConfig:
-    """Group ``ablation``."""
-
-    engine: str = "factored"
-    device: str = "auto"
-    batch_size: int = 512
-    memory_budget: Optional[str] = None
-    modes: Optional[List[str]] = None
-    baselines: bool = True
-    without_nearest: bool = True
-    senders: bool = False
-
-
-@dataclass
-class PermutationConfig:
-    """Group ``permutation``."""
-
-    n_permutations: Optional[int] = None
-    alpha: float = 0.05
-    seed: int = 0
-    sampling: str = "independent"
-    convention: str = "add_one"
-    null: str = "free"
-    method: str = "monte_carlo"
-    stop_at: int = 20
-    tail: str = "none"
-    adjustment: str = "bh"
-    spatial_null: str = "lag"
-    spatial_method: str = "moments"
-    reach: Optional[float] = None
-    tile_width: Optional[float] = None
-    tile_widths: Optional[List[float]] = None
-    n_shifts: int = 999
-    confidence: float = 0.95
-    n_bootstrap: int = 1000
+def _schema(called: str, **settings: Any) -> type[Any]:
+    """Return a class of settings: groups, or pairs of type and default (``None`` where a new one is made each time)."""
+    made = []
+    for name, setting in settings.items():
+        kind, default = setting if isinstance(setting, tuple) else (setting, None)
+        factory: Any = next((one for one in (get_origin(kind), kind) if one in (list, dict) or is_dataclass(one)), None)
+        if factory is None or default is MISSING:
+            made.append((name, kind, field(default=default)))
+        else:
+            made.append((name, kind, field(default_factory=factory if not default else default.copy)))
+    return make_dataclass(called, made)
 
 
-@dataclass
-class ReportConfig:
-    """Group ``report``."""
-
-    figures: bool = True
-    formats: List[str] = field(default_factory=lambda: ["png", "svg"])
-    n_top_genes: int = 20
-    cell_types: Optional[List[str]] = None
-    palette: Optional[str] = None
-
-
-@dataclass
-class TrackingConfig:
-    """Group ``tracking``."""
-
-    uri: Optional[str] = None
-    experiment: Optional[str] = None
-    run_name: Optional[str] = None
-    output_dir: str = "amici-eval-results"
-    keep_local: bool = False
-    tags: Dict[str, str] = field(default_factory=dict)
-    reuse: bool = True
-    retry_s: float = 60.0
-
-
-@dataclass
-class LaunchConfig:
-    """Group ``launch``."""
-
-    kind: str = "local"
-    address: Optional[str] = None
-    n_workers: Optional[int] = None
-    retries: int = 2
-
-
-@dataclass
-class EvaluateConfig:
-    """Command ``evaluate``."""
-
-    model_uri: str = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
-    ablation: AblationConfig = field(default_factory=AblationConfig)
-    permutation: PermutationConfig = field(default_factory=PermutationConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    resume: str = "auto"
-
-
-@dataclass
-class CompareGroupConfig:
-    """Group ``compare``."""
-
-    cells: str = "auto"
-    unmatched: float = 0.2
-    margin: float = 0.01
-    n_permutations: int = 999
-    n_flips: int = 9999
-    n_bootstrap: int = 1000
-    confidence: float = 0.95
-    alpha: float = 0.05
-    adjustment: str = "bh"
-    genes: bool = True
-    floor: bool = True
-    seed: int = 0
-
-
-@dataclass
-class CompareConfig:
-    """Command ``compare``."""
-
-    model: List[str] = field(default_factory=list)
-    versions: List[str] = field(default_factory=list)
-    runs: List[str] = field(default_factory=list)
-    datasets: List[str] = field(default_factory=list)
-    data: DataConfig = field(default_factory=DataConfig)
-    ablation: AblationConfig = field(default_factory=AblationConfig)
-    permutation: PermutationConfig = field(default_factory=PermutationConfig)
-    compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    resume: str = "auto"
-
-
-@dataclass
-class GateGroupConfig:
-    """Group ``gate``."""
-
-    bootstrap: str = "pass"
-    allow_in_sample: bool = False
-    allow_missing_genes: bool = False
-    promote: Optional[str] = None
-    # by name: a mapping of what a rule holds, which gate_spec checks, or nothing
-    rules: Dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class GateConfig:
-    """Command ``gate``."""
-
-    model_uri: str = MISSING
-    baseline: Optional[str] = "@champion"
-    data: DataConfig = field(default_factory=DataConfig)
-    ablation: AblationConfig = field(default_factory=AblationConfig)
-    permutation: PermutationConfig = field(default_factory=PermutationConfig)
-    compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
-    gate: GateGroupConfig = field(default_factory=GateGroupConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    resume: str = "auto"
-
-
-@dataclass
-class WatchGroupConfig:
-    """Group ``watch``."""
-
-    interval: float = 60.0
-    max_interval: float = 900.0
-    lease: float = 900.0
-
-
-@dataclass
-class WatchConfig:
-    """Command ``watch``."""
-
-    model: str = MISSING
-    baseline: Optional[str] = "@champion"
-    data: DataConfig = field(default_factory=DataConfig)
-    ablation: AblationConfig = field(default_factory=AblationConfig)
-    permutation: PermutationConfig = field(default_factory=PermutationConfig)
-    compare: CompareGroupConfig = field(default_factory=CompareGroupConfig)
-    gate: GateGroupConfig = field(default_factory=GateGroupConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    watch: WatchGroupConfig = field(default_factory=WatchGroupConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    resume: str = "auto"
-
-
-@dataclass
-class RollbackConfig:
-    """Command ``rollback``."""
-
-    model: str = MISSING
-    alias: str = "champion"
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-@dataclass
-class RegisterGroupConfig:
-    """Group ``register``."""
-
-    adata: Optional[str] = None
-    trust: bool = False
-    alias: Optional[str] = None
-    trained_on: TrainedOnConfig = field(default_factory=TrainedOnConfig)
-
-
-@dataclass
-class RegisterConfig:
-    """Command ``register``."""
-
-    model_dir: str = MISSING
-    name: str = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
-    register: RegisterGroupConfig = field(default_factory=RegisterGroupConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-@dataclass
-class DemoConfig:
-    """Command ``demo``."""
-
-    seed: int = 0
-    output_dir: str = "demo-output"
-    n_permutations: Optional[int] = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
+_DATA = _group(DataSpec, uri=_TEXT, table=_TEXT)
+_COMPUTED = {"data": _DATA, "ablation": _group(AblationSpec), "permutation": _group(PermutationSpec)}
+_REPORT, _TRACKING = _group(ReportSpec), _group(TrackingSpec, without=["resume"])
+_COMPARED = {**_COMPUTED, "compare": _group(ComparisonSpec)}
+# rules by name: a mapping of what a rule holds, which gate_spec checks, or nothing
+_GATED = {**_COMPARED, "gate": _group(GateSpec, without=["rules", "left_out"], rules=(Dict[str, Any], {}))}
+_BASELINE = (Optional[str], "@champion")
+_WATCH = _schema("Watch", interval=(float, 60.0), max_interval=(float, 900.0), lease=(float, 900.0))
+_REGISTER = _schema("Register", adata=_TEXT, trust=(bool, False), alias=_TEXT, trained_on=_group(TrainedOnSpec))
+_RESUME = (str, "auto")
 
 SCHEMAS: dict[str, type[Any]] = {
-    "evaluate": EvaluateConfig,
-    "compare": CompareConfig,
-    "gate": GateConfig,
-    "watch": WatchConfig,
-    "rollback": RollbackConfig,
-    "register": RegisterConfig,
-    "demo": DemoConfig,
+    "evaluate": _schema(
+        "Evaluate",
+        model_uri=_NEEDED,
+        **_COMPUTED,
+        launch=_group(LaunchSpec),
+        report=_REPORT,
+        tracking=_TRACKING,
+        resume=_RESUME,
+    ),
+    "compare": _schema(
+        "Compare",
+        **dict.fromkeys(("model", "versions", "runs", "datasets"), (List[str], [])),
+        **_COMPARED,
+        report=_REPORT,
+        tracking=_TRACKING,
+        resume=_RESUME,
+    ),
+    "gate": _schema(
+        "Gate",
+        model_uri=_NEEDED,
+        baseline=_BASELINE,
+        **_GATED,
+        report=_REPORT,
+        tracking=_TRACKING,
+        resume=_RESUME,
+    ),
+    "watch": _schema(
+        "WatchCommand",
+        model=_NEEDED,
+        baseline=_BASELINE,
+        **_GATED,
+        report=_REPORT,
+        watch=_WATCH,
+        tracking=_TRACKING,
+        resume=_RESUME,
+    ),
+    "rollback": _schema("Rollback", model=_NEEDED, alias=(str, "champion"), tracking=_TRACKING),
+    "register": _schema(
+        "RegisterCommand", model_dir=_NEEDED, name=_NEEDED, data=_DATA, register=_REGISTER, tracking=_TRACKING
+    ),
+    "demo": _schema(
+        "Demo",
+        seed=(int, 0),
+        output_dir=(str, "demo-output"),
+        n_permutations=(Optional[int], None),
+        tracking=_TRACKING,
+    ),
 }
 
 
