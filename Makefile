@@ -8,11 +8,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: help install demo test test-processors test-mlflow browser lint bench calibrate soak clean
+.PHONY: help install demo test test-all test-processors test-mlflow browser lint bench calibrate soak clean
 
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
-	@echo "make test   install and run the tests; with CI=true, make browser first"
+	@echo "make test   install and run the tests, without those that take long"
+	@echo "make test-all  run all tests, as CI does; with CI=true, make browser first"
 	@echo "make test-processors  run the tests of numbers as other processors would, with 1 and 2 threads: each about as long as those tests"
 	@echo "make test-mlflow MLFLOW=3.8  run the tests of what is tracked with another MLflow, in an environment of its own"
 	@echo "make browser  install Chromium and its driver with apt-get, for the tests that open pages: else they are skipped"
@@ -35,7 +36,10 @@ demo: install
 	$(BIN)/amici-eval demo
 	@echo "(amici-eval and mlflow are in $(BIN); activate it with: source $(BIN)/activate)"
 
-test: install $(if $(filter true,$(CI)),browser)
+test: install
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: install $(if $(filter true,$(CI)),browser)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # PROCESSORS="zen reordered-1" chooses settings, PROCESSOR_TESTS="tests/stats" tests

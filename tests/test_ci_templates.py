@@ -134,6 +134,7 @@ def judged(folder: Path) -> dict[str, str]:
     return {case.attrib["name"]: words[case[0].tag] for case in ElementTree.parse(path).iter("testcase")}
 
 
+@pytest.mark.slow
 @pytest.mark.amici
 def test_the_workflow_promotes_and_refuses_and_cron_goes_on_after_a_rollback(tissue, bin_folder, tmp_path, monkeypatch):
     """30 epochs learn one of three receivers, 55 all, 2 none; each difference is five standard errors or more."""

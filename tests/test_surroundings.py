@@ -62,6 +62,7 @@ def heard(result: subprocess.CompletedProcess[str]) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.amici
 def test_an_evaluation_needs_neither_a_home_nor_a_package_to_write_to(registry, tmp_path, sealed_package):
     nowhere = dict.fromkeys(CACHES, NOWHERE)
@@ -103,6 +104,7 @@ def test_another_folder_for_temporary_files_than_was_asked_for_is_told(monkeypat
     assert not caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.amici
 def test_spoilt_files_of_compiled_code_do_no_harm(registry, tmp_path):
     package = Path(amici_eval.__file__).parent

@@ -48,6 +48,7 @@ def test_it_carries_configs_types_and_entry_points(site):
     assert not any(name.startswith(("tests", "configs/")) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.amici
 def test_it_evaluates_and_offers_the_evaluator(site, registry, tmp_path):
     options = ["permutation.n_permutations=19", "report.formats=[png]", "tracking.experiment=wheel"]

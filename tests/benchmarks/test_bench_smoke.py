@@ -19,7 +19,7 @@ from tests.benchmarks.tissues import TissueSize, random_model, read_tissue, writ
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.amici
+pytestmark = [pytest.mark.amici, pytest.mark.slow]
 
 SMALL = TissueSize(n_cells=300, n_genes=12, n_types=3)
 

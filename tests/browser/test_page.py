@@ -10,7 +10,7 @@ import pytest
 
 from tests.browser.conftest import PAPER, PHONE
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -17,7 +17,7 @@ import zarr
 from omegaconf import OmegaConf
 from scipy import sparse
 
-from amici_eval.cli.config import EvaluateConfig, data_uri
+from amici_eval.cli.config import SCHEMAS, data_uri
 from amici_eval.common.errors import AmiciEvalError, DataError
 from amici_eval.data import files
 from amici_eval.data.files import open_anndata
@@ -343,7 +343,7 @@ def test_a_remote_table_is_fetched_alone(store):
 
 
 def test_settings_name_a_table():
-    config = OmegaConf.structured(EvaluateConfig(model_uri="m"))
+    config = OmegaConf.structured(SCHEMAS["evaluate"](model_uri="m"))
     assert data_uri(config) is None
     config.data.table = "cells"
     with pytest.raises(AmiciEvalError, match=r"data\.table=cells"):

@@ -279,6 +279,7 @@ def short_path() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @needs_ray
 def test_a_cluster_of_our_own_listens_on_loopback_and_is_gone_afterwards(short_path):
@@ -308,6 +309,7 @@ except ZeroDivisionError:
     assert told.splitlines() == ["True", "2.0 True", "False [] []"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @needs_ray
 def test_of_a_cluster_that_was_there_only_our_workers_end(short_path):
@@ -368,6 +370,7 @@ def test_waiting_for_a_processor_is_said(workers, monkeypatch, caplog):
     assert "2 of 2 workers wait for a free processor: the cluster has 2" in caplog.messages
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.amici
 @needs_ray

@@ -8,7 +8,7 @@ import pytest
 
 from tests.hostile.run_cases import CASES, LIMIT_BYTES, LIMIT_S
 
-pytestmark = pytest.mark.amici
+pytestmark = [pytest.mark.amici, pytest.mark.slow]
 
 
 def test_names_are_distinct_and_cases_many():

@@ -12,7 +12,7 @@ import pytest
 
 from amici_eval.model.engines import budget
 
-pytestmark = pytest.mark.amici
+pytestmark = [pytest.mark.amici, pytest.mark.slow]
 
 SCRIPT = """
 import json, os, resource, sys

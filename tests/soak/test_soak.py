@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.amici, pytest.mark.server]
+pytestmark = [pytest.mark.amici, pytest.mark.server, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = "between types|server gone$|answers|disk full|two at once$|damaged|clock"

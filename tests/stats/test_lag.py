@@ -97,6 +97,7 @@ def test_in_smooth_tissue_the_level_holds_where_the_free_test_rejects_too_often(
     assert free > binom.ppf(0.999, n, 0.08)
 
 
+@pytest.mark.slow
 def test_cells_that_are_independent_are_all_effective():
     p, ess = [], []
     for seed in range(60):
@@ -184,6 +185,7 @@ def test_near_pairs_are_all_pairs_in_touching_pixels_by_their_distance(with_samp
     np.testing.assert_allclose(squares, found[:, :, 0, 0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_correlation_that_reaches_less_far_than_a_pixel_is_seen():
     statistics, ess = [], []
     for seed in range(25):
@@ -249,6 +251,7 @@ def test_a_larger_reach_takes_more_pairs_into_account():
     assert near.ess[0] > far.ess[0]
 
 
+@pytest.mark.slow
 def test_the_level_holds_where_pairs_of_small_sections_are_left_out():
     n_sections, rejected, n_repeats = 50, 0, 250
     for seed in range(n_repeats):

@@ -21,7 +21,7 @@ from tests.stub import ANSWERS, PASSING, Stub
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.amici, pytest.mark.server]
+pytestmark = [pytest.mark.amici, pytest.mark.server, pytest.mark.slow]
 
 FAST = (
     *("report.figures=false", "permutation.n_permutations=10", "permutation.spatial_null=none"),

@@ -320,6 +320,7 @@ def test_versions_with_data_of_their_own_are_judged_on_one_file(registry, traine
     own.client.delete_registered_model(name)
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_sweep_is_that_of_its_worst_job(model, capsys):
     quick = ["permutation.n_permutations=19", "permutation.n_bootstrap=50", "ablation.modes=[keep_one]"]
     quick += ["ablation.baselines=false", "compare.n_flips=49", "compare.n_bootstrap=50", "report.figures=false"]

@@ -14,7 +14,7 @@ from amici_eval.tracking.jobs.watching import watch
 from tests.racing import promoter, race_key, watcher
 from tests.tracking.test_server import server  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 RACES = 50
 

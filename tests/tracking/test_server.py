@@ -21,7 +21,7 @@ from tests.serving import Server
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.amici, pytest.mark.server]
+pytestmark = [pytest.mark.amici, pytest.mark.server, pytest.mark.slow]
 
 
 @pytest.fixture
