@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.ablations import HeadAblations
 from amici_eval.results.evaluation import HeadEvaluation, Undefined
-from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.sender_results import Senders
-from amici_eval.results.tile_moments import Moments
-from amici_eval.settings.specs import MODES, EvaluationSpec, PermutationSpec
+from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.senders import Senders
+from amici_eval.results.tile_sums import Moments
+from amici_eval.settings.evaluation import MODES, EvaluationSpec, PermutationSpec
 from amici_eval.stats.multiplicity import adjust_p_values
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def make_comparison(
 ):
     """Return a comparison of made-up numbers: in each step one head is gone and one new; the last type has no tests."""
     from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.comparison_parts import (
+    from amici_eval.results.matches import (
         WHOLE_MODEL,
         ComparedVersion,
         FailedVersion,
@@ -354,7 +354,7 @@ def make_comparison(
         Lineage,
         Overall,
     )
-    from amici_eval.results.comparison_senders import SenderDifferences
+    from amici_eval.results.sender_changes import SenderDifferences
 
     rng = np.random.default_rng(seed)
     types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")

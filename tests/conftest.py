@@ -157,8 +157,8 @@ class Registry:
 def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     import mlflow
 
-    from amici_eval.settings.specs import TrackingSpec
-    from amici_eval.tracking.jobs.jobs import register_job
+    from amici_eval.settings.evaluation import TrackingSpec
+    from amici_eval.tracking.jobs.evaluating import register_job
 
     folder = tmp_path_factory.mktemp("store")
     data = folder / "tissue.h5ad"

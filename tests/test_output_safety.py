@@ -28,10 +28,10 @@ from amici_eval.common.names import slugify
 from amici_eval.comparison.gate import judge
 from amici_eval.report.csv_files import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
-from amici_eval.settings.gate_spec import GateSpec, Rule
-from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.tracking.jobs.jobs import evaluate_job
-from amici_eval.tracking.runs.run_contents import evaluation_metrics, metric_intervals
+from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.gate import GateSpec, Rule
+from amici_eval.tracking.jobs.evaluating import evaluate_job
+from amici_eval.tracking.runs.contents import evaluation_metrics, metric_intervals
 from tests.report.test_html import Page
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import amici_eval
 from amici_eval.cli.commands import main
 from amici_eval.cli.terminal import Reporter, check_temporary_folder
 from amici_eval.evaluation.pipeline import evaluate_access
-from amici_eval.settings.specs import EvaluationSpec, PermutationSpec
+from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec
 from tests.fakes import make_access
 
 NOWHERE = "/proc/none"

@@ -135,7 +135,7 @@ def _set_up_process() -> None:
 
 def _answered(body: Callable[[], int | None]) -> int:
     """Return the exit code of a body, or say what went wrong and return its code."""
-    from amici_eval.tracking.store.patience import tracking_errors
+    from amici_eval.tracking.store.errors import tracking_errors
 
     try:
         with tracking_errors():
@@ -289,7 +289,7 @@ def _evaluate(config: DictConfig) -> None:
     launch = launch_spec(config)
     _set_up_process()
     from amici_eval.report.tables import summary_lines
-    from amici_eval.tracking.jobs.jobs import evaluate_job
+    from amici_eval.tracking.jobs.evaluating import evaluate_job
 
     with Reporter() as progress:
         result = evaluate_job(
@@ -322,7 +322,7 @@ def _compare(config: DictConfig) -> None:
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     comparison = comparison_spec(config)
     _set_up_process()
-    from amici_eval.report.comparison_words import comparison_sentences
+    from amici_eval.report.comparison_sentences import comparison_sentences
     from amici_eval.tracking.jobs.comparing import compare_job
 
     with Reporter() as progress:
@@ -356,8 +356,8 @@ def _register(config: DictConfig) -> None:
     from amici_eval.cli.config import data_uri, tracking_spec
 
     tracking = tracking_spec(config)
-    from amici_eval.settings.specs import TrainedOnSpec
-    from amici_eval.tracking.jobs.jobs import register_job
+    from amici_eval.settings.evaluation import TrainedOnSpec
+    from amici_eval.tracking.jobs.evaluating import register_job
 
     if config.register.trust:
         logger.warning("register.trust=true: unpickling %s runs whatever code the file holds", config.model_dir)

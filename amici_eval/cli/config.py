@@ -19,10 +19,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.masking import masked
-from amici_eval.settings.comparison_spec import ComparisonSpec
-from amici_eval.settings.gate_spec import GateSpec, gate_spec_from
-from amici_eval.settings.launch_spec import LaunchSpec
-from amici_eval.settings.specs import (
+from amici_eval.settings.comparison import ComparisonSpec
+from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
     EvaluationSpec,
@@ -33,6 +31,8 @@ from amici_eval.settings.specs import (
     spec_from_mapping,
     spec_of,
 )
+from amici_eval.settings.gate import GateSpec, gate_spec_from
+from amici_eval.settings.launch import LaunchSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

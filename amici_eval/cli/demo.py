@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from amici_eval.data.simulate import PlantedEffect
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.settings.specs import TrackingSpec
+    from amici_eval.settings.evaluation import TrackingSpec
 
 __all__ = ["MODEL_NAME", "planted_table", "run_demo"]
 

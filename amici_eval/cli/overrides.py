@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from amici_eval.cli.config import SCHEMAS
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.settings.gate_spec import Rule
+from amici_eval.settings.gate import Rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

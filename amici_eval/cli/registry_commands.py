@@ -83,7 +83,7 @@ def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None])
 def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> int:
     """Judge all versions of a model that have no verdict for these settings, once or for ever."""
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
-    from amici_eval.settings.gate_spec import gate_key
+    from amici_eval.settings.gate import gate_key
     from amici_eval.tracking.jobs.watching import watch
     from amici_eval.tracking.models.registry import connect_to
 

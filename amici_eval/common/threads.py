@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TYPE_CHECKING, TypeVar
 
-from amici_eval.common.jit import numba_if_usable
+from amici_eval.common.compiling import numba_if_usable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.names import meant_by
-from amici_eval.comparison.gate_wording import Element, listed, number_of, reason_of, threshold_of
+from amici_eval.comparison.gate_sentences import Element, listed, number_of, reason_of, threshold_of
 from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.settings.gate_spec import GateSpec, Rule
+    from amici_eval.settings.gate import GateSpec, Rule
 
 __all__ = ["Element", "decide", "judge"]
 

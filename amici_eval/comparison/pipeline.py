@@ -18,9 +18,9 @@ from amici_eval.comparison.version_pairs import (
 )
 from amici_eval.evaluation.sender_pairs import sender_differences_between, unpaired_sender_differences
 from amici_eval.results.comparison import HeadComparison
-from amici_eval.results.comparison_parts import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.settings.comparison_spec import ComparisonSpec
+from amici_eval.results.matches import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
+from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.stats.heads.alignment import assign_heads
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64
 
-    from amici_eval.results.comparison_parts import FailedVersion
-    from amici_eval.results.comparison_senders import SenderDifferences
-    from amici_eval.results.tile_moments import Moments
+    from amici_eval.results.matches import FailedVersion
+    from amici_eval.results.sender_changes import SenderDifferences
+    from amici_eval.results.tile_sums import Moments
 
 __all__ = ["compare", "matched_similarity"]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.evaluation.tile_rows import kept_rows
-from amici_eval.results.comparison_parts import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
-from amici_eval.results.sketches import attention_of_both, blocks_of, contributions, outputs_of, shared_by
+from amici_eval.evaluation.type_tiles import kept_rows
+from amici_eval.results.head_sample import attention_of_both, blocks_of, contributions, outputs_of, shared_by
+from amici_eval.results.matches import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
 from amici_eval.stats.heads.alignment import match_heads
 from amici_eval.stats.heads.head_products import head_products
 from amici_eval.stats.heads.likeness import attention_divergence, linear_cka, profile_cosine
@@ -25,11 +25,11 @@ from amici_eval.stats.tiles.paired import (
 if TYPE_CHECKING:
     from jaxtyping import Float64
 
-    from amici_eval.results.comparison_parts import ComparedVersion
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.sketches import Shared
-    from amici_eval.results.tile_moments import Moments
-    from amici_eval.settings.comparison_spec import ComparisonSpec
+    from amici_eval.results.head_sample import Shared
+    from amici_eval.results.matches import ComparedVersion
+    from amici_eval.results.tile_sums import Moments
+    from amici_eval.settings.comparison import ComparisonSpec
 
 __all__ = ["differences_between", "matches_between", "similarity_of", "unpaired_differences"]
 

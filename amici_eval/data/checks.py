@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.matrices import RowReader
-    from amici_eval.settings.specs import SubsetSpec, TrainedOnSpec
+    from amici_eval.settings.evaluation import SubsetSpec, TrainedOnSpec
 
 __all__ = [
     "align_genes",

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.matrices import RowReader
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
 __all__ = ["ExpressionBlock", "Tissue", "check_sections", "keep_away_from_training", "prepare"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.evaluation.designs import (
+from amici_eval.evaluation.surroundings import (
     DESIGNS,
     FITTED,
     FOLD,
@@ -16,7 +16,7 @@ from amici_eval.evaluation.designs import (
     sections_of,
     those_that_fit,
 )
-from amici_eval.results.inference_results import Baselines
+from amici_eval.results.inference import Baselines
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Float64, Int64
 
-    from amici_eval.settings.permutation_spec import PermutationSpec
+    from amici_eval.settings.permutation import PermutationSpec
     from amici_eval.stats.permutation.factor_draws import FactorDraw, FactorStatistics
 
 __all__ = ["FreeTest", "counted", "free_test"]

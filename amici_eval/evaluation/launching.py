@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from amici_eval.evaluation.type_tasks import Launcher
-    from amici_eval.settings.launch_spec import LaunchSpec
+    from amici_eval.evaluation.tasks import Launcher
+    from amici_eval.settings.launch import LaunchSpec
 
 __all__ = ["open_launcher"]
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.evaluation.spatial_evaluation import TypeSpatial
-    from amici_eval.settings.permutation_spec import PermutationSpec
-    from amici_eval.stats.permutation.place import Place
+    from amici_eval.settings.permutation import PermutationSpec
+    from amici_eval.stats.permutation.positions import Place
 
 __all__ = ["TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
 

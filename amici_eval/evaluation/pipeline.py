@@ -13,10 +13,10 @@ from amici_eval.evaluation.inference import adjusted_free, held_out_parts, inter
 from amici_eval.evaluation.parity import Parity, check_parity
 from amici_eval.evaluation.progress import Progress
 from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess
-from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.ablations import HeadAblations
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.settings.permutation_spec import default_n_permutations
-from amici_eval.settings.specs import EvaluationSpec
+from amici_eval.settings.evaluation import EvaluationSpec
+from amici_eval.settings.permutation import default_n_permutations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.finished_parts import FinishedParts
     from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.type_tasks import Launcher
+    from amici_eval.evaluation.tasks import Launcher
     from amici_eval.model.engines.access import ModelAccess
 
 __all__ = ["Progress", "evaluate", "evaluate_access"]

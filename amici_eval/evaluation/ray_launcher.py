@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.protocols import ModelAccess
-    from amici_eval.evaluation.type_tasks import TypeSettings, TypeTask
-    from amici_eval.settings.launch_spec import LaunchSpec
+    from amici_eval.evaluation.tasks import TypeSettings, TypeTask
+    from amici_eval.settings.launch import LaunchSpec
 
 __all__ = ["RayLauncher"]
 
@@ -37,7 +37,7 @@ _PATIENCE_S = 30.0
 
 
 class RayLauncher:
-    """A :class:`~amici_eval.evaluation.type_tasks.Launcher` over Ray; use it as a context manager.
+    """A :class:`~amici_eval.evaluation.tasks.Launcher` over Ray; use it as a context manager.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ class TypeWorker:
     def __init__(self) -> None:
         import torch
 
-        import amici_eval.evaluation.type_tasks  # noqa: F401 - takes seconds, while the driver does something else
+        import amici_eval.evaluation.tasks  # noqa: F401 - takes seconds, while the driver does something else
 
         torch.set_num_threads(1)
         self._key: int | None = None
@@ -43,7 +43,7 @@ class TypeWorker:
         import ray
         import torch
 
-        from amici_eval.evaluation.type_tasks import evaluate_task
+        from amici_eval.evaluation.tasks import evaluate_task
 
         if key != self._key:
             self._key, self._access = None, None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.results.sender_results import Senders
+from amici_eval.results.senders import Senders
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.multiplicity import adjust_p_values
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.protocols import FactorAccess
     from amici_eval.model.engines.factored import HeadOutputs
-    from amici_eval.settings.permutation_spec import PermutationSpec
+    from amici_eval.settings.permutation import PermutationSpec
     from amici_eval.stats.permutation.masked_moments import MaskedMoments
 
 __all__ = ["WHY_NOT", "evaluate_senders"]

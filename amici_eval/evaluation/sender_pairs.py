@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.evaluation.tile_rows import kept_rows
-from amici_eval.results.comparison_senders import SenderDifferences
+from amici_eval.evaluation.type_tiles import kept_rows
+from amici_eval.results.sender_changes import SenderDifferences
 from amici_eval.stats.multiplicity import adjust_p_values
 from amici_eval.stats.tiles.paired import verdict_of
 from amici_eval.stats.tiles.tile_changes import share_changes, squares_about
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64, Int64
 
-    from amici_eval.results.comparison_parts import HeadMatches
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.sender_results import Senders
-    from amici_eval.settings.comparison_spec import ComparisonSpec
+    from amici_eval.results.matches import HeadMatches
+    from amici_eval.results.senders import Senders
+    from amici_eval.settings.comparison import ComparisonSpec
 
 __all__ = ["sender_differences_between", "unpaired_sender_differences"]
 

@@ -13,17 +13,17 @@ from amici_eval.stats.permutation.stratified import stratified_exceedances
 from amici_eval.stats.permutation.torus import torus_statistics
 from amici_eval.stats.pvalues import exact, p_values
 from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
-from amici_eval.stats.spatial.spatial import default_widths, tiles_of_width
+from amici_eval.stats.spatial.tiles import default_widths, tiles_of_width
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Bool, Float, Float64, Int64
 
-    from amici_eval.settings.permutation_spec import PermutationSpec
+    from amici_eval.settings.permutation import PermutationSpec
     from amici_eval.stats.permutation.exact_moments import PermutationMoments
     from amici_eval.stats.permutation.moments import TypeMoments
-    from amici_eval.stats.permutation.place import Place
+    from amici_eval.stats.permutation.positions import Place
     from amici_eval.stats.pvalues import PValues
     from amici_eval.stats.spatial.lag_test import LagTest
 

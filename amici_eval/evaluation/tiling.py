@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.spatial.spatial import square_tiles, tile_side
+from amici_eval.stats.spatial.tiles import square_tiles, tile_side
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64

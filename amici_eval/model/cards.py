@@ -15,12 +15,12 @@ from amici_eval.data.tissue import prepare
 from amici_eval.model.saved_amici import split_covers
 from amici_eval.model.training_tissue import TrainingTissue
 from amici_eval.model.versions import package_versions
-from amici_eval.settings.specs import DataSpec
+from amici_eval.settings.evaluation import DataSpec
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from amici_eval.settings.specs import TrainedOnSpec
+    from amici_eval.settings.evaluation import TrainedOnSpec
 
 __all__ = ["card_of"]
 

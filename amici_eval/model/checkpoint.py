@@ -26,7 +26,7 @@ from amici_eval.data.opening import describe_training_data, open_anndata
 from amici_eval.data.tissue import prepare
 from amici_eval.model.engines.interventions import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
-from amici_eval.model.plain import history_of, to_plain, values_of, with_arrays
+from amici_eval.model.plain_values import history_of, to_plain, values_of, with_arrays
 from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers, split_size
 from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
 from amici_eval.model.stored_setup import (
@@ -39,7 +39,7 @@ from amici_eval.model.stored_setup import (
 )
 from amici_eval.model.training_tissue import training_tissue
 from amici_eval.model.versions import package_versions
-from amici_eval.settings.specs import DataSpec, TrainedOnSpec
+from amici_eval.settings.evaluation import DataSpec, TrainedOnSpec
 from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
@@ -424,7 +424,7 @@ class TrainedAMICI:
             If the tissue does not fit the model.
         """
         from amici_eval.model.opening import open_access
-        from amici_eval.settings.specs import AblationSpec
+        from amici_eval.settings.evaluation import AblationSpec
 
         tissue = self._tissue(adata)
         with open_access(self, tissue, AblationSpec(device="cpu")) as access:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import Tissue
-    from amici_eval.settings.specs import AblationSpec
+    from amici_eval.settings.evaluation import AblationSpec
 
 __all__ = ["open_access", "resolve_device"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.report.markup import cell, row, section, table
-from amici_eval.report.wording import effect
+from amici_eval.report.sentences import effect
 
 if TYPE_CHECKING:
     from jaxtyping import Float64

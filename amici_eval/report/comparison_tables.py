@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from amici_eval.report.csv_files import write_csv
-from amici_eval.report.wording import made_folder, unwritable
+from amici_eval.report.sentences import made_folder, unwritable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from amici_eval.common.escaping import csv_text, from_csv_text
-from amici_eval.report.wording import unwritable
+from amici_eval.report.sentences import unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from amici_eval.common.escaping import markup
-from amici_eval.report.wording import rounded
+from amici_eval.report.sentences import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.report.markup import cell, row, section, table
-from amici_eval.report.wording import adjustment_text, effect, in_sample_text, interval, p_text, printable, rounded
+from amici_eval.report.sentences import adjustment_text, effect, in_sample_text, interval, p_text, printable, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

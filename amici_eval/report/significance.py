@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from amici_eval.report.wording import (
+from amici_eval.report.sentences import (
     VALIDITY,
     adjustment_text,
     made_folder,

@@ -11,7 +11,7 @@ import pandas as pd
 from amici_eval.common.names import slugify
 from amici_eval.report.csv_files import write_csv
 from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
-from amici_eval.report.wording import (
+from amici_eval.report.sentences import (
     WHY_THIS_ORDER,
     effect,
     engine_sentence,

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 from amici_eval.common.escaping import markdown, printable, xml_text
 from amici_eval.report.markup import cell, folded, row, section, table, text
-from amici_eval.report.page.page import write_page
-from amici_eval.report.wording import made_folder, unwritable
+from amici_eval.report.page.frame import write_page
+from amici_eval.report.sentences import made_folder, unwritable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ import numpy as np
 from amici_eval.common.errors import DataError
 from amici_eval.common.untrusted import parse_json
 from amici_eval.results import comparison_frames
-from amici_eval.results.comparison_parts import (
+from amici_eval.results.matches import (
     ComparedVersion,
     FailedVersion,
     HeadDifferences,
@@ -21,8 +21,8 @@ from amici_eval.results.comparison_parts import (
     Overall,
     check_settings,
 )
-from amici_eval.results.comparison_senders import SenderDifferences, sender_differences_frame
 from amici_eval.results.named_arrays import read_named
+from amici_eval.results.sender_changes import SenderDifferences, sender_differences_frame
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.comparison_parts import HeadDifferences
+    from amici_eval.results.matches import HeadDifferences
 
 __all__ = ["differences_frame", "gene_differences_frame", "matches_frame", "versions_frame"]
 

@@ -12,11 +12,10 @@ import numpy as np
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.untrusted import parse_json
-from amici_eval.results import result_frames, result_senders
-from amici_eval.results.ablation_results import HeadAblations
-from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.named_arrays import read_named
-from amici_eval.results.result_frames import (
+from amici_eval.results import frames, sender_frames
+from amici_eval.results.ablations import HeadAblations
+from amici_eval.results.codec import fields_of, record_of
+from amici_eval.results.frames import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
     HEAD_COLUMNS,
@@ -24,12 +23,13 @@ from amici_eval.results.result_frames import (
     INTERACTION_COLUMNS,
     SCALE_COLUMNS,
 )
-from amici_eval.results.result_json import fields_of, record_of
-from amici_eval.results.result_senders import SENDER_COLUMNS, SENDER_GENE_COLUMNS
-from amici_eval.results.sender_results import Senders
-from amici_eval.results.tile_moments import MOMENTS_FILE, Moments
-from amici_eval.settings.permutation_spec import SAMPLINGS
-from amici_eval.settings.specs import ENGINES
+from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.named_arrays import read_named
+from amici_eval.results.sender_frames import SENDER_COLUMNS, SENDER_GENE_COLUMNS
+from amici_eval.results.senders import Senders
+from amici_eval.results.tile_sums import MOMENTS_FILE, Moments
+from amici_eval.settings.evaluation import ENGINES
+from amici_eval.settings.permutation import SAMPLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float64, Int64
 
-    from amici_eval.settings.specs import EvaluationSpec
+    from amici_eval.settings.evaluation import EvaluationSpec
 
 __all__ = [
     "ABLATION_COLUMNS",
@@ -300,15 +300,15 @@ class HeadEvaluation:
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row per head x type x gene: the reference's seven columns, then per-gene p-values and reasons."""
-        return result_frames.genes_frame(self)
+        return frames.genes_frame(self)
 
     def heads(self) -> pd.DataFrame:
         """Return a row per head x type: effect, best gene, p-values, decision, reasons."""
-        return result_frames.heads_frame(self)
+        return frames.heads_frame(self)
 
     def baselines(self) -> pd.DataFrame:
         """Return explained variance of the whole model, of the model without heads, and of predictors without any."""
-        return result_frames.baselines_frame(self)
+        return frames.baselines_frame(self)
 
     def held_out_frame(self) -> pd.DataFrame:
         """Return a row per head x type with in-sample and held-out explained variance side by side.
@@ -317,11 +317,11 @@ class HeadEvaluation:
         -----
         Head ``full`` is the whole model. No rows if it is not known which cells the model was fitted on.
         """
-        return result_frames.held_out_frame(self)
+        return frames.held_out_frame(self)
 
     def scales_frame(self) -> pd.DataFrame:
         """Return a row per head x type x tile width: p where cells are shuffled within tiles of that width."""
-        return result_frames.scales_frame(self)
+        return frames.scales_frame(self)
 
     def ablations_frame(self) -> pd.DataFrame:
         """Return a row per head x type x mode of :class:`HeadAblations`, none if they were not computed.
@@ -330,7 +330,7 @@ class HeadEvaluation:
         -----
         ``delta_full`` is what the whole model explains more than the ablated one; NaN for Shapley values.
         """
-        return result_frames.ablations_frame(self)
+        return frames.ablations_frame(self)
 
     def interactions_frame(self) -> pd.DataFrame:
         """Return a row per pair of heads (``head_a < head_b``) and type, none if ablations were not computed.
@@ -339,11 +339,11 @@ class HeadEvaluation:
         -----
         Above 0 two heads explain more together than the sum of what each adds, below 0 they explain partly the same.
         """
-        return result_frames.interactions_frame(self)
+        return frames.interactions_frame(self)
 
     def senders_frame(self) -> pd.DataFrame:
         """Return a row per head x receiver type x sender type: attention, what is lost without the sender, distance."""
-        return result_senders.senders_frame(self)
+        return sender_frames.senders_frame(self)
 
     def sender_genes_frame(self) -> pd.DataFrame:
         """Return a row per head x receiver type x sender type x gene: what is lost without the sender.
@@ -353,7 +353,7 @@ class HeadEvaluation:
         No rows if senders were not computed, or the evaluation was read back: single genes are in
         ``tables/sender_genes.parquet`` of the run.
         """
-        return result_senders.sender_genes_frame(self)
+        return sender_frames.sender_genes_frame(self)
 
     def to_json(self) -> str:
         """Return the whole evaluation as JSON text; undefined numbers are ``null``."""

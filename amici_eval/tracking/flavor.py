@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.settings.specs import TrainedOnSpec
+    from amici_eval.settings.evaluation import TrainedOnSpec
 
 __all__ = ["FLAVOR_NAME", "check_tells_nothing", "load_model", "log_model", "save_model"]
 

@@ -12,8 +12,8 @@ from hydra.experimental.callback import Callback
 
 from amici_eval.common.errors import first_line, mask_secrets
 from amici_eval.tracking.runs.heartbeat import Heartbeat
-from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE, mark_whole, start_run
-from amici_eval.tracking.store.patience import patiently
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, mark_whole, start_run
+from amici_eval.tracking.store.errors import patiently
 from amici_eval.tracking.store.searching import all_pages
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from amici_eval.data.tissue import Tissue
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.settings.specs import EvaluationSpec
+    from amici_eval.settings.evaluation import EvaluationSpec
 
 _WARM_UP_CELLS = 40
 
@@ -37,7 +37,7 @@ FEW = 16
 
 def settings(side: str, *, n_permutations: int | None, sampling: str = "independent") -> EvaluationSpec:
     """Return the settings of a measurement, on the CPU."""
-    from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+    from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
 
     modes = None if side in ("catalogue", "everything") else ("keep_one",)
     inference = {} if side in ("inference", "everything") else {"spatial_null": "none", "n_bootstrap": 0}
@@ -170,7 +170,7 @@ class StageClock:
 def warm_up(model: TrainedAMICI, adata: AnnData, side: str) -> float:
     """Evaluate a tiny part of a tissue in all ways, so that everything is compiled; return the seconds it took."""
     from amici_eval.data.tissue import prepare
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
     started = time.perf_counter()
     small = few_of_each(adata, max(_WARM_UP_CELLS, model.card.n_neighbors + 1), labels_key=model.card.labels_key)

@@ -111,7 +111,7 @@ def measure_floor(
 ) -> None:
     """Time evaluations with one permutation and with all, and the matrix products that a pass needs."""
     from amici_eval.data.tissue import prepare
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
     small = read_tissue(TissueSize(n_cells=200 + 60 * base["types"], n_genes=base["genes"], n_types=base["types"]))
     model = random_model(

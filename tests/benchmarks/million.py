@@ -91,7 +91,7 @@ def measure_phases(
     from amici_eval.evaluation.pipeline import evaluate_access
     from amici_eval.model.checkpoint import TrainedAMICI
     from amici_eval.model.opening import open_access
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
     # as by default, with all ablation modes
     side = "hooked" if engine == "hooked" else "catalogue"

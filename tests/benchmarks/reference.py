@@ -95,7 +95,7 @@ def measure_ours(
 ) -> None:
     """Time our evaluation, from loaded model and data to all numbers, after a warm-up on a tiny part of the data."""
     from amici_eval.data.tissue import prepare
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
     trained, adata = Source(model, data).load()
     warm_up(trained, adata, side)

@@ -15,7 +15,7 @@ from tests.benchmarks.engines import Source
 from tests.same_numbers import differences
 
 if TYPE_CHECKING:
-    from amici_eval.evaluation.type_tasks import Launcher
+    from amici_eval.evaluation.tasks import Launcher
     from amici_eval.results.evaluation import HeadEvaluation
 
 
@@ -24,8 +24,8 @@ def main() -> None:
 
     from amici_eval.evaluation.launching import open_launcher
     from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.settings.launch_spec import LaunchSpec
-    from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+    from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
+    from amici_eval.settings.launch import LaunchSpec
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)

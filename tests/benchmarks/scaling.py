@@ -77,7 +77,7 @@ def run(options: Options) -> None:
 def measure_points(emit: Emit, *, points: list[Any], engine: str, repeats: int, dims: dict[str, int]) -> None:
     """Time evaluations with all permutations, with one, and with one and all ablation modes: differences are parts."""
     from amici_eval.data.tissue import prepare
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
     everything = "hooked" if engine == "hooked" else "catalogue"
     models: dict[Point, TrainedAMICI] = {}

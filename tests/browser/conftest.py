@@ -162,7 +162,7 @@ def comparison_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a page with one table of a column of values."""
     from amici_eval.report.markup import cell, row, section, table
-    from amici_eval.report.page.page import write_page
+    from amici_eval.report.page.frame import write_page
 
     def write(values: list[str]) -> Path:
         rows = [row(f"row {number}", [cell(value)]) for number, value in enumerate(values)]

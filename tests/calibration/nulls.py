@@ -11,7 +11,7 @@ from amici_eval.stats.permutation.exact_moments import permutation_moments
 from amici_eval.stats.permutation.torus import torus_statistics
 from amici_eval.stats.pvalues import p_values
 from amici_eval.stats.spatial.lag_test import lag_test
-from amici_eval.stats.spatial.spatial import tiles_of_width
+from amici_eval.stats.spatial.tiles import tiles_of_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -55,7 +55,7 @@ def one_training(*, path: Path, way: str, number: int, seed: int, max_epochs: in
 
     from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.model.training import DEMO_TRAINING, train_amici
-    from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+    from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 
     adata = moved(anndata.read_h5ad(path), way, np.random.default_rng([seed, 11, number]))
     # a region, not a random draw: a cell with training cells around it is not held out

@@ -17,7 +17,7 @@ from amici_eval.data import matrices as module
 from amici_eval.data.checks import labels_of
 from amici_eval.data.opening import content_digest, describe_training_data, digest_of_places, open_anndata
 from amici_eval.data.tissue import check_sections, keep_away_from_training, prepare
-from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.fakes import make_card
 
 LABELS = ("CD8+_T_Cells", "Microglia/PVM", "Stromal_&_T_Cell_Hybrid", "β cell")

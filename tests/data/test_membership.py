@@ -17,7 +17,7 @@ from amici_eval.common.model_card import Fingerprints
 from amici_eval.data.matrices import open_rows
 from amici_eval.data.membership import expression_prints, place_prints, prints_from, text_of
 from amici_eval.data.tissue import prepare
-from amici_eval.settings.specs import DataSpec, SubsetSpec, TrainedOnSpec
+from amici_eval.settings.evaluation import DataSpec, SubsetSpec, TrainedOnSpec
 from tests.fakes import make_card
 
 GENES = tuple(f"g{i}" for i in range(12))

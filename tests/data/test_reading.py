@@ -23,7 +23,7 @@ from amici_eval.data import files
 from amici_eval.data.files import open_anndata
 from amici_eval.data.opening import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain
 from amici_eval.data.tissue import prepare
-from amici_eval.settings.specs import DataSpec
+from amici_eval.settings.evaluation import DataSpec
 from amici_eval.tracking.dataset import AnnDataSource, from_anndata
 from tests.data.test_data import CARD, make_adata
 

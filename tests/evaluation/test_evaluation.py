@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from amici_eval.evaluation.pipeline import evaluate_access
-from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.pvalues import p_values
 from tests.fakes import make_access

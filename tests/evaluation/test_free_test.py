@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from amici_eval.evaluation.free_test import free_test
-from amici_eval.settings.specs import PermutationSpec
+from amici_eval.settings.evaluation import PermutationSpec
 from amici_eval.stats.permutation import factor_nulls
 
 

@@ -12,7 +12,7 @@ import torch
 
 from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.evaluation.pipeline import evaluate
-from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.stats.shrinking import Shrinking, is_out_of_memory, memory_errors_explained
 from tests.same_numbers import FLOAT32, assert_counts
 from tests.scarce import ERRORS, scarce
@@ -218,7 +218,7 @@ def test_a_file_or_a_tissue_that_does_not_fit_is_told(trained, adata, tmp_path, 
     from amici_eval.common.errors import DataError
     from amici_eval.data.files import open_anndata
     from amici_eval.data.tissue import prepare
-    from amici_eval.settings.specs import DataSpec
+    from amici_eval.settings.evaluation import DataSpec
 
     adata.write_h5ad(tmp_path / "tissue.h5ad")
 

@@ -5,9 +5,9 @@ import pytest
 
 from amici_eval.evaluation import spatial_evaluation
 from amici_eval.evaluation.spatial_evaluation import spatial_test
-from amici_eval.settings.specs import PermutationSpec
-from amici_eval.stats.permutation.place import Place
+from amici_eval.settings.evaluation import PermutationSpec
 from amici_eval.stats.permutation.plain_moments import moments_of_predictions, principal_factors
+from amici_eval.stats.permutation.positions import Place
 
 SAME = "predicts the same for all cells of each section"
 

@@ -72,6 +72,6 @@ def read(kind: str, target: Path) -> None:
         coordinates_of(adata, "spatial")
         expression_matrix(adata, None)
     else:
-        from amici_eval.results.tile_moments import Moments
+        from amici_eval.results.tile_sums import Moments
 
         Moments.load(target)

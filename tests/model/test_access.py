@@ -14,7 +14,7 @@ from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.engines.access import neighbours
 from amici_eval.model.opening import open_access, resolve_device
-from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 
 pytestmark = pytest.mark.amici
 

@@ -15,7 +15,7 @@ from amici_eval.common.errors import DataError, ModelFormatError
 from amici_eval.data.opening import content_digest
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.manifest import write_manifest
-from amici_eval.settings.specs import TrainedOnSpec
+from amici_eval.settings.evaluation import TrainedOnSpec
 
 pytestmark = pytest.mark.amici
 
@@ -183,7 +183,7 @@ def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, ada
 def test_layer_of_the_data_can_be_named(trained, native, adata):
     from amici_eval.data.tissue import prepare
     from amici_eval.model.opening import open_access
-    from amici_eval.settings.specs import AblationSpec, DataSpec
+    from amici_eval.settings.evaluation import AblationSpec, DataSpec
 
     adata.layers["scaled"] = adata.X.copy()
     adata.X = adata.X * 0.5
@@ -468,7 +468,7 @@ def test_a_model_is_found_under_any_prefix_with_its_data(native, trained, tmp_pa
 )
 def test_the_form_of_the_training_data_does_not_reach_the_model(make_amici, adata, tmp_path, form):
     from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.settings.specs import EvaluationSpec, PermutationSpec
+    from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec
 
     x = np.expm1(adata.X.toarray()).round().astype(np.float32)
     adata.X = form(x)
@@ -542,7 +542,7 @@ def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, capl
 
     from amici_eval.evaluation.pipeline import evaluate
     from amici_eval.model.scvi_loader import own_data_loader
-    from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+    from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 
     part = part_of(adata)
     native = make_amici(part)

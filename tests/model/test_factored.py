@@ -24,7 +24,7 @@ from amici_eval.model.engines.inspection import why_not_factored
 from amici_eval.model.engines.interventions import added_hook, faint_attention_is_zero, keep_heads
 from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 
 pytestmark = pytest.mark.amici
@@ -439,7 +439,7 @@ def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata, monkeyp
         (101, 17, 2, 4096),
         (None, 64, 2, 10),
     ):
-        monkeypatch.setattr("amici_eval.evaluation.type_tasks._SIDE_BY_SIDE_CELLS", small)
+        monkeypatch.setattr("amici_eval.evaluation.tasks._SIDE_BY_SIDE_CELLS", small)
         torch.set_num_threads(n_threads)
         try:
             with opened(trained, adata) as access:

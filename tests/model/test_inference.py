@@ -13,7 +13,7 @@ from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate, evaluate_access
 from amici_eval.model.opening import open_access
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.same_numbers import FLOAT32, assert_rounded
 
 pytestmark = pytest.mark.amici

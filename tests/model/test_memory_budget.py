@@ -22,7 +22,7 @@ from pathlib import Path
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.training import train_amici
 from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
-from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
 
 budget, limit = sys.argv[1], int(sys.argv[2])
 size = replace(DEMO_TISSUE, n_genes=40, n_cells=300)

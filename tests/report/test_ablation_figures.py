@@ -12,7 +12,7 @@ from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.common.names import slugify
 from amici_eval.report.figures.ablation_figures import plot_ablations, plot_interactions
 from amici_eval.report.figures.saving import save_figures
-from amici_eval.settings.specs import MODES
+from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 from tests.report.test_figures import svg_texts, texts
 

@@ -12,7 +12,7 @@ from amici_eval.report.markup import table
 from amici_eval.report.page.head_sections import head_sections, verdict_sentence
 from amici_eval.report.page.html import write_html
 from amici_eval.report.page.provenance import provenance_section
-from amici_eval.report.wording import effect, interval, p_text
+from amici_eval.report.sentences import effect, interval, p_text
 from tests.builders import make_evaluation
 from tests.report.test_html import EVIL, WRITTEN, Page
 

@@ -13,8 +13,8 @@ import pytest
 from amici_eval.common.errors import DataError, OutputError
 from amici_eval.report.figures.saving import save_figures
 from amici_eval.report.page.html import write_html
-from amici_eval.report.wording import effect
-from amici_eval.settings.specs import MODES
+from amici_eval.report.sentences import effect
+from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 EVIL = "<img src=x onerror=alert(2)>\"'&"

@@ -13,7 +13,7 @@ from amici_eval.report.page.sections import (
     width_section,
     without_heads_section,
 )
-from amici_eval.report.wording import VALIDITY, WHY_THIS_ORDER, effect, p_text
+from amici_eval.report.sentences import VALIDITY, WHY_THIS_ORDER, effect, p_text
 from tests.builders import make_evaluation
 from tests.report.test_html import EVIL, Page
 

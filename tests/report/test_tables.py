@@ -10,7 +10,7 @@ from amici_eval.common.names import slugify
 from amici_eval.report.page.headline import best_heads
 from amici_eval.report.tables import summary_lines, write_tables
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
-from amici_eval.settings.specs import MODES
+from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 

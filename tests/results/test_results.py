@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import DataError
-from amici_eval.results.ablation_results import HeadAblations
+from amici_eval.results.ablations import HeadAblations
 from amici_eval.results.evaluation import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
@@ -26,10 +26,10 @@ from amici_eval.results.evaluation import (
     HeadEvaluation,
     Undefined,
 )
-from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.sender_results import Senders
-from amici_eval.results.tile_moments import Moments
-from amici_eval.settings.specs import MODES
+from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.senders import Senders
+from amici_eval.results.tile_sums import Moments
+from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 
 seeded = settings(max_examples=40, deadline=None, derandomize=True)

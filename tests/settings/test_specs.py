@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import AmiciEvalError, InvalidSpecError
-from amici_eval.settings.permutation_spec import default_n_permutations
-from amici_eval.settings.specs import (
+from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
     EvaluationSpec,
@@ -20,6 +19,7 @@ from amici_eval.settings.specs import (
     SubsetSpec,
     spec_from_mapping,
 )
+from amici_eval.settings.permutation import default_n_permutations
 
 seeded = settings(max_examples=100, deadline=None, derandomize=True)
 

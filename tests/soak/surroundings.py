@@ -30,8 +30,8 @@ from dataclasses import replace
 import numpy as np
 from amici_eval.model.training import train_amici
 from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
-from amici_eval.settings.specs import TrackingSpec
-from amici_eval.tracking.jobs.jobs import register_job
+from amici_eval.settings.evaluation import TrackingSpec
+from amici_eval.tracking.jobs.evaluating import register_job
 
 folder, uris = sys.argv[1], sys.argv[2:]
 tissue = simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
@@ -131,8 +131,8 @@ def _warm_up(folder: Path) -> None:
     import mlflow
     import torch
 
-    from amici_eval.settings.specs import ReportSpec, TrackingSpec
-    from amici_eval.tracking.jobs.jobs import evaluate_job
+    from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
+    from amici_eval.tracking.jobs.evaluating import evaluate_job
     from tests.soak.trial import MODEL, SPEC
 
     # a pool of threads would not survive the fork

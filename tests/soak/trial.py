@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.settings.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 
 if TYPE_CHECKING:
     import random
@@ -89,8 +89,8 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     from amici_eval.cli import commands as cli
     from amici_eval.cli.terminal import forget_signals
     from amici_eval.evaluation import finished_parts
-    from amici_eval.tracking.jobs.jobs import evaluate_job
-    from amici_eval.tracking.store.patience import tracking_errors
+    from amici_eval.tracking.jobs.evaluating import evaluate_job
+    from amici_eval.tracking.store.errors import tracking_errors
 
     torch.set_num_threads(1)
     forget_signals()

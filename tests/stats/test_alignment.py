@@ -12,7 +12,7 @@ from amici_eval.stats.heads import alignment
 from amici_eval.stats.heads.alignment import assign_heads, match_heads
 from amici_eval.stats.heads.head_products import HeadContributions, head_products
 from amici_eval.stats.heads.likeness import attention_divergence, linear_cka, profile_cosine
-from amici_eval.stats.spatial.spatial import balanced_blocks
+from amici_eval.stats.spatial.tiles import balanced_blocks
 
 
 def contributions(rng, *, n_types=3, n_cells=40, n_heads=4, size=3, n_genes=11, z=None, xy=None):

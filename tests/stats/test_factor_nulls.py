@@ -11,7 +11,7 @@ from scipy.stats import binomtest, kstest
 
 from amici_eval.common import threads as compiled
 from amici_eval.common.errors import DeviceMemoryError
-from amici_eval.stats.permutation import compiled_statistics, cyclic_statistics, packing, torch_statistics
+from amici_eval.stats.permutation import compiled_statistics, cyclic_statistics, packed_factors, torch_statistics
 from amici_eval.stats.permutation.factor_nulls import factor_exceedances
 from amici_eval.stats.permutation.nulls import permutation_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
@@ -157,7 +157,7 @@ def test_float32_sums_are_within_their_bound(shift, monkeypatch):
     rng = np.random.default_rng(1)
     # all products of one sign: nothing cancels
     f, z = (np.abs(rng.standard_normal((100, 33, 2))).astype(np.float32) + np.float32(shift) for _ in range(2))
-    pair = packing.pack(f, z, dead=np.zeros(2, dtype=bool))
+    pair = packed_factors.pack(f, z, dead=np.zeros(2, dtype=bool))
     orders = np.zeros((104, 50), dtype=np.uint32)
     kernels.shuffle_columns(stream(100).key(), 0, 0, 50, 100, orders)
     panels = [
@@ -175,7 +175,7 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
     if kernels is None:
         pytest.skip("numba is not installed")
     factors, images = draw(4, n_cells=19, n_columns=5, n_heads=21)
-    pair = packing.pack(factors, images, dead=np.zeros(21, dtype=bool))
+    pair = packed_factors.pack(factors, images, dead=np.zeros(21, dtype=bool))
     numbers = np.array([kernels.IDENTITY, 0, 7, 2**40, 3])
     orders = [np.arange(19), *(stream(19).batch(number, number + 1)[0] for number in numbers[1:])]
     found = compiled_statistics.exact_sums(kernels, pair, stream(19).key(), numbers)
@@ -189,10 +189,10 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
 def test_packing_keeps_the_centred_numbers(n_columns, n_heads):
     factors, images = draw(5, n_cells=9, n_columns=n_columns, n_heads=n_heads)
     dead = np.arange(n_heads) % 3 == 1
-    pair = packing.pack(factors, images, dead=dead)
+    pair = packed_factors.pack(factors, images, dead=dead)
     np.testing.assert_array_equal(pair.heads, np.flatnonzero(~dead))
     for values, packed in ((factors, pair.f), (images, pair.z)):
-        assert packed.shape[2] % packing.LANES == 0
+        assert packed.shape[2] % packed_factors.LANES == 0
         assert packed.ctypes.data % 64 == 0
         for number, head in enumerate(pair.heads):
             expected = oracle.rounded(values[:, :, head])
@@ -210,7 +210,7 @@ def test_packing_keeps_the_centred_numbers(n_columns, n_heads):
 def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block, monkeypatch):
     if compiled.kernels() is None:
         pytest.skip("numba is not installed")
-    monkeypatch.setattr(packing, "_BLOCK_ENTRIES", block)
+    monkeypatch.setattr(packed_factors, "_BLOCK_ENTRIES", block)
     factors, images = (values.astype(dtype) for values in draw(9, n_cells=61, n_columns=3, n_heads=n_heads))
     factors[:, :, 1] = 0.3
     images[:, :, 2] = 0.3
@@ -219,12 +219,12 @@ def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block,
     dead = np.arange(n_heads) == 4
     pairs = []
     for inline in (2**18, 0):
-        monkeypatch.setattr(packing, "_INLINE_ENTRIES", inline)
-        pairs.append(packing.pack(factors, images, dead=dead, order=order))
+        monkeypatch.setattr(packed_factors, "_INLINE_ENTRIES", inline)
+        pairs.append(packed_factors.pack(factors, images, dead=dead, order=order))
     monkeypatch.setitem(sys.modules, "numba", None)
-    expected = packing.pack(factors, images, dead=dead, order=order)
+    expected = packed_factors.pack(factors, images, dead=dead, order=order)
     np.testing.assert_array_equal(expected.heads, [h for h in range(n_heads) if h not in (1, 3, 4)])
-    plain = packing.pack(factors, images, dead=dead)
+    plain = packed_factors.pack(factors, images, dead=dead)
     for name in ("f", "z"):
         np.testing.assert_array_equal(getattr(expected, name), getattr(plain, name)[:, order])
     for pair in pairs:
@@ -236,7 +236,7 @@ def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block,
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
 @pytest.mark.parametrize("block", [1, 100, 2**16])
 def test_offset_scale_layout_and_blocks_change_no_count(sampling, block, monkeypatch):
-    monkeypatch.setattr(packing, "_BLOCK_ENTRIES", block)
+    monkeypatch.setattr(packed_factors, "_BLOCK_ENTRIES", block)
     factors, images = (np.round(64 * values) for values in draw(8, n_cells=32, n_columns=5, signal=0.1))
     expected = count(factors, images, n_permutations=200, sampling=sampling)
     assert len(set(expected)) == 3
@@ -324,7 +324,7 @@ def test_cyclic_statistics_are_the_direct_sums(n_cells, numba, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setattr(cyclic_statistics, "_INLINE_ENTRIES", 0)
     factors, images = draw(1, n_cells=n_cells, n_columns=5, n_heads=11)
-    pair = packing.pack(factors, images, dead=np.zeros(11, dtype=bool))
+    pair = packed_factors.pack(factors, images, dead=np.zeros(11, dtype=bool))
     found = cyclic_statistics.cyclic_statistics(pair, device="cpu")
     assert found.shape == (n_cells, 11)
     for head in range(11):

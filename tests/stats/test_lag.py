@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from amici_eval.stats.permutation.place import Place
+from amici_eval.stats.permutation.positions import Place
 from amici_eval.stats.spatial.lag import LagGrid
 from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
 from amici_eval.stats.spatial.near_pairs import NearPairs

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.stats.spatial.spatial import default_widths, tiles_of_width
+from amici_eval.stats.spatial.tiles import default_widths, tiles_of_width
 from tests.oracles import tiles as oracle
 
 

@@ -12,9 +12,9 @@ import mlflow
 import pytest
 
 from amici_eval.cli.commands import main
-from amici_eval.evaluation import pipeline as evaluation
+from amici_eval.evaluation import pipeline
 from amici_eval.tracking.jobs import promotion
-from amici_eval.tracking.store import patience
+from amici_eval.tracking.store import errors
 from tests.serving import Server
 from tests.stub import ANSWERS, PASSING, Stub
 
@@ -93,10 +93,10 @@ def desk(_store: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(errors, "_FIRST_WAIT_S", 0.01)
     # one that could not be given back is waited for
     monkeypatch.setattr(promotion, "_LEASE_S", 5.0)
-    real, kept = evaluation.evaluate_access, _EVALUATED
+    real, kept = pipeline.evaluate_access, _EVALUATED
 
     def once(access, *args, **kwargs):
         _store.computed += 1
@@ -104,7 +104,7 @@ def desk(_store: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             kept["one"] = real(access, *args, **kwargs)
         return kept["one"]
 
-    monkeypatch.setattr(evaluation, "evaluate_access", once)
+    monkeypatch.setattr(pipeline, "evaluate_access", once)
     before = mlflow.get_tracking_uri()
     try:
         yield _store

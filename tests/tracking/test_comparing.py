@@ -13,8 +13,8 @@ import pytest
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.results.comparison import HeadComparison
-from amici_eval.settings.comparison_spec import ComparisonSpec
-from amici_eval.settings.specs import (
+from amici_eval.settings.comparison import ComparisonSpec
+from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
     EvaluationSpec,
@@ -24,10 +24,10 @@ from amici_eval.settings.specs import (
     TrackingSpec,
 )
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.jobs import compared_cells, gathering
+from amici_eval.tracking.jobs import compared_cells, version_evaluations
 from amici_eval.tracking.jobs.compared_cells import model_uris
 from amici_eval.tracking.jobs.comparing import compare_job
-from amici_eval.tracking.jobs.jobs import evaluate_job
+from amici_eval.tracking.jobs.evaluating import evaluate_job
 from tests.model.test_comparison import relabelled
 
 pytestmark = pytest.mark.amici
@@ -167,7 +167,7 @@ def test_a_version_that_fails_is_named_and_the_others_go_on(pair, monkeypatch):
             raise DataError(value="version 1", rule="it breaks", fix="mend it")
         return literal(model_uri, **options)
 
-    monkeypatch.setattr(gathering, "evaluate_job", broken)
+    monkeypatch.setattr(version_evaluations, "evaluate_job", broken)
     models = ("models:/pair/1", "models:/pair/2", "models:/tiny/1")
     found = job(pair, models=models, versions=(), tracking={"reuse": False}).comparison
     assert found.labels == ("pair 2", "tiny 1")

@@ -23,14 +23,14 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from omegaconf import OmegaConf
 
 from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError, TrackingError
-from amici_eval.settings.specs import TrackingSpec
+from amici_eval.settings.evaluation import TrackingSpec
 from amici_eval.tracking.models import registry
 from amici_eval.tracking.models.registry import connect
-from amici_eval.tracking.runs import run_log
+from amici_eval.tracking.runs import delivery
 from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG, close_abandoned
 from amici_eval.tracking.runs.local_results import ARTIFACTS
 from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG, find_evaluation
-from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, tracked_run
 from amici_eval.tracking.runs.unfinished import UnfinishedWork
 from amici_eval.tracking.store.searching import version_numbers
 from amici_eval.tracking.sweep import ParentRun, close_parent
@@ -209,7 +209,7 @@ def in_background(request, monkeypatch) -> None:
 
 def test_results_are_not_logged_in_the_background(bare_model, in_background, tmp_path, monkeypatch):
     run_id = opened()
-    record = run_log.RunRecord(
+    record = delivery.RunRecord(
         tracking_uri=bare_model.uri,
         run_id=run_id,
         params={"cfg/a": "1"},
@@ -218,7 +218,7 @@ def test_results_are_not_logged_in_the_background(bare_model, in_background, tmp
         series={"s": [(0, 0.1), (1, 0.2)]},
     )
     (tmp_path / ARTIFACTS).mkdir()
-    run_log.send(tmp_path, record)
+    delivery.send(tmp_path, record)
     held = mlflow.get_run(run_id).data
     assert held.params == {"cfg/a": "1"}
     assert held.metrics == {"m": 0.5, "s": 0.2}
@@ -229,7 +229,7 @@ def test_results_are_not_logged_in_the_background(bare_model, in_background, tmp
 
     monkeypatch.setattr(SqlAlchemyStore, "log_batch", full)
     with pytest.raises(TrackingError, match="all results are safe in"):
-        run_log.send(tmp_path, record)
+        delivery.send(tmp_path, record)
 
 
 def test_no_command_logs_in_the_background(bare_model, in_background, monkeypatch):

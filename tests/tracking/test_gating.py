@@ -16,8 +16,8 @@ import torch
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.model.untrained import untrained_like
 from amici_eval.results.verdict import Verdict
-from amici_eval.settings.gate_spec import GateSpec, Rule
-from amici_eval.settings.specs import ReportSpec, TrackingSpec
+from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
+from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.flavor import log_model
 from amici_eval.tracking.jobs import compared_cells, gating
 from amici_eval.tracking.jobs.gating import gate_job
@@ -182,17 +182,17 @@ def test_a_champion_that_was_replaced_meanwhile_is_not_replaced_again(model, mon
 
 def test_a_baseline_that_cannot_be_evaluated_leaves_the_verdict_open(model, monkeypatch, trained):
     gated(model, 1)
-    from amici_eval.tracking.jobs import gathering
+    from amici_eval.tracking.jobs import version_evaluations
 
-    evaluate_job = gathering.evaluate_job
+    evaluate_job = version_evaluations.evaluate_job
 
     def broken(model_uri, **options):
         if model_uri.endswith("/1"):
             raise DataError(value="version 1", rule="it breaks", fix="mend it")
         return evaluate_job(model_uri, **options)
 
-    monkeypatch.setattr(gathering, "evaluate_job", broken)
-    monkeypatch.setattr(gathering, "find_evaluation", lambda *_, **__: None)
+    monkeypatch.setattr(version_evaluations, "evaluate_job", broken)
+    monkeypatch.setattr(version_evaluations, "find_evaluation", lambda *_, **__: None)
     found = gated(model, 2)
     assert found.verdict.outcome == "undecided"
     assert "the baseline could not be evaluated: version 1: it breaks" in found.verdict.results[1].reason

@@ -17,12 +17,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
 from requests import ConnectionError as RequestsConnectionError
 
-from amici_eval.settings.specs import TrackingSpec
+from amici_eval.settings.evaluation import TrackingSpec
 from amici_eval.tracking.models.registry import connect
 from amici_eval.tracking.runs import heartbeat
 from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, STOPPED_S, Beat, Heartbeat, close_abandoned
-from amici_eval.tracking.runs.tracked_run import tracked_run
-from amici_eval.tracking.store.patience import patiently
+from amici_eval.tracking.runs.tracked import tracked_run
+from amici_eval.tracking.store.errors import patiently
 
 
 def start(beat: Beat | str, *, partial: bool = True) -> str:
@@ -167,7 +167,7 @@ def test_any_tag_is_a_sign_or_none(text):
 
 def waiting(monkeypatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr("amici_eval.tracking.store.patience.time.sleep", waits.append)
+    monkeypatch.setattr("amici_eval.tracking.store.errors.time.sleep", waits.append)
     return waits
 
 

@@ -17,9 +17,16 @@ from amici_eval.data.opening import content_digest
 from amici_eval.data.tissue import prepare
 from amici_eval.model.engines.access import neighbours
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
-from amici_eval.results.tile_moments import Moments
-from amici_eval.settings.specs import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, SubsetSpec, TrackingSpec
-from amici_eval.tracking.jobs.jobs import evaluate_job, register_job
+from amici_eval.results.tile_sums import Moments
+from amici_eval.settings.evaluation import (
+    DataSpec,
+    EvaluationSpec,
+    PermutationSpec,
+    ReportSpec,
+    SubsetSpec,
+    TrackingSpec,
+)
+from amici_eval.tracking.jobs.evaluating import evaluate_job, register_job
 from amici_eval.tracking.jobs.uploading import load_evaluation, upload
 
 pytestmark = pytest.mark.amici

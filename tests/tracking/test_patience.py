@@ -36,9 +36,9 @@ from amici_eval.common.errors import (
     OutputError,
     TrackingError,
 )
-from amici_eval.tracking.store import patience
+from amici_eval.tracking.store import errors
+from amici_eval.tracking.store.errors import tracking_errors, understood
 from amici_eval.tracking.store.fetching import fetch
-from amici_eval.tracking.store.patience import tracking_errors, understood
 
 
 def from_(error, cause):
@@ -254,14 +254,14 @@ def test_data_is_asked_for_again(tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(b"data")
 
-    monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "_patience_s", [0.0])
+    monkeypatch.setattr(errors, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(errors, "_patience_s", [0.0])
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{server.server_port}/a.h5ad"
         with pytest.raises(DataError, match=r"503.*run the same command again"):
             fetch(uri, tmp_path)
-        patience.set_patience(10.0)
+        errors.set_patience(10.0)
         assert fetch(uri, tmp_path).read_bytes() == b"data"
         server.shutdown()
     assert len(asked) == 3
@@ -376,8 +376,8 @@ def test_where_results_cannot_go_is_found_before_any_work(command, setting, word
 
 @pytest.mark.parametrize("name", ["", "breast.v2", "a/b", "a:b", "a@b", "100%", "it's", '"x"', ".."])
 def test_names_that_mlflow_refuses_are_found_before_any_work(name, bare_model):
-    from amici_eval.settings.specs import TrackingSpec
-    from amici_eval.tracking.jobs.jobs import register_job
+    from amici_eval.settings.evaluation import TrackingSpec
+    from amici_eval.tracking.jobs.evaluating import register_job
 
     options = {"data_uri": None, "adata": None, "trust": False, "alias": None}
     with pytest.raises(InvalidSpecError, match="name=") as caught:

@@ -14,15 +14,15 @@ import pytest
 
 from amici_eval.common.errors import OutputError, TrackingError
 from amici_eval.evaluation.finished_parts import FinishedParts
-from amici_eval.evaluation.type_tasks import evaluate_task
-from amici_eval.settings.launch_spec import LaunchSpec
-from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.tracking.jobs.jobs import evaluate_job
+from amici_eval.evaluation.tasks import evaluate_task
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.launch import LaunchSpec
+from amici_eval.tracking.jobs.evaluating import evaluate_job
 from amici_eval.tracking.jobs.uploading import upload
-from amici_eval.tracking.runs import run_log
+from amici_eval.tracking.runs import delivery
 from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RECORD_FILE
-from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, tracked_run
 from amici_eval.tracking.runs.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
 
 pytestmark = pytest.mark.amici
@@ -286,13 +286,13 @@ def test_partial_results_are_not_sent_as_whole_ones(registry, tmp_path, stop):
 
 def test_what_could_not_be_sent_is_sent_by_the_same_command_too(registry, tmp_path, stop, monkeypatch):
     seen = stop(99)
-    send = run_log._send
+    send = delivery._send
 
-    monkeypatch.setattr(run_log, "_send", gone)
+    monkeypatch.setattr(delivery, "_send", gone)
     with pytest.raises(TrackingError, match="amici-eval upload"):
         run(experiment="unsent")
     kept = list(seen["kept"])
-    monkeypatch.setattr(run_log, "_send", send)
+    monkeypatch.setattr(delivery, "_send", send)
     result = run(experiment="unsent")
     assert sorted(seen["taken"]) == sorted(kept)
     assert [(one.info.run_id, one.info.status) for one in runs_of("unsent")] == [(result.run_id, "FINISHED")]
@@ -304,7 +304,7 @@ def test_artifacts_that_were_being_written_are_not_sent(registry, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "write_artifacts", killed)
+        patch.setattr(delivery, "write_artifacts", killed)
         with pytest.raises(KeyboardInterrupt):
             run(experiment="half written")
     (folder,) = (tmp_path / "out").iterdir()
@@ -343,14 +343,14 @@ def test_two_that_make_the_same_data_set_known_at_once_both_get_through(registry
 
 
 def test_what_could_be_written_is_sent_and_said_to_be_partial(registry, tmp_path, monkeypatch, caplog):
-    write = run_log.write_artifacts
+    write = delivery.write_artifacts
 
     def half(evaluation, folder, **options):
         write(evaluation, folder, **options)
         raise RuntimeError("a figure could not be drawn")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "write_artifacts", half)
+        patch.setattr(delivery, "write_artifacts", half)
         with pytest.raises(RuntimeError, match="could not be drawn"):
             run(experiment="partly")
     (folder,) = (tmp_path / "out").iterdir()
@@ -368,14 +368,14 @@ def test_what_could_be_written_is_sent_and_said_to_be_partial(registry, tmp_path
 
 
 def test_a_run_whose_last_answer_was_lost_is_the_one_that_is_completed(registry, tmp_path, monkeypatch):
-    send = run_log._send
+    send = delivery._send
 
     def lost(folder, record):
         send(folder, record)
         raise ConnectionError("no answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "_send", lost)
+        patch.setattr(delivery, "_send", lost)
         with pytest.raises(TrackingError):
             run(experiment="lost answer")
     (sent,) = runs_of("lost answer")
@@ -391,7 +391,7 @@ def test_a_run_whose_last_answer_was_lost_is_the_one_that_is_completed(registry,
 
 def test_damaged_results_are_not_sent(registry, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "_send", gone)
+        patch.setattr(delivery, "_send", gone)
         with pytest.raises(TrackingError):
             run(experiment="altered")
     (folder,) = (tmp_path / "out").iterdir()
@@ -426,14 +426,14 @@ def test_a_folder_that_takes_no_more_costs_no_result(registry, tmp_path, monkeyp
         return write_bytes(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    save = run_log.RunRecord.save
+    save = delivery.RunRecord.save
 
     def only_elsewhere(self, folder):
         if folder.is_relative_to(tmp_path / "out"):
             full(folder, None)
         save(self, folder)
 
-    monkeypatch.setattr(run_log.RunRecord, "save", only_elsewhere)
+    monkeypatch.setattr(delivery.RunRecord, "save", only_elsewhere)
     result = run(experiment="no room")
     assert mlflow.get_run(result.run_id).info.status == "FINISHED"
     assert digests(result.run_id, tmp_path) == digests(whole.run_id, tmp_path)
@@ -449,7 +449,7 @@ def test_no_room_anywhere_says_so(registry, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_log.RunRecord, "save", full)
+        patch.setattr(delivery.RunRecord, "save", full)
         with pytest.raises(OutputError, match="make room and run the same command again"):
             run(experiment="nowhere")
     # the finished types could be kept
@@ -480,7 +480,7 @@ def test_the_local_copy_is_without_parts(registry, tmp_path):
 LOCKER = """
 import sys, time
 from pathlib import Path
-from amici_eval.common.durable import FolderLock
+from amici_eval.common.files import FolderLock
 lock = FolderLock.take(Path(sys.argv[1]))
 print("locked" if lock else "not locked", flush=True)
 time.sleep(120)
@@ -515,7 +515,7 @@ def test_what_another_process_works_at_is_read_and_left_alone(registry, tmp_path
 
 def test_results_that_were_not_sent_outlive_the_same_evaluation_elsewhere(registry, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "_send", gone)
+        patch.setattr(delivery, "_send", gone)
         with pytest.raises(TrackingError):
             run(experiment="unsent here")
     (folder,) = (tmp_path / "out").iterdir()
@@ -526,7 +526,7 @@ def test_results_that_were_not_sent_outlive_the_same_evaluation_elsewhere(regist
 
 def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "_send", gone)
+        patch.setattr(delivery, "_send", gone)
         with pytest.raises(TrackingError):
             run(experiment="twice")
         (folder,) = (tmp_path / "out").iterdir()
@@ -537,7 +537,7 @@ def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatc
 
 
 def test_an_interrupted_comparison_takes_up_the_types_of_its_evaluations(registry, tmp_path, stop):
-    from amici_eval.settings.comparison_spec import ComparisonSpec
+    from amici_eval.settings.comparison import ComparisonSpec
     from amici_eval.tracking.jobs.comparing import compare_job
 
     def compare():
@@ -574,7 +574,7 @@ def test_a_close_that_is_asked_again_closes_this_run_and_no_other(registry, monk
 
     inner_id = [""]
     monkeypatch.setattr(client, "set_terminated", once)
-    monkeypatch.setattr("amici_eval.tracking.store.patience.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("amici_eval.tracking.store.errors.time.sleep", lambda seconds: None)
     tracking = TrackingSpec(experiment="nested", retry_s=30.0)
     with tracked_run(tracking, name="outer", tags={}) as outer:
         monkeypatch.setenv(PARENT_RUN_VARIABLE, outer.info.run_id)
@@ -599,7 +599,7 @@ def test_a_start_that_is_asked_again_keeps_the_run_of_mlflow_run(registry, monke
         return real(**options)
 
     monkeypatch.setattr(mlflow, "start_run", once)
-    monkeypatch.setattr("amici_eval.tracking.store.patience.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("amici_eval.tracking.store.errors.time.sleep", lambda seconds: None)
     with tracked_run(TrackingSpec(retry_s=30.0), name="x", tags={}) as run:
         assert run.info.run_id == opened
 
@@ -607,12 +607,12 @@ def test_a_start_that_is_asked_again_keeps_the_run_of_mlflow_run(registry, monke
 def test_a_series_that_was_sent_in_part_is_completed(registry, tmp_path):
     client = mlflow.MlflowClient()
     run_id = client.create_run("0").info.run_id
-    record = run_log.RunRecord(
+    record = delivery.RunRecord(
         tracking_uri=registry.uri, run_id=run_id, series={"a": [(step, 0.5) for step in range(5)]}
     )
     (tmp_path / ARTIFACTS).mkdir()
     for step in (0, 1, 3):
         client.log_metric(run_id, "a", 0.5, step=step)
-    run_log.send(tmp_path, record)
+    delivery.send(tmp_path, record)
     assert sorted(point.step for point in client.get_metric_history(run_id, "a")) == list(range(5))
     client.set_terminated(run_id)

@@ -13,8 +13,8 @@ import pytest
 
 import amici_eval
 from amici_eval.common.errors import TrackingError
-from amici_eval.settings.specs import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.tracking.jobs.jobs import evaluate_job, register_job
+from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.tracking.jobs.evaluating import evaluate_job, register_job
 from amici_eval.tracking.jobs.uploading import upload
 from tests.serving import Server
 
@@ -89,16 +89,16 @@ def test_register_run_evaluate_and_a_lost_server(server, amici_dir, adata, tmp_p
     assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
 
     # 3. the server dies while the heads are evaluated, comes back, and the run is finished from the local folder
-    from amici_eval.evaluation import pipeline as evaluation
+    from amici_eval.evaluation import pipeline
 
-    real = evaluation.evaluate_access
+    real = pipeline.evaluate_access
 
     def evaluate_then_lose_the_server(*arguments, **options):
         outcome = real(*arguments, **options)
         server.stop()
         return outcome
 
-    monkeypatch.setattr(evaluation, "evaluate_access", evaluate_then_lose_the_server)
+    monkeypatch.setattr(pipeline, "evaluate_access", evaluate_then_lose_the_server)
     with pytest.raises(TrackingError, match="all results are safe in") as caught:
         evaluate_champion()
     folder = Path(caught.value.fix.rpartition(" ")[2])

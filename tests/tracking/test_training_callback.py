@@ -20,11 +20,11 @@ import amici_eval
 from amici_eval import HeadEvaluationCallback
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.common.names import slugify
-from amici_eval.settings.specs import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.tracking.runs.run_contents import evaluation_metrics
-from amici_eval.tracking.training import training_callback
-from amici_eval.tracking.training.training_cells import cells_to_evaluate
-from amici_eval.tracking.training.training_run import RunInTraining
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.tracking.runs.contents import evaluation_metrics
+from amici_eval.tracking.training import callback as module
+from amici_eval.tracking.training.cells import cells_to_evaluate
+from amici_eval.tracking.training.run import RunInTraining
 
 SMALL = {
     "n_heads": 2,
@@ -38,7 +38,7 @@ SMALL = {
     "distance_kernel_unit_scale": 10.0,
 }
 N_EPOCHS = 5
-NAME = "amici_eval.tracking.training.training_callback"
+NAME = "amici_eval.tracking.training.callback"
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_an_evaluation_that_draws_random_numbers_changes_no_weight(store, adata,
         msg = "after the draw"
         raise ArithmeticError(msg)
 
-    monkeypatch.setattr(training_callback, "evaluate", draws)
+    monkeypatch.setattr(module, "evaluate", draws)
     model = untrained(adata)
     with mlflow.start_run():
         train(model, HeadEvaluationCallback(model, every_n_epochs=1, max_share=math.inf))
@@ -214,7 +214,7 @@ def test_an_evaluation_that_draws_random_numbers_changes_no_weight(store, adata,
 
 @pytest.mark.amici
 def test_without_an_active_run_nothing_is_done_and_it_is_said_once(store, adata, plain, caplog, monkeypatch):
-    monkeypatch.setattr(training_callback, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     model = untrained(adata)
     train(model, HeadEvaluationCallback(model, every_n_epochs=1))
     said = [record.getMessage() for record in caplog.records if record.name == NAME]
@@ -276,8 +276,8 @@ def evaluations(monkeypatch):
         calls.append(SimpleNamespace(model=model, adata=adata, spec=spec))
         return {"ev/Tumor/head_0": float(len(calls)), "summary/n_cells": 3.0}
 
-    monkeypatch.setattr(training_callback, "evaluate", fake)
-    monkeypatch.setattr(training_callback, "evaluation_metrics", dict)
+    monkeypatch.setattr(module, "evaluate", fake)
+    monkeypatch.setattr(module, "evaluation_metrics", dict)
     return calls
 
 
@@ -306,9 +306,9 @@ def test_only_named_metrics_are_logged_to_a_run_of_choice(store, model, evaluati
 
 
 def test_more_metrics_than_a_batch_holds_all_arrive(store, model, monkeypatch):
-    monkeypatch.setattr(training_callback, "evaluate", lambda *_: None)
+    monkeypatch.setattr(module, "evaluate", lambda *_: None)
     many = {f"ev/Tumor/head_{head}": float(head) for head in range(1500)}
-    monkeypatch.setattr(training_callback, "evaluation_metrics", lambda _: dict(many))
+    monkeypatch.setattr(module, "evaluation_metrics", lambda _: dict(many))
     with mlflow.start_run() as run:
         fit(HeadEvaluationCallback(model, every_n_epochs=1), model, 1)
     assert len(store.get_run(run.info.run_id).data.metrics) == 1501
@@ -339,8 +339,8 @@ def test_after_three_failures_in_a_row_no_more_is_tried_and_each_kind_is_told_on
         if errors[tried[-1]] is not None:
             raise errors[tried[-1]]
 
-    monkeypatch.setattr(training_callback, "evaluate", fails)
-    monkeypatch.setattr(training_callback, "evaluation_metrics", lambda _: {})
+    monkeypatch.setattr(module, "evaluate", fails)
+    monkeypatch.setattr(module, "evaluation_metrics", lambda _: {})
     with mlflow.start_run() as run:
         fit(HeadEvaluationCallback(model, every_n_epochs=1, max_share=math.inf), model, 9)
     assert len(tried) == 5
@@ -357,7 +357,7 @@ def test_an_interrupt_is_passed_on(store, model, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_callback, "evaluate", interrupted)
+    monkeypatch.setattr(module, "evaluate", interrupted)
     state = torch.get_rng_state()
     with mlflow.start_run(), pytest.raises(KeyboardInterrupt):
         fit(HeadEvaluationCallback(model, every_n_epochs=1), model, 1)
@@ -412,7 +412,7 @@ def test_evaluations_that_take_too_large_a_share_are_skipped_until_they_do_not(
     store, model, evaluations, monkeypatch, caplog
 ):
     now = [0.0]
-    monkeypatch.setattr(training_callback, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "perf_counter", lambda: now[0])
     monkeypatch.setattr(RunInTraining, "send", lambda *_: now.__setitem__(0, now[0] + 30.0))
 
     def epoch_of_ten_seconds(_):
@@ -461,8 +461,8 @@ def test_what_is_said_at_each_evaluation_is_heard_once(store, model, monkeypatch
     def talks(*_):
         inner.warning("undefined for %s", "B")
 
-    monkeypatch.setattr(training_callback, "evaluate", talks)
-    monkeypatch.setattr(training_callback, "evaluation_metrics", lambda _: {})
+    monkeypatch.setattr(module, "evaluate", talks)
+    monkeypatch.setattr(module, "evaluation_metrics", lambda _: {})
     with mlflow.start_run():
         fit(HeadEvaluationCallback(model, every_n_epochs=1, max_share=math.inf), model, 4)
     assert caplog.text.count("undefined for B") == 1
@@ -555,4 +555,4 @@ def test_cells_are_drawn_from_the_subset_of_the_settings(adata):
 
 
 def test_the_package_offers_the_callback():
-    assert amici_eval.HeadEvaluationCallback is training_callback.HeadEvaluationCallback
+    assert amici_eval.HeadEvaluationCallback is module.HeadEvaluationCallback

@@ -25,7 +25,7 @@ from amici_eval.model.engines.masked_attention import (
 )
 from amici_eval.model.engines.sent_factors import SentFactors
 from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
-from amici_eval.stats.spatial.spatial import morton_codes
+from amici_eval.stats.spatial.tiles import morton_codes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from amici_eval.common.errors import DataError
 from amici_eval.report.figures.drawing import INK, MUTED, add_caption, chosen_types, drawn_label, literal, opened
-from amici_eval.report.figures.figures import significance_note
-from amici_eval.report.wording import rounded
+from amici_eval.report.figures.head_figures import significance_note
+from amici_eval.report.sentences import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ from amici_eval.report.figures.ablation_figures import (
 )
 from amici_eval.report.figures.drawing import chosen_types
 from amici_eval.report.figures.effects_figure import EFFECTS_STEM, effects_size, has_effects, plot_effects
-from amici_eval.report.figures.figures import (
+from amici_eval.report.figures.head_figures import (
     BARPLOT_STEM,
     barplot_size,
     check_n_top_genes,
@@ -40,7 +40,7 @@ from amici_eval.report.figures.senders_figure import (
     plot_senders,
     senders_size,
 )
-from amici_eval.report.wording import made_folder, unwritable
+from amici_eval.report.sentences import made_folder, unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

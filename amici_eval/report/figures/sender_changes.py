@@ -9,7 +9,7 @@ import numpy as np
 from amici_eval.report.figures.drawing import add_caption, drawn_label, literal, new_axes
 from amici_eval.report.figures.forest import ForestRow, draw_forest, forest_size, largest
 from amici_eval.report.markup import cell, row, section, table
-from amici_eval.report.wording import effect, interval, p_text, rounded
+from amici_eval.report.sentences import effect, interval, p_text, rounded
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,7 +22,7 @@ from amici_eval.report.figures.drawing import (
     new_axes,
 )
 from amici_eval.report.senders_section import sure_links
-from amici_eval.report.wording import effect, in_sample_text
+from amici_eval.report.sentences import effect, in_sample_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.sender_results import Senders
+    from amici_eval.results.senders import Senders
 
 __all__ = [
     "SENDERS_STEM",

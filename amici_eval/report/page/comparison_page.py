@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.report.comparison_words import comparison_sentences
+from amici_eval.report.comparison_sentences import comparison_sentences
 from amici_eval.report.figures.sender_changes import sender_changes_section
 from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, row, section, table, text
-from amici_eval.report.page.page import write_page
-from amici_eval.report.wording import effect, interval, made_folder, p_text, printable
+from amici_eval.report.page.frame import write_page
+from amici_eval.report.sentences import effect, interval, made_folder, p_text, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.comparison_parts import HeadDifferences, HeadMatches
-    from amici_eval.results.comparison_senders import SenderDifferences
+    from amici_eval.results.matches import HeadDifferences, HeadMatches
+    from amici_eval.results.sender_changes import SenderDifferences
 
 __all__ = ["write_comparison_html"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
-from amici_eval.report.wording import effect, in_sample_text, interval, p_text, printable, span
+from amici_eval.report.sentences import effect, in_sample_text, interval, p_text, printable, span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.report.wording import (
+from amici_eval.report.sentences import (
     BASELINE_NAMES,
     VALIDITY,
     adjustment_text,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64
 
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.inference_results import SpatialTests
+    from amici_eval.results.inference import SpatialTests
 
 __all__ = ["best_heads", "effect_sentences", "held_out_sentences", "outcome_sentences", "spatial_sentences"]
 

@@ -10,9 +10,9 @@ from amici_eval.common.names import slugify
 from amici_eval.report.ablation_summary import ablations_section
 from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
+from amici_eval.report.page.frame import write_page
 from amici_eval.report.page.head_sections import head_sections, verdict_sentence
 from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
-from amici_eval.report.page.page import write_page
 from amici_eval.report.page.provenance import identity_line, provenance_section
 from amici_eval.report.page.sections import (
     genes_section,
@@ -22,7 +22,7 @@ from amici_eval.report.page.sections import (
     without_heads_section,
 )
 from amici_eval.report.senders_section import senders_section
-from amici_eval.report.wording import (
+from amici_eval.report.sentences import (
     WHY_THIS_ORDER,
     effect,
     engine_sentence,

@@ -13,7 +13,7 @@ import numpy as np
 
 from amici_eval.common.masking import mask_mapping, masked
 from amici_eval.report.markup import cell, row, section, text
-from amici_eval.report.wording import permutations_text
+from amici_eval.report.sentences import permutations_text
 
 if TYPE_CHECKING:
     from amici_eval.results.evaluation import HeadEvaluation

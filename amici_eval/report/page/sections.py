@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.report.markup import cell, row, section, table, text
-from amici_eval.report.wording import (
+from amici_eval.report.sentences import (
     BASELINE_MEANINGS,
     BASELINE_NAMES,
     adjustment_text,

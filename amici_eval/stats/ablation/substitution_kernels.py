@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.common.jit import compiled, numba_if_usable
+from amici_eval.common.compiling import compiled, numba_if_usable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

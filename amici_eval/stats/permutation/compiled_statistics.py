@@ -9,7 +9,7 @@ import numpy as np
 
 from amici_eval.common import threads as compiled
 from amici_eval.stats.memory import STORED_INDICES
-from amici_eval.stats.permutation.packing import LANES, TIE_TOLERANCE
+from amici_eval.stats.permutation.packed_factors import LANES, TIE_TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int64
 
-    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.packed_factors import PackedPair
     from amici_eval.stats.permutation.permutations import PermutationStream
 
     Take = Callable[[Float64[np.ndarray, "permutations alive"], Float64[np.ndarray, " alive"]], None]

@@ -11,7 +11,7 @@ from scipy.fft import next_fast_len
 
 from amici_eval.common import threads as compiled
 from amici_eval.stats.memory import TORCH_ENTRIES
-from amici_eval.stats.permutation.packing import LANES
+from amici_eval.stats.permutation.packed_factors import LANES
 from amici_eval.stats.shrinking import Shrinking, memory_errors_explained
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Complex128, Float32, Float64
     from torch import Tensor
 
-    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.packed_factors import PackedPair
 
 __all__ = ["cyclic_statistics"]
 

@@ -12,14 +12,14 @@ import torch
 from amici_eval.common import threads as compiled
 from amici_eval.stats.permutation.factor_statistics import exact_statistics, identity_statistics
 from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
-from amici_eval.stats.permutation.packing import TIE_TOLERANCE
+from amici_eval.stats.permutation.packed_factors import TIE_TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jaxtyping import Bool, Float, Float64, Int64
 
-    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.packed_factors import PackedPair
     from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["FactorDraw", "FactorStatistics", "Part", "check_factors", "draw_from", "part_of"]

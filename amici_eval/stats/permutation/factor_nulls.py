@@ -13,7 +13,7 @@ from amici_eval.stats.permutation.compiled_statistics import compiled_statistics
 from amici_eval.stats.permutation.cyclic_statistics import cyclic_statistics
 from amici_eval.stats.permutation.factor_draws import FactorDraw, check_factors, draw_from, part_of
 from amici_eval.stats.permutation.nulls import PermutationCounts
-from amici_eval.stats.permutation.packing import TIE_TOLERANCE, pack
+from amici_eval.stats.permutation.packed_factors import TIE_TOLERANCE, pack
 from amici_eval.stats.permutation.torch_statistics import torch_statistics
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64
 
-    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.packed_factors import PackedPair
     from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["exact_statistics", "identity_statistics"]

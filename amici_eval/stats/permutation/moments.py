@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.stats.permutation.place import Place
+    from amici_eval.stats.permutation.positions import Place
     from amici_eval.stats.readout import Readout
 
 __all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]

@@ -9,7 +9,7 @@ import torch
 
 from amici_eval.stats.permutation.factor_draws import FactorDraw, check_factors, draw_from, part_of
 from amici_eval.stats.permutation.nulls import PermutationCounts
-from amici_eval.stats.permutation.packing import pack
+from amici_eval.stats.permutation.packed_factors import pack
 from amici_eval.stats.permutation.permutations import PermutationStream
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from amici_eval.stats.memory import STORED_INDICES, TORCH_ENTRIES
-from amici_eval.stats.permutation.packing import LANES, TIE_TOLERANCE
+from amici_eval.stats.permutation.packed_factors import LANES, TIE_TOLERANCE
 from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from amici_eval.stats.permutation.compiled_statistics import Take
-    from amici_eval.stats.permutation.packing import PackedPair
+    from amici_eval.stats.permutation.packed_factors import PackedPair
     from amici_eval.stats.permutation.permutations import PermutationStream
 
 __all__ = ["torch_factor", "torch_statistics"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64
     from torch import Tensor
 
-    from amici_eval.stats.permutation.place import Place
+    from amici_eval.stats.permutation.positions import Place
     from amici_eval.stats.spatial.lag import LagGrid
     from amici_eval.stats.spatial.near_pairs import NearPairs
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError
-from amici_eval.results.comparison_parts import FailedVersion
-from amici_eval.settings.specs import EvaluationSpec, SubsetSpec
+from amici_eval.results.matches import FailedVersion
+from amici_eval.settings.evaluation import EvaluationSpec, SubsetSpec
 from amici_eval.tracking.models.registry import find_dataset, resolve_model
 from amici_eval.tracking.models.stored_model import open_stored_model
 from amici_eval.tracking.store.searching import version_numbers
@@ -19,7 +19,7 @@ from amici_eval.tracking.store.searching import version_numbers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from amici_eval.settings.comparison_spec import ComparisonSpec
+    from amici_eval.settings.comparison import ComparisonSpec
     from amici_eval.tracking.models.registry import ResolvedModel
 
 __all__ = ["Column", "ComparedCells", "cells_of", "columns_of", "model_uris"]

@@ -13,17 +13,17 @@ from amici_eval.common.errors import AmiciEvalError, DataError, first_line
 from amici_eval.common.escaping import markdown
 from amici_eval.comparison.pipeline import compare, matched_similarity
 from amici_eval.comparison.version_pairs import similarity_of
-from amici_eval.report.comparison_words import comparison_sentences
-from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec
+from amici_eval.report.comparison_sentences import comparison_sentences
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
 from amici_eval.tracking.jobs.compared_cells import cells_of, columns_of, model_uris
 from amici_eval.tracking.jobs.comparison_contents import comparison_params, comparison_series, write_comparison
-from amici_eval.tracking.jobs.gathering import gather_evaluations
+from amici_eval.tracking.jobs.version_evaluations import gather_evaluations
 from amici_eval.tracking.models.registry import connect_to, find_dataset
 from amici_eval.tracking.models.stored_model import open_stored_model
+from amici_eval.tracking.runs.delivery import send
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
-from amici_eval.tracking.runs.run_log import send
-from amici_eval.tracking.runs.tracked_run import NOTE_TAG, tracked_run
-from amici_eval.tracking.store.patience import optional, patiently
+from amici_eval.tracking.runs.tracked import NOTE_TAG, tracked_run
+from amici_eval.tracking.store.errors import optional, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.results.comparison import HeadComparison
-    from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.settings.specs import ReportSpec, TrackingSpec
+    from amici_eval.settings.comparison import ComparisonSpec
+    from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
     from amici_eval.tracking.jobs.compared_cells import Column, ComparedCells
     from amici_eval.tracking.models.registry import ResolvedModel
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from amici_eval.results.comparison import HeadComparison
-    from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.settings.specs import ReportSpec
+    from amici_eval.settings.comparison import ComparisonSpec
+    from amici_eval.settings.evaluation import ReportSpec
 
 __all__ = ["comparison_params", "comparison_series", "write_comparison"]
 

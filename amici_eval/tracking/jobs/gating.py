@@ -15,20 +15,20 @@ from amici_eval.comparison.gate import judge
 from amici_eval.comparison.pipeline import compare
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.settings.gate_spec import gate_key
+from amici_eval.settings.gate import gate_key
 from amici_eval.tracking.jobs.compared_cells import Column, cells_of
 from amici_eval.tracking.jobs.comparison_contents import comparison_params, write_comparison
 from amici_eval.tracking.jobs.gate_baseline import baseline_of
-from amici_eval.tracking.jobs.gathering import gather_evaluations
 from amici_eval.tracking.jobs.promotion import ROLLED_BACK_TAG, Promotion, promote
+from amici_eval.tracking.jobs.version_evaluations import gather_evaluations
 from amici_eval.tracking.jobs.watching import VERDICT_TAG
 from amici_eval.tracking.models.registry import connect_to, resolve_model
 from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.runs.contents import evaluation_metrics, metric_intervals
+from amici_eval.tracking.runs.delivery import send
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
-from amici_eval.tracking.runs.run_contents import evaluation_metrics, metric_intervals
-from amici_eval.tracking.runs.run_log import send
-from amici_eval.tracking.runs.tracked_run import NOTE_TAG, tracked_run
-from amici_eval.tracking.store.patience import optional, patiently
+from amici_eval.tracking.runs.tracked import NOTE_TAG, tracked_run
+from amici_eval.tracking.store.errors import optional, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.verdict import Verdict
-    from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.settings.gate_spec import GateSpec
-    from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec
-    from amici_eval.tracking.jobs.gathering import Gathered
+    from amici_eval.settings.comparison import ComparisonSpec
+    from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, TrackingSpec
+    from amici_eval.settings.gate import GateSpec
+    from amici_eval.tracking.jobs.version_evaluations import Gathered
     from amici_eval.tracking.models.registry import ResolvedModel
 
 __all__ = ["GateRun", "gate_job"]

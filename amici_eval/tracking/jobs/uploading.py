@@ -8,12 +8,12 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from amici_eval.common.durable import FolderLock
 from amici_eval.common.errors import DataError, OutputError
-from amici_eval.results.tile_moments import MOMENTS_FILE
+from amici_eval.common.files import FolderLock
+from amici_eval.results.tile_sums import MOMENTS_FILE
+from amici_eval.tracking.runs.delivery import send
 from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.runs.local_results import RECORD_FILE, RunRecord
-from amici_eval.tracking.runs.run_log import send
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ from amici_eval.common.errors import (
 )
 from amici_eval.tracking.models.registry_tags import RegistryTags
 from amici_eval.tracking.runs.lease import held
-from amici_eval.tracking.store.patience import patiently, tracking_errors
+from amici_eval.tracking.store.errors import patiently, tracking_errors
 from amici_eval.tracking.store.searching import all_pages
 
 if TYPE_CHECKING:

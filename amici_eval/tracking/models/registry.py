@@ -23,12 +23,12 @@ from amici_eval.common.errors import (
     mask_secrets,
 )
 from amici_eval.tracking.runs.heartbeat import close_abandoned
-from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE
-from amici_eval.tracking.store.patience import asked_again, is_missing, set_patience, store_errors, tracking_errors
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE
+from amici_eval.tracking.store.errors import asked_again, is_missing, set_patience, store_errors, tracking_errors
 from amici_eval.tracking.store.searching import all_pages, version_numbers
 
 if TYPE_CHECKING:
-    from amici_eval.settings.specs import TrackingSpec
+    from amici_eval.settings.evaluation import TrackingSpec
     from amici_eval.tracking.models.stored_model import StoredModel
 
 __all__ = [

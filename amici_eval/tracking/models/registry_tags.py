@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from amici_eval.tracking.store.patience import patiently, tracking_errors
+from amici_eval.tracking.store.errors import patiently, tracking_errors
 
 __all__ = ["RegistryTags"]
 

@@ -14,7 +14,7 @@ import yaml
 
 from amici_eval.common.errors import InvalidSpecError, ModelFormatError, ModelNotFoundError, OutputError, first_line
 from amici_eval.common.untrusted import odd_character, read_plain_file
-from amici_eval.tracking.store.patience import patiently, tracking_errors
+from amici_eval.tracking.store.errors import patiently, tracking_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

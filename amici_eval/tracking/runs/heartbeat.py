@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amici_eval.common.errors import first_line
-from amici_eval.tracking.store.patience import store_errors
+from amici_eval.tracking.store.errors import store_errors
 from amici_eval.tracking.store.searching import runs_anywhere
 
 __all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Protocol
 
 from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, LeaseHeldError, first_line
-from amici_eval.tracking.runs.tracked_run import undisturbed
+from amici_eval.tracking.runs.tracked import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

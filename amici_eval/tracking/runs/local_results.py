@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amici_eval.common.durable import write_text_durably
 from amici_eval.common.errors import OutputError, mask_secrets
+from amici_eval.common.files import write_text_durably
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from amici_eval import __version__
 from amici_eval.common.errors import first_line
 from amici_eval.results.evaluation import FILE_NAME, SCHEMA_VERSION
-from amici_eval.results.tile_moments import MOMENTS_FILE
-from amici_eval.settings.specs import settings_that_matter
-from amici_eval.tracking.store.patience import asked_again, patiently, store_errors
+from amici_eval.results.tile_sums import MOMENTS_FILE
+from amici_eval.settings.evaluation import settings_that_matter
+from amici_eval.tracking.store.errors import asked_again, patiently, store_errors
 from amici_eval.tracking.store.searching import runs_anywhere
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.settings.specs import EvaluationSpec
+    from amici_eval.settings.evaluation import EvaluationSpec
 
 __all__ = ["FINGERPRINT_TAG", "download_evaluation", "find_evaluation", "fingerprint", "resume_key"]
 

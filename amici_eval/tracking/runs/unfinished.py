@@ -10,18 +10,18 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.durable import FolderLock, write_text_durably
 from amici_eval.common.errors import TrackingError, mask_secrets
+from amici_eval.common.files import FolderLock, write_text_durably
 from amici_eval.evaluation.finished_parts import FinishedParts
 from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.runs.local_results import RECORD_FILE, output_folder
-from amici_eval.tracking.runs.tracked_run import NOTE_TAG, PARENT_RUN_VARIABLE
-from amici_eval.tracking.store.patience import is_missing, store_errors, understood
+from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE
+from amici_eval.tracking.store.errors import is_missing, store_errors, understood
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.settings.specs import TrackingSpec
+    from amici_eval.settings.evaluation import TrackingSpec
 
 __all__ = ["PARTS_FOLDER", "RESUME_FILE", "UnfinishedWork", "forget_parts"]
 

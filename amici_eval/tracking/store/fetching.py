@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlparse
 
 from amici_eval.common.errors import DataError, first_line
 from amici_eval.common.untrusted import load_json
-from amici_eval.tracking.store.patience import patiently, understood
+from amici_eval.tracking.store.errors import patiently, understood
 
 __all__ = ["NAMED", "as_local_path", "fetch"]
 

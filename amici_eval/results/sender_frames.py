@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64
 
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.sender_results import Senders
+    from amici_eval.results.senders import Senders
 
 __all__ = ["SENDER_COLUMNS", "SENDER_GENE_COLUMNS", "sender_genes_frame", "senders_frame"]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.settings.spec_checks import require_int, require_one_of
+from amici_eval.settings.checks import require_int, require_one_of
 
 __all__ = ["PermutationSpec", "default_n_permutations"]
 

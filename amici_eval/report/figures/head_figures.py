@@ -23,7 +23,7 @@ from amici_eval.report.figures.drawing import (
     opened,
     type_colours,
 )
-from amici_eval.report.wording import VALIDITY_SHORT, in_sample_text, type_reasons
+from amici_eval.report.sentences import VALIDITY_SHORT, in_sample_text, type_reasons
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

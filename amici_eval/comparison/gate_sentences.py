@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from amici_eval.settings.gate_spec import Rule
+    from amici_eval.settings.gate import Rule
 
 __all__ = ["Element", "listed", "number_of", "reason_of", "threshold_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from amici_eval.settings.specs import MODES
+from amici_eval.settings.evaluation import MODES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +24,8 @@ class HeadAblations:
     Parameters
     ----------
     modes
-        Some of :data:`amici_eval.settings.specs.MODES`, in that order. Explained variance, over all genes, of the model
-        with
+        Some of :data:`amici_eval.settings.evaluation.MODES`, in that order. Explained variance, over all genes, of the
+        model with
 
         - ``keep_one``: this head alone;
         - ``leave_one_out``: all heads but this one;

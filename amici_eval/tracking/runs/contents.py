@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.settings.specs import ReportSpec
+    from amici_eval.settings.evaluation import ReportSpec
 
 __all__ = [
     "check_report",

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from amici_eval.report.markup import text
-from amici_eval.report.wording import unwritable
+from amici_eval.report.sentences import unwritable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.settings.spec_checks import check_alias
-from amici_eval.settings.specs import settings_that_matter
+from amici_eval.settings.checks import check_alias
+from amici_eval.settings.evaluation import settings_that_matter
 
 if TYPE_CHECKING:
-    from amici_eval.settings.comparison_spec import ComparisonSpec
-    from amici_eval.settings.specs import EvaluationSpec
+    from amici_eval.settings.comparison import ComparisonSpec
+    from amici_eval.settings.evaluation import EvaluationSpec
 
 __all__ = ["KINDS", "GateSpec", "Rule", "gate_key", "gate_spec_from"]
 

@@ -16,11 +16,11 @@ from amici_eval.data.checks import check_type
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
-from amici_eval.settings.spec_checks import require_int, require_one_of
-from amici_eval.settings.specs import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.tracking.runs.run_contents import evaluation_metrics
-from amici_eval.tracking.training.training_cells import CELLS, Split, TrainingCells, cells_to_evaluate
-from amici_eval.tracking.training.training_run import (
+from amici_eval.settings.checks import require_int, require_one_of
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.tracking.runs.contents import evaluation_metrics
+from amici_eval.tracking.training.cells import CELLS, Split, TrainingCells, cells_to_evaluate
+from amici_eval.tracking.training.run import (
     ModelInTraining,
     Once,
     RunInTraining,

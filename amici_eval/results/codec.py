@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from amici_eval.common.untrusted import check_names
-from amici_eval.results.ablation_results import HeadAblations, array_shapes
-from amici_eval.results.inference_results import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.sender_results import Senders
-from amici_eval.settings.specs import spec_from_mapping
+from amici_eval.results.ablations import HeadAblations, array_shapes
+from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.senders import Senders
+from amici_eval.settings.evaluation import spec_from_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

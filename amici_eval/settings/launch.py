@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from amici_eval.common.errors import DeviceError, InvalidSpecError
-from amici_eval.settings.spec_checks import require_int, require_one_of
+from amici_eval.settings.checks import require_int, require_one_of
 
 __all__ = ["LaunchSpec"]
 

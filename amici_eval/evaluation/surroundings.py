@@ -10,7 +10,7 @@ from scipy import sparse
 
 from amici_eval.stats.heads.cosines import CosineBasis
 from amici_eval.stats.ridge import RidgeSums, choose_penalty, fit_ridge, merge_moments, ridge_explained_variance
-from amici_eval.stats.spatial.spatial import square_tiles
+from amici_eval.stats.spatial.tiles import square_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

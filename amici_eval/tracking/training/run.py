@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from amici_eval.tracking.training.training_cells import Split
+from amici_eval.tracking.training.cells import Split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.common.errors import InvalidSpecError, TrackingError, first_line
 from amici_eval.common.masking import mask_mapping, masked
 from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
-from amici_eval.tracking.store.patience import is_missing, patiently, store_errors
+from amici_eval.tracking.store.errors import is_missing, patiently, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from amici_eval.settings.specs import TrackingSpec
+    from amici_eval.settings.evaluation import TrackingSpec
 
 __all__ = ["NOTE_TAG", "PARENT_RUN_VARIABLE", "mark_whole", "start_run", "tracked_run", "undisturbed"]
 

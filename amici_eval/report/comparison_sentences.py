@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.report.figures.sender_changes import counted_changes, few_tiles
-from amici_eval.report.wording import effect, interval, printable
+from amici_eval.report.sentences import effect, interval, printable
 
 if TYPE_CHECKING:
     from amici_eval.results.comparison import HeadComparison

@@ -9,7 +9,7 @@ from zlib import crc32
 import numpy as np
 
 from amici_eval.evaluation.tiling import part_of, tile_of
-from amici_eval.results.tile_moments import Moments
+from amici_eval.results.tile_sums import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess
     from amici_eval.evaluation.tiling import Tiling
     from amici_eval.model.engines.factored import HeadOutputs
-    from amici_eval.results.sender_results import Senders
+    from amici_eval.results.senders import Senders
 
 __all__ = ["Sketch", "kept_moments"]
 

@@ -10,12 +10,12 @@ import numpy as np
 from amici_eval.common.errors import DataError
 from amici_eval.stats.heads.head_products import HeadContributions
 from amici_eval.stats.readout import Readout
-from amici_eval.stats.spatial.spatial import balanced_blocks
+from amici_eval.stats.spatial.tiles import balanced_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
-    from amici_eval.results.tile_moments import Moments
+    from amici_eval.results.tile_sums import Moments
 
 __all__ = ["Shared", "attention_of_both", "blocks_of", "contributions", "outputs_of", "shared_by"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float64, Int64
 
-    from amici_eval.results.tile_moments import Moments
+    from amici_eval.results.tile_sums import Moments
     from amici_eval.stats.permutation.moments import TypeMoments
 
 __all__ = ["Rows", "kept_rows", "rows_of"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from jaxtyping import Bool, Int64
 
-    from amici_eval.settings.specs import SubsetSpec
+    from amici_eval.settings.evaluation import SubsetSpec
 
 __all__ = ["CELLS", "Split", "TrainingCells", "cells_to_evaluate"]
 

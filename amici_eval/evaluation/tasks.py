@@ -11,7 +11,7 @@ import torch
 
 from amici_eval.common.side_by_side import run_side_by_side
 from amici_eval.evaluation.one_type import evaluate_type_by_factors, evaluate_type_by_hooks
-from amici_eval.stats.permutation.place import Place
+from amici_eval.stats.permutation.positions import Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.progress import PermutationMeter
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
-    from amici_eval.settings.permutation_spec import PermutationSpec
+    from amici_eval.settings.permutation import PermutationSpec
 
 __all__ = ["Launcher", "Plan", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, InvalidSpecError, TrackingError, first_line
 from amici_eval.common.escaping import code_block
-from amici_eval.settings.launch_spec import LaunchSpec
-from amici_eval.settings.spec_checks import check_alias
+from amici_eval.settings.checks import check_alias
+from amici_eval.settings.launch import LaunchSpec
 from amici_eval.tracking.models.registry import (
     ResolvedModel,
     check_model_name,
@@ -20,20 +20,20 @@ from amici_eval.tracking.models.registry import (
     known_model_id,
     resolve_model,
 )
+from amici_eval.tracking.runs.contents import check_report, evaluation_metrics, evaluation_params, run_tags
+from amici_eval.tracking.runs.delivery import deliver
 from amici_eval.tracking.runs.local_results import RunRecord, checked_output, remove_local
 from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG, fingerprint, resume_key
-from amici_eval.tracking.runs.run_contents import check_report, evaluation_metrics, evaluation_params, run_tags
-from amici_eval.tracking.runs.run_log import deliver
-from amici_eval.tracking.runs.tracked_run import NOTE_TAG, tracked_run, undisturbed
+from amici_eval.tracking.runs.tracked import NOTE_TAG, tracked_run, undisturbed
 from amici_eval.tracking.runs.unfinished import UnfinishedWork
-from amici_eval.tracking.store.patience import optional, patiently, store_errors
+from amici_eval.tracking.store.errors import optional, patiently, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from amici_eval.evaluation.type_tasks import Launcher
+    from amici_eval.evaluation.tasks import Launcher
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
+    from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset
 
 __all__ = ["EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job"]

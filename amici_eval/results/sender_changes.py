@@ -54,7 +54,7 @@ class SenderDifferences(NamedArrays):
     head_before, head_after
         The matched heads, shape (M,).
     attention_before, attention_after, lost_before, lost_after, distance_before, distance_after
-        As in :class:`~amici_eval.results.sender_results.Senders`: attention, explained variance lost without such
+        As in :class:`~amici_eval.results.senders.Senders`: attention, explained variance lost without such
         senders, and distance to a tenth, shape (M, C, S).
     difference, low, high
         Explained variance lost in ``after`` minus that in ``before``, with its interval over tiles, shape (M, C, S).

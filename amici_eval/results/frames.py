@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.results.ablation_results import SHAPLEY_MODES
+from amici_eval.results.ablations import SHAPLEY_MODES
 
 if TYPE_CHECKING:
     import pandas as pd

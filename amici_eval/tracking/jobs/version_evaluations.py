@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import AmiciEvalError, DataError
-from amici_eval.results.comparison_parts import FailedVersion
 from amici_eval.results.evaluation import FILE_NAME
-from amici_eval.results.tile_moments import MOMENTS_FILE
-from amici_eval.tracking.jobs.jobs import evaluate_job
+from amici_eval.results.matches import FailedVersion
+from amici_eval.results.tile_sums import MOMENTS_FILE
+from amici_eval.tracking.jobs.evaluating import evaluate_job
 from amici_eval.tracking.models.registry import find_dataset, known_model_id
 from amici_eval.tracking.models.stored_model import open_stored_model
 from amici_eval.tracking.runs.reuse import download_evaluation, find_evaluation, fingerprint
-from amici_eval.tracking.runs.tracked_run import PARENT_RUN_VARIABLE
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from amici_eval.settings.specs import EvaluationSpec, ReportSpec, TrackingSpec
+    from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.tracking.jobs.compared_cells import Column, ComparedCells
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.settings.permutation_spec import PermutationSpec
-from amici_eval.settings.spec_checks import bytes_of, require_int, require_one_of
+from amici_eval.settings.checks import bytes_of, require_int, require_one_of
+from amici_eval.settings.permutation import PermutationSpec
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

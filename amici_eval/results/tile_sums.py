@@ -66,7 +66,7 @@ class Moments:
         Mean position of each tile's evaluated cells, in coordinate units, shape (tiles, 2); row t is tile number t.
     senders, lost_squares
         Types of senders, if they were asked for, and what a head, kept alone, leaves more of each tile's squares where
-        these senders are masked out (:class:`~amici_eval.results.sender_results.Senders`), shape (heads, types,
+        these senders are masked out (:class:`~amici_eval.results.senders.Senders`), shape (heads, types,
         senders, tiles), float32; NaN where undefined.
     query_weights, head_weights
         How attention outputs become expression (:class:`amici_eval.stats.readout.Readout`): its first column, which

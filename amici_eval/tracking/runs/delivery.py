@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.durable import is_disk_full
 from amici_eval.common.errors import OutputError, TrackingError
+from amici_eval.common.files import is_disk_full
+from amici_eval.tracking.runs.contents import write_artifacts
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord
-from amici_eval.tracking.runs.run_contents import write_artifacts
-from amici_eval.tracking.runs.tracked_run import mark_whole
-from amici_eval.tracking.store.patience import optional, patiently, understood
+from amici_eval.tracking.runs.tracked import mark_whole
+from amici_eval.tracking.store.errors import optional, patiently, understood
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.settings.specs import ReportSpec
+    from amici_eval.settings.evaluation import ReportSpec
 
 __all__ = ["deliver", "send"]
 
