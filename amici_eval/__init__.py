@@ -57,7 +57,7 @@ _EXPORTS = {
     "simulate_tissue": "amici_eval.data.simulate",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]
+__all__ = ["__version__", *sorted(_EXPORTS), "errors"]
 
 
 def __getattr__(name: str) -> Any:
@@ -65,6 +65,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_EXPORTS[name]), name)
         globals()[name] = value
         return value
+    if name == "errors":
+        return importlib.import_module("amici_eval.common.errors")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)
 

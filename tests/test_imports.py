@@ -108,6 +108,7 @@ def test_version_is_printed():
 
 
 def test_every_exported_name_is_listed_and_an_unknown_one_is_refused():
+    assert issubclass(amici_eval.errors.DataError, amici_eval.AmiciEvalError)
     assert set(amici_eval.__all__) <= set(dir(amici_eval))
     with pytest.raises(AttributeError, match=r"^module 'amici_eval' has no attribute 'evaluat'$"):
         _ = amici_eval.evaluat
