@@ -91,7 +91,7 @@ def test_form_threads_and_pieces_change_no_count(path, tiny, n_threads, monkeypa
     assert np.all((expected > 0) & (expected < 101))  # counts at the ends could agree by luck
     for engine, limits in tiny.items():
         for name, value in limits.items():
-            monkeypatch.setattr(f"amici_eval.stats.{engine}_statistics.{name}", value)
+            monkeypatch.setattr(f"amici_eval.stats.permutation.{engine}_statistics.{name}", value)
     for form in (path, "auto"):
         found = count(factors, images, n_permutations=101, form=form, n_threads=n_threads)
         np.testing.assert_array_equal(found, expected)
