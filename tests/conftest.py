@@ -1,8 +1,9 @@
-"""Fixtures that more than one room needs: a small tissue, a small AMICI trained on it, a tracking store of its own."""
+"""Fixtures of several packages: a small tissue, a small AMICI trained on it, a tracking store of its own."""
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ def _own_environment() -> Iterator[None]:
         if name not in _ENVIRONMENT:
             del os.environ[name]
     os.environ.update(_ENVIRONMENT)
+    if store := sys.modules.get("amici_eval.tracking.store.errors"):
+        store.set_patience(0.0)
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -62,6 +62,18 @@ def test_the_lower_packages_load_little(package):
     assert loaded_after("import " + ", ".join(modules)) <= LOADS[package]
 
 
+def test_results_and_errors_load_nothing_heavy():
+    light = (
+        "common.errors",
+        "common.model_card",
+        "common.names",
+        "results.evaluation",
+        "results.codec",
+        "results.frames",
+    )
+    assert loaded_after("import " + ", ".join(f"amici_eval.{name}" for name in light)) == set()
+
+
 def test_the_check_of_imports_can_fail():
     assert loaded_after("import pandas") >= {"pandas"}
     assert loaded_after("import amici_eval.data.opening") >= {"pandas"}

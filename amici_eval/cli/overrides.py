@@ -48,7 +48,9 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
                 ".".join([*path[:depth], one, *path[depth + 1 :]])
                 for one in get_close_matches(name, known, n=3, cutoff=0.5)
             ]
-            near = [one for one in _paths(SCHEMAS[command]) if one.endswith(f".{key}")] or near
+            if depth == 0:  # its group may be left out
+                whole = [one for one in _paths(SCHEMAS[command]) if one.endswith(f".{name}")]
+                near = [".".join([one, *path[1:]]) for one in whole] or near
             raise InvalidSpecError(
                 value=f"setting {key!r}",
                 rule=f"{group or command} has {', '.join(known)}",

@@ -1,1 +1,1 @@
-"""The one room that knows AMICI: save and load it, intervene on its heads, run it on a tissue."""
+"""The only package that knows AMICI: saves and loads it, intervenes on its heads, runs it on a tissue."""

@@ -20,8 +20,7 @@ from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatEr
 from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data.checks import trained_on as trained_rows
-from amici_eval.data.matrices import open_rows
-from amici_eval.data.membership import expression_prints, fitted_cells, prints_from, text_of
+from amici_eval.data.membership import cells_found, prints_from, text_of
 from amici_eval.data.opening import describe_training_data, open_anndata
 from amici_eval.data.tissue import prepare
 from amici_eval.model.engines.interventions import plain_profiles
@@ -401,15 +400,8 @@ class TrainedAMICI:
         if prints is None or not names:
             return rows
         own = replace(self.card, training_cells=frozenset(names), fingerprints=prints)
-        reader = open_rows(tissue.matrix)
         try:
-            found = fitted_cells(
-                own,
-                tissue.cell_names,
-                tissue.coordinates,
-                lambda: expression_prints(reader, tissue.gene_columns, own.genes),
-                [],
-            )
+            found = cells_found(own, tissue)
         except DataError:
             return None
         members = np.flatnonzero(np.zeros(0) if found is None else found)

@@ -228,6 +228,9 @@ def test_what_is_ours(error):
         ("InvalidResponse", {"response": answer(502)}, True),
         ("EndpointConnectionError", {}, True),
         ("NoCredentialsError", {}, False),
+        ("ClientConnectorCertificateError", {}, False),
+        ("ResponseStreamingError", {}, True),
+        ("InvalidRetryConfigurationError", {}, False),
     ],
 )
 def test_what_the_client_of_an_object_store_says(name, attributes, passing, monkeypatch):

@@ -20,7 +20,14 @@ import amici_eval
 from amici_eval import HeadEvaluationCallback
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.common.names import slugify
-from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import (
+    AblationSpec,
+    DataSpec,
+    EvaluationSpec,
+    PermutationSpec,
+    SubsetSpec,
+    TrainedOnSpec,
+)
 from amici_eval.tracking.runs.contents import evaluation_metrics
 from amici_eval.tracking.training import callback as module
 from amici_eval.tracking.training.cells import cells_to_evaluate
@@ -223,7 +230,7 @@ def test_without_an_active_run_nothing_is_done_and_it_is_said_once(store, adata,
 
 
 @pytest.mark.amici
-def test_in_another_tissue_cells_of_the_split_are_told_by_name_place_and_expression(store, adata, caplog):
+def test_in_another_tissue_cells_of_the_split_are_told_by_name_place_and_expression(store, adata):
     order = np.random.default_rng(2).permutation(adata.n_obs)
     renamed, taken = adata[order].copy(), adata[order].copy()
     renamed.obs_names = [f"other {name}" for name in renamed.obs_names]
@@ -235,11 +242,17 @@ def test_in_another_tissue_cells_of_the_split_are_told_by_name_place_and_express
         with mlflow.start_run():
             train(model, callback, n_epochs=1)
         assert set(order[list(callback._chosen.rows)]) == set(rows_of(adata)[1])
-    model = untrained(adata)
-    callback = HeadEvaluationCallback(model, adata=taken, every_n_epochs=1, n_cells=10_000, max_share=math.inf)
-    with mlflow.start_run():
-        train(model, callback, n_epochs=1)
-    assert set(order[list(callback._chosen.rows)]) == set(rows_of(adata)[1])
+    adata.obs["mine"] = "yes"
+    spec = EvaluationSpec(data=DataSpec(trained_on=TrainedOnSpec(key="mine", value="yes")))
+    for other, options in ((taken, {}), (adata.copy(), {"spec": spec})):
+        model = untrained(adata)
+        callback = HeadEvaluationCallback(
+            model, adata=other, every_n_epochs=1, n_cells=10_000, max_share=math.inf, **options
+        )
+        with mlflow.start_run():
+            train(model, callback, n_epochs=1)
+        rows = np.array(callback._chosen.rows)
+        assert set(order[rows] if other is taken else rows) == set(rows_of(adata)[1])
 
 
 @pytest.mark.amici

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from amici_eval.data.tissue import ExpressionBlock
 
 __all__ = ["HookedAccess", "ModelAccess", "neighbours"]
-
-logger = logging.getLogger(__name__)
 
 
 class ModelAccess(Protocol):

@@ -69,7 +69,10 @@ _CLIENTS = {
     "gcsfs.retry": ("HttpError",),
     "aiohttp": ("ClientError",),
 }
-_LOST = re.compile(r"Connect|Timeout|Transport|ServiceRe|IncompleteRead|Protocol|HTTPClient|Disconnect|Payload|Retry")
+_LOST = re.compile(
+    r"Connect|Timeout|Transport|ServiceRe|IncompleteRead|Protocol|HTTPClient|Streaming|Payload|^RetryError"
+)
+_UNSAFE = re.compile(r"SSL|Certificate")
 
 _RULES: dict[str | int, tuple[str, str]] = {
     "HTTP 401": ("the server must know who asks", "give MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"),
@@ -138,8 +141,8 @@ def set_patience(seconds: float) -> None:
 
 
 def patiently(action: Callable[[], Result], *, seconds: float | None = None, what: str) -> Result:
-    """Do something again until it succeeds, fails for good, or the time (``None``: `set_patience`) is over."""
-    until, wait = time.monotonic() + (_patience_s[0] if seconds is None else seconds), _FIRST_WAIT_S
+    """Do something again until it succeeds, fails for good, or failed for so long (``None``: `set_patience`)."""
+    until, wait = None, _FIRST_WAIT_S
     while True:
         try:
             return action()
@@ -147,6 +150,8 @@ def patiently(action: Callable[[], Result], *, seconds: float | None = None, wha
             # spread out: many jobs lose the same server at the same time
             pause = wait * random.uniform(0.7, 1.3)  # noqa: S311, RUF100 - no secret
             fault = understood(error)
+            if until is None:
+                until = time.monotonic() + (_patience_s[0] if seconds is None else seconds)
             if fault is None or not fault.passing or time.monotonic() + pause > until:
                 raise
             logger.warning("%s: %s; again in %.0f s", what, fault.said, pause)
@@ -206,7 +211,8 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 def _client_errors() -> tuple[type[Exception], ...]:
     loaded = [(sys.modules[name], classes) for name, classes in _CLIENTS.items() if name in sys.modules]
-    return tuple(getattr(module, one) for module, classes in loaded for one in classes)
+    # a module that another thread is importing has no classes yet
+    return tuple(getattr(module, one) for module, classes in loaded for one in classes if hasattr(module, one))
 
 
 def is_missing(error: BaseException) -> bool:
@@ -317,7 +323,7 @@ def _of_answer(answer: Any) -> Fault:
 def _of_client(error: Any) -> Fault:
     """Return what an error of a client of an object store is, by the answer that it got."""
     answer = getattr(error, "response", None)
-    status = getattr(error, "status_code", None) or getattr(error, "code", None) or getattr(error, "status", None)
+    status = next((getattr(error, one) for one in ("status_code", "status", "code") if hasattr(error, one)), None)
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     elif answer is not None:
@@ -325,7 +331,8 @@ def _of_client(error: Any) -> Fault:
     if isinstance(status, int) and status >= 400:
         passing = _passes(status)
     else:
-        passing = _LOST.search(type(error).__name__) is not None
+        kind = type(error).__name__
+        passing = _LOST.search(kind) is not None and _UNSAFE.search(kind) is None
     return Fault(said=first_line(error)) if passing else _refused(_text(error), "object store")
 
 

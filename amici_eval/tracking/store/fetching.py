@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlparse
 
 from amici_eval.common.errors import DataError, first_line
 from amici_eval.common.untrusted import load_json
-from amici_eval.tracking.store.errors import patiently, understood
+from amici_eval.tracking.store.errors import patiently, store_errors, understood
 
 __all__ = ["NAMED", "as_local_path", "fetch"]
 
@@ -44,33 +44,33 @@ def fetch(uri: str, folder: Path) -> Path:
             rule="data must be an AnnData written as .h5ad or .zarr",
             fix="correct the URI",
         )
+    target = folder / named[0].rstrip("/")
     try:
-        return patiently(partial(_fetched, uri, folder, named[0].rstrip("/")), what="fetching the data")
+        if parsed.scheme in _MLFLOW_SCHEMES:
+            import mlflow.artifacts
+
+            fetched = partial(mlflow.artifacts.download_artifacts, artifact_uri=uri, dst_path=str(folder))
+            return Path(_again(fetched))
+        if parsed.scheme not in ("http", "https"):
+            _copy_from_store(uri, target)
+        elif target.suffix.lower() == ".h5ad":
+            _download(uri, target)
+        else:
+            _download_zarr(uri, target)
     except DataError:
         raise
     except Exception as error:
-        fault = understood(error)
+        fault = understood(error) if isinstance(error, store_errors()) else None
         check = "check the URI, your credentials, and that the fsspec package of its scheme is installed"
         raise DataError(
             value=f"{uri} cannot be fetched ({first_line(error) if fault is None else fault.said})",
             rule="data.uri must name a readable .h5ad or .zarr",
-            fix=fault.fix if fault is not None and fault.passing else check,
+            fix=f"check the URI; if it is right, {fault.fix}" if fault is not None and fault.passing else check,
         ) from error
-
-
-def _fetched(uri: str, folder: Path, name: str) -> Path:
-    scheme, target = urlparse(uri).scheme, folder / name
-    if scheme in _MLFLOW_SCHEMES:
-        import mlflow.artifacts
-
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    if scheme not in ("http", "https"):
-        _copy_from_store(uri, target)
-    elif target.suffix.lower() == ".h5ad":
-        _download(uri, target)
-    else:
-        _download_zarr(uri, target)
     return target
+
+
+_again = partial(patiently, what="fetching the data")
 
 
 def as_local_path(uri: str) -> Path | None:
@@ -99,16 +99,16 @@ def _copy_from_store(uri: str, target: Path) -> None:
 
     filesystem, path = fsspec.core.url_to_fs(uri)
     if target.suffix.lower() == ".h5ad":
-        filesystem.get_file(path, str(target))
+        _again(partial(filesystem.get_file, path, str(target)))
         return
     root = path.rstrip("/") + "/"
-    found = filesystem.find(path)
+    found = _again(partial(filesystem.find, path))
     if not found:
         raise FileNotFoundError(uri)
     for remote in found:
         local = _inside(target, remote.removeprefix(root))
         local.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(remote, str(local))
+        _again(partial(filesystem.get_file, remote, str(local)))
 
 
 def _download_zarr(url: str, target: Path) -> Path:
@@ -163,9 +163,13 @@ def _join(base: str, key: str, query: str) -> str:
 
 
 def _download(url: str, target: Path, *, limit: int | None = None) -> Path:
-    import requests
-
     target.parent.mkdir(parents=True, exist_ok=True)
+    _again(partial(_get, url, target, limit))
+    return target
+
+
+def _get(url: str, target: Path, limit: int | None) -> None:
+    import requests
 
     with requests.get(url, stream=True, timeout=_TIMEOUT_S) as answer:
         answer.raise_for_status()
@@ -175,4 +179,3 @@ def _download(url: str, target: Path, *, limit: int | None = None) -> Path:
                 if limit is not None and file.tell() > limit:
                     msg = f"{target.name} has more than {limit} bytes"
                     raise ValueError(msg)
-    return target

@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import Callback
 
 from amici_eval.common.errors import InvalidSpecError, ModelFormatError, first_line
 from amici_eval.data.checks import check_type
+from amici_eval.data.membership import cells_found
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.settings.checks import require_int, require_one_of
-from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec, TrainedOnSpec
 from amici_eval.tracking.runs.contents import evaluation_metrics
 from amici_eval.tracking.training.cells import CELLS, Split, TrainingCells, cells_to_evaluate
 from amici_eval.tracking.training.run import (
@@ -276,8 +277,11 @@ class HeadEvaluationCallback(Callback):
             return None
         if adata is self._model.adata:
             return np.isin(np.arange(adata.n_obs), rows)
-        card = card_of(ModelInTraining.of(self._model, Split(train=rows)), adata=adata)
-        return prepare(adata, card, replace(self.spec.data, subset=SubsetSpec())).fitted
+        trained_on = self.spec.data.trained_on
+        card = card_of(ModelInTraining.of(self._model, Split(train=rows)), adata=adata, trained_on=trained_on)
+        unknown = replace(card, training_cells=None, fingerprints=None)
+        data = replace(self.spec.data, subset=SubsetSpec(), trained_on=TrainedOnSpec())
+        return cells_found(card, prepare(adata, unknown, data))
 
     def _settings(self, chosen: TrainingCells) -> EvaluationSpec:
         subset = replace(self.spec.data.subset, key=None, value=None, indices=chosen.rows)
