@@ -50,11 +50,11 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
         dispatcher = numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written to
         return numba.njit(nogil=True, **options)(function)
-    _bear_with(getattr(dispatcher, "_cache", None))
+    _tolerate_cache_errors(getattr(dispatcher, "_cache", None))
     return dispatcher
 
 
-def _bear_with(cache: Any) -> None:
+def _tolerate_cache_errors(cache: Any) -> None:
     """Let files of compiled code that are spoilt be made anew, and do without where they cannot be written."""
     load, save = getattr(cache, "load_overload", None), getattr(cache, "save_overload", None)
     if load is None or save is None:

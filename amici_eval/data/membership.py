@@ -38,7 +38,7 @@ _FEW = 0.05
 
 
 @dataclass(frozen=True)
-class _Key:
+class _CellKeys:
     """Values by which cells are found again, of the training cells and of the data."""
 
     trained: np.ndarray
@@ -91,18 +91,18 @@ def fitted_cells(
         return _said(fitted, len(card.training_cells), notes)
     row = pd.Index(prints.names).get_indexer(pd.Index(names))
     named = row >= 0
-    places = _Key(prints.places, place_prints(coordinates))
+    places = _CellKeys(prints.places, place_prints(coordinates))
     fitted = named & (places.here == places.trained[row])
     if lattice := min(len(np.unique(axis)) for axis in coordinates[:, :2].T) < len(names) / _LATTICE:
         fitted &= expression() == prints.expression[row]
     found = np.zeros(len(prints.names), dtype=bool)
     found[row[fitted]] = True
     if not found.all() or not fitted[named].all():
-        values = _Key(prints.expression, expression())
+        values = _CellKeys(prints.expression, expression())
         fitted |= named & (values.here == values.trained[row])
         found[row[fitted]] = True
         by_name = fitted.copy()
-        both = _Key(_mixed(values.trained ^ places.trained), _mixed(values.here ^ places.here))
+        both = _CellKeys(_mixed(values.trained ^ places.trained), _mixed(values.here ^ places.here))
         for key, share in ((both, 0.0), (values, 0.5), *(() if lattice else ((places, 0.9),))):
             there, here = key.matches(~found, ~fitted, share=share)
             found, fitted = found | there, fitted | here

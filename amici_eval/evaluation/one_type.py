@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.evaluation.spatial_evaluation import TypeSpatial
     from amici_eval.settings.permutation import PermutationSpec
-    from amici_eval.stats.permutation.positions import Place
+    from amici_eval.stats.permutation.positions import CellPositions
 
 __all__ = ["TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
 
@@ -91,7 +91,7 @@ def evaluate_type_by_hooks(
     test: PermutationSpec,
     n_permutations: int,
     modes: Sequence[str],
-    place: Place | None,
+    place: CellPositions | None,
     on_cells: Callable[[int], None],
     on_permutations: Callable[[int], None],
 ) -> TypeEvaluation:
@@ -184,7 +184,7 @@ def evaluate_type_by_factors(
     test: PermutationSpec,
     n_permutations: int,
     modes: Sequence[str],
-    place: Place | None,
+    place: CellPositions | None,
     without_nearest: Float32[np.ndarray, "cells outputs"] | None,
     on_permutations: Callable[[int], None],
     in_turn: AbstractContextManager[object] | None = None,

@@ -57,7 +57,7 @@ def evaluate_senders(
     :func:`~amici_eval.stats.tiles.paired.paired_differences`, on the same tiles, resamples and flips for all senders.
     """
     types, n_heads = tuple(receivers), access.card.n_heads
-    found = _Found.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes), n_tiles)
+    found = _SenderLosses.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes), n_tiles)
     reasons: dict[tuple[str, str], str] = {}
     sums = outputs.by_sender
     assert sums is not None  # noqa: S101, RUF100 - the first batch was asked for
@@ -109,7 +109,7 @@ def evaluate_senders(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class _Found:
+class _SenderLosses:
     """Arrays that are filled type after type: over all genes, shape (H, C, S), of each gene, and of each tile."""
 
     overall: dict[str, Any]
@@ -117,7 +117,7 @@ class _Found:
     lost_squares: Float64[np.ndarray, "heads types senders tiles"]
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], n_genes: int, n_tiles: int) -> _Found:
+    def empty(cls, shape: tuple[int, int, int], n_genes: int, n_tiles: int) -> _SenderLosses:
         return cls(
             overall={name: np.full(shape, np.nan) for name in _OF_GENES},
             genes={name: np.full((*shape, n_genes), np.nan) for name in _OF_GENES},

@@ -47,7 +47,7 @@ def sender_differences_between(
         return None
     kept = np.flatnonzero(match.partner >= 0)
     heads = kept, match.partner[kept]
-    found = _Both.of((before, after), (before.senders, after.senders), heads)
+    found = _SharedSenders.of((before, after), (before.senders, after.senders), heads)
     one, other = before.moments, after.moments
     assert one is not None  # noqa: S101, RUF100 - for the type checker
     assert other is not None  # noqa: S101, RUF100 - for the type checker
@@ -107,7 +107,7 @@ def unpaired_sender_differences(
     if one is None or other is None:
         return None
     heads = np.arange(before.n_heads)
-    found = _Both.of((before, after), (one, other), (heads, heads))
+    found = _SharedSenders.of((before, after), (one, other), (heads, heads))
 
     was, became = found.values
     low = found.difference - np.hypot(became["effect"] - became["low"], was["high"] - was["effect"])
@@ -132,7 +132,7 @@ def unpaired_sender_differences(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class _Both:
+class _SharedSenders:
     """What two evaluations say of the heads, types of receivers and of senders that they share."""
 
     heads: tuple[Int64[np.ndarray, " matched"], Int64[np.ndarray, " matched"]]
@@ -148,7 +148,7 @@ class _Both:
         evaluations: tuple[HeadEvaluation, HeadEvaluation],
         senders: tuple[Senders, Senders],
         heads: tuple[Int64[np.ndarray, " matched"], Int64[np.ndarray, " matched"]],
-    ) -> _Both:
+    ) -> _SharedSenders:
         types = tuple(name for name in evaluations[0].cell_types if name in set(evaluations[1].cell_types))
         shared = tuple(name for name in senders[0].senders if name in set(senders[1].senders))
         rows = [np.array([own.cell_types.index(name) for name in types], dtype=np.int64) for own in evaluations]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from amici_eval.settings.permutation import PermutationSpec
     from amici_eval.stats.permutation.exact_moments import PermutationMoments
     from amici_eval.stats.permutation.moments import TypeMoments
-    from amici_eval.stats.permutation.positions import Place
+    from amici_eval.stats.permutation.positions import CellPositions
     from amici_eval.stats.pvalues import PValues
     from amici_eval.stats.spatial.lag_test import LagTest
 
@@ -77,7 +77,7 @@ def spatial_test(
     moments: TypeMoments,
     *,
     weights: Float64[np.ndarray, "heads genes rank"],
-    place: Place,
+    place: CellPositions,
     test: PermutationSpec,
     cell_type: str,
     n_permutations: int,
@@ -93,7 +93,7 @@ def spatial_test(
     second pass over the cells.
     """
     usable = np.where(dead, 0.0, 1.0)
-    asked = _Asked(
+    asked = _SpatialQuestion(
         factors=np.nan_to_num(factors),
         images=images,
         dead=dead,
@@ -145,13 +145,13 @@ def spatial_test(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Asked:
+class _SpatialQuestion:
     """What nulls are asked about: heads of one type, in a place."""
 
     factors: Float[np.ndarray, "cells rank heads"]
     images: Float[np.ndarray, "cells rank heads"]
     dead: Bool[np.ndarray, " heads"]
-    place: Place
+    place: CellPositions
     test: PermutationSpec
     cell_type: str
     n_permutations: int
@@ -164,7 +164,7 @@ class _Asked:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Found:
+class _SpatialAnswer:
     p: PValues
     statistic: Float64[np.ndarray, " heads"]
     method: str
@@ -172,13 +172,13 @@ class _Found:
     reasons: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def nothing(cls, n_heads: int, reason: str, *, reach: float | None = None) -> _Found:
+    def nothing(cls, n_heads: int, reason: str, *, reach: float | None = None) -> _SpatialAnswer:
         """Return that no head has a test, and why."""
         missing = np.full(n_heads, np.nan)
         return cls(p=exact(missing), statistic=missing, method="", reach=reach, reasons={-1: reason})
 
 
-def _by_lag(lag: LagTest, dead: Bool[np.ndarray, " heads"], *, n_cells: int) -> _Found:
+def _by_lag(lag: LagTest, dead: Bool[np.ndarray, " heads"], *, n_cells: int) -> _SpatialAnswer:
     reasons = {
         int(head): _SAME
         if np.isnan(lag.ess[head])
@@ -186,10 +186,10 @@ def _by_lag(lag: LagTest, dead: Bool[np.ndarray, " heads"], *, n_cells: int) -> 
         f"{MIN_EFFECTIVE_CELLS:g}"
         for head in np.flatnonzero(np.isnan(lag.p) & ~dead)
     }
-    return _Found(p=exact(lag.p), statistic=lag.statistic, method="lag_t", reasons=reasons)
+    return _SpatialAnswer(p=exact(lag.p), statistic=lag.statistic, method="lag_t", reasons=reasons)
 
 
-def _by_torus(asked: _Asked) -> _Found:
+def _by_torus(asked: _SpatialQuestion) -> _SpatialAnswer:
     found = torus_statistics(
         asked.factors,
         asked.images,
@@ -206,7 +206,7 @@ def _by_torus(asked: _Asked) -> _Found:
     statistic = np.ma.filled((found.observed - compared.mean(axis=0)) / compared.std(axis=0, ddof=1), np.nan)
     nothing = np.isnan(found.observed)
     gone = asked.dead | nothing
-    return _Found(
+    return _SpatialAnswer(
         p=p_values(exceedances, n_permutations=asked.test.n_shifts).without(gone),
         statistic=np.where(gone, np.nan, statistic),
         method="monte_carlo",
@@ -214,7 +214,7 @@ def _by_torus(asked: _Asked) -> _Found:
     )
 
 
-def _within(asked: _Asked, correlation_length: float) -> _Found:
+def _within(asked: _SpatialQuestion, correlation_length: float) -> _SpatialAnswer:
     """Shuffle within sections, or within tiles of them."""
     test, n_heads = asked.test, len(asked.dead)
     if test.spatial_null != "tile":
@@ -222,21 +222,23 @@ def _within(asked: _Asked, correlation_length: float) -> _Found:
     width = test.tile_width or TILE_SHARE * correlation_length
     if not width > 0.0:
         reason = "expression shows no spatial correlation, so that there is no default width; set tile_width"
-        return _Found.nothing(n_heads, reason, reach=np.nan)
+        return _SpatialAnswer.nothing(n_heads, reason, reach=np.nan)
     return _shuffled_in_tiles(asked, width)
 
 
-def _shuffled_in_tiles(asked: _Asked, width: float) -> _Found:
+def _shuffled_in_tiles(asked: _SpatialQuestion, width: float) -> _SpatialAnswer:
     shared = f"tiles of width {width:.4g}"
     return replace(_shuffled(asked, _tiles(asked.place, width), where="tile", shared=shared), reach=width)
 
 
-def _shuffled(asked: _Asked, strata: Int64[np.ndarray, " cells"], *, where: str, shared: str) -> _Found:
+def _shuffled(
+    asked: _SpatialQuestion, strata: Int64[np.ndarray, " cells"], *, where: str, shared: str
+) -> _SpatialAnswer:
     """Shuffle cells within strata."""
     test, exchanged = asked.test, _exchanged(strata)
     if exchanged < MIN_CELLS_TEST:
         reason = f"{exchanged} of {len(strata)} cells share {shared} with others of the type; at least {MIN_CELLS_TEST}"
-        return _Found.nothing(len(asked.dead), reason)
+        return _SpatialAnswer.nothing(len(asked.dead), reason)
     moments = asked.within(strata)
     # of few cells that change places, three moments do not tell the law
     few = exchanged < FEW_CELLS
@@ -262,7 +264,7 @@ def _shuffled(asked: _Asked, strata: Int64[np.ndarray, " cells"], *, where: str,
         )
     p = p.without(asked.dead)
     untested = np.flatnonzero(np.isnan(p.p) & ~asked.dead)
-    return _Found(
+    return _SpatialAnswer(
         p=p,
         statistic=np.where(np.isnan(p.p), np.nan, moments.standardised),
         method=method,
@@ -270,7 +272,7 @@ def _shuffled(asked: _Asked, strata: Int64[np.ndarray, " cells"], *, where: str,
     )
 
 
-def _tiles(place: Place, width: float) -> Int64[np.ndarray, " cells"]:
+def _tiles(place: CellPositions, width: float) -> Int64[np.ndarray, " cells"]:
     return tiles_of_width(place.coordinates, width=width, samples=place.samples)
 
 
@@ -279,7 +281,7 @@ def _exchanged(strata: Int64[np.ndarray, " cells"]) -> int:
     return int(np.count_nonzero(np.bincount(strata)[strata] > 1))
 
 
-def _widths(test: PermutationSpec, place: Place, correlation_length: float) -> tuple[float, ...]:
+def _widths(test: PermutationSpec, place: CellPositions, correlation_length: float) -> tuple[float, ...]:
     if test.tile_widths is not None:
         return test.tile_widths
     if test.spatial_null == "tile" and correlation_length > 0.0:
@@ -293,7 +295,7 @@ def _widths(test: PermutationSpec, place: Place, correlation_length: float) -> t
     return ()
 
 
-def _by_width(asked: _Asked, width: float, found: _Found) -> Float64[np.ndarray, " heads"]:
+def _by_width(asked: _SpatialQuestion, width: float, found: _SpatialAnswer) -> Float64[np.ndarray, " heads"]:
     """Return p within tiles of a width, which the test itself may have given; NaN where too few cells share one."""
     if asked.test.spatial_null == "tile" and found.reach == width:
         return found.p.p

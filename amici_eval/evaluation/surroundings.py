@@ -51,7 +51,7 @@ def sections_of(access: TissueAccess) -> Int64[np.ndarray, " all_cells"]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class _Expression:
+class _NeighbourExpression:
     """Expression of some cells, and the mean over the neighbours of each, shape (cells, genes)."""
 
     own: Float32[np.ndarray, "cells genes"]
@@ -207,7 +207,7 @@ def _count_types(codes: Int64[np.ndarray, "cells neighbours"], n_types: int) -> 
 
 def _expression_around(
     access: TissueAccess, rows: Int64[np.ndarray, " cells"], neighbours: Int[np.ndarray, "cells neighbours"]
-) -> _Expression:
+) -> _NeighbourExpression:
     """Return the expression of some cells, and the mean of their neighbours', reading each cell once, in blocks."""
     n_cells, n_neighbours = neighbours.shape
     needed = np.zeros(len(access.label_codes), dtype=bool)
@@ -230,4 +230,4 @@ def _expression_around(
         own[inside] = block.values[at[inside]]
         around += mean_of[:, block.positions] @ block.values
         where[block.positions] = -1
-    return _Expression(own=own, around=around)
+    return _NeighbourExpression(own=own, around=around)

@@ -11,7 +11,7 @@ import torch
 
 from amici_eval.common.side_by_side import run_side_by_side
 from amici_eval.evaluation.one_type import evaluate_type_by_factors, evaluate_type_by_hooks
-from amici_eval.stats.permutation.positions import Place
+from amici_eval.stats.permutation.positions import CellPositions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +104,7 @@ def evaluate_task(
     """
     place = None
     if task.coordinates is not None:
-        place = Place.of(task.coordinates, samples=task.samples, n_genes=len(access.card.genes))
+        place = CellPositions.of(task.coordinates, samples=task.samples, n_genes=len(access.card.genes))
     if task.outputs is not None:
         return evaluate_type_by_factors(
             cast("FactorAccess", access),

@@ -20,11 +20,11 @@ _MOST_PARTS = 10_000
 
 def to_plain(value: Any, where: str) -> Any:
     """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back."""
-    return _plain(value, where, _Count(left=_MOST_VALUES), 0)
+    return _plain(value, where, _ValueBudget(left=_MOST_VALUES), 0)
 
 
 @dataclass
-class _Count:
+class _ValueBudget:
     left: int
 
     def take(self, n: int, where: str) -> None:
@@ -37,7 +37,7 @@ class _Count:
             )
 
 
-def _plain(value: Any, where: str, count: _Count, depth: int) -> Any:
+def _plain(value: Any, where: str, count: _ValueBudget, depth: int) -> Any:
     count.take(1, where)
     if depth > _DEEPEST:
         count.take(_MOST_VALUES + 1, f"{where[:80]}, nested more than {_DEEPEST} deep,")

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _BlockRows:
     """Some rows of a block."""
 
     positions: Int64[np.ndarray, " rows"]
@@ -82,7 +82,7 @@ def over_blocks(
                 continue
             for start in range(0, len(block.positions), n_rows):
                 own = slice(start, start + n_rows)
-                yield _Part(positions=block.positions[own], values=block.values[own])
+                yield _BlockRows(positions=block.positions[own], values=block.values[own])
 
     rows = Shrinking(_BLOCK_ROWS, floor=_LEAST_CHUNK, what=what, device=device)
     return rows.run(lambda n_rows: work(parts(n_rows)))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from amici_eval.model.checkpoint import TrainedAMICI
     from amici_eval.settings.evaluation import TrainedOnSpec
 
-__all__ = ["FLAVOR_NAME", "check_tells_nothing", "load_model", "log_model", "save_model"]
+__all__ = ["FLAVOR_NAME", "load_model", "log_model", "refuse_credentials_in_uri", "save_model"]
 
 _FOLDER = "amici"
 _PINNED = (
@@ -88,7 +88,7 @@ def save_model(
     from amici_eval.model.manifest import sums_of, write_manifest
 
     if isinstance(adata, str):
-        check_tells_nothing(adata)
+        refuse_credentials_in_uri(adata)
     source = training_adata if training_adata is not None else getattr(model, "adata", None)
     trained = (
         model
@@ -147,7 +147,7 @@ def save_model(
             )
 
 
-def check_tells_nothing(adata: str) -> None:
+def refuse_credentials_in_uri(adata: str) -> None:
     """Refuse a URI with credentials, which a model would tell to everybody who may read it."""
     if mask_secrets(adata) != adata:
         raise InvalidSpecError(

@@ -27,7 +27,7 @@ REAL_TYPES = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Place:
+class CellPositions:
     """Where the cells of one type lie."""
 
     name: str
@@ -35,9 +35,9 @@ class Place:
     samples: np.ndarray | None = None
 
     @cached_property
-    def cells(self) -> stats.Place:
+    def cells(self) -> stats.CellPositions:
         """The same as tests take it."""
-        return stats.Place.of(self.coordinates, samples=self.samples, n_genes=N_GENES)
+        return stats.CellPositions.of(self.coordinates, samples=self.samples, n_genes=N_GENES)
 
     @cached_property
     def sections(self) -> list[np.ndarray]:
@@ -52,11 +52,11 @@ class Place:
         return max(float(np.ptp(self.coordinates[rows], axis=0).max()) for rows in self.sections)
 
 
-def uniform_place(rng: np.random.Generator, n_cells: int) -> Place:
-    return Place(name=f"uniform, {n_cells} cells", coordinates=rng.uniform(size=(n_cells, 2)))
+def uniform_place(rng: np.random.Generator, n_cells: int) -> CellPositions:
+    return CellPositions(name=f"uniform, {n_cells} cells", coordinates=rng.uniform(size=(n_cells, 2)))
 
 
-def real_places(data: Path | None) -> list[Place]:
+def real_places(data: Path | None) -> list[CellPositions]:
     """Return the positions of some types of real tissue; expression is not looked at."""
     if data is None:
         return []
@@ -74,7 +74,7 @@ def real_places(data: Path | None) -> list[Place]:
         for cell_type in types:
             rows = labels == cell_type
             places.append(
-                Place(
+                CellPositions(
                     name=f"{tissue} {cell_type}, {np.count_nonzero(rows)} cells",
                     coordinates=xy[rows],
                     samples=None if samples is None else samples[rows],
@@ -118,7 +118,7 @@ class Fields:
     variance: np.ndarray
 
 
-def fields(rng: np.random.Generator, place: Place, n_columns: int, smooth: Smooth) -> Fields:
+def fields(rng: np.random.Generator, place: CellPositions, n_columns: int, smooth: Smooth) -> Fields:
     """Draw independent smooth fields, independent between sections, too.
 
     Random Fourier features (Rahimi & Recht 2007): cosine waves whose wave vectors are drawn from the spectrum of the
@@ -138,7 +138,7 @@ def fields(rng: np.random.Generator, place: Place, n_columns: int, smooth: Smoot
     return Fields(values=values, variance=variances[0])
 
 
-def field(rng: np.random.Generator, place: Place, n_columns: int, smooth: Smooth) -> np.ndarray:
+def field(rng: np.random.Generator, place: CellPositions, n_columns: int, smooth: Smooth) -> np.ndarray:
     """Return the values of :func:`fields`."""
     return fields(rng, place, n_columns, smooth).values
 
@@ -153,7 +153,9 @@ class Data:
     genes: GeneSums
 
 
-def simulate(rng: np.random.Generator, place: Place, smooth: Smooth, *, n_heads: int = 3, effect: float = 0.0) -> Data:
+def simulate(
+    rng: np.random.Generator, place: CellPositions, smooth: Smooth, *, n_heads: int = 3, effect: float = 0.0
+) -> Data:
     """Return heads that know nothing of expression, except that the first knows a part of it if there is an effect.
 
     Expression is a smooth field with a nugget, plus ``effect`` times the prediction of the first head, both in standard

@@ -10,7 +10,7 @@ import numpy as np
 from amici_eval.stats.tiles.bootstrap import tile_bootstrap
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread
-from tests.calibration.fields import Place, Smooth, fields
+from tests.calibration.fields import CellPositions, Smooth, fields
 
 if TYPE_CHECKING:
     from tests.calibration.common import Options, Row
@@ -43,7 +43,7 @@ def one_setting(*, side: int, length: float, even: bool, n: int, seed: int) -> l
             # cells of a type thin out from one side of the tissue to the other, by a factor of 20
             xy[:, 0] = side * np.log1p(19.0 * rng.uniform(size=n_cells)) / np.log(20.0)
             xy[:, 0] = side - xy[:, 0] if number % 2 else xy[:, 0]
-        place = Place(name="tiles", coordinates=xy)
+        place = CellPositions(name="tiles", coordinates=xy)
         smooth = Smooth(kernel="gaussian", length=length)
         prediction, other = (fields(rng, place, _N_GENES, smooth) for _ in range(2))
         predicted, rest = np.sqrt(SHARE) * prediction.values, np.sqrt(1.0 - SHARE) * other.values

@@ -16,7 +16,7 @@ from amici_eval.stats.spatial.tiles import tiles_of_width
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.calibration.fields import Data, Place
+    from tests.calibration.fields import CellPositions, Data
 
 N_SHIFTS = 199
 _TIES = 1e-10
@@ -35,7 +35,13 @@ def tile_name(times: float) -> str:
 
 
 def apply_nulls(
-    data: Data, place: Place, *, length: float, tiles: Sequence[float] = (), torus: bool = False, number: int = 0
+    data: Data,
+    place: CellPositions,
+    *,
+    length: float,
+    tiles: Sequence[float] = (),
+    torus: bool = False,
+    number: int = 0,
 ) -> Tested:
     """Test the heads of one simulated tissue with each null; tile widths are given in correlation lengths."""
     lag = lag_test(data.factors, data.images, place=place.cells, weights=data.weights, genes=data.genes)

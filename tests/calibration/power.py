@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread, summary
-from tests.calibration.fields import Place, real_places
+from tests.calibration.fields import CellPositions, real_places
 from tests.calibration.simulations import simulations
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _REAL = "Oligodendrocyte"
 
 def run(options: Options) -> None:
     """Write ``power.csv``."""
-    places: list[Place | None] = [None]
+    places: list[CellPositions | None] = [None]
     places += [place for place in real_places(options.data) if _REAL in place.name]
     cases = [(None, *shape) for shape in _SHAPES] + [(place, "gaussian", 0.05, 0.0) for place in places[1:]]
     jobs = [
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
 
 def one_setting(
     *,
-    place: Place | None,
+    place: CellPositions | None,
     kernel: str,
     length: float,
     nugget: float,

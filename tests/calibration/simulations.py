@@ -13,7 +13,7 @@ from tests.calibration.nulls import apply_nulls
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.calibration.fields import Place
+    from tests.calibration.fields import CellPositions
 
 _N_UNIFORM = 600
 
@@ -29,7 +29,7 @@ class Simulations:
 
 def simulations(
     *,
-    place: Place | None,
+    place: CellPositions | None,
     kernel: str,
     length: float,
     nugget: float,

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread, summary
-from tests.calibration.fields import Place, Smooth, real_places, simulate, uniform_place
+from tests.calibration.fields import CellPositions, Smooth, real_places, simulate, uniform_place
 from tests.calibration.nulls import apply_nulls
 from tests.calibration.simulations import simulations
 
@@ -46,7 +46,7 @@ def run(options: Options) -> None:
 
 
 def one_setting(
-    *, place: Place | None, kernel: str, length: float, nugget: float, n: int, n_torus: int, seed: int
+    *, place: CellPositions | None, kernel: str, length: float, nugget: float, n: int, n_torus: int, seed: int
 ) -> list[Row]:
     """Simulate one kind of tissue ``n`` times; ``place=None`` draws cells anew each time."""
     smooth = {"kernel": kernel, "length": length, "nugget": nugget}

@@ -7,7 +7,7 @@ from amici_eval.evaluation import spatial_evaluation
 from amici_eval.evaluation.spatial_evaluation import spatial_test
 from amici_eval.settings.evaluation import PermutationSpec
 from amici_eval.stats.permutation.plain_moments import moments_of_predictions, principal_factors
-from amici_eval.stats.permutation.positions import Place
+from amici_eval.stats.permutation.positions import CellPositions
 
 SAME = "predicts the same for all cells of each section"
 
@@ -20,7 +20,7 @@ def spatial_by(null, *, n_cells=90, **settings):
     heads = np.stack([targets + rng.normal(size=targets.shape), targets, targets]).astype(np.float32)
     heads[1] = np.repeat(rng.normal(size=(3, 6)), n_cells // 3, axis=0)
     heads[2] = 1.0
-    place = Place.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples=samples, n_genes=6)
+    place = CellPositions.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples=samples, n_genes=6)
     moments = moments_of_predictions(
         heads,
         heads[0],
@@ -91,7 +91,8 @@ def test_default_widths_span_a_section_and_not_what_lies_between():
     apart = xy + np.where(samples == "a", 0.0, 1000.0)[:, None]
     test = PermutationSpec(spatial_null="tile")
     one, other = (
-        spatial_evaluation._widths(test, Place.of(where, samples=samples, n_genes=2), 22.0) for where in (xy, apart)
+        spatial_evaluation._widths(test, CellPositions.of(where, samples=samples, n_genes=2), 22.0)
+        for where in (xy, apart)
     )
     assert one == other
     assert max(one) <= 51.0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from amici_eval.stats.permutation.positions import Place
+from amici_eval.stats.permutation.positions import CellPositions
 from amici_eval.stats.spatial.lag import LagGrid
 from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
 from amici_eval.stats.spatial.near_pairs import NearPairs
@@ -25,7 +25,7 @@ def weights_of(rng, n_heads, n_genes, rank):
 
 def ask(factors, targets, weights, xy, *, samples=None, **arguments):
     """Ask for the test of predictions ``factors @ weights.T`` of targets, both (cells, columns)."""
-    place = Place.of(xy, samples=samples, n_genes=targets.shape[1])
+    place = CellPositions.of(xy, samples=samples, n_genes=targets.shape[1])
     predictions = np.einsum("nrh,hgr->hng", factors, weights)
     predictions = predictions - predictions.mean(axis=1, keepdims=True)
     centred = targets - targets.mean(axis=0)

@@ -20,12 +20,19 @@ from requests import ConnectionError as RequestsConnectionError
 from amici_eval.settings.evaluation import TrackingSpec
 from amici_eval.tracking.models.registry import connect
 from amici_eval.tracking.runs import heartbeat
-from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, STOPPED_S, Beat, Heartbeat, close_abandoned
+from amici_eval.tracking.runs.heartbeat import (
+    HEARTBEAT_TAG,
+    PARTIAL_TAG,
+    STOPPED_S,
+    Heartbeat,
+    SignOfLife,
+    close_abandoned,
+)
 from amici_eval.tracking.runs.tracked import tracked_run
 from amici_eval.tracking.store.errors import patiently
 
 
-def start(beat: Beat | str, *, partial: bool = True) -> str:
+def start(beat: SignOfLife | str, *, partial: bool = True) -> str:
     tags = {HEARTBEAT_TAG: beat if isinstance(beat, str) else beat.to_text()}
     if partial:
         tags[PARTIAL_TAG] = "in progress"
@@ -36,17 +43,17 @@ def status(run_id: str) -> str:
     return mlflow.get_run(run_id).info.status
 
 
-def gone_process() -> Beat:
+def gone_process() -> SignOfLife:
     """Return the sign of life of a process that has ended."""
-    code = "from amici_eval.tracking.runs.heartbeat import Beat; print(Beat.now().to_text())"
+    code = "from amici_eval.tracking.runs.heartbeat import SignOfLife; print(SignOfLife.now().to_text())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    beat = Beat.parse(done.stdout)
+    beat = SignOfLife.parse(done.stdout)
     assert beat is not None
     return beat
 
 
 def test_runs_of_processes_that_are_gone_are_closed(bare_model):
-    dead, alive = gone_process(), Beat.now()
+    dead, alive = gone_process(), SignOfLife.now()
     killed, whole = start(dead), start(dead, partial=False)
     own, other_number = start(alive), start(replace(alive, started="1"))
     rebooted = start(replace(alive, boot="another", time=time.time() - 300.0))
@@ -71,7 +78,7 @@ def test_runs_of_processes_that_are_gone_are_closed(bare_model):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_process_that_has_ended_and_is_not_collected_is_gone():
     with subprocess.Popen(["sleep", "60"]) as process:
-        beat = replace(Beat.now(), pid=process.pid, started=heartbeat._start_of(process.pid))
+        beat = replace(SignOfLife.now(), pid=process.pid, started=heartbeat._start_of(process.pid))
         assert not beat.has_stopped()
         process.kill()
         # until it is waited for, its entry stays, with the start that it had
@@ -82,7 +89,7 @@ def test_a_process_that_has_ended_and_is_not_collected_is_gone():
 
 
 def test_elsewhere_only_time_tells(bare_model):
-    far = replace(Beat.now(), host="elsewhere")
+    far = replace(SignOfLife.now(), host="elsewhere")
     now = time.time()
     ages = {5.0: "RUNNING", STOPPED_S - 60: "RUNNING", STOPPED_S + 1: "KILLED", -86400.0: "RUNNING"}
     runs = {start(replace(far, time=now - age)): expected for age, expected in ages.items()}
@@ -94,7 +101,7 @@ def test_elsewhere_only_time_tells(bare_model):
 
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0])
 def test_a_clock_that_jumps_closes_no_living_run_of_this_machine(bare_model, monkeypatch, jump):
-    run_id = start(Beat.now())
+    run_id = start(SignOfLife.now())
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + jump)
     assert run_id not in close_abandoned(mlflow.MlflowClient())
@@ -112,7 +119,7 @@ def test_signs_of_life_are_given_and_end(bare_model):
     run_id = start("{}")
     heart = Heartbeat(run_id, mlflow.MlflowClient(), every_s=0.05).start()
     until = time.monotonic() + 20
-    while (beat := Beat.parse(mlflow.get_run(run_id).data.tags[HEARTBEAT_TAG])) is None:
+    while (beat := SignOfLife.parse(mlflow.get_run(run_id).data.tags[HEARTBEAT_TAG])) is None:
         assert time.monotonic() < until
         time.sleep(0.05)
     assert beat.pid == os.getpid()
@@ -161,7 +168,7 @@ def test_a_store_that_fails_is_no_obstacle():
     ).map(lambda values: __import__("json").dumps(values))
 )
 def test_any_tag_is_a_sign_or_none(text):
-    beat = Beat.parse(text)
+    beat = SignOfLife.parse(text)
     assert beat is None or isinstance(beat.has_stopped(), bool)
 
 

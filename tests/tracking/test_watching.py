@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.jobs import watching
-from amici_eval.tracking.jobs.watching import Watched, watch
+from amici_eval.tracking.jobs.watching import WatchedVersion, watch
 from amici_eval.tracking.models.registry_tags import RegistryTags
 from amici_eval.tracking.runs.lease import held
 
@@ -79,7 +79,9 @@ def test_a_verdict_that_comes_while_the_lease_is_waited_for_counts(bare_model, m
     monkeypatch.setattr(watching, "held", held_late)
     judge = Judge(bare_model)
     done = look(bare_model, judge)
-    assert done.skipped == (Watched(version="1", state="skipped", said="another watcher has judged it meanwhile"),)
+    assert done.skipped == (
+        WatchedVersion(version="1", state="skipped", said="another watcher has judged it meanwhile"),
+    )
     assert len(judge.calls) == 2
     assert bare_model.tags("1") == {VERDICT: "fail run7"}
 
@@ -95,11 +97,11 @@ def test_what_cannot_be_judged_is_tried_three_times_and_left(bare_model, caplog,
     judge = Judge(bare_model, v2=error)
     for number in (1, 2, 3):
         done = look(bare_model, judge)
-        assert done.failed == (Watched(version="2", state="failed", said=reason),)
+        assert done.failed == (WatchedVersion(version="2", state="failed", said=reason),)
         assert json.loads(bare_model.tags("2")[ERROR]) == {"n": number, "reason": reason}
     assert len(judge.calls) == 2 + 3, "the others were judged once"
     done = look(bare_model, judge)
-    assert done.failed == (Watched(version="2", state="left", said=reason),)
+    assert done.failed == (WatchedVersion(version="2", state="left", said=reason),)
     assert (len(judge.calls), done.worked) == (5, False)
     assert (
         f"is left: it could not be judged 3 times, at last because of {reason}; delete its tag {ERROR}" in caplog.text

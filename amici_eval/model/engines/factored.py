@@ -247,7 +247,9 @@ class FactoredAccess:
             # receivers that lie scattered have more senders around them than a tile of the tissue
             while len(part) > 1 and np.count_nonzero(self._are_senders(rows[part])) > self._most_senders:
                 part = part[: len(part) // 2]
-            asked = _Asked(attended=np.flatnonzero(slot[part] >= 0), nearest=without_nearest, senders=without_senders)
+            asked = _TileRequest(
+                attended=np.flatnonzero(slot[part] >= 0), nearest=without_nearest, senders=without_senders
+            )
             found = self._attempt(rows[part], asked)
             if found is None:
                 self._halve()
@@ -312,7 +314,7 @@ class FactoredAccess:
         found[self.hooked.neighbour_rows[rows]] = True
         return found
 
-    def _attempt(self, rows: Int64[np.ndarray, " cells"], asked: _Asked) -> HeadOutputs | None:
+    def _attempt(self, rows: Int64[np.ndarray, " cells"], asked: _TileRequest) -> HeadOutputs | None:
         """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
         work = partial(self._tile_outputs, rows, asked)
         if self._chunk > _LEAST_CHUNK or self._tile > _LEAST_TILE:
@@ -324,7 +326,7 @@ class FactoredAccess:
         self._chunk, self._tile = max(_LEAST_CHUNK, self._chunk // 2), max(_LEAST_TILE, self._tile // 2)
         logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
 
-    def _tile_outputs(self, rows: Int64[np.ndarray, " cells"], asked: _Asked) -> HeadOutputs:
+    def _tile_outputs(self, rows: Int64[np.ndarray, " cells"], asked: _TileRequest) -> HeadOutputs:
         """Embed the senders around some receivers and let these attend to them."""
         weights, tissue = self._weights, self._tissue
         around = self.hooked.neighbour_rows[rows]
@@ -386,7 +388,7 @@ class FactoredAccess:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Asked:
+class _TileRequest:
     """What is wanted of a tile besides its outputs: attention of some cells, outputs without some neighbours."""
 
     attended: Int64[np.ndarray, " attended"]

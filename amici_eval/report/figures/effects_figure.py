@@ -66,7 +66,7 @@ def plot_effects(
     start, stop = _scale(points, low, high, trivial)
     columns = _grid_columns(len(chosen))
     step_x, step_y = _LABELS + _PANEL + _GAP_X, _panel_height(evaluation)
-    found = _Drawn()
+    found = _PanelMarks()
     for position, name in enumerate(chosen):
         row, column = divmod(position, columns)
         left, top = column * step_x + _LABELS, row * step_y + 0.25
@@ -109,7 +109,7 @@ def plot_effects(
     return ax
 
 
-class _Drawn:
+class _PanelMarks:
     """What is drawn in all panels, one collection for each kind: a page holds hundreds of rows."""
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ def _add_panel(
                 ax.text(x, top + height + 0.04, shown, ha="center", va="top", fontsize=7, color=MUTED)
 
 
-def _add_legend(ax: Axes, found: _Drawn, *, with_trivial: bool) -> None:
+def _add_legend(ax: Axes, found: _PanelMarks, *, with_trivial: bool) -> None:
     names = {
         "whole_model": "all heads (whole model)",
         "significant": "head, significant",

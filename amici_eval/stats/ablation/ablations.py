@@ -238,21 +238,21 @@ def ablate(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Frozen:
+class _FrozenNormValues:
     none: float
     keep_one: Float64[np.ndarray, " heads"]
     shapley: Float64[np.ndarray, " heads"]
     interaction: Float64[np.ndarray, "heads heads"]
 
 
-def _frozen(moments: CoalitionMoments, full: int, target_ss: float) -> _Frozen:
+def _frozen(moments: CoalitionMoments, full: int, target_ss: float) -> _FrozenNormValues:
     """Return the ablations under the whole model's layer norm: a quadratic game of the blocks' covariances."""
     covariance = moments.block_covariances(full) / target_ss
     common = moments.cross[full] / target_ss
     floor, with_floor, own = covariance[0, 0], covariance[0, 1:], np.diag(covariance)[1:]
     interaction = -2 * covariance[1:, 1:]
     np.fill_diagonal(interaction, np.nan)
-    return _Frozen(
+    return _FrozenNormValues(
         none=float(2 * common[0] - floor),
         keep_one=2 * (common[0] + common[1:]) - (floor + 2 * with_floor + own),
         shapley=2 * common[1:] - covariance[1:].sum(axis=1) - with_floor,

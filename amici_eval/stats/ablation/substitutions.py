@@ -104,7 +104,7 @@ def _substituted_values(
     own_blocks = matrices[:, own[:, :, None], own[:, None, :]]
     mean = z.mean(axis=0, dtype=np.float64)
     by_head = mean.reshape(n_heads, head_size)
-    parts = _Parts(
+    parts = _HeadForms(
         z=to_tensor(z, device),
         forms=own_forms,
         means=to_float64(mean, device),
@@ -158,7 +158,7 @@ def _substituted_values(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class _Parts:
+class _HeadForms:
     """What the heads bring to all cells, its mean, and the quadratic forms of each head's part alone, under
     ``gram``, then under ``product``: shapes (cells, 2 * heads) and (2 * heads,). A permutation only moves these forms.
     """
@@ -197,7 +197,7 @@ class _Sums:
     x: torch.Tensor
 
 
-def _substitute_compiled(kernel: Callable[..., None], parts: _Parts, chunk: _Chunk, sums: _Sums) -> None:
+def _substitute_compiled(kernel: Callable[..., None], parts: _HeadForms, chunk: _Chunk, sums: _Sums) -> None:
     """Write the weights of some cells and add to the sums."""
     everywhere = (parts.z, parts.means, parts.forms, parts.mean_forms, parts.permutations)
     kernel(
@@ -213,7 +213,7 @@ def _substitute_compiled(kernel: Callable[..., None], parts: _Parts, chunk: _Chu
     )
 
 
-def _substitute_in_torch(parts: _Parts, chunk: _Chunk, sums: _Sums) -> None:
+def _substitute_in_torch(parts: _HeadForms, chunk: _Chunk, sums: _Sums) -> None:
     """Do what ``substitution_kernels._substitute`` does, on any device."""
     n_cells, n_substitutes, n_heads = chunk.weights.shape
     under_gram, under_product = (image[:, 1:] for image in chunk.images.chunk(2, dim=1))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.stats.permutation.positions import Place
+    from amici_eval.stats.permutation.positions import CellPositions
     from amici_eval.stats.readout import Readout
 
 __all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]
@@ -170,7 +170,7 @@ def gather_moments(
     blocks: Iterable[Block],
     *,
     tiles: Int64[np.ndarray, " cells"],
-    place: Place | None = None,
+    place: CellPositions | None = None,
     without_nearest: Float32[np.ndarray, "cells outputs"] | None = None,
     device: str = "cpu",
 ) -> TypeMoments:
@@ -273,7 +273,7 @@ def gather_moments(
 class _InPlace:
     """What tests in tissue need of expression: sums over pixels, and the values of the cells of near pairs."""
 
-    def __init__(self, place: Place | None, n_cells: int, n_genes: int, *, device: str) -> None:
+    def __init__(self, place: CellPositions | None, n_cells: int, n_genes: int, *, device: str) -> None:
         self._pixel = None if place is None else place.grid.pixel
         kept = np.zeros(0, dtype=np.int64) if place is None else place.near.cells
         self._slot = np.full(n_cells, -1, dtype=np.int64)

@@ -11,7 +11,7 @@ from amici_eval.stats.permutation.moments import TypeMoments
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
-    from amici_eval.stats.permutation.positions import Place
+    from amici_eval.stats.permutation.positions import CellPositions
 
 __all__ = ["moments_of_predictions", "principal_factors"]
 
@@ -25,7 +25,7 @@ def moments_of_predictions(
     targets: Float[np.ndarray, "cells genes"],
     *,
     tiles: Int64[np.ndarray, " cells"],
-    place: Place | None = None,
+    place: CellPositions | None = None,
 ) -> TypeMoments:
     """Return the moments of one cell type from its predictions; see ``moments.gather_moments``.
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float64
 
-__all__ = ["Place"]
+__all__ = ["CellPositions"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Place:
+class CellPositions:
     """Where the cells of one type lie.
 
     Parameters
@@ -37,7 +37,7 @@ class Place:
     @classmethod
     def of(
         cls, coordinates: Float64[np.ndarray, "cells dimensions"], *, samples: np.ndarray | None = None, n_genes: int
-    ) -> Place:
+    ) -> CellPositions:
         """Lay a grid over cells and find near pairs; ``n_genes`` bounds of how many cells expression is kept."""
         grid = LagGrid.of(coordinates, samples=samples)
         near = NearPairs.of(grid, coordinates, n_genes=n_genes)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64
     from torch import Tensor
 
-    from amici_eval.stats.permutation.positions import Place
+    from amici_eval.stats.permutation.positions import CellPositions
     from amici_eval.stats.spatial.lag import LagGrid
     from amici_eval.stats.spatial.near_pairs import NearPairs
 
@@ -87,7 +87,7 @@ def lag_test(
     factors: Float[np.ndarray, "cells rank heads"],
     images: Float[np.ndarray, "cells rank heads"],
     *,
-    place: Place,
+    place: CellPositions,
     weights: Float64[np.ndarray, "heads genes rank"],
     genes: GeneSums,
     alpha: float = 0.05,
@@ -149,7 +149,7 @@ def _lag_test(
     factors: Float[np.ndarray, "cells rank heads"],
     images: Float[np.ndarray, "cells rank heads"],
     *,
-    place: Place,
+    place: CellPositions,
     weights: Float64[np.ndarray, "heads genes rank"],
     genes: GeneSums,
     alpha: float,

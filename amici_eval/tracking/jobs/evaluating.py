@@ -240,7 +240,7 @@ def register_job(
     from amici_eval.model.checkpoint import read_amici_directory
     from amici_eval.model.saved_amici import saved_files
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
-    from amici_eval.tracking.flavor import check_tells_nothing, log_model
+    from amici_eval.tracking.flavor import log_model, refuse_credentials_in_uri
 
     check_model_name("name", name)
     check_model_name("name", name, kind="logged")
@@ -254,7 +254,7 @@ def register_job(
                 rule="it must be bundle, or the path or URI of a .h5ad or .zarr",
                 fix="set register.adata=bundle",
             )
-        check_tells_nothing(adata)
+        refuse_credentials_in_uri(adata)
         adata = AnnDataSource(adata).uri
     folder = Path(model_dir).expanduser()
     location: str | Path | None = saved_files(folder).adata if data_uri is None else data_uri

@@ -14,11 +14,11 @@ from amici_eval.tracking.models.registry_tags import RegistryTags
 if TYPE_CHECKING:
     from amici_eval.tracking.models.registry import ResolvedModel
 
-__all__ = ["Against", "baseline_of"]
+__all__ = ["GateBaseline", "baseline_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Against:
+class GateBaseline:
     """What a version is judged against.
 
     Parameters
@@ -36,7 +36,7 @@ class Against:
     expected: str | None = None
 
 
-def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | None) -> Against:
+def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | None) -> GateBaseline:
     """Return what a version is judged against.
 
     Notes
@@ -54,7 +54,7 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
         )
     if baseline is None:
         _may_replace(candidate, None, baseline, promote, now)
-        return Against(expected=now)
+        return GateBaseline(expected=now)
     named = baseline.startswith("@") or baseline.isdecimal()
     if named and candidate.name is None:
         raise InvalidSpecError(
@@ -71,7 +71,7 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
                 fix=f"write baseline=@{near[0]}",
             )
         _may_replace(candidate, None, baseline, promote, now)
-        return Against(expected=now)
+        return GateBaseline(expected=now)
     if named:
         # the alias is read once: what was judged against is what may be replaced
         version = aliases[baseline[1:]] if baseline.startswith("@") else baseline
@@ -80,25 +80,25 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
         model = resolve_model(baseline)
     _may_replace(candidate, model, baseline, promote, now)
     if (model.name, model.version) != (candidate.name, candidate.version) or model.name is None:
-        return Against(model=model, expected=now)
+        return GateBaseline(model=model, expected=now)
     return _of_itself(candidate, baseline, now)
 
 
-def _of_itself(candidate: ResolvedModel, baseline: str, now: str | None) -> Against:
+def _of_itself(candidate: ResolvedModel, baseline: str, now: str | None) -> GateBaseline:
     """Return what a version is judged against that is the baseline itself."""
     unknown = "the version is the baseline itself, and what it replaced is not on record: there is nothing to compare"
     assert candidate.name is not None  # noqa: S101, RUF100 - for the type checker
     assert candidate.version is not None  # noqa: S101, RUF100 - for the type checker
     entry = promoted_over(candidate.name, baseline[1:], candidate.version) if baseline.startswith("@") else None
     if entry is None:
-        return Against(why_none=unknown, expected=now)
+        return GateBaseline(why_none=unknown, expected=now)
     if entry["replaced"] is None:
-        return Against(expected=now)
+        return GateBaseline(expected=now)
     try:
-        return Against(model=resolve_model(f"models:/{candidate.name}/{entry['replaced']}"), expected=now)
+        return GateBaseline(model=resolve_model(f"models:/{candidate.name}/{entry['replaced']}"), expected=now)
     except ModelNotFoundError:
         gone = f"the version is the baseline itself, and version {entry['replaced']}, which it replaced, is gone"
-        return Against(why_none=gone, expected=now)
+        return GateBaseline(why_none=gone, expected=now)
 
 
 def _may_replace(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from amici_eval.settings.comparison import ComparisonSpec
     from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.settings.gate import GateSpec
-    from amici_eval.tracking.jobs.version_evaluations import Gathered
+    from amici_eval.tracking.jobs.version_evaluations import VersionEvaluations
     from amici_eval.tracking.models.registry import ResolvedModel
 
 __all__ = ["GateRun", "gate_job"]
@@ -214,7 +214,7 @@ def _column(model: ResolvedModel, data_uri: str | None) -> Column:
 
 
 def _compared(
-    found: Gathered, columns: list[Column], spec: ComparisonSpec, cells: str
+    found: VersionEvaluations, columns: list[Column], spec: ComparisonSpec, cells: str
 ) -> tuple[HeadComparison | None, str | None]:
     """Return the comparison with the baseline, or why there is none although there is a baseline."""
     if len(columns) < 2:

@@ -144,7 +144,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _last(tags: RegistryTags, alias: str, seen: _Seen) -> dict[str, Any]:
+def _last(tags: RegistryTags, alias: str, seen: _AliasState) -> dict[str, Any]:
     """Return the promotion to take back, if it can be."""
     now = seen.version
     if not seen.record:
@@ -234,14 +234,14 @@ def _was_undone(entry: dict[str, Any], now: str | None) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
+class _AliasState:
     """Where an alias points, and the record of promotions to it."""
 
     version: str | None
     record: list[dict[str, Any]]
 
 
-def _seen(tags: RegistryTags, alias: str) -> _Seen:
+def _seen(tags: RegistryTags, alias: str) -> _AliasState:
     model = tags.ask("get_{}")
     version = str(model.aliases[alias]) if alias in model.aliases else None
     try:
@@ -260,7 +260,7 @@ def _seen(tags: RegistryTags, alias: str) -> _Seen:
             rule="it is a JSON list that amici-eval writes",
             fix="mend or delete the tag",
         ) from error
-    return _Seen(version=version, record=record)
+    return _AliasState(version=version, record=record)
 
 
 def _write_record(tags: RegistryTags, alias: str, record: list[dict[str, Any]]) -> None:

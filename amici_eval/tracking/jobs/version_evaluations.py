@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.tracking.jobs.compared_cells import Column, ComparedCells
 
-__all__ = ["Gathered", "gather_evaluations"]
+__all__ = ["VersionEvaluations", "gather_evaluations"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Gathered:
+class VersionEvaluations:
     """Evaluations that could be had, in order, and what could not.
 
     Parameters
@@ -63,9 +63,9 @@ def gather_evaluations(
     tracking: TrackingSpec,
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Gathered:
+) -> VersionEvaluations:
     """Put the evaluation of each column into a folder; one that fails is named, and the others go on."""
-    found = Gathered(failed=list(cells.failed))
+    found = VersionEvaluations(failed=list(cells.failed))
     gone = {one.label for one in found.failed}
     with _children_of(*parent):
         for number, column in enumerate(columns):

@@ -25,7 +25,7 @@ from amici_eval.tracking.store.searching import all_pages
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ERROR_TAG", "VERDICT_TAG", "WatchResult", "Watched", "watch"]
+__all__ = ["ERROR_TAG", "VERDICT_TAG", "WatchResult", "WatchedVersion", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched:
+class WatchedVersion:
     """What a watcher has to say about a version.
 
     Parameters
@@ -65,23 +65,23 @@ class WatchResult:
         Those that had no verdict when the round began, oldest first.
     """
 
-    versions: tuple[Watched, ...] = ()
+    versions: tuple[WatchedVersion, ...] = ()
 
-    def _in(self, *states: str) -> tuple[Watched, ...]:
+    def _in(self, *states: str) -> tuple[WatchedVersion, ...]:
         return tuple(one for one in self.versions if one.state in states)
 
     @property
-    def judged(self) -> tuple[Watched, ...]:
+    def judged(self) -> tuple[WatchedVersion, ...]:
         """Versions that were judged, with the outcome."""
         return self._in("judged")
 
     @property
-    def skipped(self) -> tuple[Watched, ...]:
+    def skipped(self) -> tuple[WatchedVersion, ...]:
         """Versions that were left to other watchers."""
         return self._in("skipped")
 
     @property
-    def failed(self) -> tuple[Watched, ...]:
+    def failed(self) -> tuple[WatchedVersion, ...]:
         """Versions that could not be judged, now or in three earlier rounds."""
         return self._in("failed", "left")
 
@@ -170,18 +170,18 @@ def _one_round(
                 "%s.%s to try again",
                 *(version, name, earlier.n, earlier.reason, ERROR_TAG, key),
             )
-        found.append(Watched(version=version, state="left", said=earlier.reason))
+        found.append(WatchedVersion(version=version, state="left", said=earlier.reason))
     return WatchResult(versions=tuple(found))
 
 
 def _one_version(
     name: str, version: str, *, key: str, judge: Callable[[str], str], lease_s: float, owner: str | None
-) -> Watched:
+) -> WatchedVersion:
     tags = RegistryTags(name=name, version=version)
     try:
         with held(tags, f"verdict.{key}", ttl_s=lease_s, owner=owner) as lease:
             if f"{VERDICT_TAG}.{key}" in tags.read():
-                return Watched(version=version, state="skipped", said="another watcher has judged it meanwhile")
+                return WatchedVersion(version=version, state="skipped", said="another watcher has judged it meanwhile")
             logger.info("judging version %s of %s", version, name)
             done = _judged(tags, version, key, judge)
             if time.time() >= lease.held_until:
@@ -189,13 +189,13 @@ def _one_version(
             return done
     except LeaseHeldError as error:
         logger.info("version %s is left to another watcher: %s", version, error.value)
-        return Watched(version=version, state="skipped", said=error.value)
+        return WatchedVersion(version=version, state="skipped", said=error.value)
     except ModelNotFoundError as error:
         # deleted since the versions were listed
-        return Watched(version=version, state="skipped", said=_reason(error))
+        return WatchedVersion(version=version, state="skipped", said=_reason(error))
 
 
-def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], str]) -> Watched:
+def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], str]) -> WatchedVersion:
     """Judge a version; an error that this raises is written to its tags, so that it is not tried for ever."""
     try:
         with tracking_errors():
@@ -215,14 +215,14 @@ def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], s
     if f"{ERROR_TAG}.{key}" in now:
         tags.remove(f"{ERROR_TAG}.{key}")
     logger.info("version %s of %s: %s", version, tags.name, outcome)
-    return Watched(version=version, state="judged", said=outcome)
+    return WatchedVersion(version=version, state="judged", said=outcome)
 
 
-def _failed(tags: RegistryTags, version: str, key: str, reason: str) -> Watched:
+def _failed(tags: RegistryTags, version: str, key: str, reason: str) -> WatchedVersion:
     logger.error("version %s of %s could not be judged: %s", version, tags.name, reason)
     n = _failure(tags.read(), key).n + 1
     tags.write(f"{ERROR_TAG}.{key}", json.dumps({"n": n, "reason": reason}, ensure_ascii=False))
-    return Watched(version=version, state="failed", said=reason)
+    return WatchedVersion(version=version, state="failed", said=reason)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from amici_eval.common.errors import first_line
 from amici_eval.tracking.store.errors import store_errors
 from amici_eval.tracking.store.searching import runs_anywhere
 
-__all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Beat", "Heartbeat", "close_abandoned"]
+__all__ = ["HEARTBEAT_TAG", "PARTIAL_TAG", "Heartbeat", "SignOfLife", "close_abandoned"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _SEARCH_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class SignOfLife:
     """A sign of life: of which process, on which machine (since which start of it, in which namespace), and when.
 
     The start of a process tells it from a later one of the same number; the time is by the clock of that machine.
@@ -48,13 +48,13 @@ class Beat:
     time: float
 
     @classmethod
-    def now(cls) -> Beat:
+    def now(cls) -> SignOfLife:
         """Return a sign of life of this process."""
         pid = os.getpid()
         return cls(**_machine(), pid=pid, started=_start_of(pid) or "", time=round(time.time(), 3))
 
     @classmethod
-    def parse(cls, text: str) -> Beat | None:
+    def parse(cls, text: str) -> SignOfLife | None:
         """Return what a tag says, ``None`` if that is no sign of life."""
         try:
             values = json.loads(text)
@@ -153,7 +153,7 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._stop.wait(self._every):
             try:
-                self._client.set_tag(self._run_id, HEARTBEAT_TAG, Beat.now().to_text())
+                self._client.set_tag(self._run_id, HEARTBEAT_TAG, SignOfLife.now().to_text())
             except Exception as error:  # noqa: BLE001, RUF100 - whatever the store does, the work goes on
                 if not self._missed:
                     logger.warning("the tracking store does not answer (%s); the work goes on", first_line(error))
@@ -172,7 +172,7 @@ def close_abandoned(client: Any) -> list[str]:
     try:
         running = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '{{%'"
         for run in runs_anywhere(client, running, seconds=_SEARCH_S):
-            beat = Beat.parse(run.data.tags[HEARTBEAT_TAG])
+            beat = SignOfLife.parse(run.data.tags[HEARTBEAT_TAG])
             if beat is None or not beat.has_stopped():
                 continue
             status = "KILLED" if PARTIAL_TAG in run.data.tags else "FINISHED"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import InvalidSpecError, TrackingError, first_line
 from amici_eval.common.masking import mask_mapping, masked
-from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Beat, Heartbeat
+from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG, Heartbeat, SignOfLife
 from amici_eval.tracking.store.errors import is_missing, patiently, store_errors
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def start_run(
     def start() -> Any:
         if experiment is not None and run_id is None:
             mlflow.set_experiment(experiment)
-        own_tags = {HEARTBEAT_TAG: Beat.now().to_text(), PARTIAL_TAG: "in progress"}
+        own_tags = {HEARTBEAT_TAG: SignOfLife.now().to_text(), PARTIAL_TAG: "in progress"}
         if go_on is not None:
             own_tags[NOTE_TAG] = "**Partial**: in progress, taken up after an interruption."
         run = mlflow.start_run(

@@ -36,7 +36,7 @@ _NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Left:
+class _UnfinishedFolder:
     """A folder that an evaluation of the same left, or still works at (then it has no lock of ours)."""
 
     folder: Path
@@ -61,7 +61,7 @@ class UnfinishedWork:
         below = os.environ.get(PARENT_RUN_VARIABLE) or os.environ.get("MLFLOW_RUN_ID")
         self._where = [mask_secrets(tracking_uri), *experiment, below]
         self._stack = contextlib.ExitStack()
-        self._left: list[_Left] = []
+        self._left: list[_UnfinishedFolder] = []
         self._own: tuple[Path, FolderLock | None] | None = None
         self._parts: FinishedParts | None = None
         self._made_output = False
@@ -208,7 +208,7 @@ class UnfinishedWork:
                 )
         for _, folder, state in sorted(found, key=lambda one: one[0], reverse=True):
             self._left.append(
-                _Left(
+                _UnfinishedFolder(
                     folder=folder,
                     run_id=state["run_id"],
                     where=state.get("where"),

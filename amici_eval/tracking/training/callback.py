@@ -23,7 +23,7 @@ from amici_eval.tracking.runs.contents import evaluation_metrics
 from amici_eval.tracking.training.cells import CELLS, Split, TrainingCells, cells_to_evaluate
 from amici_eval.tracking.training.run import (
     ModelInTraining,
-    Once,
+    OncePerMessage,
     RunInTraining,
     generators_untouched,
     split_of,
@@ -170,7 +170,7 @@ class HeadEvaluationCallback(Callback):
         self._tags: dict[str, str] = {}
         self._failures, self._kinds = 0, set[type]()
         self._began, self._spent, self._told_of_skipping = perf_counter(), 0.0, False
-        self._once = Once()
+        self._once = OncePerMessage()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the run."""

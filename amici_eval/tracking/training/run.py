@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mlflow.entities import Metric
 
-__all__ = ["ModelInTraining", "Once", "RunInTraining", "generators_untouched", "split_of"]
+__all__ = ["ModelInTraining", "OncePerMessage", "RunInTraining", "generators_untouched", "split_of"]
 
 _METRICS_PER_BATCH = 1000
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
@@ -123,7 +123,7 @@ def generators_untouched(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-class Once(logging.Filter):
+class OncePerMessage(logging.Filter):
     """Lets each message pass once: what is said of model and data is the same at each evaluation."""
 
     def __init__(self) -> None:
