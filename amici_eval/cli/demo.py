@@ -112,16 +112,15 @@ def run_demo(
 
 def planted_table(evaluation: HeadEvaluation, effects: Sequence[PlantedEffect]) -> list[str]:
     """Return, as lines, the head that found each planted effect, and how many others are significant."""
-    rows = [
-        ("receiver", "planted sender", "full model EV", "head", "EV of planted genes", "adjusted p", "its top genes")
-    ]
+    adjusted = f"adjusted p ({evaluation.decided_by})"
+    rows = [("receiver", "planted sender", "full model EV", "head", "EV of planted genes", adjusted, "its top genes")]
     genes = np.array(evaluation.genes)
     for effect in effects:
         index = evaluation.type_index(effect.receiver)
         planted = np.isin(genes, effect.genes)
         of_planted = np.nanmean(evaluation.expl_var_gene[:, index, planted], axis=1)
         head = int(np.argmax(of_planted))
-        p = evaluation.p_value_adj[head, index]
+        p = evaluation.adjusted[head, index]
         top = genes[np.argsort(-evaluation.expl_var_gene[head, index])[: len(effect.genes)]]
         mark = " *" if p <= evaluation.spec.permutation.alpha else ""
         hit = len(set(top) & set(effect.genes))
@@ -143,7 +142,7 @@ def planted_table(evaluation: HeadEvaluation, effects: Sequence[PlantedEffect]) 
     for cell_type in evaluation.cell_types:
         if cell_type not in {effect.receiver for effect in effects}:
             index = evaluation.type_index(cell_type)
-            n = int(np.sum(evaluation.p_value_adj[:, index] <= evaluation.spec.permutation.alpha))
+            n = int(np.sum(evaluation.adjusted[:, index] <= evaluation.spec.permutation.alpha))
             lines.append(
                 f"  nothing planted in {cell_type}: {n} of {evaluation.n_heads} heads significant, full model EV "
                 f"{evaluation.expl_var_full[index]:.3f}"

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra._internal.core_plugins import file_config_source
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["check_override", "hydra_override", "keep_texts_of_files"]
 
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+_TRUTH = {bool: "it must be true or false", Optional[bool]: "it must be true, false or null"}  # noqa: UP045, RUF100
 _CALL = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\((.*)\)", re.DOTALL)
 
 
@@ -79,7 +80,7 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
     except OmegaConfBaseException as error:
         raise InvalidSpecError(
             value=text,
-            rule=str(error.msg or error).splitlines()[0],
+            rule=_TRUTH.get(schema) or str(error.msg or error).splitlines()[0],
             fix=f"amici-eval {command} --cfg job shows all settings with their defaults",
         ) from error
     except HydraException:

@@ -177,7 +177,7 @@ def _open_store(location: Path, stack: ExitStack) -> tuple[Any, Path]:
         raise DataError(
             value=f"{root} does not exist",
             rule="data must be a readable AnnData",
-            fix="correct the path, or pass data.uri=...",
+            fix="correct the path",
         )
     if suffix == ".h5ad":
         check_is_plain_file(location, links=True)

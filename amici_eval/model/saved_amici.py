@@ -83,7 +83,9 @@ def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
     _check_pickles_are_allowed(path)
     if not path.is_file():
         raise ModelFormatError(
-            value=f"{path.parent} holds no model.pt", rule=f"{path.name} must be a plain file", fix="correct model_dir"
+            value=f"{path.parent} {'holds no model.pt' if path.parent.is_dir() else 'does not exist'}",
+            rule=f"{path.name} must be a plain file",
+            fix="correct model_dir",
         )
     if not zipfile.is_zipfile(path):
         raise ModelFormatError(

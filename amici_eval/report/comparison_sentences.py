@@ -64,10 +64,15 @@ def comparison_sentences(comparison: HeadComparison) -> list[str]:
             f"Two untrained models of the architecture have heads of similarity {_range(comparison.floor)} if matched."
         )
     if comparison.reseeded.size and np.isfinite(comparison.reseeded).any():
-        sentences.append(
-            f"Versions trained by one set-up have heads of similarity {_range(comparison.reseeded)} if matched: so "
-            "much a retraining alone changes."
-        )
+        if len(comparison.versions) == 2:
+            told = "Both versions were trained by one set-up: their similarities are what a retraining alone changes."
+        else:
+            similar = _range(comparison.reseeded)
+            told = (
+                f"Versions trained by one set-up have heads of similarity {similar} if matched: so much a retraining "
+            )
+            told += "alone changes."
+        sentences.append(told)
     where = {
         True: " Some version was fitted on some of these cells: what it explains there is optimistic (in-sample).",
         None: " It is not known for all versions which cells they were fitted on: read this as in-sample.",

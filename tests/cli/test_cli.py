@@ -244,8 +244,8 @@ def test_project_parameters_become_overrides():
         (["tracking.zzz=3"], "; choose one of these; amici-eval evaluate --cfg job shows all settings"),
         (["permutation.alpha=big"], "could not be converted to Float"),
         (["permutation.n_permutations=1.5"], "could not be converted to Integer"),
-        (["report.figures=perhaps"], "is not a valid bool"),
-        (["data.subset.held_out=maybe"], "is not a valid bool"),
+        (["report.figures=perhaps"], "it must be true"),
+        (["data.subset.held_out=maybe"], "it must be true"),
         (["permutaton.seed=3"], "; write permutation.seed"),
         (
             ["permutation=cyclical"],

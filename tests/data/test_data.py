@@ -85,7 +85,7 @@ def test_a_missing_file_is_named(tmp_path):
     assert refusal(open_anndata, path) == (
         f"{path} does not exist",
         "data must be a readable AnnData",
-        "correct the path, or pass data.uri=...",
+        "correct the path",
     )
 
 
