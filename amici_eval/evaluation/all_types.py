@@ -331,11 +331,14 @@ def _crowded(
     near = int(fitted[access.neighbour_rows[held_out]].any(axis=1).sum())
     if not near or spec.data.subset.buffer:
         return ()
-    rim = " (data.subset.buffer=true leaves out its rim)" if near < len(held_out) else ""
-    return (
+    said = (
         f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, as "
-        f"after any random split; a region or section that was held out as a whole says more{rim}",
     )
+    if near == len(held_out):
+        said += "after any random split; a region or section that was held out as a whole says more"
+    else:
+        said += "AMICI's validation cells have; data.subset.buffer=true evaluates the others alone, which say more"
+    return (said,)
 
 
 def _without_ties(
