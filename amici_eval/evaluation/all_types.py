@@ -335,9 +335,9 @@ def _crowded(
         f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, as "
     )
     if near == len(held_out):
-        said += "after any random split; a region or section that was held out as a whole says more"
+        said += "as after any random split; a region or section that was held out as a whole says more"
     else:
-        said += "AMICI's validation cells have; data.subset.buffer=true evaluates the others alone, which say more"
+        said += "as AMICI's validation cells have; data.subset.buffer=true evaluates the others alone, which say more"
     return (said,)
 
 
