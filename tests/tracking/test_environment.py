@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.settings.evaluation import TrackingSpec
 from amici_eval.tracking.models import registry
-from amici_eval.tracking.models.registry import connect
+from amici_eval.tracking.models.registry import connect, connect_to
 from amici_eval.tracking.runs import delivery
 from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG, close_abandoned
 from amici_eval.tracking.runs.local_results import ARTIFACTS
@@ -111,6 +111,13 @@ def test_an_empty_run_is_taken_over(bare_model, monkeypatch, tags, params, metri
     with tracked_run(TrackingSpec(), name="x", tags=EVALUATION) as run:
         assert run.info.run_id == given
     assert mlflow.get_run(given).data.tags.items() >= EVALUATION.items()
+
+
+def test_a_variable_that_is_empty_names_no_run(bare_model, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "")
+    assert connect_to(TrackingSpec(uri=bare_model.uri)) == bare_model.uri
+    with tracked_run(TrackingSpec(), name="x", tags=EVALUATION) as run:
+        assert PARENT_TAG not in run.data.tags
 
 
 def test_all_commands_of_a_job_belong_to_its_run(bare_model, monkeypatch):
