@@ -8,6 +8,7 @@ Names, types and defaults come from the dataclasses of ``amici_eval.settings``; 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union, get_args, get_origin, get_type_hints
@@ -188,7 +189,13 @@ def comparison_spec(config: DictConfig) -> ComparisonSpec:
 
 def gate_spec(config: DictConfig) -> GateSpec:
     """Return the rules of a gate."""
-    return gate_spec_from(_plain(config)["gate"])
+    values = _plain(config)["gate"]
+    for rule in values["rules"].values():
+        for name in ("at_least", "at_most", "margin", "min_cells"):
+            if isinstance(rule, dict) and isinstance(rule.get(name), str):  # a file has 1e-3 as text
+                with suppress(ValueError):
+                    rule[name] = int(rule[name]) if name == "min_cells" else float(rule[name])
+    return gate_spec_from(values)
 
 
 def launch_spec(config: DictConfig) -> LaunchSpec:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -224,10 +223,6 @@ def gate_spec_from(values: Mapping[str, Any]) -> GateSpec:
                 fix="see docs/automation.md for the kinds of rules",
             )
         entries = {str(key): value for key, value in given.items() if value is not None}
-        for key in ("at_least", "at_most", "margin", "min_cells"):
-            if isinstance(entries.get(key), str):  # a file has 1e-3 as text
-                with suppress(ValueError):
-                    entries[key] = int(entries[key]) if key == "min_cells" else float(entries[key])
         for key in entries:
             if key not in _ENTRIES:
                 near = get_close_matches(key, _ENTRIES, n=2) or _ENTRIES
