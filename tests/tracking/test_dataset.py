@@ -12,6 +12,7 @@ import mlflow
 import mlflow.data
 import numpy as np
 import pytest
+import zarr
 from scipy import sparse
 
 import amici_eval
@@ -25,6 +26,12 @@ from amici_eval.tracking.dataset import AnnDataSource
 def file(adata, tmp_path) -> Path:
     adata.write_h5ad(tmp_path / "my tissue.h5ad")
     return tmp_path / "my tissue.h5ad"
+
+
+def write_zarr(adata, path: Path) -> None:
+    """Write a store that a web server can offer; old versions of anndata do not consolidate its metadata."""
+    adata.write_zarr(path)
+    zarr.consolidate_metadata(str(path))
 
 
 def test_mlflow_offers_the_constructor(adata):
@@ -87,7 +94,7 @@ def test_every_kind_of_uri_gives_the_same_anndata(adata, file, web, registry):
         mlflow.log_artifact(str(file), "data")
     memory = fsspec.filesystem("memory")
     memory.put(str(file), "/bucket/tissue.h5ad")
-    adata.write_zarr(file.with_suffix(".zarr"))
+    write_zarr(adata, file.with_suffix(".zarr"))
     memory.put(str(file.with_suffix(".zarr")), "/bucket/tissue.zarr", recursive=True)
     uris = [
         str(file),
@@ -112,7 +119,7 @@ def test_fetched_copies_are_removed(web):
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_a_fetched_copy_lasts_as_long_as_it_is_read(adata, file, web, suffix, tmp_path, monkeypatch):
     if suffix == ".zarr":
-        adata.write_zarr(file.with_suffix(".zarr"))
+        write_zarr(adata, file.with_suffix(".zarr"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "fetched"))
     (tmp_path / "fetched").mkdir()
     digest = content_digest(adata)
@@ -194,7 +201,7 @@ def test_indirect_uris_are_refused(uri):
 )
 def test_what_a_web_server_says_of_a_zarr_is_checked_before_it_is_asked_for(adata, file, web, change, message):
     root = file.with_suffix(".zarr")
-    adata.write_zarr(root)
+    write_zarr(adata, root)
     said = json.loads((root / ".zmetadata").read_text())
     if change is None:
         said["metadata"][".zattrs"] = {"long": "x" * 2**26}
