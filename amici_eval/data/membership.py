@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy import sparse
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.model_card import Fingerprints
-from amici_eval.data.matrices import open_rows, spans
+from amici_eval.data.matrices import spans
 from amici_eval.data.opening import digest_of_places
 
 if TYPE_CHECKING:
@@ -24,9 +23,8 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.matrices import RowReader
-    from amici_eval.data.tissue import Tissue
 
-__all__ = ["cells_found", "expression_prints", "fitted_cells", "place_prints", "prints_from", "text_of"]
+__all__ = ["expression_prints", "fitted_cells", "place_prints", "prints_from", "text_of"]
 
 _DENSE_VALUES = 2**21
 _STORED = np.dtype([("place", "<u4"), ("expression", "<u8")])
@@ -125,12 +123,6 @@ def fitted_cells(
                 "its expression: they are not counted as training cells"
             )
     return _said(fitted, len(prints.names), notes)
-
-
-def cells_found(card: ModelCard, tissue: Tissue) -> Bool[np.ndarray, " cells"] | None:
-    """Return which cells of a tissue are those that a card names, told as training cells are; ``None``: not known."""
-    prints = partial(expression_prints, open_rows(tissue.matrix), tissue.gene_columns, card.genes)
-    return fitted_cells(card, tissue.cell_names, tissue.coordinates, prints, [])
 
 
 def _said(fitted: Bool[np.ndarray, " cells"], n_trained: int, notes: list[str]) -> Bool[np.ndarray, " cells"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from amici_eval.data.matrices import RowReader
     from amici_eval.settings.evaluation import DataSpec
 
-__all__ = ["ExpressionBlock", "Tissue", "check_sections", "keep_away_from_training", "prepare"]
+__all__ = ["ExpressionBlock", "Tissue", "cells_found", "check_sections", "keep_away_from_training", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +216,12 @@ def _fitted(
         return said
     notes += own
     return split
+
+
+def cells_found(card: ModelCard, tissue: Tissue) -> Bool[np.ndarray, " cells"] | None:
+    """Return which cells of a tissue are those that a card names, told as training cells are; ``None``: not known."""
+    prints = partial(expression_prints, open_rows(tissue.matrix), tissue.gene_columns, card.genes)
+    return fitted_cells(card, tissue.cell_names, tissue.coordinates, prints, [])
 
 
 def check_sections(

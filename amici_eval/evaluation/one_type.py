@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.evaluation.spatial_evaluation import TypeSpatial
     from amici_eval.settings.permutation import PermutationSpec
-    from amici_eval.stats.permutation.positions import CellPositions
+    from amici_eval.stats.spatial.positions import CellPositions
 
 __all__ = ["TypeEvaluation", "evaluate_type_by_factors", "evaluate_type_by_hooks"]
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from amici_eval.settings.permutation import PermutationSpec
     from amici_eval.stats.permutation.exact_moments import PermutationMoments
     from amici_eval.stats.permutation.moments import TypeMoments
-    from amici_eval.stats.permutation.positions import CellPositions
     from amici_eval.stats.pvalues import PValues
     from amici_eval.stats.spatial.lag_test import LagTest
+    from amici_eval.stats.spatial.positions import CellPositions
 
 __all__ = ["TypeSpatial", "spatial_test"]
 

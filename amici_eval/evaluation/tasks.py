@@ -11,7 +11,7 @@ import torch
 
 from amici_eval.common.side_by_side import run_side_by_side
 from amici_eval.evaluation.one_type import evaluate_type_by_factors, evaluate_type_by_hooks
-from amici_eval.stats.permutation.positions import CellPositions
+from amici_eval.stats.spatial.positions import CellPositions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -20,9 +20,9 @@ from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatEr
 from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data.checks import trained_on as trained_rows
-from amici_eval.data.membership import cells_found, prints_from, text_of
+from amici_eval.data.membership import prints_from, text_of
 from amici_eval.data.opening import describe_training_data, open_anndata
-from amici_eval.data.tissue import prepare
+from amici_eval.data.tissue import cells_found, prepare
 from amici_eval.model.engines.interventions import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
 from amici_eval.model.plain_values import history_of, to_plain, values_of, with_arrays

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float32, Float64, Int64
 
-    from amici_eval.stats.permutation.positions import CellPositions
     from amici_eval.stats.readout import Readout
+    from amici_eval.stats.spatial.positions import CellPositions
 
 __all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]
 

@@ -11,7 +11,7 @@ from amici_eval.stats.permutation.moments import TypeMoments
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
-    from amici_eval.stats.permutation.positions import CellPositions
+    from amici_eval.stats.spatial.positions import CellPositions
 
 __all__ = ["moments_of_predictions", "principal_factors"]
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64
     from torch import Tensor
 
-    from amici_eval.stats.permutation.positions import CellPositions
     from amici_eval.stats.spatial.lag import LagGrid
     from amici_eval.stats.spatial.near_pairs import NearPairs
+    from amici_eval.stats.spatial.positions import CellPositions
 
 __all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
 

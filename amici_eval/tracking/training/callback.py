@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from amici_eval.common.errors import InvalidSpecError, ModelFormatError, first_line
 from amici_eval.data.checks import check_type
-from amici_eval.data.membership import cells_found
-from amici_eval.data.tissue import prepare
+from amici_eval.data.tissue import cells_found, prepare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.settings.checks import require_int, require_one_of
