@@ -68,7 +68,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 bench: install
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
