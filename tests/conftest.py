@@ -28,16 +28,21 @@ for _name in [name for name in os.environ if name.startswith(("MLFLOW_RUN", "MLF
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "AMICI_EVAL_"))}
 
 
-@pytest.fixture(autouse=True)
-def _own_environment() -> Iterator[None]:
-    """Forget what a test, or a command called in it, leaves in the environment."""
-    yield
+def _forget() -> None:
     for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AMICI_EVAL_"))]:
         if name not in _ENVIRONMENT:
             del os.environ[name]
     os.environ.update(_ENVIRONMENT)
     if store := sys.modules.get("amici_eval.tracking.store.errors"):
         store.set_patience(0.0)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Forget what fixtures of several tests, a test, or a command called in it, leave in the environment."""
+    _forget()
+    yield
+    _forget()
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -45,9 +44,6 @@ def bare_model(_bare_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     import mlflow
 
     monkeypatch.chdir(tmp_path)
-    for name in list(os.environ):
-        if name.startswith(("MLFLOW_RUN", "MLFLOW_EXPERIMENT", "MLFLOW_TRACKING", "AMICI_EVAL")):
-            monkeypatch.delenv(name)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(_bare_store)
     client = mlflow.MlflowClient()

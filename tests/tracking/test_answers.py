@@ -91,8 +91,6 @@ def _store(tmp_path_factory: pytest.TempPathFactory, amici_dir: Path, _tissue) -
 def desk(_store: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(errors, "_FIRST_WAIT_S", 0.01)
     # one that could not be given back is waited for
     monkeypatch.setattr(promotion, "_LEASE_S", 5.0)

@@ -52,8 +52,6 @@ NAME = "amici_eval.tracking.training.callback"
 def store(tmp_path, monkeypatch):
     """A SQLite store of the test's own."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'm.db'}")
     mlflow.set_experiment("Default")
