@@ -273,4 +273,4 @@ DEMO_TRAINING = TrainingRecipe(
         "distance_kernel_unit_scale": 10.0,
     },
 )
-"""A recipe with which AMICI learns `amici_eval.data.simulate.DEMO_TISSUE` in about 25 seconds on two cores."""
+"""A recipe with which AMICI learns `amici_eval.data.simulate.DEMO_TISSUE` in about a minute on one core."""
