@@ -12,7 +12,7 @@ from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, Spa
 from amici_eval.results.senders import Senders
 from amici_eval.results.tile_sums import Moments
 from amici_eval.settings.evaluation import MODES, EvaluationSpec, PermutationSpec
-from amici_eval.stats.multiplicity import adjust_p_values
+from amici_eval.stats.pvalues import adjust_p_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -354,7 +354,7 @@ def make_comparison(
         Lineage,
         Overall,
     )
-    from amici_eval.results.sender_changes import SenderDifferences
+    from amici_eval.results.senders import SenderDifferences
 
     rng = np.random.default_rng(seed)
     types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")

@@ -23,15 +23,14 @@ from omegaconf import OmegaConf
 import amici_eval
 from amici_eval.cli.config import resolved_yaml
 from amici_eval.common.errors import DataError
-from amici_eval.common.escaping import csv_text, printable
-from amici_eval.common.names import slugify
+from amici_eval.common.text import csv_text, printable, slugify
 from amici_eval.comparison.gate import judge
-from amici_eval.report.csv_files import read_csv
+from amici_eval.report.tables import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
 from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.jobs.evaluating import evaluate_job
-from amici_eval.tracking.runs.contents import evaluation_metrics, metric_intervals
+from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
 from tests.report.test_html import Page
 
 if TYPE_CHECKING:

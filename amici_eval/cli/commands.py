@@ -197,8 +197,7 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from amici_eval.cli.config import register_schemas
-    from amici_eval.cli.overrides import check_override, hydra_override, keep_texts_of_files
+    from amici_eval.cli.config import check_override, hydra_override, keep_texts_of_files, register_schemas
 
     own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)

@@ -3,22 +3,31 @@
 Names, types and defaults come from the dataclasses of ``amici_eval.settings``; their checks come when these are made.
 """
 
-# Hydra knows Optional, List and Dict only
-# ruff: noqa: UP006, UP035, UP045
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
 
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.common.masking import masked
+from amici_eval.common.text import masked
 from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.settings.evaluation import (
     AblationSpec,
@@ -31,24 +40,33 @@ from amici_eval.settings.evaluation import (
     spec_from_mapping,
     spec_of,
 )
-from amici_eval.settings.gate import GateSpec, gate_spec_from
+from amici_eval.settings.gate import GateSpec, Rule, gate_spec_from
 from amici_eval.settings.launch import LaunchSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from hydra.plugins.config_source import ConfigResult
 
 __all__ = [
     "SCHEMAS",
+    "check_override",
     "comparison_spec",
     "data_uri",
     "evaluation_spec",
     "gate_spec",
+    "hydra_override",
+    "keep_texts_of_files",
     "launch_spec",
     "register_schemas",
     "report_spec",
     "resolved_yaml",
     "tracking_spec",
 ]
+
+# Hydra knows Optional, List and Dict only
+# ruff: noqa: UP006, UP035, UP045
+
 
 _TEXT: tuple[Any, Any] = (Optional[str], None)
 _NEEDED: tuple[Any, Any] = (str, MISSING)
@@ -228,3 +246,203 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)  # noqa: S101, RUF100 - for the type checker
     return {str(key): value for key, value in values.items()}
+
+
+_QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+_TRUTH = {bool: "it must be true or false", Optional[bool]: "it must be true, false or null"}  # noqa: UP045, RUF100
+_CALL = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\((.*)\)", re.DOTALL)
+
+
+def check_override(command: str, text: str, *, configs: Path | None, sweep: bool = False) -> None:
+    """Refuse a setting that does not exist or takes no such value, before Hydra does in words of its own."""
+    key, _, value = text.partition("=")
+    schema, path = SCHEMAS[command], key.split(".")
+    for depth, name in enumerate(path):
+        if not is_dataclass(schema):  # below tags, or a setting that has no parts
+            break
+        known = [entry.name for entry in fields(schema)]
+        if name not in known:
+            group = ".".join(path[:depth])
+            near = [
+                ".".join([*path[:depth], one, *path[depth + 1 :]])
+                for one in get_close_matches(name, known, n=3, cutoff=0.5)
+            ]
+            if depth == 0:  # its group may be left out
+                whole = [one for one in _paths(SCHEMAS[command]) if one.endswith(f".{name}")]
+                near = [".".join([one, *path[1:]]) for one in whole] or near
+            raise InvalidSpecError(
+                value=f"setting {key!r}",
+                rule=f"{group or command} has {', '.join(known)}",
+                fix=f"write {' or '.join(near)}"
+                if near
+                else f"choose one of these; amici-eval {command} --cfg job shows all settings",
+            )
+        schema = get_type_hints(schema)[name]
+    if is_dataclass(schema):
+        names = [entry.name for entry in fields(schema)]
+        options = None if configs is None else sorted(file.stem for file in (configs / path[0]).glob("*.yaml"))
+        for option in value.split(",") if sweep else [value]:
+            if len(path) == 1 and options is not None and option.strip("'\"") not in options:
+                raise InvalidSpecError(
+                    value=f"{key}={option}",
+                    rule=f"{key} is a group of settings, ready-made as {', '.join(options) or 'none'}",
+                    fix=f"choose one of these, or set what it holds one by one, as {key}.{names[0]}=...: "
+                    f"{', '.join(names)}",
+                )
+        return
+    if sweep:
+        return
+    try:
+        parsed = OverridesParser.create().parse_override(text).value()
+        OmegaConf.update(OmegaConf.structured(SCHEMAS[command]), key, parsed)
+    except OmegaConfBaseException as error:
+        raise InvalidSpecError(
+            value=text,
+            rule=_TRUTH.get(schema) or str(error.msg or error).splitlines()[0],
+            fix=f"amici-eval {command} --cfg job shows all settings with their defaults",
+        ) from error
+    except HydraException:
+        return
+
+
+def _paths(schema: Any, group: str = "") -> Iterator[str]:
+    """Yield each setting below a group of settings, from the root."""
+    for name, kind in get_type_hints(schema).items():
+        yield group + name
+        parts = [one for one in (kind, *get_args(kind)) if is_dataclass(one)]
+        if parts and get_origin(kind) not in (list, tuple, dict):
+            yield from _paths(parts[0], f"{group}{name}.")
+
+
+def hydra_override(text: str, *, command: str = "evaluate", sweep: bool = False) -> str:
+    """Return an override that Hydra reads as the user meant it."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InvalidSpecError(
+            value=f"argument {text!r}", rule="settings are written key=value", fix="see amici-eval --help"
+        )
+    *groups, name = key.lstrip("+").split(".")
+    kind: Any = SCHEMAS[command]
+    for group in groups:
+        kind = _part_of(kind, group)
+    if _part_of(kind, name) is not None:
+        text = f"{key}={_swept(value, kind, name) if sweep else _held(value, kind, name)}"
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        if value.startswith("[") and value.endswith("]"):
+            return f"{key}=[{','.join(map(_quoted, _split(value[1:-1])))}]"
+        return f"{key}={','.join(map(_quoted, _split(value) if sweep else [value]))}"
+    return text
+
+
+def _part_of(kind: Any, name: str) -> Any:
+    """Return the type of a part of a setting, ``None`` if the schema does not say."""
+    if is_dataclass(kind):
+        # Hydra's schema leaves rules open
+        kind = dict[str, Rule] if name == "rules" else get_type_hints(kind).get(name)
+    else:
+        kind = get_args(kind)[1] if get_origin(kind) in (dict, Mapping) else None
+    known = [one for one in get_args(kind) if one is not type(None)]
+    return known[0] if len(known) < len(get_args(kind)) else kind
+
+
+def _held(value: str, group: Any, name: str) -> str:
+    """Quote what is text in a value that a group holds; ``null`` unsets a setting, but is text in tags and lists."""
+    value = value.strip()
+    return value if value == "null" and is_dataclass(group) else _written(value, _part_of(group, name))
+
+
+def _written(value: str, kind: Any) -> str:
+    """Quote what is text in a value, and make a list of one where the schema has a list."""
+    origin = get_origin(kind)
+    if value.startswith("${") or _QUOTED.fullmatch(value):
+        return value
+    if origin in (list, tuple):
+        inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        return f"[{','.join(_written(part, get_args(kind)[0]) for part in _split(inner))}]"
+    if value.startswith("{") and value.endswith("}") and (origin or is_dataclass(kind)):
+        entries = [part.partition(":") for part in _split(value[1:-1])]
+        return f"{{{','.join(f'{name}:{_held(one, kind, name.strip())}' for name, _, one in entries)}}}"
+    # a group's option needs quotes only where it may look like a number
+    is_text = kind is str or (is_dataclass(kind) and kind is not Rule and not value.isidentifier())
+    return _quoted(value) if is_text and value[:1] not in ("", "[", "{") else value
+
+
+def _swept(values: str, group: Any, name: str) -> str:
+    """Quote what is text in the values of a sweep; Hydra forgets quotation marks within ``choice(...)``."""
+    written = []
+    for value in _split(values):
+        call = _CALL.fullmatch(value)
+        if call is None:
+            written.append(_held(value, group, name))
+        elif call[1] == "choice":
+            written.append(_swept(call[2], group, name))
+        elif call[1] in ("range", "interval", "glob") or _part_of(group, name) in (int, float, bool):
+            written.append(value)
+        else:
+            raise InvalidSpecError(
+                value=value, rule="Hydra would read numbers in text here", fix="write the values as a,b or choice(a,b)"
+            )
+    return ",".join(written)
+
+
+def _split(values: str) -> list[str]:
+    """Split at commas outside quotation marks and brackets."""
+    parts, depth, at = [""], 0, 0
+    while at < len(values):
+        quoted = _QUOTED.match(values, at) if parts[-1].rstrip()[-1:] in ("", *"[{(:,") else None
+        token = quoted[0] if quoted else values[at]
+        depth += (token in "[{(") - (token in "]})")
+        if token == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+        at += len(token)
+    return [part.strip() for part in parts] if values.strip() else []
+
+
+def _quoted(value: str) -> str:
+    # a backslash is special to Hydra only before a quote or at the end
+    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
+    return "'" + re.sub(r"(\\+)$", lambda match: match[1] * 2, value) + "'"
+
+
+def keep_texts_of_files(command: str) -> None:
+    """Let Hydra read the files of settings of a command with values as they are written."""
+    FileConfigSource.command = command
+    SourcesRegistry.instance().types["file"] = FileConfigSource
+
+
+class FileConfigSource(file_config_source.FileConfigSource):  # Hydra replaces a source by one of its name only
+    """Files whose values stay text until the schema says what they are; Hydra's own have the types of YAML."""
+
+    command: ClassVar[str] = "evaluate"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        found = super().load_config(config_path)
+        if isinstance(found.config, DictConfig) and not config_path.startswith("hydra/"):
+            path = Path(self.path, self._normalize_file_name(config_path))
+            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_texts_loader()) or {}  # noqa: S506, RUF100 - safe
+            config = OmegaConf.create(values)
+            for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items():
+                written = hydra_override(f"{key}={value}", command=self.command, sweep=True)
+                OmegaConf.update(found.config.hydra.sweeper, "params", {key: written.partition("=")[2]})
+            found.config = OmegaConf.create({**values, "hydra": found.config.hydra} if "hydra" in values else values)
+        return found
+
+
+def _texts_loader() -> Any:
+    loader = get_yaml_loader()
+    for name, kind in (("int", int), ("float", float), ("bool", str)):
+        loader.add_constructor(f"tag:yaml.org,2002:{name}", partial(_as_written, kind))
+    return loader
+
+
+def _as_written(kind: type, _: yaml.Loader, node: yaml.ScalarNode) -> Any:
+    """Return a number if Python writes it just so, else the text."""
+    try:
+        value = kind(node.value)
+    except ValueError:
+        return node.value
+    return value if str(value) == node.value else node.value

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.errors import AmiciEvalError
-from amici_eval.tracking.models.registry import keep_artifacts_in
+from amici_eval.tracking.registry import keep_artifacts_in
 from amici_eval.tracking.runs.local_results import check_writable
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from amici_eval.cli.config import (
 )
 from amici_eval.cli.terminal import Reporter, append_for_ci, pause
 from amici_eval.common.errors import mask_secrets
-from amici_eval.common.escaping import markdown
+from amici_eval.common.text import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ def run_rollback(config: DictConfig, *, dry_run: bool, say: Callable[..., None])
     """Take back the last promotion to an alias."""
     tracking = tracking_spec(config)
     from amici_eval.tracking.jobs.promotion import rollback
-    from amici_eval.tracking.models.registry import connect
+    from amici_eval.tracking.registry import connect
 
     connect(tracking.uri, retry_s=tracking.retry_s)
     done = rollback(config.model, config.alias, dry_run=dry_run)
@@ -85,7 +85,7 @@ def run_watch(config: DictConfig, *, once: bool, say: Callable[..., None]) -> in
     settings, report, tracking = _gate_settings(config), report_spec(config), tracking_spec(config)
     from amici_eval.settings.gate import gate_key
     from amici_eval.tracking.jobs.watching import watch
-    from amici_eval.tracking.models.registry import connect_to
+    from amici_eval.tracking.registry import connect_to
 
     uri = mask_secrets(connect_to(tracking))
     key = gate_key(**settings)

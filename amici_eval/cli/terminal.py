@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import OutputError
-from amici_eval.common.escaping import printable, terminal_text
-from amici_eval.common.masking import mask_secrets
+from amici_eval.common.text import mask_secrets, printable, terminal_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

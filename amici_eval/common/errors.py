@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amici_eval.common.masking import mask_secrets
+from amici_eval.common.text import mask_secrets
 
 __all__ = [
     "AmiciEvalError",

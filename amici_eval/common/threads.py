@@ -1,23 +1,95 @@
-"""Whether compiled kernels are there (numba is optional, and loading it takes a moment), and threads to run them in."""
+"""Threads of this process, and kernels that numba compiles."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import pickle
+import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, TypeVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from amici_eval.common.compiling import numba_if_usable
+import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
     from types import ModuleType
 
+__all__ = ["compiled", "cuts", "in_threads", "kernels", "numba_if_usable", "run_on_single_threads", "run_side_by_side"]
+
+logger = logging.getLogger(__name__)
+
+_SPOILT = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+"""What reading a pickle raises that was cut off or overwritten."""
+
+
+def numba_if_usable() -> ModuleType | None:
+    """Return numba, or ``None`` where it is not installed or its compiler is switched off (``NUMBA_DISABLE_JIT``)."""
+    try:
+        numba = importlib.import_module("numba")
+    except ImportError:
+        return None
+    return None if numba.config.DISABLE_JIT else numba
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a function that is compiled when first called, without the interpreter's lock.
+
+    What is compiled is kept on disk for later processes, where numba finds a folder to write to (``NUMBA_CACHE_DIR``
+    names another); else it is compiled anew in each process.
+    """
+    numba = importlib.import_module("numba")
+    try:
+        dispatcher = numba.njit(nogil=True, cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written to
+        return numba.njit(nogil=True, **options)(function)
+    _tolerate_cache_errors(getattr(dispatcher, "_cache", None))
+    return dispatcher
+
+
+def _tolerate_cache_errors(cache: Any) -> None:
+    """Let files of compiled code that are spoilt be made anew, and do without where they cannot be written."""
+    load, save = getattr(cache, "load_overload", None), getattr(cache, "save_overload", None)
+    if load is None or save is None:
+        return
+
+    def load_if_whole(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except _SPOILT as error:
+            logger.debug("compiled code in %s is spoilt (%s) and made anew", cache.cache_path, type(error).__name__)
+        # an index without entries: what it named is compiled again
+        with suppress(OSError):
+            cache.flush()
+        return None
+
+    def save_if_possible(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            logger.debug("compiled code cannot be kept in %s: %s", cache.cache_path, error)
+
+    cache.load_overload, cache.save_overload = load_if_whole, save_if_possible
+
+
 Result = TypeVar("Result")
 
-__all__ = ["cuts", "in_threads", "kernels"]
 
 _WAITING_PER_THREAD = 8
 
@@ -55,3 +127,82 @@ def in_threads(tasks: Iterable[Callable[[], Result]], n_threads: int, done: Call
             done(waiting.popleft().result())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+_LOOK_S = 0.2
+
+
+class _StoppedError(Exception):
+    """Raised inside a task whose result nobody waits for."""
+
+
+def run_side_by_side(
+    tasks: Mapping[str, Callable[[Callable[[int], None]], Result]],
+    counters: Mapping[str, Callable[[int], None]],
+    *,
+    alone: bool = False,
+) -> Iterator[tuple[str, Result]]:
+    """Run tasks, as many at a time as torch has threads, and yield each result as it comes.
+
+    Notes
+    -----
+    Within a task torch computes on one thread: threads that meet after every small operation wait for each other most
+    of the time.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads <= 1 or alone:
+        for name, task in tasks.items():
+            yield name, task(counters[name])
+        return
+    told: SimpleQueue[tuple[str, int]] = SimpleQueue()
+    stopped = threading.Event()
+
+    def run(name: str) -> Result:
+        def count(more: int) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+            told.put((name, more))
+
+        torch.set_num_threads(1)
+        return tasks[name](count)
+
+    def tell() -> None:
+        try:
+            while True:
+                name, more = told.get_nowait()
+                counters[name](more)
+        except Empty:
+            return
+
+    pool = ThreadPoolExecutor(max(1, min(n_threads, len(tasks))))
+    try:
+        running = {pool.submit(run, name): name for name in tasks}
+        while running:
+            finished, _ = wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+            tell()
+            for future in finished:
+                yield running.pop(future), future.result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        # what a thread sets for itself, torch takes as default for later threads
+        torch.set_num_threads(n_threads)
+
+
+def run_on_single_threads(tasks: Iterable[Callable[[], None]], *, n_threads: int) -> None:
+    """Run tasks, several at a time, each with torch on one thread; they are taken as they are needed."""
+    if n_threads <= 1:
+        for task in tasks:
+            task()
+        return
+    before = torch.get_num_threads()
+
+    def alone(task: Callable[[], None]) -> None:
+        torch.set_num_threads(1)
+        task()
+
+    try:
+        in_threads((partial(alone, task) for task in tasks), n_threads, lambda _: None)
+    finally:
+        # what a thread sets for itself, torch takes as default for later threads
+        torch.set_num_threads(before)

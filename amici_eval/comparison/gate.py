@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.common.names import meant_by
-from amici_eval.comparison.gate_sentences import Element, listed, number_of, reason_of, threshold_of
+from amici_eval.common.text import meant_by
 from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 
 if TYPE_CHECKING:
@@ -22,7 +21,79 @@ if TYPE_CHECKING:
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.gate import GateSpec, Rule
 
-__all__ = ["Element", "decide", "judge"]
+__all__ = ["Element", "decide", "judge", "listed", "number_of", "reason_of", "threshold_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Element:
+    """Something that is held against bounds.
+
+    Parameters
+    ----------
+    name
+        In words.
+    value
+        NaN or ``None``: undefined.
+    low, high
+        Its confidence interval; ``None`` for what has none by nature, such as a count; NaN for one that is missing.
+    reason
+        Why it is undefined, if known.
+    """
+
+    name: str
+    value: Any
+    low: Any = None
+    high: Any = None
+    reason: str = ""
+
+
+def reason_of(
+    rule: Rule, elements: Sequence[Element], outcomes: Sequence[str], outcome: str, needed: int, shown: Element | None
+) -> str:
+    """Return why a rule came out as it did, with the numbers of the element that decided."""
+    if shown is None:
+        return f"nothing to judge: no cell type has {rule.min_cells} evaluated cells"
+    counted = ""
+    if len(elements) > 1:
+        told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("pass", "fail", "undecided") if one in outcomes)
+        counted = f"of {len(elements)}: {told}, {needed} must pass; "
+    value, low, high = (number_of(one) for one in (shown.value, shown.low, shown.high))
+    if not math.isfinite(value):
+        return f"{counted}{shown.name}: undefined{f', {shown.reason}' if shown.reason else ''}"
+    if shown.low is not None and not (math.isfinite(low) and math.isfinite(high) and low <= value <= high):
+        return (
+            f"{counted}{shown.name}: {value:.4g} without a usable interval{f', {shown.reason}' if shown.reason else ''}"
+        )
+    between = "" if shown.low is None else f" ({low:.4g} to {high:.4g})"
+    words = {"pass": "within bounds", "fail": "out of bounds", "undecided": "the interval reaches over the bound"}
+    said = words[outcome]
+    return f"{counted}{shown.name}: {value:.4g}{between}, {said}"
+
+
+def threshold_of(rule: Rule, *, at_least: float | None, at_most: float | None, strict: bool) -> str:
+    """Return what a rule asks for."""
+    if rule.kind == "non_inferiority":
+        return f"worse by less than {-(at_least or 0.0):g}"
+    if rule.kind == "superiority":
+        return f"better by more than {at_least:g}"
+    bounds = (("at least", at_least), ("at most", at_most))
+    return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+def number_of(value: Any) -> float:
+    """Return a number, NaN for what is none."""
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return names, the first of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
 
 _MOST_DETAILS = 200
 _NO_INTERVAL = "it has no interval (permutation.n_bootstrap=0, no coordinates, or too few tiles)"

@@ -16,12 +16,12 @@ from amici_eval.comparison.version_pairs import (
     similarity_of,
     unpaired_differences,
 )
-from amici_eval.evaluation.sender_pairs import sender_differences_between, unpaired_sender_differences
+from amici_eval.evaluation.senders import sender_differences_between, unpaired_sender_differences
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.results.matches import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
 from amici_eval.settings.comparison import ComparisonSpec
-from amici_eval.stats.heads.alignment import assign_heads
+from amici_eval.stats.heads import assign_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.results.matches import FailedVersion
-    from amici_eval.results.sender_changes import SenderDifferences
+    from amici_eval.results.senders import SenderDifferences
     from amici_eval.results.tile_sums import Moments
 
 __all__ = ["compare", "matched_similarity"]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from amici_eval.common.errors import DataError, first_line
-from amici_eval.common.names import meant_by
+from amici_eval.common.text import meant_by
 from amici_eval.data.files import missing
 from amici_eval.data.matrices import as_dense, spans, stored_values
 from amici_eval.data.opening import check_is_filled, is_integer_valued

@@ -14,10 +14,9 @@ import pandas as pd
 from scipy import sparse
 
 from amici_eval.common.errors import DataError, first_line
-from amici_eval.common.free_memory import available_memory
+from amici_eval.common.memory import available_memory
 from amici_eval.common.untrusted import check_is_plain_file, check_names
-from amici_eval.data.matrices import lies_on_disk
-from amici_eval.data.shared_matrices import open_hdf5
+from amici_eval.data.matrices import lies_on_disk, open_hdf5
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

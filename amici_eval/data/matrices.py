@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,23 +11,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from scipy import sparse
 
-from amici_eval.common.errors import DataError, first_line
+from amici_eval.common.errors import DataError, LaunchError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
+    import h5py
     from jaxtyping import Bool, Float32, Int64
 
 __all__ = [
     "ExpressionBlock",
     "RowReader",
+    "SentMatrix",
     "as_dense",
     "check_rows_can_be_read",
     "expression_blocks",
     "in_memory",
     "lies_on_disk",
     "lies_on_disk_by_columns",
+    "open_hdf5",
     "open_rows",
+    "sent",
     "spans",
     "stored_values",
     "take_expression",
@@ -359,3 +365,82 @@ def _runs(begin: np.ndarray, end: np.ndarray, *, unit: int) -> Iterator[tuple[in
     cut |= begin[1:] // length != begin[:-1] // length
     edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(begin)]
     yield from pairwise(edges)
+
+
+def open_hdf5(path: str | Path) -> h5py.File:
+    """Open an HDF5 file for reading, with the filters of the package hdf5plugin if it is installed."""
+    import h5py
+
+    with suppress(ImportError):
+        import hdf5plugin  # noqa: F401, RUF100 - its import brings the filters
+    return h5py.File(path, mode="r")
+
+
+@dataclass(frozen=True)
+class SentMatrix:
+    """A matrix on disk: unpickled, it is that matrix, opened for reading.
+
+    Parameters
+    ----------
+    path
+        Of the file or folder, absolute.
+    name
+        Of the dataset or group in it.
+    in_zarr, is_sparse
+        What has to be opened.
+    """
+
+    path: str
+    name: str
+    in_zarr: bool
+    is_sparse: bool
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return (_opened, (self.path, self.name, self.in_zarr, self.is_sparse))
+
+
+def sent(matrix: Any) -> Any:
+    """Return what can be pickled in place of a matrix, and becomes it when it is unpickled."""
+    if sparse.issparse(matrix):
+        rows = matrix.tocsr()
+        # plain classes: what an AnnData hands out may refer to the whole of it
+        parts = tuple(np.asarray(part) for part in (rows.data, rows.indices, rows.indptr))
+        return sparse.csr_matrix(parts, shape=rows.shape, copy=False)
+    if not lies_on_disk(matrix):
+        return np.asarray(matrix)
+    import h5py
+
+    is_sparse = hasattr(matrix, "group")
+    node = matrix.group if is_sparse else matrix
+    if isinstance(node, (h5py.Group, h5py.Dataset)):
+        return SentMatrix(node.file.filename, node.name, in_zarr=False, is_sparse=is_sparse)
+    folder = getattr(node.store, "path", None)
+    if folder is None:
+        raise LaunchError(
+            value=f"expression in a zarr store of kind {type(node.store).__name__}",
+            rule="workers open expression that stays on disk by its path",
+            fix="set data.backed=false, or store it in a folder",
+        )
+    return SentMatrix(str(folder), node.path, in_zarr=True, is_sparse=is_sparse)
+
+
+def _opened(path: str, name: str, in_zarr: bool, is_sparse: bool) -> Any:  # noqa: FBT001 - called by unpickling
+    from pathlib import Path
+
+    if not Path(path).exists():
+        raise LaunchError(
+            value=f"{path} is not there in a worker",
+            rule="expression that stays on disk is read by each worker from the same path",
+            fix="put it where all machines of the cluster see it, or set data.backed=false",
+        )
+    if in_zarr:
+        import zarr
+
+        node = zarr.open(path, mode="r")[name] if name else zarr.open(path, mode="r")
+    else:
+        node = open_hdf5(path)[name]
+    if not is_sparse:
+        return node
+    from anndata.io import sparse_dataset
+
+    return sparse_dataset(node)

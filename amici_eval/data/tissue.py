@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from amici_eval.common.errors import DataError
+from amici_eval.common.memory import memory_errors_explained
 from amici_eval.data.checks import (
     align_genes,
     check_cell_names,
@@ -32,7 +33,6 @@ from amici_eval.data.geometry import Geometry
 from amici_eval.data.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
 from amici_eval.data.membership import expression_prints, fitted_cells
 from amici_eval.data.opening import coordinates_of, expression_matrix
-from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

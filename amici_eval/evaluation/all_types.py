@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.evaluation.baselines import evaluate_baselines
-from amici_eval.evaluation.kept_sums import Sketch, kept_moments
-from amici_eval.evaluation.progress import Meter, PermutationMeter, Progress
-from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, TissueAccess
-from amici_eval.evaluation.sender_evaluation import WHY_NOT, evaluate_senders
+from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Meter, PermutationMeter, Progress, TissueAccess
+from amici_eval.evaluation.senders import WHY_NOT, evaluate_senders
 from amici_eval.evaluation.tasks import Plan, TypeSettings, TypeTask, evaluate_here
-from amici_eval.evaluation.tiling import Tiling, tile_of
+from amici_eval.evaluation.tiles import Sketch, Tiling, kept_moments, tile_of
 from amici_eval.results.evaluation import Undefined
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 
@@ -26,8 +24,8 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.finished_parts import FinishedParts
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.tasks import Launcher
-    from amici_eval.model.engines.access import ModelAccess
     from amici_eval.model.engines.factored import HeadOutputs
+    from amici_eval.model.engines.hooked import ModelAccess
     from amici_eval.results.inference import Baselines
     from amici_eval.results.senders import Senders
     from amici_eval.results.tile_sums import Moments

@@ -1,32 +1,246 @@
-"""What predictors explain that know no attention head."""
+"""What a predictor without heads explains from position or from the cell types around."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
-from amici_eval.evaluation.surroundings import (
-    DESIGNS,
-    FITTED,
-    FOLD,
-    SCORED,
-    TypeDesigns,
-    gather,
-    sections_of,
-    those_that_fit,
-)
 from amici_eval.results.inference import Baselines
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.ridge import (
+    CosineBasis,
+    RidgeSums,
+    choose_penalty,
+    fit_ridge,
+    merge_moments,
+    ridge_explained_variance,
+)
+from amici_eval.stats.spatial.tiles import square_tiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from jaxtyping import Bool, Float64, Int64
+    from jaxtyping import Bool, Float32, Float64, Int, Int64
 
     from amici_eval.evaluation.protocols import TissueAccess
 
-__all__ = ["evaluate_baselines"]
+__all__ = [
+    "DESIGNS",
+    "FITTED",
+    "FOLD",
+    "SCORED",
+    "TypeDesigns",
+    "evaluate_baselines",
+    "gather",
+    "sections_of",
+    "those_that_fit",
+]
+
+DESIGNS = ("neighbour_types", "neighbour_expression", "position")
+FITTED, SCORED, FOLD = 1, 2, 4
+"""Roles of cells add up: to fit, to score, and the number of the fold times 4."""
+_CHUNK_ROWS, _CHUNK_VALUES = 8192, 2**22
+_CELLS_PER_TILE = 1024
+_MOST_GENES, _PROJECTED = 1000, 512
+"""Mean expression of the neighbours has a column a gene up to the first, and above that the second, of projections."""
+_MOMENT_BYTES = 2**29
+"""Moments of several types are gathered in one pass over the tissue, as far as they find room in this."""
+
+
+def sections_of(access: TissueAccess) -> Int64[np.ndarray, " all_cells"]:
+    """Return the number of each cell's section."""
+    everyone = np.arange(len(access.label_codes))
+    samples = access.samples(everyone)
+    if samples is None:
+        return np.zeros(len(everyone), dtype=np.int64)
+    return np.unique(samples, return_inverse=True)[1].astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _NeighbourExpression:
+    """Expression of some cells, and the mean over the neighbours of each, shape (cells, genes)."""
+
+    own: Float32[np.ndarray, "cells genes"]
+    around: Float32[np.ndarray, "cells genes"]
+
+
+class TypeDesigns:
+    """One type on its way: its cells, its functions of position, and the moments of the three designs.
+
+    Parameters
+    ----------
+    access, cell_type
+        The tissue, and the type.
+    index
+        Place of the type among those evaluated.
+    roles, sections
+        Of all cells of the tissue.
+    cross_fitted
+        Whether cells that are fitted and scored are predicted by the other folds.
+
+    Notes
+    -----
+    Of more than 1,000 genes, ``neighbour_expression`` takes 512 fixed random projections of the neighbours' mean
+    expression, which keep the distances between cells to about 6 % (Johnson & Lindenstrauss 1984), so that the normal
+    equations stay 512 x 512. Genes then count by how much they vary, and not all the same.
+    """
+
+    def __init__(
+        self,
+        access: TissueAccess,
+        cell_type: str,
+        index: int,
+        roles: Int64[np.ndarray, " all_cells"],
+        sections: Int64[np.ndarray, " all_cells"],
+        *,
+        cross_fitted: bool,
+    ) -> None:
+        self.index = index
+        self._cross_fitted = cross_fitted
+        n_types = len(access.card.cell_types)
+        self.code = access.card.cell_types.index(cell_type)
+        self.rows = np.flatnonzero((access.label_codes == self.code) & (roles > 0))
+        xy = access.coordinates(self.rows)[:, :2]
+        self.cosines = CosineBasis(xy, sections[self.rows], fitted=(roles[self.rows] & FITTED) > 0)
+        self.n_genes = len(access.card.genes)
+        n_around = self.n_genes if self.n_genes <= _MOST_GENES else _PROJECTED
+        self.n_columns = (n_types, n_around, self.cosines.n_columns)
+        self.n_roles = len(np.unique(roles[self.rows]))
+        self._sums: dict[int, tuple[RidgeSums, ...]] = {}
+
+    @property
+    def moment_bytes(self) -> int:
+        """Room that the moments take."""
+        return 8 * self.n_roles * sum(columns * (columns + self.n_genes) for columns in self.n_columns)
+
+    def add(self, role: int, designs: Sequence[np.ndarray], targets: Float32[np.ndarray, "rows genes"]) -> None:
+        """Count some cells in that are for the same."""
+        if role not in self._sums:
+            self._sums[role] = tuple(RidgeSums(columns, self.n_genes) for columns in self.n_columns)
+        for sums, design in zip(self._sums[role], designs, strict=True):
+            sums.add(design, targets)
+
+    def explained(self) -> list[float]:
+        """Fit each design, score it, and give the room of the moments back.
+
+        One penalty and one level, found on all fitted cells, hold for all folds.
+        """
+        found = []
+        for number in range(len(self.n_columns)):
+            parts = {role: sums[number].moments() for role, sums in self._sums.items()}
+            fitted = {role: part for role, part in parts.items() if role & FITTED}
+            everyone = merge_moments(list(fitted.values()))
+            penalty = choose_penalty(everyone).penalty
+            fit_of_all = fit_ridge(everyone, penalty=penalty)
+            fits, scored = [], []
+            for role, part in parts.items():
+                if role & SCORED:
+                    # the role of cells that are fitted and scored names their fold
+                    others = [other for name, other in fitted.items() if name != role]
+                    apart = self._cross_fitted and role in fitted
+                    fits.append(
+                        fit_ridge(merge_moments(others), penalty=penalty, level=everyone) if apart else fit_of_all
+                    )
+                    scored.append(part)
+            found.append(ridge_explained_variance(fits, scored))
+        self._sums.clear()
+        return found
+
+
+def those_that_fit(types: Sequence[TypeDesigns]) -> Iterator[list[TypeDesigns]]:
+    """Put as many types together as find room for their moments."""
+    batch: list[TypeDesigns] = []
+    room = _MOMENT_BYTES
+    for one in types:
+        if batch and one.moment_bytes > room:
+            yield batch
+            batch, room = [], _MOMENT_BYTES
+        batch.append(one)
+        room -= one.moment_bytes
+    if batch:
+        yield batch
+
+
+def gather(
+    access: TissueAccess,
+    types: Sequence[TypeDesigns],
+    roles: Int64[np.ndarray, " all_cells"],
+    sections: Int64[np.ndarray, " all_cells"],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Walk once over the cells of some types, tile by tile, and count them in."""
+    by_code = {one.code: one for one in types}
+    n_genes, n_types = len(access.card.genes), len(access.card.cell_types)
+    codes = access.label_codes
+    rows = np.concatenate([one.rows for one in types])
+    # receivers that lie together share their neighbours, so that each is read about once
+    n_tiles = max(1, len(rows) // (_CELLS_PER_TILE * (int(sections.max()) + 1)))
+    tiles = square_tiles(access.coordinates(rows), n_tiles=n_tiles, samples=sections[rows])
+    rows = rows[np.lexsort((rows, tiles))]
+    step = int(np.clip(_CHUNK_VALUES // n_genes, 256, _CHUNK_ROWS))
+    projection = _projection(n_genes) if n_genes > _MOST_GENES else None
+    for start in range(0, len(rows), step):
+        chunk = rows[start : start + step]
+        chunk = chunk[np.lexsort((roles[chunk], codes[chunk]))]
+        neighbours = access.neighbour_rows[chunk]
+        expression = _expression_around(access, chunk, neighbours)
+        around = expression.around if projection is None else expression.around @ projection
+        counts = _count_types(codes[neighbours], n_types)
+        xy, here = access.coordinates(chunk)[:, :2], sections[chunk]
+        kinds = codes[chunk] * (int(roles.max()) + 1) + roles[chunk]
+        bounds = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1))
+        for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            part = slice(first, last)
+            one = by_code[int(codes[chunk[first]])]
+            designs = (counts[part], around[part], one.cosines.columns(xy[part], here[part]))
+            one.add(int(roles[chunk[first]]), designs, expression.own[part])
+        if progress is not None:
+            progress(int(np.count_nonzero(roles[chunk] & SCORED)))
+
+
+def _projection(n_genes: int) -> Float32[np.ndarray, "genes columns"]:
+    """Return Gaussian weights that depend on the number of genes alone."""
+    rng = np.random.Generator(np.random.Philox(key=0))
+    return rng.standard_normal((n_genes, _PROJECTED), dtype=np.float32) / np.float32(np.sqrt(_PROJECTED))
+
+
+def _count_types(codes: Int64[np.ndarray, "cells neighbours"], n_types: int) -> Float64[np.ndarray, "cells types"]:
+    """Return how many of each cell's neighbours are of each type."""
+    flat = codes + n_types * np.arange(len(codes))[:, None]
+    counts = np.bincount(flat.ravel(), minlength=n_types * len(codes))
+    return counts.reshape(len(codes), n_types).astype(np.float64)
+
+
+def _expression_around(
+    access: TissueAccess, rows: Int64[np.ndarray, " cells"], neighbours: Int[np.ndarray, "cells neighbours"]
+) -> _NeighbourExpression:
+    """Return the expression of some cells, and the mean of their neighbours', reading each cell once, in blocks."""
+    n_cells, n_neighbours = neighbours.shape
+    needed = np.zeros(len(access.label_codes), dtype=bool)
+    needed[neighbours] = True
+    needed[rows] = True
+    readers = np.flatnonzero(needed)
+    place = np.zeros(len(needed), dtype=np.int32)
+    place[readers] = np.arange(len(readers), dtype=np.int32)
+    weights = np.full(neighbours.size, 1.0 / n_neighbours, dtype=np.float32)
+    starts = np.arange(0, neighbours.size + 1, n_neighbours, dtype=np.int32)
+    mean_of = sparse.csr_matrix((weights, place[neighbours].ravel(), starts), shape=(n_cells, len(readers)))
+    places = place[rows]
+    own = np.empty((n_cells, len(access.card.genes)), dtype=np.float32)
+    around = np.zeros_like(own)
+    where = np.full(len(readers), -1, dtype=np.int64)
+    for block in access.expression_blocks(readers):
+        where[block.positions] = np.arange(len(block.positions))
+        at = where[places]
+        inside = at >= 0
+        own[inside] = block.values[at[inside]]
+        around += mean_of[:, block.positions] @ block.values
+        where[block.positions] = -1
+    return _NeighbourExpression(own=own, around=around)
+
 
 MIN_CELLS_FIT = 10
 """Fewer cells to fit tell nothing about any penalty."""

@@ -6,16 +6,14 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.files import PARTIAL_SUFFIX, write_durably
-from amici_eval.common.packed_files import DamagedPackError, read_pack, write_pack
-from amici_eval.evaluation.free_test import FreeTest
-from amici_eval.evaluation.one_type import TypeEvaluation
+from amici_eval.common.files import PARTIAL_SUFFIX, DamagedPackError, read_pack, write_durably, write_pack
+from amici_eval.evaluation.one_type import FreeTest, TypeEvaluation
 from amici_eval.evaluation.spatial_evaluation import TypeSpatial
 from amici_eval.model.engines.factored import HeadOutputs
 from amici_eval.results.inference import Baselines
 from amici_eval.results.senders import Senders
 from amici_eval.stats.ablation.ablations import TypeAblations
-from amici_eval.stats.permutation.moments import TypeMoments
+from amici_eval.stats.tiles.sums import TypeMoments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.evaluation.tiling import HELD_OUT, IN_SAMPLE
-from amici_eval.evaluation.type_tiles import rows_of
+from amici_eval.evaluation.tiles import HELD_OUT, IN_SAMPLE, rows_of
 from amici_eval.results.inference import HeldOutParts, Intervals, SpatialTests
-from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
+from amici_eval.stats.pvalues import adjust_p_values, max_t_p_values
 from amici_eval.stats.tiles.bootstrap import tile_bootstrap
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.type_tiles import Rows
-    from amici_eval.settings.permutation import PermutationSpec
+    from amici_eval.evaluation.tiles import Rows
+    from amici_eval.settings.evaluation import PermutationSpec
     from amici_eval.stats.tiles.bootstrap import TileBootstrap
 
 __all__ = ["adjusted_free", "held_out_parts", "intervals", "spatial_tests"]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import pickle
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from amici_eval.common.errors import LaunchError, first_line
-from amici_eval.evaluation.ray_process import check_answers, environment, import_ray, own_handlers
-from amici_eval.evaluation.ray_worker import TypeWorker, parts_of
+from amici_eval.evaluation.protocols import SendableAccess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +30,127 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.tasks import TypeSettings, TypeTask
     from amici_eval.settings.launch import LaunchSpec
 
-__all__ = ["RayLauncher"]
+__all__ = ["RayLauncher", "TypeWorker", "check_answers", "environment", "import_ray", "own_handlers", "parts_of"]
+
+_ANSWER_S = 10.0
+_ENVIRONMENT = {
+    # nothing phones home
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # workers compute on processors, so Ray may leave alone which accelerators they see
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def import_ray() -> Any:
+    """Return the module ``ray``."""
+    try:
+        import ray
+    except ImportError as error:
+        raise LaunchError(
+            value="launch=ray without the package ray",
+            rule="launch=ray needs the extra",
+            fix="pip install 'amici-eval[ray]', or leave out launch=ray",
+        ) from error
+    return ray
+
+
+def check_answers(address: str) -> None:
+    """Raise OSError if nothing listens at an address: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """Set what Ray reads while it is imported and started; processes that it starts inherit it."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def own_handlers() -> Iterator[None]:
+    """Keep our handler of SIGTERM, which Ray replaces by one that exits at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_SHARED_BYTES = 2**20
+"""Arrays of at least so many bytes are shared by the workers of a machine; smaller ones are copied to each."""
+
+
+class TypeWorker:
+    """Lives in a process of its own and evaluates one type at a time, on one thread."""
+
+    def __init__(self) -> None:
+        import torch
+
+        import amici_eval.evaluation.tasks  # noqa: F401 - takes seconds, while the driver does something else
+
+        torch.set_num_threads(1)
+        self._key: int | None = None
+        self._access: Any = None
+
+    def is_up(self) -> bool:
+        """Answer, once what is needed is imported."""
+        return True
+
+    def evaluate(self, key: int, shared: list[Any], task_and_settings: bytes) -> TypeEvaluation:
+        """Return the evaluation of a type."""
+        import ray
+        import torch
+
+        from amici_eval.evaluation.tasks import evaluate_task
+
+        if key != self._key:
+            self._key, self._access = None, None
+            head, *arrays = ray.get(shared)
+            self._access = pickle.loads(head, buffers=arrays)  # noqa: S301, RUF100 - from the driver
+            self._key = key
+        task, settings = pickle.loads(task_and_settings)  # noqa: S301, RUF100 - from the driver
+        with torch.no_grad():
+            return evaluate_task(self._access, task, settings, on_cells=_nobody, on_permutations=_nobody)
+
+
+def _nobody(_: int) -> None:
+    """Take no notice: progress is told by the driver, type by type."""
+
+
+def parts_of(access: ModelAccess, *, dumps: Callable[..., bytes]) -> list[Any]:
+    """Return an access as bytes and the large arrays that these refer to, which processes can share."""
+    arrays: list[np.ndarray] = []
+
+    def stays_in(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < _SHARED_BYTES:
+            return True
+        arrays.append(np.frombuffer(raw, dtype=np.uint8))
+        return False
+
+    to_send = access.to_send() if isinstance(access, SendableAccess) else access
+    try:
+        head = dumps(to_send, protocol=5, buffer_callback=stays_in)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise LaunchError(
+            value=f"the model cannot be sent to workers: {first_line(error)}",
+            rule="with launch=ray a model, its hooks and its data must be picklable",
+            fix="leave out launch=ray",
+        ) from error
+    return [head, *arrays]
+
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Float64, Int64
 
-    from amici_eval.settings.permutation import PermutationSpec
+    from amici_eval.settings.evaluation import PermutationSpec
     from amici_eval.stats.permutation.exact_moments import PermutationMoments
-    from amici_eval.stats.permutation.moments import TypeMoments
     from amici_eval.stats.pvalues import PValues
+    from amici_eval.stats.spatial.lag import CellPositions
     from amici_eval.stats.spatial.lag_test import LagTest
-    from amici_eval.stats.spatial.positions import CellPositions
+    from amici_eval.stats.tiles.sums import TypeMoments
 
 __all__ = ["TypeSpatial", "spatial_test"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from amici_eval.common.side_by_side import run_side_by_side
+from amici_eval.common.threads import run_side_by_side
 from amici_eval.evaluation.one_type import evaluate_type_by_factors, evaluate_type_by_hooks
-from amici_eval.stats.spatial.positions import CellPositions
+from amici_eval.stats.spatial.lag import CellPositions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
 
     from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.progress import PermutationMeter
-    from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
-    from amici_eval.settings.permutation import PermutationSpec
+    from amici_eval.evaluation.protocols import FactorAccess, ModelAccess, PermutationMeter
+    from amici_eval.settings.evaluation import PermutationSpec
 
 __all__ = ["Launcher", "Plan", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]
 
@@ -42,7 +41,7 @@ class TypeTask:
     rows
         Its evaluated cells, in canonical order.
     keys
-        Tile of each, see :class:`~amici_eval.evaluation.tiling.Tiling`.
+        Tile of each, see :class:`~amici_eval.evaluation.tiles.Tiling`.
     outputs
         What attention brings to each; ``None``: the hooked engine makes predictions instead.
     without_nearest

@@ -17,15 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
+from amici_eval.common.memory import memory_errors_explained
 from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data.checks import trained_on as trained_rows
 from amici_eval.data.membership import prints_from, text_of
 from amici_eval.data.opening import describe_training_data, open_anndata
 from amici_eval.data.tissue import cells_found, prepare
-from amici_eval.model.engines.interventions import plain_profiles
+from amici_eval.model.allow_list import history_of, to_plain, values_of, with_arrays
+from amici_eval.model.cards import package_versions
+from amici_eval.model.engines.hooked import plain_profiles
 from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
-from amici_eval.model.plain_values import history_of, to_plain, values_of, with_arrays
 from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers, split_size
 from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
 from amici_eval.model.stored_setup import (
@@ -37,9 +39,7 @@ from amici_eval.model.stored_setup import (
     read_weights,
 )
 from amici_eval.model.training_tissue import training_tissue
-from amici_eval.model.versions import package_versions
 from amici_eval.settings.evaluation import DataSpec, TrainedOnSpec
-from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from amici_eval.common.errors import DeviceError
-from amici_eval.model.cards import card_of
-from amici_eval.model.engines.access import HookedAccess
+from amici_eval.common.memory import memory_errors_explained
+from amici_eval.model.cards import AMICI_SOURCES, card_of, package_versions
 from amici_eval.model.engines.factored import FactoredAccess
-from amici_eval.model.engines.inspection import is_amici_module, why_not_factored
-from amici_eval.model.engines.interventions import eval_mode_on
+from amici_eval.model.engines.hooked import HookedAccess, eval_mode_on, is_amici_module, why_not_factored
 from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.model.versions import AMICI_SOURCES, package_versions
-from amici_eval.stats.shrinking import memory_errors_explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

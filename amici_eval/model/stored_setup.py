@@ -12,7 +12,7 @@ from safetensors.torch import load as load_safetensors
 from amici_eval.common.errors import ModelFormatError
 from amici_eval.common.model_card import ModelCard, TrainingData
 from amici_eval.common.untrusted import check_is_plain_file, check_names, odd_character, read_plain_file
-from amici_eval.model.plain_values import values_of
+from amici_eval.model.allow_list import values_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ import random
 import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from jaxtyping import Int64
 
-__all__ = ["DEMO_TRAINING", "AttentionPenalty", "TrainingRecipe", "train_amici"]
+    from amici_eval.model.checkpoint import TrainedAMICI
+
+__all__ = ["DEMO_TRAINING", "AttentionPenalty", "TrainingRecipe", "train_amici", "untrained_like"]
 
 _CHATTY_LOGGERS = ("scvi", "lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
 _VALIDATION_SHARE = 0.1
@@ -274,3 +276,18 @@ DEMO_TRAINING = TrainingRecipe(
     },
 )
 """A recipe with which AMICI learns `amici_eval.data.simulate.DEMO_TISSUE` in about a minute on one core."""
+
+
+def untrained_like(trained: TrainedAMICI, *, seed: int) -> TrainedAMICI:
+    """Return a model of the same architecture with weights as before training, drawn anew."""
+    import torch
+
+    module = trained.build_module()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return replace(trained, weights=weights, history={})

@@ -12,7 +12,7 @@ from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.data.matrices import open_rows
 from amici_eval.data.membership import expression_prints, place_prints
 from amici_eval.data.tissue import Tissue, prepare
-from amici_eval.model.plain_values import values_of
+from amici_eval.model.allow_list import values_of
 from amici_eval.settings.evaluation import DataSpec
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.report.figures.sender_changes import counted_changes, few_tiles
+from amici_eval.report.figures.comparison_figures import counted_changes, few_tiles
 from amici_eval.report.sentences import effect, interval, printable
 
 if TYPE_CHECKING:

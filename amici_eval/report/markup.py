@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from amici_eval.common.escaping import markup
+from amici_eval.common.text import markup
 from amici_eval.report.sentences import rounded
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import OutputError
-from amici_eval.common.escaping import printable
+from amici_eval.common.text import printable
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -1,15 +1,15 @@
-"""An evaluation as tables and sentences: what a run holds beside its figures."""
+"""Tables as CSV files and as text: of one evaluation and of a comparison."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from amici_eval.common.names import slugify
-from amici_eval.report.csv_files import write_csv
+from amici_eval.common.text import csv_text, from_csv_text, slugify
 from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.sentences import (
     WHY_THIS_ORDER,
@@ -25,9 +25,51 @@ from amici_eval.report.sentences import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.evaluation import HeadEvaluation
 
-__all__ = ["summary_lines", "write_tables"]
+__all__ = ["read_csv", "summary_lines", "write_comparison_tables", "write_csv", "write_tables"]
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table; texts that a spreadsheet would take for formulas get an apostrophe before them.
+
+    Notes
+    -----
+    CSV is UTF-8 with line feeds at line ends, booleans as ``True`` and ``False``, missing values as empty fields and
+    floats with all their digits.
+    """
+    safe = _changed(frame, csv_text)
+    # the csv module does not quote a carriage return, at which readers would begin a new row
+    breaks = any("\r" in value for name in safe for value in safe[name] if isinstance(value, str))
+    try:
+        safe.to_csv(
+            path,
+            index=False,
+            encoding="utf-8",
+            errors="backslashreplace",
+            lineterminator="\n",
+            quoting=csv.QUOTE_NONNUMERIC if breaks else csv.QUOTE_MINIMAL,
+        )
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
+    """Read a table with the names that it was written from."""
+    return _changed(pd.read_csv(path, **{"float_precision": "round_trip", **options}), from_csv_text)
+
+
+def _changed(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    changed = frame.copy()
+    for name in frame.columns:
+        if frame[name].dtype.kind == "O":
+            # texts, categories, and objects, which may be numbers beside texts, as "head" of held_out.csv is
+            values = [change(value) if isinstance(value, str) else value for value in frame[name]]
+            changed[name] = pd.Series(values, index=frame.index, dtype=object)
+    return changed
 
 
 def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Path, ...]:
@@ -39,8 +81,8 @@ def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Pat
     floats with all their digits. To read them back equal, use
     ``pandas.read_csv(file, float_precision="round_trip", keep_default_na=False, na_values={...})``: with the defaults
     of pandas a cell type named ``NA`` becomes missing. Names that a spreadsheet would take for formulas have an
-    apostrophe before them (:func:`~amici_eval.report.csv_files.write_csv`), which
-    :func:`~amici_eval.report.csv_files.read_csv` takes away. The Parquet file needs no such care.
+    apostrophe before them (:func:`~amici_eval.report.tables.write_csv`), which
+    :func:`~amici_eval.report.tables.read_csv` takes away. The Parquet file needs no such care.
     """
     folder = made_folder(Path(directory) / "tables")
     labels = pd.DataFrame(
@@ -127,3 +169,28 @@ def _best_head_table(evaluation: HeadEvaluation) -> list[str]:
         f"{evaluation.decided_by} null{in_sample_text(evaluation)}):",
         *lines,
     ]
+
+
+def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -> tuple[Path, ...]:
+    """Write ``tables/head_matches.csv``, ``head_differences.csv``, ``sender_differences.csv``, ``versions.csv`` and, of
+    genes, a ``.parquet``.
+    """
+    folder = made_folder(made_folder(directory) / "tables")
+    written = []
+    for name, frame in (
+        ("head_matches.csv", comparison.matches_frame()),
+        ("head_differences.csv", comparison.differences_frame()),
+        ("sender_differences.csv", comparison.senders_frame()),
+        ("versions.csv", comparison.versions_frame()),
+        ("gene_differences.parquet", comparison.gene_differences_frame()),
+    ):
+        path = folder / name
+        try:
+            if path.suffix == ".csv":
+                write_csv(frame, path)
+            else:
+                frame.to_parquet(path, index=False)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        written.append(path)
+    return tuple(written)

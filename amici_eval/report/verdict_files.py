@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from amici_eval.common.escaping import markdown, printable, xml_text
+from amici_eval.common.text import markdown, printable, xml_text
 from amici_eval.report.markup import cell, folded, row, section, table, text
 from amici_eval.report.page.frame import write_page
 from amici_eval.report.sentences import made_folder, unwritable

@@ -22,7 +22,7 @@ from amici_eval.results.matches import (
     check_settings,
 )
 from amici_eval.results.named_arrays import read_named
-from amici_eval.results.sender_changes import SenderDifferences, sender_differences_frame
+from amici_eval.results.senders import SenderDifferences, sender_differences_frame
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ import numpy as np
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.untrusted import parse_json
-from amici_eval.results import frames, sender_frames
+from amici_eval.results import frames
 from amici_eval.results.ablations import HeadAblations
 from amici_eval.results.codec import fields_of, record_of
 from amici_eval.results.frames import (
@@ -22,14 +22,14 @@ from amici_eval.results.frames import (
     HELD_OUT_COLUMNS,
     INTERACTION_COLUMNS,
     SCALE_COLUMNS,
+    SENDER_COLUMNS,
+    SENDER_GENE_COLUMNS,
 )
 from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
 from amici_eval.results.named_arrays import read_named
-from amici_eval.results.sender_frames import SENDER_COLUMNS, SENDER_GENE_COLUMNS
 from amici_eval.results.senders import Senders
 from amici_eval.results.tile_sums import MOMENTS_FILE, Moments
-from amici_eval.settings.evaluation import ENGINES
-from amici_eval.settings.permutation import SAMPLINGS
+from amici_eval.settings.evaluation import ENGINES, SAMPLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -343,7 +343,7 @@ class HeadEvaluation:
 
     def senders_frame(self) -> pd.DataFrame:
         """Return a row per head x receiver type x sender type: attention, what is lost without the sender, distance."""
-        return sender_frames.senders_frame(self)
+        return frames.senders_frame(self)
 
     def sender_genes_frame(self) -> pd.DataFrame:
         """Return a row per head x receiver type x sender type x gene: what is lost without the sender.
@@ -353,7 +353,7 @@ class HeadEvaluation:
         No rows if senders were not computed, or the evaluation was read back: single genes are in
         ``tables/sender_genes.parquet`` of the run.
         """
-        return sender_frames.sender_genes_frame(self)
+        return frames.sender_genes_frame(self)
 
     def to_json(self) -> str:
         """Return the whole evaluation as JSON text; undefined numbers are ``null``."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from amici_eval.results.named_arrays import NamedArrays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    import numpy as np
+    import pandas as pd
     from jaxtyping import Float64, Int64
 
-__all__ = ["Senders"]
+__all__ = ["SENDER_DIFFERENCE_COLUMNS", "SenderDifferences", "Senders", "sender_differences_frame"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -48,7 +50,7 @@ class Senders(NamedArrays):
     best_gene, effect_best_gene
         The gene that loses most (position in the evaluation's genes; -1: none), and how much, shape (H, C, S).
     effect_gene, low_gene, high_gene, p_value_gene, p_value_adj_gene
-        Of each gene, shape (H, C, S, G); the interval is linearised (:func:`~amici_eval.stats.tiles.gene_intervals.
+        Of each gene, shape (H, C, S, G); the interval is linearised (:func:`~amici_eval.stats.tiles.paired.
         gene_intervals`); adjusted over all heads x receiver types x sender types x genes. They are kept in
         ``tables/sender_genes.parquet`` alone: ``None`` in an evaluation that was read back.
     lost_squares
@@ -131,3 +133,163 @@ class Senders(NamedArrays):
     def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
         """Return the sizes that plain values decide."""
         return {"S": len(values["senders"])}
+
+
+SENDER_DIFFERENCE_COLUMNS = (
+    "version_before",
+    "version_after",
+    "head_before",
+    "head_after",
+    "ct_name",
+    "sender",
+    "attention_before",
+    "attention_after",
+    "expl_var_lost_before",
+    "expl_var_lost_after",
+    "difference",
+    "ci_low",
+    "ci_high",
+    "p_value",
+    "p_value_adj",
+    "p_value_equivalence",
+    "verdict",
+    "distance_tenth_before",
+    "distance_tenth_after",
+    "undefined_reason",
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SenderDifferences(NamedArrays):
+    """What matched heads take from each type of sender, before and after.
+
+    Parameters
+    ----------
+    before, after
+        The two versions, as positions in the comparison.
+    cell_types, senders
+        Types of receivers and of senders that both have.
+    head_before, head_after
+        The matched heads, shape (M,).
+    attention_before, attention_after, lost_before, lost_after, distance_before, distance_after
+        As in :class:`~amici_eval.results.senders.Senders`: attention, explained variance lost without such
+        senders, and distance to a tenth, shape (M, C, S).
+    difference, low, high
+        Explained variance lost in ``after`` minus that in ``before``, with its interval over tiles, shape (M, C, S).
+    p_value, p_value_adj
+        Two-sided, signs of tiles flipped, shape (M, C, S); adjusted over all of them.
+    p_value_equivalence
+        That the difference lies outside the margin, shape (M, C, S).
+    verdict
+        ``more``: the head takes more from these senders than before; ``less``, ``same``, ``undecided``; one for each of
+        M x C x S, row after row.
+    reasons
+        Why something has no interval and no p, as ``(ct_name, sender, reason)``; an empty sender means all.
+    """
+
+    shapes: ClassVar[Mapping[str, str]] = {
+        "head_before": "M",
+        "head_after": "M",
+        "attention_before": "MCS",
+        "attention_after": "MCS",
+        "lost_before": "MCS",
+        "lost_after": "MCS",
+        "distance_before": "MCS",
+        "distance_after": "MCS",
+        "difference": "MCS",
+        "low": "MCS",
+        "high": "MCS",
+        "p_value": "MCS",
+        "p_value_adj": "MCS",
+        "p_value_equivalence": "MCS",
+    }
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"head_before", "head_after"})
+
+    before: int
+    after: int
+    cell_types: tuple[str, ...]
+    senders: tuple[str, ...]
+    head_before: Int64[np.ndarray, " matched"]
+    head_after: Int64[np.ndarray, " matched"]
+    attention_before: Float64[np.ndarray, "matched types senders"]
+    attention_after: Float64[np.ndarray, "matched types senders"]
+    lost_before: Float64[np.ndarray, "matched types senders"]
+    lost_after: Float64[np.ndarray, "matched types senders"]
+    distance_before: Float64[np.ndarray, "matched types senders"]
+    distance_after: Float64[np.ndarray, "matched types senders"]
+    difference: Float64[np.ndarray, "matched types senders"]
+    low: Float64[np.ndarray, "matched types senders"]
+    high: Float64[np.ndarray, "matched types senders"]
+    p_value: Float64[np.ndarray, "matched types senders"]
+    p_value_adj: Float64[np.ndarray, "matched types senders"]
+    p_value_equivalence: Float64[np.ndarray, "matched types senders"]
+    verdict: tuple[str, ...]
+    reasons: tuple[tuple[str, str, str], ...] = ()
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ``ValueError`` if an array or the verdicts are of another size than these."""
+        super().check(sizes)
+        if len(self.verdict) != self.difference.size:
+            msg = f"{type(self).__name__}.verdict has {len(self.verdict)} entries, not {self.difference.size}"
+            raise ValueError(msg)
+
+    @property
+    def own_sizes(self) -> dict[str, int]:
+        """Sizes that the record itself decides."""
+        return {"M": len(self.head_before), "C": len(self.cell_types), "S": len(self.senders)}
+
+    @classmethod
+    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes that plain values decide."""
+        return {"M": len(values["head_before"]), "C": len(values["cell_types"]), "S": len(values["senders"])}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> SenderDifferences:
+        """Read what :meth:`to_record` gave."""
+        reasons = tuple((str(name), str(sender), str(why)) for name, sender, why in record["reasons"])
+        made: SenderDifferences = super().from_record({**record, "reasons": []}, sizes)
+        return replace(made, reasons=reasons)
+
+    def reason(self, cell_type: str, sender: str) -> str:
+        """Return why something has no value for a pair of types; empty where everything has."""
+        return "; ".join(why for name, of, why in self.reasons if name == cell_type and of in ("", sender))
+
+
+def sender_differences_frame(labels: Sequence[str], found: Sequence[SenderDifferences]) -> pd.DataFrame:
+    """Return a row per matched head x receiver type x sender type, of all pairs of versions."""
+    import pandas as pd
+
+    parts = []
+    for one in found:
+        head, receiver, sender = (places.ravel() for places in np.indices(one.difference.shape))
+        reasons = np.array(
+            [[one.reason(name, other) for other in one.senders] for name in one.cell_types], dtype=object
+        ).reshape(len(one.cell_types), len(one.senders))
+        missing = np.isnan(np.stack([one.difference, one.low, one.p_value])).any(axis=0).ravel()
+        part = pd.DataFrame(
+            {
+                "version_before": labels[one.before],
+                "version_after": labels[one.after],
+                "head_before": one.head_before[head],
+                "head_after": one.head_after[head],
+                "ct_name": np.array(one.cell_types, dtype=object)[receiver],
+                "sender": np.array(one.senders, dtype=object)[sender],
+                "attention_before": one.attention_before.ravel(),
+                "attention_after": one.attention_after.ravel(),
+                "expl_var_lost_before": one.lost_before.ravel(),
+                "expl_var_lost_after": one.lost_after.ravel(),
+                "difference": one.difference.ravel(),
+                "ci_low": one.low.ravel(),
+                "ci_high": one.high.ravel(),
+                "p_value": one.p_value.ravel(),
+                "p_value_adj": one.p_value_adj.ravel(),
+                "p_value_equivalence": one.p_value_equivalence.ravel(),
+                "verdict": np.array(one.verdict, dtype=object),
+                "distance_tenth_before": one.distance_before.ravel(),
+                "distance_tenth_after": one.distance_after.ravel(),
+                "undefined_reason": np.where(missing, reasons[receiver, sender], ""),
+            },
+            columns=list(SENDER_DIFFERENCE_COLUMNS),
+        )
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(SENDER_DIFFERENCE_COLUMNS))

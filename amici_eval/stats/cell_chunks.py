@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from amici_eval.stats.shrinking import Shrinking
+from amici_eval.common.memory import Shrinking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from jaxtyping import Float, Float32, Int, Int64
 
-    from amici_eval.stats.permutation.moments import Block
+    from amici_eval.stats.tiles.sums import Block
 
 __all__ = ["CHUNK_CELLS", "in_chunks", "one_thread", "over_blocks", "over_cells", "to_float64", "to_tensor"]
 

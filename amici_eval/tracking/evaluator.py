@@ -13,7 +13,7 @@ from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
-from amici_eval.tracking.models.stored_model import FLAVOR_NAME
+from amici_eval.tracking.stored_model import FLAVOR_NAME
 
 __all__ = ["AMICIEvaluator", "settings_from_config"]
 
@@ -94,9 +94,14 @@ class AMICIEvaluator(ModelEvaluator):
         from amici_eval.evaluation.pipeline import evaluate_access
         from amici_eval.model.opening import open_access, resolve_device
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
-        from amici_eval.tracking.models.registry import known_model_id
-        from amici_eval.tracking.runs.contents import check_report, evaluation_metrics, evaluation_params, run_tags
-        from amici_eval.tracking.runs.delivery import deliver
+        from amici_eval.tracking.registry import known_model_id
+        from amici_eval.tracking.runs.delivery import (
+            check_report,
+            deliver,
+            evaluation_metrics,
+            evaluation_params,
+            run_tags,
+        )
         from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord, remove_local
 
         for name, value in (

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, InvalidSpecError, mask_secrets
-from amici_eval.tracking.models.stored_model import FLAVOR_NAME, open_stored_model
+from amici_eval.tracking.stored_model import FLAVOR_NAME, open_stored_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -203,7 +203,7 @@ def log_model(
     import mlflow
     from mlflow.models import Model
 
-    from amici_eval.tracking.models.registry import check_model_name
+    from amici_eval.tracking.registry import check_model_name
 
     check_model_name("name", name, kind="logged")
     if registered_model_name is not None:
@@ -232,7 +232,7 @@ def load_model(model_uri: str) -> TrainedAMICI:
     Parameters
     ----------
     model_uri
-        As for :func:`~amici_eval.tracking.models.stored_model.open_stored_model`.
+        As for :func:`~amici_eval.tracking.stored_model.open_stored_model`.
 
     Returns
     -------

@@ -11,8 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
 from amici_eval.common.errors import first_line, mask_secrets
-from amici_eval.tracking.runs.heartbeat import Heartbeat
-from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, mark_whole, start_run
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, Heartbeat, mark_whole, start_run
 from amici_eval.tracking.store.errors import patiently
 from amici_eval.tracking.store.searching import all_pages
 
@@ -74,7 +73,7 @@ class ParentRun(Callback):
         """Start the parent run, or take over the one that ``mlflow run`` opened."""
         import mlflow
 
-        from amici_eval.tracking.models.registry import connect
+        from amici_eval.tracking.registry import connect
 
         tracking = config.tracking
         os.environ["MLFLOW_TRACKING_URI"] = connect(tracking.uri)

@@ -53,7 +53,7 @@ def needed_work(model: TrainedAMICI, tissue: Tissue) -> Work:
     layer norm divides by. Attention: a score and a weighted value per receiver, neighbour and head. Layer norms, other
     elementwise steps, the search of neighbours, expression and explained variance are left out: it is a floor.
     """
-    from amici_eval.model.engines.access import neighbours
+    from amici_eval.model.engines.hooked import neighbours
 
     index, _ = neighbours(tissue, model.card)
     n_types = len(model.card.cell_types)

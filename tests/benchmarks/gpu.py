@@ -21,14 +21,14 @@ from amici_eval.model.engines.attention import attend
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.folding import fold_encoder
 from amici_eval.stats.permutation.factor_nulls import factor_exceedances
-from amici_eval.stats.permutation.moments import TypeMoments, factors_of, gather_moments
 from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.tiles.sums import TypeMoments, factors_of, gather_moments
 from tests.benchmarks.common import say, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from amici_eval.model.engines.encoder_weights import EncoderWeights
+    from amici_eval.model.engines.encoder import EncoderWeights
     from tests.benchmarks.common import Row
 
 _CHUNK = 16_384

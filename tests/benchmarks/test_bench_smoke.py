@@ -97,7 +97,7 @@ def test_tissue_is_what_its_size_says(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_floor_counts_what_the_layers_of_the_model_need(tiny_model) -> None:
     from amici_eval.data.tissue import prepare
-    from amici_eval.model.engines.access import neighbours
+    from amici_eval.model.engines.hooked import neighbours
     from amici_eval.settings.evaluation import DataSpec
 
     tissue = prepare(read_tissue(SMALL), tiny_model.card, DataSpec())

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import norm
 
-from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
 from amici_eval.stats.permutation.exact_moments import pearson3_tail, permutation_moments
-from amici_eval.stats.permutation.factor_nulls import factor_draw
+from amici_eval.stats.permutation.factor_nulls import factor_draw, sequential_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.permutation.sequential import sequential_exceedances
 from amici_eval.stats.permutation.tails import tail_p_values
-from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.pvalues import adjust_p_values, max_t_p_values, p_values
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.spatial import positions as stats
+from amici_eval.stats.spatial import lag as stats
 from amici_eval.stats.spatial.lag_test import GeneSums
 
 if TYPE_CHECKING:

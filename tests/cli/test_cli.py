@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from amici_eval.cli.commands import main
-from amici_eval.cli.config import gate_spec
-from amici_eval.cli.overrides import hydra_override
+from amici_eval.cli.config import gate_spec, hydra_override
 from amici_eval.cli.project_arguments import project_overrides
 from amici_eval.common.errors import InvalidSpecError
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from amici_eval.common.escaping import (
+from amici_eval.common.text import (
     code_block,
     csv_text,
     from_csv_text,
@@ -27,7 +27,7 @@ from amici_eval.common.escaping import (
     terminal_text,
     xml_text,
 )
-from amici_eval.report.csv_files import read_csv, write_csv
+from amici_eval.report.tables import read_csv, write_csv
 
 seeded = settings(max_examples=200, deadline=None, derandomize=True)
 SIGNS = "a1 =+-@'\"<>&|`*_[]()!#~:/.$\\{}^\t\r\n\x00\x1b\u202e\u2028\ud800é"

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from amici_eval.common import free_memory as module
-from amici_eval.common.free_memory import available_memory, free_bytes
+from amici_eval.common import memory as module
+from amici_eval.common.memory import available_memory, free_bytes
 
 
 def test_some_memory_is_available():
@@ -101,7 +101,7 @@ def test_a_limit_on_addresses_counts():
     code = """
 import resource
 from pathlib import Path
-from amici_eval.common.free_memory import available_memory
+from amici_eval.common.memory import available_memory
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, taken + 2**26))
 before = available_memory()

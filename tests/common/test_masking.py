@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import DataError, first_line
-from amici_eval.common.masking import is_secret_name, mask_secrets, masked
+from amici_eval.common.text import is_secret_name, mask_secrets, masked
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True)
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCY"

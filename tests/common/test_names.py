@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from amici_eval.common.names import meant_by, slugify
+from amici_eval.common.text import meant_by, slugify
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True)
 awkward = st.text(alphabet=st.sampled_from("aA1_-+/&. β\n\0é"), max_size=6) | st.text(max_size=80)

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amici_eval.common.files import PARTIAL_SUFFIX, FolderLock, is_disk_full, write_durably, write_text_durably
-from amici_eval.common.packed_files import DamagedPackError, read_pack, write_pack
+from amici_eval.common.files import (
+    PARTIAL_SUFFIX,
+    DamagedPackError,
+    FolderLock,
+    is_disk_full,
+    read_pack,
+    write_durably,
+    write_pack,
+    write_text_durably,
+)
 from amici_eval.evaluation.finished_parts import FinishedParts
 
 

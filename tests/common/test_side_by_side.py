@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from amici_eval.common.side_by_side import run_side_by_side
-from amici_eval.evaluation.progress import Meter
+from amici_eval.common.threads import run_side_by_side
+from amici_eval.evaluation.protocols import Meter
 
 
 @pytest.fixture(params=[1, 3])

@@ -17,7 +17,7 @@ from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
 from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.settings.evaluation import EvaluationSpec
 from amici_eval.settings.gate import KINDS, TABLES, GateSpec, Rule, gate_key, gate_spec_from
-from amici_eval.tracking.runs.contents import evaluation_metrics, metric_intervals
+from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
 from tests.builders import AWKWARD_TYPES, make_comparison, make_evaluation
 
 NAN, INF = math.nan, math.inf

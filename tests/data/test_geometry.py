@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from amici_eval.data.geometry import Geometry
-from amici_eval.evaluation.tiling import Tiling
+from amici_eval.evaluation.tiles import Tiling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,8 +10,7 @@ from scipy import sparse
 
 from amici_eval.common.errors import LaunchError
 from amici_eval.data.files import open_anndata
-from amici_eval.data.matrices import lies_on_disk, open_rows, take_expression
-from amici_eval.data.shared_matrices import SentMatrix, sent
+from amici_eval.data.matrices import SentMatrix, lies_on_disk, open_rows, sent, take_expression
 
 COUNTS = np.random.default_rng(0).poisson(0.7, size=(30, 7)).astype(np.float32)
 ROWS = np.array([3, 28, 3, 0])

@@ -11,9 +11,8 @@ import pytest
 from scipy.spatial import cKDTree
 
 from amici_eval.data.tissue import ExpressionBlock
-from amici_eval.evaluation import surroundings
-from amici_eval.evaluation.baselines import evaluate_baselines
-from amici_eval.evaluation.surroundings import DESIGNS
+from amici_eval.evaluation import baselines
+from amici_eval.evaluation.baselines import DESIGNS, evaluate_baselines
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.ridge import RidgeSums, choose_penalty, fit_ridge
 from tests.fakes import make_card
@@ -213,10 +212,10 @@ def test_order_of_cells_blocks_and_chunks_change_nothing(monkeypatch, change):
     elif change == "blocks":
         tissue = replace(tissue, block=7)
     elif change == "chunks":
-        monkeypatch.setattr(surroundings, "_CHUNK_ROWS", 256)
-        monkeypatch.setattr(surroundings, "_CHUNK_VALUES", 1)
+        monkeypatch.setattr(baselines, "_CHUNK_ROWS", 256)
+        monkeypatch.setattr(baselines, "_CHUNK_VALUES", 1)
     else:
-        monkeypatch.setattr(surroundings, "_MOMENT_BYTES", 1)
+        monkeypatch.setattr(baselines, "_MOMENT_BYTES", 1)
     tissue.read.clear()
     other = evaluated(tissue)
     np.testing.assert_allclose(other.expl_var, whole.expl_var, atol=1e-6)
@@ -279,10 +278,10 @@ def test_too_few_cells_to_fit_or_score_leave_a_type_undefined():
 def test_above_some_genes_neighbours_are_seen_through_fixed_projections(monkeypatch):
     tissue = make_tissue(planted="types")
     plain = evaluated(tissue).expl_var
-    monkeypatch.setattr(surroundings, "_MOST_GENES", N_GENES)
+    monkeypatch.setattr(baselines, "_MOST_GENES", N_GENES)
     np.testing.assert_array_equal(evaluated(tissue).expl_var, plain)
-    monkeypatch.setattr(surroundings, "_MOST_GENES", N_GENES - 1)
-    monkeypatch.setattr(surroundings, "_PROJECTED", 4)
+    monkeypatch.setattr(baselines, "_MOST_GENES", N_GENES - 1)
+    monkeypatch.setattr(baselines, "_PROJECTED", 4)
     found = evaluated(tissue, n_folds=1).expl_var
     np.testing.assert_array_equal(found, evaluated(tissue, n_folds=1).expl_var)
     rng = np.random.Generator(np.random.Philox(key=0))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.evaluation.free_test import free_test
+from amici_eval.evaluation.one_type import free_test
 from amici_eval.settings.evaluation import PermutationSpec
 from amici_eval.stats.permutation import factor_nulls
 

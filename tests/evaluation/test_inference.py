@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from amici_eval.evaluation.inference import rows_of
-from amici_eval.stats.permutation.plain_moments import moments_of_predictions
+from amici_eval.stats.tiles.sums import moments_of_predictions
 
 
 def test_what_is_predicted_of_genes_that_do_not_vary_is_an_error_too():

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DeviceMemoryError
+from amici_eval.common.memory import Shrinking, is_out_of_memory, memory_errors_explained
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
-from amici_eval.stats.shrinking import Shrinking, is_out_of_memory, memory_errors_explained
 from tests.same_numbers import FLOAT32, assert_counts
 from tests.scarce import ERRORS, scarce
 
@@ -32,7 +32,7 @@ STAGES = {
         lambda *_, chunk_cells, **__: chunk_cells,
         20,
     ),
-    "exact moments": ("amici_eval.stats.permutation.moment_sums", "_stratum_sums", lambda *a: a[4], 2**14),
+    "exact moments": ("amici_eval.stats.permutation.exact_moments", "_stratum_sums", lambda *a: a[4], 2**14),
     "test in tissue": ("amici_eval.stats.spatial.lag_test", "_lag_test", lambda *_, **k: k["n_heads"], 1),
     "gram": ("amici_eval.stats.permutation.nulls", "_gram_statistics", lambda *a: a[3], 2**16),
 }
@@ -54,7 +54,7 @@ def as_on_a_device(trained, monkeypatch):
     # what was compiled by earlier tests is kept
     monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     monkeypatch.setattr("amici_eval.model.engines.encoder.encoder_kernels", lambda: None)
-    monkeypatch.setattr("amici_eval.model.engines.encoder_weights.encoder_kernels", lambda: None)
+    monkeypatch.setattr("amici_eval.model.engines.encoder.encoder_kernels", lambda: None)
     monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -178,7 +178,7 @@ def test_at_the_floor_the_error_names_work_free_memory_and_fix(monkeypatch):
         msg = "CUDA out of memory. Tried to allocate 2.00 GiB."
         raise torch.OutOfMemoryError(msg)
 
-    monkeypatch.setattr("amici_eval.stats.shrinking.free_bytes", lambda device: 1_500_000_000)
+    monkeypatch.setattr("amici_eval.common.memory.free_bytes", lambda device: 1_500_000_000)
     with pytest.raises(DeviceMemoryError) as told:
         Shrinking(8, floor=3, what="a test", device="cuda:1").run(work)
     for part in ("cuda:1", "a test of 3 cells at a time", "Tried to allocate 2.00 GiB", "1.5 GB are free"):

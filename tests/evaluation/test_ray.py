@@ -378,7 +378,7 @@ def test_the_command_evaluates_over_workers(registry, tmp_path):
     import mlflow
 
     from amici_eval.tracking.jobs.uploading import load_evaluation
-    from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG
+    from amici_eval.tracking.runs.unfinished import FINGERPRINT_TAG
 
     quick = ("model_uri=models:/tiny/1", "permutation.n_permutations=19", "report.figures=false", "ablation.device=cpu")
     runs = []

@@ -6,8 +6,8 @@ import pytest
 from amici_eval.evaluation import spatial_evaluation
 from amici_eval.evaluation.spatial_evaluation import spatial_test
 from amici_eval.settings.evaluation import PermutationSpec
-from amici_eval.stats.permutation.plain_moments import moments_of_predictions, principal_factors
-from amici_eval.stats.spatial.positions import CellPositions
+from amici_eval.stats.spatial.lag import CellPositions
+from amici_eval.stats.tiles.sums import moments_of_predictions, principal_factors
 
 SAME = "predicts the same for all cells of each section"
 

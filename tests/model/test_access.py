@@ -12,7 +12,7 @@ from amici_eval.data.opening import content_digest
 from amici_eval.data.tissue import prepare
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
-from amici_eval.model.engines.access import neighbours
+from amici_eval.model.engines.hooked import neighbours
 from amici_eval.model.opening import open_access, resolve_device
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 

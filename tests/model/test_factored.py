@@ -12,16 +12,14 @@ import torch
 
 from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.data.tissue import prepare
-from amici_eval.evaluation.parity import Parity, check_parity
-from amici_eval.evaluation.pipeline import evaluate_access
+from amici_eval.evaluation.pipeline import Parity, check_parity, evaluate_access
 from amici_eval.model.cards import card_of
 from amici_eval.model.engines import factored
 from amici_eval.model.engines.attention import attend, compiled_attention
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.folding import fold_encoder
-from amici_eval.model.engines.inspection import why_not_factored
-from amici_eval.model.engines.interventions import added_hook, faint_attention_is_zero, keep_heads
+from amici_eval.model.engines.hooked import added_hook, faint_attention_is_zero, keep_heads, why_not_factored
 from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
@@ -680,7 +678,7 @@ def test_with_one_neighbour_nothing_is_left_without_it(make_amici, adata, monkey
 
 def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(trained, adata):
     from amici_eval.stats.explained_variance import explained_variance
-    from amici_eval.stats.permutation.moments import gather_moments
+    from amici_eval.stats.tiles.sums import gather_moments
 
     with opened(trained, adata, batch_size=10**6) as access:
         receivers, hooked = access.receivers(), access.hooked

@@ -86,7 +86,7 @@ def test_significance_follows_the_spatial_test_where_there_is_one(trained, adata
 
 
 def test_genes_are_one_family_of_all_heads_and_types(trained, adata):
-    from amici_eval.stats.multiplicity import adjust_p_values
+    from amici_eval.stats.pvalues import adjust_p_values
 
     found = evaluate(trained, adata, spec_of())
     frame = found.to_frame()

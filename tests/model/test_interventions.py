@@ -41,7 +41,7 @@ class Counter:
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_only_its_own_hook_is_removed(module, tensors, raises):
-    from amici_eval.model.engines.interventions import added_hook
+    from amici_eval.model.engines.hooked import added_hook
 
     point = module.attention_layer.hook_pattern
     normal, permanent, own, meanwhile = Counter(), Counter(), Counter(), Counter()
@@ -70,7 +70,7 @@ def test_only_its_own_hook_is_removed(module, tensors, raises):
 
 
 def test_nested_hooks_leave_in_any_order(module, tensors):
-    from amici_eval.model.engines.interventions import added_hook
+    from amici_eval.model.engines.hooked import added_hook
 
     point = module.attention_layer.hook_pattern
     outer, inner = Counter(), Counter()
@@ -87,7 +87,7 @@ def test_nested_hooks_leave_in_any_order(module, tensors):
 
 
 def test_a_body_that_clears_all_hooks_does_no_harm(module):
-    from amici_eval.model.engines.interventions import added_hook
+    from amici_eval.model.engines.hooked import added_hook
 
     point = module.attention_layer.hook_pattern
     with added_hook(point, Counter()):
@@ -97,7 +97,7 @@ def test_a_body_that_clears_all_hooks_does_no_harm(module):
 
 
 def test_callers_hook_works_on_the_pattern_before_the_ablation(module, tensors):
-    from amici_eval.model.engines.interventions import keep_heads
+    from amici_eval.model.engines.hooked import keep_heads
 
     seen = []
     module.attention_layer.hook_pattern.add_hook(lambda pattern, hook: seen.append(pattern.clone()))
@@ -110,7 +110,7 @@ def test_callers_hook_works_on_the_pattern_before_the_ablation(module, tensors):
 
 
 def test_no_head_is_the_same_as_a_pattern_of_zeros(module, tensors):
-    from amici_eval.model.engines.interventions import keep_heads
+    from amici_eval.model.engines.hooked import keep_heads
 
     def zeros(pattern, hook):
         return torch.zeros_like(pattern)
@@ -135,7 +135,7 @@ def test_no_head_is_the_same_as_a_pattern_of_zeros(module, tensors):
 
 
 def test_all_heads_by_none_or_by_name(module, tensors):
-    from amici_eval.model.engines.interventions import keep_heads
+    from amici_eval.model.engines.hooked import keep_heads
 
     full = predict(module, tensors)
     with keep_heads(module, None):
@@ -146,7 +146,7 @@ def test_all_heads_by_none_or_by_name(module, tensors):
 
 
 def test_kept_head_keeps_its_pattern_and_the_others_are_zero(module, tensors):
-    from amici_eval.model.engines.interventions import keep_heads
+    from amici_eval.model.engines.hooked import keep_heads
 
     cache = {}
 
@@ -167,7 +167,7 @@ def test_kept_head_keeps_its_pattern_and_the_others_are_zero(module, tensors):
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_training_flags_are_restored_one_by_one(module, raises):
-    from amici_eval.model.engines.interventions import eval_mode_on
+    from amici_eval.model.engines.hooked import eval_mode_on
 
     module.train()
     module.nn_embed.eval()
@@ -191,7 +191,7 @@ def test_training_flags_are_restored_one_by_one(module, raises):
 
 
 def test_no_autograd_graph_is_built(module, tensors):
-    from amici_eval.model.engines.interventions import eval_mode_on
+    from amici_eval.model.engines.hooked import eval_mode_on
 
     assert module(tensors, compute_loss=False)[1]["prediction"].requires_grad
     with eval_mode_on(module, "cpu"):
@@ -202,7 +202,7 @@ def test_no_autograd_graph_is_built(module, tensors):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_module_returns_to_its_device(module):
-    from amici_eval.model.engines.interventions import eval_mode_on
+    from amici_eval.model.engines.hooked import eval_mode_on
 
     with eval_mode_on(module, "cuda"):
         assert {parameter.device.type for parameter in module.parameters()} == {"cuda"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from amici_eval.model.engines import budget
+from amici_eval.model.engines import factored
 
 pytestmark = [pytest.mark.amici, pytest.mark.slow]
 
@@ -77,15 +77,15 @@ def test_an_evaluation_gets_through_with_little_memory_left():
 
 
 def test_more_than_is_free_is_not_taken_and_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(budget, "available_memory", lambda: 10**9)
-    assert budget.memory_budget(None, "cpu") == 10**9 // 4
-    assert budget.memory_budget(4 * 10**8, "cpu") == 4 * 10**8
-    assert budget.memory_budget(10**10, "cpu") == 10**9
-    budget.warn_of_budget(10**10, "cpu")
+    monkeypatch.setattr(factored, "available_memory", lambda: 10**9)
+    assert factored.memory_budget(None, "cpu") == 10**9 // 4
+    assert factored.memory_budget(4 * 10**8, "cpu") == 4 * 10**8
+    assert factored.memory_budget(10**10, "cpu") == 10**9
+    factored.warn_of_budget(10**10, "cpu")
     assert "asks for 10 GB, but 1 GB are free on cpu" in caplog.text
     caplog.clear()
-    budget.warn_of_budget(10**8, "cpu")
+    factored.warn_of_budget(10**8, "cpu")
     assert not caplog.text
     # a second evaluation beside sees what the first has taken by then
-    monkeypatch.setattr(budget, "available_memory", lambda: 6 * 10**8)
-    assert budget.memory_budget(None, "cpu") == 6 * 10**8 // 4
+    monkeypatch.setattr(factored, "available_memory", lambda: 6 * 10**8)
+    assert factored.memory_budget(None, "cpu") == 6 * 10**8 // 4

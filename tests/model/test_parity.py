@@ -18,8 +18,14 @@ from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.opening import open_access
 from amici_eval.model.scvi_loader import own_data_loader
-from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-from amici_eval.settings.permutation import default_n_permutations
+from amici_eval.settings.evaluation import (
+    AblationSpec,
+    DataSpec,
+    EvaluationSpec,
+    PermutationSpec,
+    SubsetSpec,
+    default_n_permutations,
+)
 from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.same_numbers import assert_counts, assert_rounded
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.model.engines.interventions import added_hook
+from amici_eval.model.engines.hooked import added_hook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

@@ -9,7 +9,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError, InvalidSpecError
-from amici_eval.common.names import slugify
+from amici_eval.common.text import slugify
 from amici_eval.report.figures.ablation_figures import plot_ablations, plot_interactions
 from amici_eval.report.figures.saving import save_figures
 from amici_eval.settings.evaluation import MODES

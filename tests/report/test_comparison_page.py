@@ -13,18 +13,19 @@ from matplotlib.collections import PathCollection
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.report.comparison_sentences import comparison_sentences
-from amici_eval.report.comparison_tables import write_comparison_tables
 from amici_eval.report.figures.comparison_figures import (
     plot_differences,
     plot_lineage,
+    plot_sender_differences,
     plot_similarity,
     plot_versions,
     save_comparison_figures,
+    sender_changes_section,
 )
-from amici_eval.report.figures.sender_changes import plot_sender_differences, sender_changes_section
 from amici_eval.report.page.comparison_page import write_comparison_html
+from amici_eval.report.tables import write_comparison_tables
 from amici_eval.results.comparison import HeadComparison
-from amici_eval.results.sender_changes import SENDER_DIFFERENCE_COLUMNS
+from amici_eval.results.senders import SENDER_DIFFERENCE_COLUMNS
 from amici_eval.settings.comparison import ComparisonSpec
 from tests.builders import make_comparison
 from tests.report.test_html import Page

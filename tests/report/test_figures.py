@@ -13,7 +13,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError, InvalidSpecError, OutputError
-from amici_eval.common.names import slugify
+from amici_eval.common.text import slugify
 from amici_eval.report.figures.head_figures import plot_barplot, plot_heatmap, significance_note
 from amici_eval.report.figures.saving import save_figures
 from tests.builders import AWKWARD_TYPES, make_evaluation

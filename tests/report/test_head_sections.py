@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from amici_eval.report.markup import table
-from amici_eval.report.page.head_sections import head_sections, verdict_sentence
-from amici_eval.report.page.html import write_html
-from amici_eval.report.page.provenance import provenance_section
+from amici_eval.report.page.html import provenance_section, write_html
+from amici_eval.report.page.sections import head_sections, verdict_sentence
 from amici_eval.report.sentences import effect, interval, p_text
 from tests.builders import make_evaluation
 from tests.report.test_html import EVIL, WRITTEN, Page

@@ -7,8 +7,7 @@ import pytest
 
 from amici_eval.report.sentences import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, effect, span
 from amici_eval.report.tables import summary_lines
-from amici_eval.settings.evaluation import EvaluationSpec
-from amici_eval.settings.permutation import NULLS, SPATIAL_NULLS, PermutationSpec
+from amici_eval.settings.evaluation import NULLS, SPATIAL_NULLS, EvaluationSpec, PermutationSpec
 from tests.builders import make_evaluation
 
 

@@ -6,7 +6,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from amici_eval.common.errors import OutputError
-from amici_eval.common.names import slugify
+from amici_eval.common.text import slugify
 from amici_eval.report.page.headline import best_heads
 from amici_eval.report.tables import summary_lines, write_tables
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS

@@ -10,9 +10,9 @@ import pytest
 
 from amici_eval.common.errors import DataError
 from amici_eval.results.tile_sums import Moments
-from amici_eval.stats.permutation.moments import factors_of, gather_moments, merge_tiles
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.spatial.tiles import square_tiles
+from amici_eval.stats.tiles.sums import factors_of, gather_moments, merge_tiles
 from tests.builders import make_moments
 from tests.oracles import reference
 

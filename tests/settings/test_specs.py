@@ -17,9 +17,9 @@ from amici_eval.settings.evaluation import (
     PermutationSpec,
     ReportSpec,
     SubsetSpec,
+    default_n_permutations,
     spec_from_mapping,
 )
-from amici_eval.settings.permutation import default_n_permutations
 
 seeded = settings(max_examples=100, deadline=None, derandomize=True)
 

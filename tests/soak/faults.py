@@ -156,7 +156,7 @@ def _device_full(around: Surroundings, rng: random.Random) -> None:
     del around
     import torch
 
-    from amici_eval.stats.shrinking import Shrinking
+    from amici_eval.common.memory import Shrinking
 
     run = Shrinking.run
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.stats.ablation.ablations import ABLATION_MODES, ablate
+from amici_eval.stats.ablation.ablations import ABLATION_MODES, ablate, all_coalitions
 from amici_eval.stats.ablation.coalitions import coalition_moments, coalition_values
-from amici_eval.stats.ablation.shapley import all_coalitions
-from amici_eval.stats.ablation.substitution_kernels import compiled_substitution
-from amici_eval.stats.ablation.substitutions import substituted_values
+from amici_eval.stats.ablation.substitutions import compiled_substitution, substituted_values
 from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import coalitions as oracle
 from tests.stats.test_coalitions import Case, draw, members

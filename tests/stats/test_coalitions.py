@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from amici_eval.stats.ablation.coalitions import coalition_moments, coalition_values
-from amici_eval.stats.ablation.shapley import (
+from amici_eval.stats.ablation.ablations import (
     all_coalitions,
     antithetic_orders,
     interaction_index,
@@ -16,6 +15,7 @@ from amici_eval.stats.ablation.shapley import (
     sampled_shapley_values,
     shapley_values,
 )
+from amici_eval.stats.ablation.coalitions import coalition_moments, coalition_values
 from amici_eval.stats.readout import Readout
 from tests.oracles import coalitions as oracle
 

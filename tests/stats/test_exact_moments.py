@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, kstest, norm
 
-from amici_eval.stats.permutation import moment_sums
+from amici_eval.stats.permutation import exact_moments
 from amici_eval.stats.permutation.exact_moments import pearson3_tail, permutation_moments
 from tests.oracles import exact_moments as oracle
 
@@ -34,9 +34,9 @@ def assert_same(found, expected, *, rtol=1e-10):
 def form(request, monkeypatch):
     """Sums from D = f z^T, and from the third moments of F and of Z wherever there are three cells."""
     largest = 2 if request.param.startswith("tensors") else 10**9
-    monkeypatch.setattr(moment_sums, "_largest_batched", lambda rank: largest)
+    monkeypatch.setattr(exact_moments, "_largest_batched", lambda rank: largest)
     if request.param in ("products in blocks", "tensors by head"):
-        monkeypatch.setattr(moment_sums, "_MOST_BYTES", 150)
+        monkeypatch.setattr(exact_moments, "_MOST_BYTES", 150)
     return request.param
 
 
@@ -132,9 +132,9 @@ def test_form_and_pieces_do_not_matter(entries, monkeypatch):
     for labels in (None, strata):
         expected = permutation_moments(factors, images, strata=labels)
         with monkeypatch.context() as patch:
-            patch.setattr(moment_sums, "_ENTRIES", entries)
+            patch.setattr(exact_moments, "_ENTRIES", entries)
             for largest in (2, 20, 10**9):
-                patch.setattr(moment_sums, "_largest_batched", lambda rank, largest=largest: largest)
+                patch.setattr(exact_moments, "_largest_batched", lambda rank, largest=largest: largest)
                 assert_same(permutation_moments(factors, images, strata=labels), expected)
 
 
@@ -145,8 +145,8 @@ def test_no_array_is_larger_than_there_is_room_for(largest, monkeypatch):
     expected = permutation_moments(factors, images, strata=strata)
     sizes, bmm, baddbmm = [], torch.bmm, torch.Tensor.baddbmm_
     square = torch.Tensor.square
-    monkeypatch.setattr(moment_sums, "_largest_batched", lambda rank: largest)
-    monkeypatch.setattr(moment_sums, "_MOST_BYTES", 12_000)
+    monkeypatch.setattr(exact_moments, "_largest_batched", lambda rank: largest)
+    monkeypatch.setattr(exact_moments, "_MOST_BYTES", 12_000)
     monkeypatch.setattr(torch, "bmm", lambda *args: sizes.append(bmm(*args).nbytes) or bmm(*args))
     monkeypatch.setattr(torch.Tensor, "square", lambda x: sizes.append(x.nbytes) or square(x))
     monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda x, *args: sizes.append(2 * x.nbytes) or baddbmm(x, *args))

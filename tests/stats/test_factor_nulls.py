@@ -11,7 +11,7 @@ from scipy.stats import binomtest, kstest
 
 from amici_eval.common import threads as compiled
 from amici_eval.common.errors import DeviceMemoryError
-from amici_eval.stats.permutation import compiled_statistics, cyclic_statistics, packed_factors, torch_statistics
+from amici_eval.stats.permutation import statistics
 from amici_eval.stats.permutation.factor_nulls import factor_exceedances
 from amici_eval.stats.permutation.nulls import permutation_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
@@ -145,7 +145,7 @@ def test_float32_alone_would_decide_ties_wrongly(monkeypatch):
         pytest.skip("numba is not installed")
     factors, images = tied()
     right = count(factors, images, n_permutations=300, form="gram")
-    monkeypatch.setattr(compiled_statistics, "_FLOAT32_UNIT", 0.0)
+    monkeypatch.setattr(statistics, "_FLOAT32_UNIT", 0.0)
     assert np.any(count(factors, images, n_permutations=300, form="gram") != right)
 
 
@@ -157,14 +157,12 @@ def test_float32_sums_are_within_their_bound(shift, monkeypatch):
     rng = np.random.default_rng(1)
     # all products of one sign: nothing cancels
     f, z = (np.abs(rng.standard_normal((100, 33, 2))).astype(np.float32) + np.float32(shift) for _ in range(2))
-    pair = packed_factors.pack(f, z, dead=np.zeros(2, dtype=bool))
+    pair = statistics.pack(f, z, dead=np.zeros(2, dtype=bool))
     orders = np.zeros((104, 50), dtype=np.uint32)
     kernels.shuffle_columns(stream(100).key(), 0, 0, 50, 100, orders)
-    panels = [
-        compiled_statistics._panels(pair, values, size) for values, size in ((pair.f, 16), (pair.z, kernels.ROWS))
-    ]
-    found = compiled_statistics._gram_part(kernels, orders, *panels, 0, 13)
-    exact = compiled_statistics.exact_sums(kernels, pair, stream(100).key(), np.arange(50)).T
+    panels = [statistics._panels(pair, values, size) for values, size in ((pair.f, 16), (pair.z, kernels.ROWS))]
+    found = statistics._gram_part(kernels, orders, *panels, 0, 13)
+    exact = statistics.exact_sums(kernels, pair, stream(100).key(), np.arange(50)).T
     error = np.abs(found - exact).max(axis=1)
     assert np.all(error > 0)
     assert np.all(error <= (33 + 8 + 2) * 2.0**-24 * pair.sizes)
@@ -175,10 +173,10 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
     if kernels is None:
         pytest.skip("numba is not installed")
     factors, images = draw(4, n_cells=19, n_columns=5, n_heads=21)
-    pair = packed_factors.pack(factors, images, dead=np.zeros(21, dtype=bool))
+    pair = statistics.pack(factors, images, dead=np.zeros(21, dtype=bool))
     numbers = np.array([kernels.IDENTITY, 0, 7, 2**40, 3])
     orders = [np.arange(19), *(stream(19).batch(number, number + 1)[0] for number in numbers[1:])]
-    found = compiled_statistics.exact_sums(kernels, pair, stream(19).key(), numbers)
+    found = statistics.exact_sums(kernels, pair, stream(19).key(), numbers)
     for head in range(21):
         f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
         np.testing.assert_allclose(found[:, head], [np.sum(f[order] * z) for order in orders], rtol=1e-12, atol=1e-12)
@@ -189,10 +187,10 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
 def test_packing_keeps_the_centred_numbers(n_columns, n_heads):
     factors, images = draw(5, n_cells=9, n_columns=n_columns, n_heads=n_heads)
     dead = np.arange(n_heads) % 3 == 1
-    pair = packed_factors.pack(factors, images, dead=dead)
+    pair = statistics.pack(factors, images, dead=dead)
     np.testing.assert_array_equal(pair.heads, np.flatnonzero(~dead))
     for values, packed in ((factors, pair.f), (images, pair.z)):
-        assert packed.shape[2] % packed_factors.LANES == 0
+        assert packed.shape[2] % statistics.LANES == 0
         assert packed.ctypes.data % 64 == 0
         for number, head in enumerate(pair.heads):
             expected = oracle.rounded(values[:, :, head])
@@ -210,7 +208,7 @@ def test_packing_keeps_the_centred_numbers(n_columns, n_heads):
 def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block, monkeypatch):
     if compiled.kernels() is None:
         pytest.skip("numba is not installed")
-    monkeypatch.setattr(packed_factors, "_BLOCK_ENTRIES", block)
+    monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", block)
     factors, images = (values.astype(dtype) for values in draw(9, n_cells=61, n_columns=3, n_heads=n_heads))
     factors[:, :, 1] = 0.3
     images[:, :, 2] = 0.3
@@ -219,12 +217,12 @@ def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block,
     dead = np.arange(n_heads) == 4
     pairs = []
     for inline in (2**18, 0):
-        monkeypatch.setattr(packed_factors, "_INLINE_ENTRIES", inline)
-        pairs.append(packed_factors.pack(factors, images, dead=dead, order=order))
+        monkeypatch.setattr(statistics, "_INLINE_ENTRIES", inline)
+        pairs.append(statistics.pack(factors, images, dead=dead, order=order))
     monkeypatch.setitem(sys.modules, "numba", None)
-    expected = packed_factors.pack(factors, images, dead=dead, order=order)
+    expected = statistics.pack(factors, images, dead=dead, order=order)
     np.testing.assert_array_equal(expected.heads, [h for h in range(n_heads) if h not in (1, 3, 4)])
-    plain = packed_factors.pack(factors, images, dead=dead)
+    plain = statistics.pack(factors, images, dead=dead)
     for name in ("f", "z"):
         np.testing.assert_array_equal(getattr(expected, name), getattr(plain, name)[:, order])
     for pair in pairs:
@@ -236,7 +234,7 @@ def test_packing_is_the_same_without_numba_and_in_threads(dtype, n_heads, block,
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
 @pytest.mark.parametrize("block", [1, 100, 2**16])
 def test_offset_scale_layout_and_blocks_change_no_count(sampling, block, monkeypatch):
-    monkeypatch.setattr(packed_factors, "_BLOCK_ENTRIES", block)
+    monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", block)
     factors, images = (np.round(64 * values) for values in draw(8, n_cells=32, n_columns=5, signal=0.1))
     expected = count(factors, images, n_permutations=200, sampling=sampling)
     assert len(set(expected)) == 3
@@ -305,8 +303,8 @@ def test_heads_know_nothing_of_each_other(path):
 @pytest.mark.parametrize(("entries", "inline"), [(2**23, 2**18), (1, 0)])
 @pytest.mark.parametrize("numba", [True, False])
 def test_cyclic_counts_are_those_of_all_shifts(n_cells, n_columns, n_heads, entries, inline, numba, monkeypatch):
-    monkeypatch.setattr(cyclic_statistics, "TORCH_ENTRIES", entries)
-    monkeypatch.setattr(cyclic_statistics, "_INLINE_ENTRIES", inline)
+    monkeypatch.setattr(statistics, "TORCH_ENTRIES", entries)
+    monkeypatch.setattr(statistics, "_INLINE_ENTRIES", inline)
     if not numba:
         monkeypatch.setitem(sys.modules, "numba", None)
     factors, images = draw(n_cells, n_cells=n_cells, n_columns=n_columns, n_heads=n_heads)
@@ -322,10 +320,10 @@ def test_cyclic_counts_are_those_of_all_shifts(n_cells, n_columns, n_heads, entr
 def test_cyclic_statistics_are_the_direct_sums(n_cells, numba, monkeypatch):
     if not numba:
         monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(cyclic_statistics, "_INLINE_ENTRIES", 0)
+    monkeypatch.setattr(statistics, "_INLINE_ENTRIES", 0)
     factors, images = draw(1, n_cells=n_cells, n_columns=5, n_heads=11)
-    pair = packed_factors.pack(factors, images, dead=np.zeros(11, dtype=bool))
-    found = cyclic_statistics.cyclic_statistics(pair, device="cpu")
+    pair = statistics.pack(factors, images, dead=np.zeros(11, dtype=bool))
+    found = statistics.cyclic_statistics(pair, device="cpu")
     assert found.shape == (n_cells, 11)
     for head in range(11):
         f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
@@ -334,7 +332,7 @@ def test_cyclic_statistics_are_the_direct_sums(n_cells, numba, monkeypatch):
 
 
 def test_only_lengths_with_a_fast_transform_are_not_padded():
-    assert [n for n in range(3, 40) if not cyclic_statistics._has_fast_transform(n)] == [17, 19, 23, 29, 31, 34, 37, 38]
+    assert [n for n in range(3, 40) if not statistics._has_fast_transform(n)] == [17, 19, 23, 29, 31, 34, 37, 38]
 
 
 def test_cyclic_ranks_are_exactly_uniform_over_the_group():
@@ -356,8 +354,8 @@ def test_cyclic_ties_count():
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_progress_adds_up_and_comes_from_the_calling_thread(path, sampling, n_threads, monkeypatch):
-    monkeypatch.setattr(compiled_statistics, "_INLINE_PRODUCTS", 0)
-    monkeypatch.setattr(compiled_statistics, "_GRAM_COLUMNS", 48)
+    monkeypatch.setattr(statistics, "_INLINE_PRODUCTS", 0)
+    monkeypatch.setattr(statistics, "_GRAM_COLUMNS", 48)
     factors, images = draw(2)
     factors[..., 1] = 1.0  # a dead head is work done, too
     steps, threads = [], set()
@@ -376,10 +374,10 @@ def test_progress_adds_up_and_comes_from_the_calling_thread(path, sampling, n_th
 def test_an_interrupt_drops_what_is_queued(monkeypatch):
     if compiled.kernels() is None:
         pytest.skip("numba is not installed")
-    monkeypatch.setattr(compiled_statistics, "_INLINE_PRODUCTS", 0)
-    monkeypatch.setattr(compiled_statistics, "_TASK_PRODUCTS", 1)
+    monkeypatch.setattr(statistics, "_INLINE_PRODUCTS", 0)
+    monkeypatch.setattr(statistics, "_TASK_PRODUCTS", 1)
     factors, images = draw(2, n_cells=500)
-    done, sums = [], compiled_statistics.exact_sums
+    done, sums = [], statistics.exact_sums
 
     def slowly(*arguments):
         done.append(1)
@@ -388,7 +386,7 @@ def test_an_interrupt_drops_what_is_queued(monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compiled_statistics, "exact_sums", slowly)
+    monkeypatch.setattr(statistics, "exact_sums", slowly)
     with pytest.raises(KeyboardInterrupt):
         count(factors, images, n_permutations=40_000, form="factor", n_threads=2, progress=interrupt)
     assert len(done) < 5_000
@@ -438,8 +436,8 @@ def test_a_device_without_memory_takes_fewer_permutations_at_once(form, room, mo
     factors, images = draw(7, n_cells=203, n_columns=7, n_heads=5, signal=0.01)
     expected = count(factors, images, n_permutations=101)
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(torch_statistics, "STORED_INDICES", 203 * 37)
-    few, seen = torch_statistics.torch_factor, []
+    monkeypatch.setattr(statistics, "STORED_INDICES", 203 * 37)
+    few, seen = statistics.torch_factor, []
 
     def limited(pair, f, z, orders):
         seen.append(len(orders))
@@ -447,18 +445,18 @@ def test_a_device_without_memory_takes_fewer_permutations_at_once(form, room, mo
             raise torch.OutOfMemoryError
         return few(pair, f, z, orders)
 
-    monkeypatch.setattr(torch_statistics, "torch_factor", limited)
+    monkeypatch.setattr(statistics, "torch_factor", limited)
 
     def none_at_all(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(torch_statistics, "_torch_gram", none_at_all)
+    monkeypatch.setattr(statistics, "_torch_gram", none_at_all)
     steps = []
     found = count(factors, images, n_permutations=101, form=form, progress=steps.append)
     np.testing.assert_array_equal(found, expected)
     assert sum(steps) == 101 * 5
     assert max(seen) > room
-    monkeypatch.setattr(torch_statistics, "torch_factor", lambda *a: few(*a) if a[3][0, 0] == 0 else none_at_all())
+    monkeypatch.setattr(statistics, "torch_factor", lambda *a: few(*a) if a[3][0, 0] == 0 else none_at_all())
     with pytest.raises(DeviceMemoryError, match="out of memory on cpu"):
         count(factors, images, n_permutations=101, form=form)
 
@@ -483,7 +481,7 @@ def test_a_device_without_memory_takes_fewer_columns_at_once(monkeypatch):
 
 def test_orders_are_drawn_ahead_in_any_chunks():
     for chunk in (1, 4, 10, 99):
-        chunks = list(torch_statistics._drawn_ahead(stream(9), 10, chunk))
+        chunks = list(statistics._drawn_ahead(stream(9), 10, chunk))
         assert [len(orders) for orders in chunks[:-1]] == [chunk] * (len(chunks) - 1)
         np.testing.assert_array_equal(np.concatenate(chunks), stream(9).batch(0, 10))
 

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from amici_eval.stats.tiles.gene_intervals import gene_intervals
-from amici_eval.stats.tiles.paired import PairedRows, paired_differences
+from amici_eval.stats.tiles.paired import PairedRows, gene_intervals, paired_differences
 
 
 def rows_of(expression, before, after, tiles):

@@ -5,10 +5,8 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from amici_eval.stats.spatial.lag import LagGrid
+from amici_eval.stats.spatial.lag import CellPositions, LagGrid, NearPairs
 from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
-from amici_eval.stats.spatial.near_pairs import NearPairs
-from amici_eval.stats.spatial.positions import CellPositions
 from tests.oracles import lag as oracle
 
 

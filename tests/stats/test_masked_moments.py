@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amici_eval.stats.permutation.masked_moments import masked_moments
-from amici_eval.stats.permutation.moments import gather_moments, merge_tiles
 from amici_eval.stats.readout import Readout
+from amici_eval.stats.tiles.sums import gather_moments, masked_moments, merge_tiles
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, false_discovery_control
 
-from amici_eval.stats import multiplicity
-from amici_eval.stats.multiplicity import adjust_p_values, max_t_p_values
+from amici_eval.stats import pvalues
+from amici_eval.stats.pvalues import adjust_p_values, max_t_p_values
 from tests.oracles import multiplicity as oracle
 
 seeded = settings(max_examples=100, deadline=None, derandomize=True)
@@ -60,7 +60,7 @@ def correlated(rng, shape):
 @pytest.mark.parametrize("chunk", [1, 50, 2**20])
 @pytest.mark.parametrize("seed", range(5))
 def test_max_t_is_the_loop(seed, chunk, monkeypatch):
-    monkeypatch.setattr(multiplicity, "_CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(pvalues, "_CHUNK_ENTRIES", chunk)
     rng = np.random.default_rng(seed)
     # one digit: many ties
     observed = np.round(2.0 * rng.standard_normal((4, 3)), 1)

@@ -6,8 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, false_discovery_control
 
-from amici_eval.stats.multiplicity import adjust_p_values
-from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.pvalues import adjust_p_values, p_values
 from tests.oracles import reference
 
 seeded = settings(max_examples=100, deadline=None, derandomize=True)

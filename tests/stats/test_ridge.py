@@ -7,9 +7,9 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from amici_eval.stats.explained_variance import explained_variance
-from amici_eval.stats.heads.cosines import CosineBasis
 from amici_eval.stats.ridge import (
     PENALTIES,
+    CosineBasis,
     RidgeSums,
     choose_penalty,
     fit_ridge,

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from amici_eval.stats.permutation.factor_draws import FactorStatistics
-from amici_eval.stats.permutation.factor_nulls import factor_draw
+from amici_eval.stats.permutation.factor_nulls import FactorStatistics, factor_draw, sequential_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.permutation.sequential import sequential_exceedances
 from amici_eval.stats.pvalues import p_values, sequential_p_values
 
 

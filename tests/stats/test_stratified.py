@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from amici_eval.common import threads as compiled
-from amici_eval.stats.permutation import factor_draws, stratified
+from amici_eval.stats.permutation import factor_nulls, stratified
 from amici_eval.stats.permutation.factor_nulls import factor_draw, factor_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.permutation.stratified import stratified_draw, stratified_exceedances
@@ -114,7 +114,7 @@ def test_ranges_threads_and_pieces_change_nothing(n_threads, pieces, monkeypatch
     arguments = {"strata": strata, "labels": ["x", "y", "z"], **SETTINGS}
     whole = stratified_draw(factors, images, **arguments)(0, 41)
     for name, value in pieces.items():
-        monkeypatch.setattr(factor_draws, name, value)
+        monkeypatch.setattr(factor_nulls, name, value)
     give = stratified_draw(factors, images, **arguments, n_threads=n_threads)
     parts = np.concatenate([give(*cut).statistics for cut in ((0, 1), (1, 17), (17, 17), (17, 41))])
     np.testing.assert_allclose(parts, whole.statistics, rtol=0, atol=1e-13 * whole.sizes.max())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.stats.tiles.paired import PairedRows, paired_differences
-from amici_eval.stats.tiles.tile_changes import share_changes, squares_about
+from amici_eval.stats.tiles.paired import PairedRows, paired_differences, share_changes, squares_about
 
 
 def make_rows(n_tiles=12, n_pairs=3, n_genes=4, seed=0, apart=0.0):

@@ -24,10 +24,10 @@ from amici_eval.settings.evaluation import (
     TrackingSpec,
 )
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.jobs import compared_cells, version_evaluations
-from amici_eval.tracking.jobs.compared_cells import model_uris
+from amici_eval.tracking.jobs import version_evaluations
 from amici_eval.tracking.jobs.comparing import compare_job
 from amici_eval.tracking.jobs.evaluating import evaluate_job
+from amici_eval.tracking.jobs.version_evaluations import model_uris
 from tests.model.test_comparison import relabelled
 
 pytestmark = pytest.mark.amici
@@ -44,7 +44,7 @@ NO_FIGURES = ReportSpec(figures=False)
 def pair(registry, trained, adata, monkeypatch):
     """Two more versions in the store: models:/pair/1, and models:/pair/2 with its heads in another order."""
     # the tissue is small
-    monkeypatch.setattr(compared_cells, "MIN_HELD_OUT", 10)
+    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10)
     client = mlflow.MlflowClient()
     if not client.search_model_versions("name='pair'"):
         for model in (trained, relabelled(trained, [1, 0])):
@@ -138,7 +138,7 @@ def test_a_run_holds_page_tables_figures_and_metrics_by_version(pair, tmp_path):
 
 
 def test_where_no_cell_is_new_to_all_everything_is_in_sample(pair, monkeypatch):
-    monkeypatch.setattr(compared_cells, "MIN_HELD_OUT", 10**6)
+    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10**6)
     found = job(pair).comparison
     assert found.cells == "all evaluated cells, in-sample"
     assert found.in_sample

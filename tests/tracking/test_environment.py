@@ -24,14 +24,12 @@ from omegaconf import OmegaConf
 
 from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.settings.evaluation import TrackingSpec
-from amici_eval.tracking.models import registry
-from amici_eval.tracking.models.registry import connect, connect_to
+from amici_eval.tracking import registry
+from amici_eval.tracking.registry import connect, connect_to
 from amici_eval.tracking.runs import delivery
-from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG, close_abandoned
 from amici_eval.tracking.runs.local_results import ARTIFACTS
-from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG, find_evaluation
-from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, tracked_run
-from amici_eval.tracking.runs.unfinished import UnfinishedWork
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, PARTIAL_TAG, close_abandoned, tracked_run
+from amici_eval.tracking.runs.unfinished import FINGERPRINT_TAG, UnfinishedWork, find_evaluation
 from amici_eval.tracking.store.searching import version_numbers
 from amici_eval.tracking.sweep import ParentRun, close_parent
 
@@ -479,7 +477,7 @@ def test_runs_of_others_are_closed_wherever_they_are_in_limited_time(monkeypatch
     many = [f"r{number}" for number in range(5)]
     assert close_abandoned(Crowded(holds={"2344": many})) == many
     store = Crowded(holds={"2344": many})
-    monkeypatch.setattr("amici_eval.tracking.runs.heartbeat._SEARCH_S", -1.0)
+    monkeypatch.setattr("amici_eval.tracking.runs.tracked._SEARCH_S", -1.0)
     assert close_abandoned(store) == []
     assert store.asked == []
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
-from amici_eval.model.untrained import untrained_like
+from amici_eval.model.training import untrained_like
 from amici_eval.results.verdict import Verdict
 from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
 from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.jobs import compared_cells, gating
+from amici_eval.tracking.jobs import gating, version_evaluations
 from amici_eval.tracking.jobs.gating import gate_job
 from amici_eval.tracking.jobs.promotion import rollback
 from tests.cli.test_cli import call
@@ -36,7 +36,7 @@ COUNTED = Rule(name="counted", kind="metric", metric="summary/n_cells", at_least
 @pytest.fixture
 def model(registry, trained, adata, monkeypatch):
     """A registered model: version 1, version 2 with its heads in another order, version 3 untrained."""
-    monkeypatch.setattr(compared_cells, "MIN_HELD_OUT", 10)
+    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10)
     name = f"gated-{uuid4().hex[:6]}"
     for one in (trained, relabelled(trained, [1, 0]), untrained_like(trained, seed=1)):
         with mlflow.start_run():
@@ -296,7 +296,7 @@ def test_genes_that_the_version_lacks_are_not_passed_over(model, monkeypatch):
 
 
 def test_versions_with_data_of_their_own_are_judged_on_one_file(registry, trained, adata, monkeypatch):
-    monkeypatch.setattr(compared_cells, "MIN_HELD_OUT", 10)
+    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10)
     name = f"bundled-{uuid4().hex[:6]}"
     for data in (adata, adata[::-1].copy()):
         with mlflow.start_run():

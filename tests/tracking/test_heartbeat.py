@@ -18,17 +18,17 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
 from requests import ConnectionError as RequestsConnectionError
 
 from amici_eval.settings.evaluation import TrackingSpec
-from amici_eval.tracking.models.registry import connect
-from amici_eval.tracking.runs import heartbeat
-from amici_eval.tracking.runs.heartbeat import (
+from amici_eval.tracking.registry import connect
+from amici_eval.tracking.runs import tracked
+from amici_eval.tracking.runs.tracked import (
     HEARTBEAT_TAG,
     PARTIAL_TAG,
     STOPPED_S,
     Heartbeat,
     SignOfLife,
     close_abandoned,
+    tracked_run,
 )
-from amici_eval.tracking.runs.tracked import tracked_run
 from amici_eval.tracking.store.errors import patiently
 
 
@@ -45,7 +45,7 @@ def status(run_id: str) -> str:
 
 def gone_process() -> SignOfLife:
     """Return the sign of life of a process that has ended."""
-    code = "from amici_eval.tracking.runs.heartbeat import SignOfLife; print(SignOfLife.now().to_text())"
+    code = "from amici_eval.tracking.runs.tracked import SignOfLife; print(SignOfLife.now().to_text())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     beat = SignOfLife.parse(done.stdout)
     assert beat is not None
@@ -78,7 +78,7 @@ def test_runs_of_processes_that_are_gone_are_closed(bare_model):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_process_that_has_ended_and_is_not_collected_is_gone():
     with subprocess.Popen(["sleep", "60"]) as process:
-        beat = replace(SignOfLife.now(), pid=process.pid, started=heartbeat._start_of(process.pid))
+        beat = replace(SignOfLife.now(), pid=process.pid, started=tracked._start_of(process.pid))
         assert not beat.has_stopped()
         process.kill()
         # until it is waited for, its entry stays, with the start that it had

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import InvalidSpecError, LeaseHeldError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.registry import RegistryTags
 from amici_eval.tracking.runs.lease import LEASE_TAG, Lease, held
 from tests.stage import Actor, Stage
 

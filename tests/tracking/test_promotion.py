@@ -8,7 +8,7 @@ import pytest
 from amici_eval.common.errors import DataError, LeaseHeldError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.jobs import promotion
 from amici_eval.tracking.jobs.promotion import promote, promotions, rollback
-from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.registry import RegistryTags
 from amici_eval.tracking.runs.lease import held
 
 RECORD = "amici_eval.promotions.champion"

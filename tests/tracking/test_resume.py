@@ -20,9 +20,8 @@ from amici_eval.settings.launch import LaunchSpec
 from amici_eval.tracking.jobs.evaluating import evaluate_job
 from amici_eval.tracking.jobs.uploading import upload
 from amici_eval.tracking.runs import delivery
-from amici_eval.tracking.runs.heartbeat import HEARTBEAT_TAG, PARTIAL_TAG
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RECORD_FILE
-from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.runs.tracked import HEARTBEAT_TAG, PARENT_RUN_VARIABLE, PARTIAL_TAG, tracked_run
 from amici_eval.tracking.runs.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
 
 pytestmark = pytest.mark.amici

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 import amici_eval
 from amici_eval import HeadEvaluationCallback
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
-from amici_eval.common.names import slugify
+from amici_eval.common.text import slugify
 from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
@@ -28,10 +28,9 @@ from amici_eval.settings.evaluation import (
     SubsetSpec,
     TrainedOnSpec,
 )
-from amici_eval.tracking.runs.contents import evaluation_metrics
-from amici_eval.tracking.training import callback as module
-from amici_eval.tracking.training.cells import cells_to_evaluate
-from amici_eval.tracking.training.run import RunInTraining
+from amici_eval.tracking import training as module
+from amici_eval.tracking.runs.delivery import evaluation_metrics
+from amici_eval.tracking.training import RunInTraining, cells_to_evaluate
 
 SMALL = {
     "n_heads": 2,
@@ -45,7 +44,7 @@ SMALL = {
     "distance_kernel_unit_scale": 10.0,
 }
 N_EPOCHS = 5
-NAME = "amici_eval.tracking.training.callback"
+NAME = "amici_eval.tracking.training"
 
 
 @pytest.fixture

@@ -8,22 +8,320 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from amici_eval.model.engines.encoder_kernels import encoder_kernels
+from amici_eval.common.threads import compiled, numba_if_usable
+from amici_eval.stats.readout import Readout
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32, Int64
+    from collections.abc import Callable
+
+    from jaxtyping import Float32, Float64, Int64
     from torch import Tensor
 
-    from amici_eval.model.engines.encoder_kernels import EncoderKernels
-    from amici_eval.model.engines.encoder_weights import EncoderWeights
+__all__ = [
+    "Affine",
+    "Block",
+    "EncoderKernels",
+    "EncoderWeights",
+    "Norm",
+    "SenderTables",
+    "embed_senders",
+    "encoder_kernels",
+]
 
-__all__ = ["SenderTables", "embed_senders"]
+_LINEAR_FROM = np.float32(20.0)
+"""From here on softplus is its argument, as in torch."""
+
+
+class EncoderKernels(NamedTuple):
+    """Compiled kernels.
+
+    Parameters
+    ----------
+    first_layer
+        ``(sender, rows, type_term, bias, deviation, out)``: ``relu(sender[rows] + type_term + bias * deviation)``.
+    norm
+        ``(values, gain, shift, epsilon, source, n_added, with_relu)``: norms rows in place, adds the first ``n_added``
+        columns of the source, and cuts at 0 if asked.
+    last_layers
+        ``(inner, rows, deviation, bias, gain, shift, epsilon, embedded, type_embedding, project, project_bias, offset,
+        unit_scale, out)``: divides by the deviation, adds the bias, norms, adds what went in, and projects to a
+        coefficient of each head.
+    """
+
+    first_layer: Callable[..., None]
+    norm: Callable[..., None]
+    last_layers: Callable[..., None]
+
+
+@functools.cache
+def encoder_kernels() -> EncoderKernels | None:
+    """Return the kernels, or ``None`` without numba."""
+    if numba_if_usable() is None:
+        return None
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+    return EncoderKernels(
+        compiled(_first_layer, **options), compiled(_norm, **options), compiled(_last_layers, **options)
+    )
+
+
+def _norm(values: Any, gain: Any, shift: Any, epsilon: Any, source: Any, n_added: Any, with_relu: Any) -> None:
+    zero, one = np.float32(0.0), np.float32(1.0)
+    width = values.shape[1]
+    for i in range(values.shape[0]):
+        row = values[i]
+        mean = zero
+        for c in range(width):
+            mean += row[c]
+        mean /= np.float32(width)
+        variance = zero
+        for c in range(width):
+            row[c] -= mean
+            variance += row[c] * row[c]
+        scale = one / np.sqrt(variance / np.float32(width) + epsilon)
+        for c in range(width):
+            row[c] = row[c] * scale * gain[c] + shift[c]
+        if n_added > 0:
+            added = source[i]
+            for c in range(n_added):
+                row[c] += added[c]
+        if with_relu:
+            for c in range(width):
+                row[c] = max(row[c], zero)
+
+
+def _first_layer(sender: Any, rows: Any, type_term: Any, bias: Any, deviation: Any, out: Any) -> None:
+    zero = np.float32(0.0)
+    for i in range(rows.shape[0]):
+        row, target, scale = sender[rows[i]], out[i], deviation[i]
+        for c in range(row.shape[0]):
+            target[c] = max(row[c] + type_term[c] + bias[c] * scale, zero)
+
+
+def _last_layers(
+    inner: Any,
+    rows: Any,
+    deviation: Any,
+    bias: Any,
+    gain: Any,
+    shift: Any,
+    epsilon: Any,
+    embedded: Any,
+    type_embedding: Any,
+    project: Any,
+    project_bias: Any,
+    offset: Any,
+    unit_scale: Any,
+    out: Any,
+) -> None:
+    zero, one = np.float32(0.0), np.float32(1.0)
+    width, n_embed, n_heads = inner.shape[1], embedded.shape[1], project.shape[0]
+    for i in range(rows.shape[0]):
+        values, source = inner[i], embedded[rows[i]]
+        inverse = one / deviation[i]
+        mean = zero
+        for c in range(width):
+            values[c] = values[c] * inverse + bias[c]
+            mean += values[c]
+        mean /= np.float32(width)
+        variance = zero
+        for c in range(width):
+            values[c] -= mean
+            variance += values[c] * values[c]
+        scale = one / np.sqrt(variance / np.float32(width) + epsilon)
+        for c in range(n_embed):
+            values[c] = max(values[c] * scale * gain[c] + shift[c] + source[c], zero)
+        for c in range(n_embed, width):
+            values[c] = max(values[c] * scale * gain[c] + shift[c] + type_embedding[c - n_embed], zero)
+        for h in range(n_heads):
+            row = project[h]
+            x = project_bias[h] + offset
+            for c in range(width):
+                x += values[c] * row[c]
+            out[i, h] = (x if x > _LINEAR_FROM else np.log1p(np.exp(x))) / unit_scale
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A layer norm: weight, bias, epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor, *, added: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Return ``x`` normed, plus something, cut at 0 if asked; ``x`` is used up."""
+        kernels = encoder_kernels() if x.device.type == "cpu" else None
+        if kernels is None:
+            x = functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+            x = x if added is None else x.add_(added)
+            return x.relu_() if relu else x
+        values = x.numpy()
+        source = values if added is None else added.numpy()
+        n_added = 0 if added is None else added.shape[1]
+        kernels.norm(values, self.weight.numpy(), self.bias.numpy(), np.float32(self.epsilon), source, n_added, relu)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """``x @ weight + bias``; the weight is stored transposed."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the image of ``x``."""
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A residual block: ``relu(x + norm(second(relu(norm(first(x))))))``, and a projection with its norm, if any."""
+
+    first: Affine
+    first_norm: Norm
+    second: Affine
+    second_norm: Norm | None
+    project: Affine | None
+    project_norm: Norm | None
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return the block's value before the projection."""
+        inner = self.first_norm(self.first(x), relu=True)
+        return self.residual(x, self.second(inner))
+
+    def residual(self, x: Tensor, inner: Tensor) -> Tensor:
+        """Return the block's value before the projection from that of its inner layers, which is used up."""
+        return inner.add_(x).relu_() if self.second_norm is None else self.second_norm(inner, added=x, relu=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the block's value."""
+        x = self.hidden(x)
+        if self.project is not None:
+            x = self.project(x)
+        return x if self.project_norm is None else self.project_norm(x)
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderWeights:
+    """An AMICI's weights, folded for one pass over senders; on one device.
+
+    Parameters
+    ----------
+    n_heads, head_size, n_types, n_genes
+        Sizes.
+    dummy_score
+        Attention score of the dummy neighbour, whose value is 0.
+    gene_block
+        Embeds expression.
+    kv_block
+        Residual part of the key and value embedding.
+    kv_spread
+        What the layer norm of the key and value embedding divides by, as the norm of one affine map (``None``: there
+        is no layer norm).
+    kv_epsilon, kv_width
+        Epsilon of that layer norm, and how many numbers it averages over.
+    base_scores, values
+        Affine maps to attention scores (types x heads columns) and to values (heads x head_size columns), before the
+        division by the spread; their constants come after it.
+    base_constant, value_constant
+        Added after the division.
+    pair_sender, pair_type, pair_bias
+        First layer of the distance coefficients, split into the part of the sender, the part of the receiver type and
+        what its layer norm adds; all centred, so that its mean is 0.
+    pair_gain
+        Scale of that layer norm.
+    pair_epsilon
+        Its epsilon.
+    pair_block
+        What follows.
+    type_embedding
+        Shape (types, label dimensions).
+    coefficient_offset, unit_scale
+        Added before the softplus; distances are divided by ``unit_scale``.
+    query_weights, query_gram, offsets
+        What of a readout depends on the type: shape (types, genes), (types, 1 + outputs) and (types, genes).
+    output_weights, output_gram, norm_epsilon
+        What does not: shape (genes, outputs), (outputs, outputs), and the epsilon of the layer norm.
+    """
+
+    n_heads: int
+    head_size: int
+    n_types: int
+    n_genes: int
+    dummy_score: float
+    gene_block: Block
+    kv_block: Block
+    kv_spread: Affine | None
+    kv_epsilon: float
+    kv_width: int
+    base_scores: Affine
+    values: Affine
+    base_constant: Tensor
+    value_constant: Tensor
+    pair_sender: Tensor
+    pair_type: Tensor
+    pair_bias: Tensor
+    pair_gain: Tensor
+    pair_epsilon: float
+    pair_block: Block
+    type_embedding: Tensor
+    coefficient_offset: float
+    unit_scale: float
+    query_weights: Float64[np.ndarray, "types genes"]
+    query_gram: Float64[np.ndarray, "types columns"]
+    offsets: Float64[np.ndarray, "types genes"]
+    output_weights: Float64[np.ndarray, "genes outputs"]
+    output_gram: Float64[np.ndarray, "outputs outputs"]
+    norm_epsilon: float
+
+    @property
+    def n_outputs(self) -> int:
+        """Numbers that attention brings to a receiver: heads x head_size."""
+        return self.n_heads * self.head_size
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the distance network has a second norm and a projection, as it has unless sizes coincide."""
+        return self.pair_block.second_norm is not None and self.pair_block.project is not None
+
+    @property
+    def bytes_per_sender(self) -> int:
+        """Memory of one sender in :class:`SenderTables`."""
+        return 4 * (self.n_outputs + 2 * self.n_heads * self.n_types)
+
+    @property
+    def bytes_per_embedding(self) -> int:
+        """Memory that one sender takes while it is embedded, about: inputs, hidden layers, a pair's layers."""
+        widths = (
+            3 * self.n_genes,
+            2 * self.gene_block.first.bias.shape[0],
+            6 * self.kv_block.first.weight.shape[0],
+            4 * self.pair_bias.shape[0],
+            self.n_outputs + 2 * self.n_heads * self.n_types,
+        )
+        return 4 * sum(widths)
+
+    def readout(self, code: int) -> Readout:
+        """Return how attention outputs become predicted expression in receivers of a type code."""
+        gram = np.empty((1 + self.n_outputs, 1 + self.n_outputs))
+        gram[0], gram[:, 0] = self.query_gram[code], self.query_gram[code]
+        gram[1:, 1:] = self.output_gram
+        return Readout(
+            weights=np.concatenate([self.query_weights[code][:, None], self.output_weights], axis=1),
+            gram=gram,
+            offset=self.offsets[code],
+            epsilon=self.norm_epsilon,
+            n_heads=self.n_heads,
+            head_size=self.head_size,
+        )
+
 
 _NO_SCORE = -1e30
 """Below any score by more than attention counts; not infinite, so that differences of scores stay numbers."""

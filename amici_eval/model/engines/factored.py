@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.common.side_by_side import run_on_single_threads
-from amici_eval.data.shared_matrices import sent
-from amici_eval.model.engines.attention import attend, attention_weights
-from amici_eval.model.engines.budget import memory_budget, warn_of_budget
-from amici_eval.model.engines.encoder import SenderTables, embed_senders
-from amici_eval.model.engines.folding import fold_encoder
-from amici_eval.model.engines.masked_attention import (
+from amici_eval.common.memory import available_memory, free_bytes, memory_errors_explained, unless_memory_ends
+from amici_eval.common.threads import run_on_single_threads
+from amici_eval.data.matrices import sent
+from amici_eval.model.engines.attention import (
     SenderSums,
+    SentFactors,
+    attend,
+    attention_weights,
     outputs_without_nearest,
     outputs_without_senders,
     sums_by_sender,
 )
-from amici_eval.model.engines.sent_factors import SentFactors
-from amici_eval.stats.shrinking import memory_errors_explained, unless_memory_ends
+from amici_eval.model.engines.encoder import SenderTables, embed_senders
+from amici_eval.model.engines.folding import fold_encoder
 from amici_eval.stats.spatial.tiles import morton_codes
 
 if TYPE_CHECKING:
@@ -34,12 +34,48 @@ if TYPE_CHECKING:
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import ExpressionBlock
-    from amici_eval.model.engines.access import HookedAccess
+    from amici_eval.model.engines.hooked import HookedAccess
     from amici_eval.stats.readout import Readout
 
-__all__ = ["FactoredAccess", "HeadOutputs"]
+__all__ = ["FactoredAccess", "HeadOutputs", "memory_budget", "warn_of_budget"]
 
 logger = logging.getLogger(__name__)
+
+_SHARE = 0.25
+_LEAST = 64 * 2**20
+
+
+def memory_budget(asked: int | None, device: str) -> int:
+    """Return the bytes that tables and chunks may take: what was asked for, or a quarter of what is free.
+
+    Notes
+    -----
+    Of what is free at this moment: whoever computes beside has taken his share by then. More than is free is never
+    returned, whatever was asked for, but for the 64 MiB without which there would be no work.
+    """
+    free = _free(device)
+    if asked is not None:
+        return min(asked, max(_LEAST, free))
+    return max(_LEAST, int(_SHARE * free))
+
+
+def warn_of_budget(asked: int | None, device: str) -> None:
+    """Say so if more memory was asked for than is free."""
+    free = _free(device)
+    if asked is not None and asked > free:
+        logger.warning(
+            "ablation.memory_budget asks for %.3g GB, but %.3g GB are free on %s: that bounds tables and chunks",
+            asked / 1e9,
+            free / 1e9,
+            device,
+        )
+
+
+def _free(device: str) -> int:
+    # Apple's GPUs have the machine's memory
+    found = free_bytes(device) if torch.device(device).type == "cuda" else None
+    return available_memory() if found is None else found
+
 
 _SENDER_CHUNK = {"cpu": 2048, "cuda": 16384}
 _LEAST_CHUNK = 64

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from amici_eval.model.engines.encoder_weights import Affine, Block, EncoderWeights, Norm
+from amici_eval.model.engines.encoder import Affine, Block, EncoderWeights, Norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.common.names import slugify
+from amici_eval.common.text import slugify
 from amici_eval.report.figures.drawing import (
     INK,
     UNDEFINED,

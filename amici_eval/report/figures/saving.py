@@ -20,14 +20,17 @@ from amici_eval.report.figures.ablation_figures import (
     plot_interactions,
 )
 from amici_eval.report.figures.drawing import chosen_types
-from amici_eval.report.figures.effects_figure import EFFECTS_STEM, effects_size, has_effects, plot_effects
 from amici_eval.report.figures.head_figures import (
     BARPLOT_STEM,
+    EFFECTS_STEM,
     barplot_size,
     check_n_top_genes,
+    effects_size,
+    has_effects,
     heatmap_size,
     heatmap_stem,
     plot_barplot,
+    plot_effects,
     plot_heatmap,
     top_genes,
 )

@@ -1,23 +1,28 @@
-"""One page that shows an evaluation: a single file that needs no network."""
+"""The page of one evaluation: its sections in order, and where its numbers come from."""
 
 from __future__ import annotations
 
+import json
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.common.names import slugify
-from amici_eval.report.ablation_summary import ablations_section
-from amici_eval.report.figures.svg import inline_figure
+from amici_eval.common.text import mask_mapping, masked, slugify
+from amici_eval.report.figures.drawing import inline_figure
 from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
 from amici_eval.report.page.frame import write_page
-from amici_eval.report.page.head_sections import head_sections, verdict_sentence
 from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
-from amici_eval.report.page.provenance import identity_line, provenance_section
 from amici_eval.report.page.sections import (
+    ablations_section,
     genes_section,
+    head_sections,
     held_out_section,
     scale_section,
+    verdict_sentence,
     width_section,
     without_heads_section,
 )
@@ -30,18 +35,102 @@ from amici_eval.report.sentences import (
     interval,
     made_folder,
     p_text,
+    permutations_text,
     printable,
     undefined_sentences,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from datetime import datetime
     from pathlib import Path
 
     from amici_eval.results.evaluation import HeadEvaluation
 
-__all__ = ["write_html"]
+__all__ = ["identity_line", "plain", "provenance_section", "write_html"]
+
+_PACKAGES = ("amici-eval", "amici-st", "torch", "numpy", "scipy", "numba", "mlflow")
+_LONGEST_IN_LINE = 80
+
+
+def identity_line(evaluation: HeadEvaluation) -> str:
+    """Return model and data in a line each."""
+    lines = [
+        f"{heading}: "
+        + " · ".join(f"{key} {plain(value)}" for key, value in values.items() if len(plain(value)) <= _LONGEST_IN_LINE)
+        for heading, values in (("Model", evaluation.model), ("Data", evaluation.data))
+        if values
+    ]
+    return "".join(f'<p class="identity">{text(line)}</p>' for line in lines)
+
+
+def provenance_section(
+    evaluation: HeadEvaluation, *, run: Mapping[str, object] | None = None, written: datetime | None = None
+) -> str:
+    """Return what was evaluated, by which versions, on which device, when, with which settings."""
+    settings = dict(_flat(evaluation.spec.to_dict()))
+    facts = {
+        "engine used": evaluation.engine,
+        "device asked for": evaluation.spec.ablation.device,
+        "permutations used": permutations_text(evaluation),
+        "parity of engines": _parity(evaluation),
+        **(run or {}),
+        "page written": (written or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M:%S %Z").strip(),
+    }
+    groups = (
+        ("Model", evaluation.model),
+        ("Data", evaluation.data),
+        ("Run", facts),
+        ("Versions, where the page was written", _versions()),
+        ("Settings", settings),
+    )
+    parts = [
+        f'<h3>{text(heading)}</h3><div class="scroll" tabindex="0" role="region" aria-label="{text(heading)}">'
+        f'<table class="facts"><tbody>{_listed(values)}</tbody></table></div>'
+        for heading, values in groups
+        if values
+    ]
+    return section("identity", "What was evaluated", "".join(parts))
+
+
+def plain(value: object) -> str:
+    """Return a value as text without credentials: a list or mapping as JSON."""
+    known = masked(value)
+    return (
+        json.dumps(known, ensure_ascii=False, default=str) if isinstance(known, (Mapping, list, tuple)) else str(known)
+    )
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return "".join(row(key, [cell(plain(value), words=True)]) for key, value in mask_mapping(values).items())
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """Return settings by the names that one would give to change them, as ``permutation.alpha``."""
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += (
+            _flat(value, f"{before}{key}.") if isinstance(value, Mapping) and value else [(f"{before}{key}", value)]
+        )
+    return found
+
+
+def _parity(evaluation: HeadEvaluation) -> str:
+    if evaluation.parity is None:
+        return "not compared"
+    if not np.isfinite(evaluation.parity):
+        return f"no finite number on {evaluation.parity_cells:,} cells"
+    return f"largest difference {evaluation.parity:.2g} on {evaluation.parity_cells:,} cells"
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version(), "system": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            # a page may be written from a stored evaluation, where not all is installed
+            continue
+    return found
+
 
 _EFFECTIVE = "Effective cells (lag)"
 _HOW_TO_READ = (

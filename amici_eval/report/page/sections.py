@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.report.markup import cell, row, section, table, text
+from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
 from amici_eval.report.sentences import (
     BASELINE_MEANINGS,
     BASELINE_NAMES,
     adjustment_text,
     effect,
+    in_sample_text,
     interval,
     p_text,
     printable,
@@ -20,14 +21,19 @@ from amici_eval.report.sentences import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Float64
 
     from amici_eval.results.evaluation import HeadEvaluation
 
 __all__ = [
+    "ablations_section",
     "genes_section",
+    "head_sections",
     "held_out_section",
     "scale_section",
+    "verdict_sentence",
     "width_section",
     "without_heads_section",
 ]
@@ -266,3 +272,202 @@ def _sentence_case(name: str) -> str:
 def _folded(content: str, n_rows: int) -> str:
     """Return a table that is open if it is short."""
     return f"<details{' open' if n_rows <= _MOST_OPEN_ROWS else ''}><summary>{n_rows} rows</summary>{content}</details>"
+
+
+_GENES_PER_TYPE = 10
+_MOST_TYPES_NAMED = 8
+
+
+def verdict_sentence(evaluation: HeadEvaluation) -> str:
+    """Return how many heads carry signal, by which test, and whether they say more than what needs no head."""
+    significant = evaluation.adjusted <= evaluation.spec.permutation.alpha
+    if not evaluation.n_decided:
+        return f"No head could be tested ({evaluation.decided_by} null); why is said below."
+    heads = np.flatnonzero(significant.any(axis=1))
+    test = (
+        f"{evaluation.n_significant} of {evaluation.n_decided} tested head x type pairs at adjusted p ≤ "
+        f"{evaluation.spec.permutation.alpha:g}, {evaluation.decided_by} null{in_sample_text(evaluation)}"
+    )
+    if not heads.size:
+        return f"Verdict: no head is significant in any cell type ({test})."
+    n_heads = evaluation.n_heads
+    who = f"{heads.size} of {n_heads} heads {'is' if heads.size == 1 else 'are'} significant in at least one cell type"
+    verdict = f"Verdict: {who} ({test})."
+    found = evaluation.trivial
+    if found is not None:
+        more = np.count_nonzero(significant & (found.gain > 0))
+        also = "explains" if more == 1 else "explain"
+        verdict += f" Of these pairs, {more} also {also} more than the best predictor without heads."
+    return verdict
+
+
+def head_sections(evaluation: HeadEvaluation) -> str:
+    """Return a section per head, with its effect and tests in each type and the genes that it explains best."""
+    entries: list[dict[str, Any]] = evaluation.heads().to_dict("records")  # type: ignore[assignment]
+    parts = [
+        _head(evaluation, head, [entry for entry in entries if entry["head"] == head])
+        for head in range(evaluation.n_heads)
+    ]
+    return section("each-head", "Head by head", "".join(parts))
+
+
+def _head(evaluation: HeadEvaluation, head: int, entries: list[dict[str, Any]]) -> str:
+    entries = sorted(entries, key=lambda entry: -np.nan_to_num(entry["expl_var_head"], nan=-np.inf))
+    types = _types_table(evaluation, head, entries)
+    return (
+        f'<section id="head-{head}" class="head" aria-labelledby="head-{head}-name">'
+        f'<h3 id="head-{head}-name">Head {head}</h3><p>{text(_sentences(evaluation, head, entries))}</p>'
+        + folded(types, f"Head {head} in {len(entries)} cell types", is_open=True)
+        + _genes(evaluation, head)
+        + '<p class="back"><a href="#matrix">Back to heads and cell types</a></p></section>'
+    )
+
+
+def _sentences(evaluation: HeadEvaluation, head: int, entries: list[dict[str, Any]]) -> str:
+    tested = int(np.count_nonzero(~np.isnan(evaluation.adjusted[head])))
+    where = [printable(entry["ct_name"], longest=40) for entry in entries if yes_no(entry["significant"]) == "yes"]
+    test = (
+        f"adjusted p ≤ {evaluation.spec.permutation.alpha:g}, {evaluation.decided_by} null{in_sample_text(evaluation)}"
+    )
+    listed = ", ".join(where[:_MOST_TYPES_NAMED])
+    more = f" and {len(where) - _MOST_TYPES_NAMED} more" if len(where) > _MOST_TYPES_NAMED else ""
+    said = [
+        f"Significant in {len(where) or 'none'} of {tested} tested types ({test}){': ' if where else ''}{listed}{more}."
+    ]
+    best = entries[0] if entries else {}
+    if best and not np.isnan(best["expl_var_head"]):
+        between = interval(best["ci_low"], best["ci_high"])
+        said.append(
+            f"Kept alone it explains most in {printable(best['ct_name'])}: {effect(best['expl_var_head'])}"
+            f"{f' ({between})' if between else ''}."
+        )
+    found, spatial = evaluation.trivial, evaluation.spatial
+    if found is not None and not np.isnan(found.gain[head]).all():
+        gains = found.gain[head][~np.isnan(found.gain[head])]
+        said.append(
+            f"It explains more than the best predictor without heads in {np.count_nonzero(gains > 0)} of {gains.size} "
+            "types."
+        )
+    if spatial is not None and not np.isnan(spatial.ess[head]).all():
+        said.append(f"Effective sample size (lag null): {span(spatial.ess[head])}.")
+    return " ".join(said)
+
+
+def _types_table(evaluation: HeadEvaluation, head: int, entries: list[dict[str, Any]]) -> str:
+    null, of_genes = evaluation.decided_by, _significant_genes(evaluation, head)
+    spatial, parts = evaluation.spatial is not None, evaluation.parts
+    p, adjusted = (f"p_value{one}_{'spatial' if spatial else 'head'}" for one in ("", "_adj"))
+    header = ["Receiver type", "Cells", "EV, all genes"]
+    header += ["Interval"] if evaluation.intervals is not None else []
+    header += ["Gain"] if evaluation.trivial is not None else []
+    header += ["EV, held out"] if parts is not None else []
+    header += ["Effective cells (lag)", "Detectable EV (lag)"] if spatial else []
+    header += [f"p ({null})", f"Adjusted p ({null})", "Significant"]
+    header += [] if of_genes is None else ["Genes *"]
+    header += ["Best gene", "Undefined because"]
+    rows = []
+    for entry in entries:
+        at = evaluation.type_index(entry["ct_name"])
+        cells = [cell(f"{entry['n_cells']:,}"), cell(effect(entry["expl_var_head"]))]
+        cells += [cell(interval(entry["ci_low"], entry["ci_high"]))] if evaluation.intervals is not None else []
+        cells += [cell(effect(entry["gain"]))] if evaluation.trivial is not None else []
+        cells += [cell(effect(float(parts.expl_var[1, head, at])))] if parts is not None else []
+        cells += [cell(cells_text(entry["ess"])), cell(effect(entry["detectable_expl_var"]))] if spatial else []
+        cells += [cell(p_text(entry[p])), cell(p_text(entry[adjusted])), cell(yes_no(entry["significant"]), words=True)]
+        cells += [] if of_genes is None else [cell(of_genes[entry["ct_name"]])]
+        cells += [cell(_best_gene(entry), words=True), cell(entry["undefined_reason"], words=True, long=True)]
+        rows.append(row(entry["ct_name"], cells))
+    caption = f"Head {head} kept alone, by receiver type, the largest explained variance (EV) first."
+    return table(header, rows, caption)
+
+
+def _significant_genes(evaluation: HeadEvaluation, head: int) -> Mapping[str, int] | None:
+    """Return how many genes of each type are significant and explained, or ``None`` without tests of genes."""
+    found = evaluation.spatial
+    if found is None or np.all(np.isnan(found.p_value_gene)):
+        return None
+    small = found.p_value_adj_gene[head] <= evaluation.spec.permutation.alpha
+    counts = np.count_nonzero(small & (evaluation.expl_var_gene[head] > 0), axis=1)
+    return dict(zip(evaluation.cell_types, counts.tolist(), strict=True))
+
+
+def _genes(evaluation: HeadEvaluation, head: int) -> str:
+    found, alpha = evaluation.spatial, evaluation.spec.permutation.alpha
+    tested = found is not None and not np.all(np.isnan(found.p_value_gene))
+    chosen: list[tuple[float, int, int]] = []
+    for index, effects in enumerate(evaluation.expl_var_gene[head]):
+        largest = np.argsort(-np.nan_to_num(effects, nan=-np.inf), kind="stable")[:_GENES_PER_TYPE]
+        chosen += [(float(effects[gene]), index, int(gene)) for gene in largest if effects[gene] > 0]
+    if not chosen:
+        return "<p>It explains no gene in any type.</p>"
+    chosen.sort(key=lambda one: (-one[0], one[1], one[2]))
+    header = ["Gene", "Receiver type", "EV", *(["Adjusted p (lag)"] if tested else [])]
+    rows = []
+    for value, index, gene in chosen:
+        cells = [cell(evaluation.cell_types[index], words=True), cell(effect(value))]
+        if found is not None and tested:
+            p = float(found.p_value_adj_gene[head, index, gene])
+            cells.append(cell(f"{p_text(p)}{' *' if p <= alpha else ''}"))
+        rows.append(row(evaluation.genes[gene], cells))
+    caption = (
+        f"Up to {_GENES_PER_TYPE} genes of each type with the largest explained variance above 0: picked for being "
+        f"largest, so optimistic. {f'* adjusted p ≤ {alpha:g} (lag null, family of all genes). ' if tested else ''}"
+        f"All {len(evaluation.genes):,} genes are in tables/explained_variance.csv."
+    )
+    return folded(table(header, rows, caption), f"Genes that head {head} explains best: {len(rows)} rows")
+
+
+def _best_gene(entry: Mapping[str, Any]) -> str:
+    if not entry["best_gene"]:
+        return ""
+    return f"{printable(entry['best_gene'], longest=24)}: {effect(entry['expl_var_best_gene'])}"
+
+
+_CAPTION = (
+    "Lost without it: what the whole model explains more than the model without this head. Fair share: Shapley value; "
+    "the shares of a type add up to all heads minus no head. Interaction below 0: two heads explain partly the same; "
+    "above 0: they explain more together than the sum of what each adds. All numbers are in tables/ablations.csv and "
+    "tables/head_interactions.csv."
+)
+
+
+def ablations_section(evaluation: HeadEvaluation) -> str:
+    """Return the section, or nothing if neither what is lost nor shares nor interactions were computed."""
+    ablations = evaluation.ablations
+    if ablations is None:
+        return ""
+    header = ["Receiver type", "EV, all heads"]
+    columns = []
+    if "leave_one_out" in ablations.modes:
+        header += ["Most missed head", "Lost without it"]
+        columns.append(evaluation.expl_var_full - ablations.of("leave_one_out"))
+    if "shapley" in ablations.modes:
+        header += ["Head with the largest share", "Fair share"]
+        columns.append(ablations.of("shapley"))
+    first, second = np.triu_indices(evaluation.n_heads, k=1)
+    pairs = ablations.interaction[:, first, second]
+    with_pairs = bool(np.isfinite(pairs).any())
+    if with_pairs:
+        header += ["Most alike", "Interaction", "Most in need of each other", "Interaction"]
+    if not columns and not with_pairs:
+        return ""
+    names = [f"{a} + {b}" for a, b in zip(first, second, strict=True)]
+    heads = [str(head) for head in range(evaluation.n_heads)]
+    rows = []
+    for index in np.flatnonzero(~np.isnan(evaluation.expl_var_full)):
+        cells = [cell(effect(float(evaluation.expl_var_full[index])))]
+        for values in columns:
+            cells += _largest(heads, values[:, index])
+        if with_pairs:
+            # a pair that is merely the least of all is neither alike nor in need
+            cells += _largest(names, np.where(pairs[index] < 0, -pairs[index], np.nan), sign=-1.0)
+            cells += _largest(names, np.where(pairs[index] > 0, pairs[index], np.nan))
+        rows.append(row(evaluation.cell_types[index], cells))
+    return section("ablations", "Heads taken away", table(header, rows, _CAPTION)) if rows else ""
+
+
+def _largest(names: list[str], values: Float64[np.ndarray, " names"], *, sign: float = 1.0) -> list[str]:
+    if np.isnan(values).all():
+        return [cell("–"), cell("")]
+    best = int(np.nanargmax(values))
+    return [cell(names[best]), cell(effect(sign * float(values[best])))]

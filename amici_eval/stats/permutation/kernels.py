@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from amici_eval.common.compiling import compiled
+from amici_eval.common.threads import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable

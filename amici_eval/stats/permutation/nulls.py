@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.shrinking import Shrinking
+from amici_eval.common.memory import Shrinking
 
 if TYPE_CHECKING:
     from collections.abc import Callable

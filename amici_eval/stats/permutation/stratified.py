@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from amici_eval.stats.permutation.factor_draws import FactorDraw, check_factors, draw_from, part_of
+from amici_eval.stats.permutation.factor_nulls import FactorDraw, check_factors, draw_from, part_of
 from amici_eval.stats.permutation.nulls import PermutationCounts
-from amici_eval.stats.permutation.packed_factors import pack
 from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.statistics import pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

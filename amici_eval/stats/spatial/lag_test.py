@@ -9,15 +9,13 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 
-from amici_eval.stats.shrinking import Shrinking
+from amici_eval.common.memory import Shrinking
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
     from torch import Tensor
 
-    from amici_eval.stats.spatial.lag import LagGrid
-    from amici_eval.stats.spatial.near_pairs import NearPairs
-    from amici_eval.stats.spatial.positions import CellPositions
+    from amici_eval.stats.spatial.lag import CellPositions, LagGrid, NearPairs
 
 __all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
 

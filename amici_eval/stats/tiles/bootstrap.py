@@ -1,4 +1,4 @@
-"""Intervals of explained variance that hold in tissue: whole tiles are drawn again, not cells."""
+"""Bootstrap over tiles of tissue: intervals of explained variance of heads and types."""
 
 from __future__ import annotations
 

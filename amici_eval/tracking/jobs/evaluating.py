@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, InvalidSpecError, TrackingError, first_line
-from amici_eval.common.escaping import code_block
+from amici_eval.common.text import code_block
 from amici_eval.settings.checks import check_alias
 from amici_eval.settings.launch import LaunchSpec
-from amici_eval.tracking.models.registry import (
+from amici_eval.tracking.registry import (
     ResolvedModel,
     check_model_name,
     connect_to,
@@ -20,12 +20,10 @@ from amici_eval.tracking.models.registry import (
     known_model_id,
     resolve_model,
 )
-from amici_eval.tracking.runs.contents import check_report, evaluation_metrics, evaluation_params, run_tags
-from amici_eval.tracking.runs.delivery import deliver
+from amici_eval.tracking.runs.delivery import check_report, deliver, evaluation_metrics, evaluation_params, run_tags
 from amici_eval.tracking.runs.local_results import RunRecord, checked_output, remove_local
-from amici_eval.tracking.runs.reuse import FINGERPRINT_TAG, fingerprint, resume_key
 from amici_eval.tracking.runs.tracked import NOTE_TAG, tracked_run, undisturbed
-from amici_eval.tracking.runs.unfinished import UnfinishedWork
+from amici_eval.tracking.runs.unfinished import FINGERPRINT_TAG, UnfinishedWork, fingerprint, resume_key
 from amici_eval.tracking.store.errors import optional, patiently, store_errors
 
 if TYPE_CHECKING:
@@ -100,7 +98,7 @@ def evaluate_job(
     from amici_eval.evaluation.launching import open_launcher
     from amici_eval.model.opening import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
-    from amici_eval.tracking.models.stored_model import open_stored_model
+    from amici_eval.tracking.stored_model import open_stored_model
 
     launch = launch or LaunchSpec()
     launch.check_device(resolve_device(spec.ablation.device))

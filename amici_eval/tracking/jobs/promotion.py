@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.registry import RegistryTags
 from amici_eval.tracking.runs.lease import held
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from amici_eval.common.errors import DataError, OutputError
 from amici_eval.common.files import FolderLock
 from amici_eval.results.tile_sums import MOMENTS_FILE
 from amici_eval.tracking.runs.delivery import send
-from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG
 from amici_eval.tracking.runs.local_results import RECORD_FILE, RunRecord
+from amici_eval.tracking.runs.tracked import PARTIAL_TAG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ def upload(folder: Path, *, retry_s: float = 0.0) -> str:
     """Finish the run of an evaluation that could not be sent, and return its id; the folder stays."""
     from mlflow import MlflowClient
 
-    from amici_eval.tracking.models.registry import connect
+    from amici_eval.tracking.registry import connect
     from amici_eval.tracking.runs.unfinished import RESUME_FILE, forget_parts
 
     if (folder / RESUME_FILE).is_file() and not (folder / RECORD_FILE).exists():

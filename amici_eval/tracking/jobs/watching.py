@@ -17,7 +17,7 @@ from amici_eval.common.errors import (
     TrackingError,
     first_line,
 )
-from amici_eval.tracking.models.registry_tags import RegistryTags
+from amici_eval.tracking.registry import RegistryTags
 from amici_eval.tracking.runs.lease import held
 from amici_eval.tracking.store.errors import patiently, tracking_errors
 from amici_eval.tracking.store.searching import all_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -10,22 +11,81 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.errors import TrackingError, mask_secrets
+from amici_eval import __version__
+from amici_eval.common.errors import TrackingError, first_line, mask_secrets
 from amici_eval.common.files import FolderLock, write_text_durably
 from amici_eval.evaluation.finished_parts import FinishedParts
-from amici_eval.tracking.runs.heartbeat import PARTIAL_TAG
+from amici_eval.results.evaluation import FILE_NAME, SCHEMA_VERSION
+from amici_eval.results.tile_sums import MOMENTS_FILE
+from amici_eval.settings.evaluation import settings_that_matter
 from amici_eval.tracking.runs.local_results import RECORD_FILE, output_folder
-from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE
-from amici_eval.tracking.store.errors import is_missing, store_errors, understood
+from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE, PARTIAL_TAG
+from amici_eval.tracking.store.errors import asked_again, is_missing, patiently, store_errors, understood
+from amici_eval.tracking.store.searching import runs_anywhere
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.settings.evaluation import TrackingSpec
+    from amici_eval.settings.evaluation import EvaluationSpec, TrackingSpec
 
-__all__ = ["PARTS_FOLDER", "RESUME_FILE", "UnfinishedWork", "forget_parts"]
+__all__ = [
+    "FINGERPRINT_TAG",
+    "PARTS_FOLDER",
+    "RESUME_FILE",
+    "UnfinishedWork",
+    "download_evaluation",
+    "find_evaluation",
+    "fingerprint",
+    "forget_parts",
+    "resume_key",
+]
 
 logger = logging.getLogger(__name__)
+
+FINGERPRINT_TAG = "amici_eval.fingerprint"
+
+
+def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
+    """Return what evaluations share that give the same numbers; ``model`` is the id of the logged model, or its URI."""
+    text = json.dumps([SCHEMA_VERSION, model, digest, settings_that_matter(spec)], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
+    """Return what evaluations share that may take up each other's finished parts."""
+    # a model in a folder may have other files next time; workers have one thread each, whose sums may differ in a digit
+    return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
+
+
+def find_evaluation(fingerprint: str) -> str | None:
+    """Return a run that holds such an evaluation and ended well, in any experiment; a refused search finds none."""
+    from mlflow import MlflowClient
+
+    condition = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}' and attributes.status = 'FINISHED'"
+
+    def search() -> str | None:
+        return next((run.info.run_id for run in runs_anywhere(MlflowClient(), condition)), None)
+
+    try:
+        return patiently(search, what="searching for an earlier evaluation")
+    except store_errors() as error:
+        logger.warning(
+            "the store refused to search for an earlier evaluation (%s): a new one is made", first_line(error)
+        )
+        return None
+
+
+@asked_again("fetching an evaluation")
+def download_evaluation(run_id: str, folder: Path) -> Path:
+    """Fetch an evaluation and its moments from a run into a folder, and return the folder."""
+    import mlflow.artifacts
+
+    there = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run_id)}
+    for name in (FILE_NAME, MOMENTS_FILE):
+        if name in there:
+            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder))
+    return folder
+
 
 RESUME_FILE = "resume.json"
 CONTINUED_TAG = "amici_eval.continued_by"

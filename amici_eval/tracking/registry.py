@@ -1,4 +1,4 @@
-"""Find models, versions and data in the tracking store, and say what is there when they are not found."""
+"""Find and tag models, versions and data in the tracking store; say what is there when one is not found."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import re
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,23 @@ from amici_eval.common.errors import (
     first_line,
     mask_secrets,
 )
-from amici_eval.tracking.runs.heartbeat import close_abandoned
-from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE
-from amici_eval.tracking.store.errors import asked_again, is_missing, set_patience, store_errors, tracking_errors
+from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, close_abandoned
+from amici_eval.tracking.store.errors import (
+    asked_again,
+    is_missing,
+    patiently,
+    set_patience,
+    store_errors,
+    tracking_errors,
+)
 from amici_eval.tracking.store.searching import all_pages, version_numbers
 
 if TYPE_CHECKING:
     from amici_eval.settings.evaluation import TrackingSpec
-    from amici_eval.tracking.models.stored_model import StoredModel
+    from amici_eval.tracking.stored_model import StoredModel
 
 __all__ = [
+    "RegistryTags",
     "ResolvedModel",
     "check_model_name",
     "connect",
@@ -41,6 +49,57 @@ __all__ = [
     "known_model_id",
     "resolve_model",
 ]
+
+
+def _client() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryTags:
+    """Tags of a registered model, or of one of its versions.
+
+    Parameters
+    ----------
+    name
+        Registered model.
+    version
+        One of its versions; ``None``: the tags of the model itself.
+    client
+        ``MlflowClient``; by default one for the tracking store of this process.
+    """
+
+    name: str
+    version: str | None = None
+    client: Any = field(default_factory=_client, repr=False, compare=False)
+
+    @property
+    def where(self) -> str:
+        """What the tags are of, for messages."""
+        return self.name if self.version is None else f"{self.name} version {self.version}"
+
+    def ask(self, call: str, *more: str) -> Any:
+        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ..."""
+        of, where = (
+            ("registered_model", [self.name]) if self.version is None else ("model_version", [self.name, self.version])
+        )
+        with tracking_errors(self.where):
+            return patiently(partial(getattr(self.client, call.format(of)), *where, *more), what="asking the registry")
+
+    def read(self) -> dict[str, str]:
+        """Return all tags."""
+        return dict(self.ask("get_{}").tags)
+
+    def write(self, key: str, value: str) -> None:
+        """Set a tag."""
+        self.ask("set_{}_tag", key, value)
+
+    def remove(self, key: str) -> None:
+        """Delete a tag; one that is gone already is no error."""
+        self.ask("delete_{}_tag", key)
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Moments of the heads' predictions and of expression, from one pass over the cells of a type."""
+"""Sums per tile of the heads' predictions and of expression, from one pass over the cells of a type."""
 
 from __future__ import annotations
 
@@ -8,17 +8,103 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from amici_eval.stats.permutation.head_sums import HeadSums
-
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
-    from jaxtyping import Bool, Float32, Float64, Int64
+    from jaxtyping import Bool, Float, Float32, Float64, Int64
 
     from amici_eval.stats.readout import Readout
-    from amici_eval.stats.spatial.positions import CellPositions
+    from amici_eval.stats.spatial.lag import CellPositions
 
-__all__ = ["Block", "TypeMoments", "factors_of", "gather_moments", "merge_tiles"]
+__all__ = [
+    "Block",
+    "HeadSums",
+    "MaskedMoments",
+    "Residuals",
+    "TypeMoments",
+    "factors_of",
+    "gather_moments",
+    "masked_moments",
+    "merge_tiles",
+    "moments_of_predictions",
+    "principal_factors",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Residuals:
+    """Of some models: prediction minus expression by tile, and predictions over all cells."""
+
+    mean: torch.Tensor
+    m2: torch.Tensor
+    predicted_ss: torch.Tensor
+    predicted_size: torch.Tensor
+
+
+class HeadSums:
+    """Sums by tile over the factors of models that each keep as many heads: of single heads, or of the whole.
+
+    Parameters
+    ----------
+    readout
+        How attention outputs become predictions.
+    keeps
+        The heads that each model keeps.
+    n_tiles, device
+        Tiles, and a torch device that has float64.
+    """
+
+    def __init__(self, readout: Readout, keeps: Sequence[Collection[int]], *, n_tiles: int, device: str) -> None:
+        columns = np.stack([readout.columns(heads) for heads in keeps])
+        self._readout, self._columns = readout, torch.from_numpy(columns).to(device)
+        grams = np.stack([readout.gram[np.ix_(own, own)] for own in columns])
+        self._grams = torch.from_numpy(grams).to(device)
+        n_models, rank = columns.shape
+        weights = torch.from_numpy(readout.weights).to(device)
+        self._weights = weights[:, self._columns].permute(1, 0, 2).contiguous()  # models x genes x rank
+        self._by_rank = self._weights.transpose(1, 2).contiguous()
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        n_genes = len(readout.offset)
+        self._f, self._ff = zeros(n_tiles, n_models, rank), zeros(n_tiles, n_models, rank, rank)
+        self._py, self._fy = zeros(n_tiles, n_models, n_genes), zeros(n_models * rank, n_genes)
+
+    def factors(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``[1, z] / scale``, shape (cells, models, rank), and the scale, shape (cells, models), in float64."""
+        n_models, rank = self._columns.shape
+        x = outputs.new_empty((len(outputs), n_models, rank), dtype=torch.float64)
+        x[:, :, 0] = 1.0
+        # the outputs of the heads stand side by side, as the columns do after the first
+        x[:, :, 1:] = outputs.view(len(outputs), n_models, rank - 1)
+        turned = torch.bmm(x.transpose(0, 1), self._grams).transpose(0, 1)
+        scale = turned.mul_(x).sum(dim=2).clamp_(min=0.0).add_(self._readout.epsilon).sqrt_()
+        return x.div_(scale[:, :, None]), scale
+
+    def add(self, tile: int, factors: torch.Tensor, expression: torch.Tensor) -> None:
+        """Count some cells of a tile in."""
+        by_model = factors.transpose(0, 1)
+        self._f[tile] += factors.sum(dim=0)
+        self._ff[tile].baddbmm_(by_model.transpose(1, 2), by_model)
+        torch.mm(factors.reshape(len(factors), -1).T, expression, out=self._fy)
+        self._py[tile] += self._fy.view(*self._by_rank.shape).mul_(self._by_rank).sum(dim=1)
+
+    def residuals(self, n: torch.Tensor, target_mean: torch.Tensor, target_squares: torch.Tensor) -> Residuals:
+        """Return what follows for predictions, given cells (tiles, 1), means and squares of expression by tile."""
+        offset = torch.from_numpy(self._readout.offset).to(n.device)
+        mean, m2 = torch.empty_like(self._py), torch.empty_like(self._py)
+        predicted_ss, sizes = torch.empty_like(self._py[0]), self._py.new_empty(self._py.shape[1])
+        for model, (weights, by_rank) in enumerate(zip(self._weights, self._by_rank, strict=True)):
+            p_mean = (self._f[:, model] @ by_rank) / n
+            squares = (weights @ self._ff[:, model]).mul_(weights).sum(dim=2)
+            mean[:, model] = p_mean + offset - target_mean
+            raw = torch.add(squares, self._py[:, model], alpha=-2.0).add_(target_squares)
+            m2[:, model] = raw.sub_(n * (p_mean - target_mean) ** 2).clamp_(min=0.0)
+            overall, n_cells = (n * p_mean).sum(dim=0) / n.sum(), n.sum()
+            predicted_ss[model] = (squares.sum(dim=0) - n_cells * overall**2).clamp_(min=0.0)
+            sizes[model] = (squares.sum(dim=0) + n_cells * (2.0 * overall * offset + offset**2)).sum()
+        return Residuals(mean=mean, m2=m2, predicted_ss=predicted_ss, predicted_size=sizes)
 
 
 class Block(Protocol):
@@ -319,3 +405,187 @@ def _room(*shape: int, device: str) -> torch.Tensor:
     if torch.device(device).type == "cpu":
         return torch.from_numpy(np.empty(shape))
     return torch.empty(shape, dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MaskedMoments:
+    """Moments of one receiver type by tile: of expression, and of each head kept alone, whole and masked.
+
+    Parameters
+    ----------
+    tiles, n_cells
+        Numbers of the tiles that hold cells, and how many, shape (tiles,).
+    target_mean, target_m2
+        Mean and centred sum of squares of expression, shape (tiles, genes).
+    residual_mean, residual_m2
+        The same of prediction minus expression, shape (1 + masks, tiles, heads, genes): nothing masked, then each mask.
+    varies
+        Genes whose expression varies over the type, shape (genes,).
+    """
+
+    tiles: Int64[np.ndarray, " tiles"]
+    n_cells: Int64[np.ndarray, " tiles"]
+    target_mean: Float64[np.ndarray, "tiles genes"]
+    target_m2: Float64[np.ndarray, "tiles genes"]
+    residual_mean: Float64[np.ndarray, "models tiles heads genes"]
+    residual_m2: Float64[np.ndarray, "models tiles heads genes"]
+    varies: Bool[np.ndarray, " genes"]
+
+
+def masked_moments(
+    outputs: Sequence[Float32[np.ndarray, "cells outputs"]],
+    readout: Readout,
+    blocks: Iterable[Block],
+    *,
+    tiles: Int64[np.ndarray, " cells"],
+    device: str = "cpu",
+) -> MaskedMoments:
+    """Run once over the cells of a type and return the moments of its heads under several masks.
+
+    Parameters
+    ----------
+    outputs
+        What attention brings to each cell: with nothing masked, then under each mask.
+    readout
+        How that becomes predicted expression.
+    blocks
+        Expression of all cells, in any order, each cell once.
+    tiles
+        Tile of each cell.
+    device
+        Torch device that has float64.
+
+    Notes
+    -----
+    The same sums as :func:`~amici_eval.stats.tiles.sums.gather_moments`, for several models from one reading.
+    """
+    n_genes = len(readout.offset)
+    present, local = np.unique(tiles, return_inverse=True)
+    counts = np.bincount(local, minlength=len(present)).astype(np.int64)
+    keeps = [[head] for head in range(readout.n_heads)]
+    models = [HeadSums(readout, keeps, n_tiles=len(present), device=device) for _ in outputs]
+    y_sum, yy = (torch.zeros(len(present), n_genes, dtype=torch.float64, device=device) for _ in range(2))
+    lowest, highest = (np.full(n_genes, end, dtype=np.float32) for end in (np.inf, -np.inf))
+    for block in blocks:
+        order = np.argsort(local[block.positions], kind="stable")
+        positions, values = block.positions[order], block.values[order]
+        np.minimum(lowest, values.min(axis=0), out=lowest)
+        np.maximum(highest, values.max(axis=0), out=highest)
+        wide = torch.from_numpy(values).to(device).double()
+        ends = (np.flatnonzero(np.diff(local[positions], append=len(present))) + 1).tolist()
+        parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        for part in parts:
+            tile = int(local[positions[part.start]])
+            y_sum[tile] += wide[part].sum(dim=0)
+            yy[tile] += wide[part].square().sum(dim=0)
+        for model, brought in zip(models, outputs, strict=True):
+            factors, _ = model.factors(torch.from_numpy(brought[positions]).to(device))
+            for part in parts:
+                model.add(int(local[positions[part.start]]), factors[part], wide[part])
+    n = torch.from_numpy(counts.astype(np.float64)).to(device)[:, None]
+    target_mean = y_sum / n
+    found = [model.residuals(n, target_mean, yy) for model in models]
+    return MaskedMoments(
+        tiles=present,
+        n_cells=counts,
+        target_mean=target_mean.cpu().numpy(),
+        target_m2=(yy - n * target_mean**2).clamp_(min=0.0).cpu().numpy(),
+        residual_mean=np.stack([one.mean.cpu().numpy() for one in found]),
+        residual_m2=np.stack([one.m2.cpu().numpy() for one in found]),
+        varies=lowest < highest,
+    )
+
+
+_RANK_TOLERANCE = 1e-6
+"""Singular values below this share of the largest are what float32 made of 0."""
+
+
+def moments_of_predictions(
+    heads: Float[np.ndarray, "heads cells genes"],
+    full: Float[np.ndarray, "cells genes"],
+    targets: Float[np.ndarray, "cells genes"],
+    *,
+    tiles: Int64[np.ndarray, " cells"],
+    place: CellPositions | None = None,
+) -> TypeMoments:
+    """Return the moments of one cell type from its predictions; see ``moments.gather_moments``.
+
+    Parameters
+    ----------
+    heads, full
+        Predictions with one head kept, and of the whole model.
+    targets
+        Expression.
+    tiles, place
+        As there.
+    """
+    present, local = np.unique(tiles, return_inverse=True)
+    n_tiles, n_heads, n_genes = len(present), len(heads), targets.shape[1]
+    wide = targets.astype(np.float64)
+
+    def by_tile(values: Float64[np.ndarray, "cells genes"]) -> tuple[np.ndarray, np.ndarray]:
+        mean, m2 = np.empty((n_tiles, n_genes)), np.empty((n_tiles, n_genes))
+        for tile in range(n_tiles):
+            own = values[local == tile]
+            mean[tile] = own.mean(axis=0)
+            m2[tile] = ((own - mean[tile]) ** 2).sum(axis=0)
+        return mean, m2
+
+    target_mean, target_m2 = by_tile(wide)
+    residual_mean, residual_m2 = np.empty((n_tiles, n_heads, n_genes)), np.empty((n_tiles, n_heads, n_genes))
+    predicted_ss, predicted_size = np.empty((n_heads, n_genes)), np.empty(n_heads)
+    for head, prediction in enumerate(heads):
+        predicted = prediction.astype(np.float64)
+        residual_mean[:, head], residual_m2[:, head] = by_tile(predicted - wide)
+        predicted_ss[head] = ((predicted - predicted.mean(axis=0)) ** 2).sum(axis=0)
+        predicted_size[head] = (predicted**2).sum()
+    full_mean, full_m2 = by_tile(full.astype(np.float64) - wide)
+    pixel_sums = np.zeros((0 if place is None else place.grid.n_pixels, n_genes))
+    if place is not None:
+        np.add.at(pixel_sums, place.grid.pixel, wide)
+    return TypeMoments(
+        tiles=present,
+        n_cells=np.bincount(local, minlength=n_tiles).astype(np.int64),
+        target_mean=target_mean,
+        target_m2=target_m2,
+        residual_mean=residual_mean,
+        residual_m2=residual_m2,
+        full_mean=full_mean,
+        full_m2=full_m2,
+        predicted_ss_gene=predicted_ss,
+        pixel_sums=pixel_sums,
+        kept_values=targets[:0] if place is None else targets[place.near.cells],
+        constant_genes=targets.min(axis=0) == targets.max(axis=0),
+        projected=np.zeros((0, 1 + n_heads), dtype=np.float32),
+        scale=np.zeros((0, n_heads)),
+        predicted_size=predicted_size,
+    )
+
+
+def principal_factors(
+    predictions: Float[np.ndarray, "heads cells genes"],
+) -> tuple[Float64[np.ndarray, "cells rank heads"], Float64[np.ndarray, "heads genes rank"]]:
+    """Return factors F and weights A of each head: its prediction is ``constant + F @ A.T``, A orthonormal.
+
+    Parameters
+    ----------
+    predictions
+        Of each head kept alone; cells that are not finite count as the mean.
+    """
+    parts = []
+    for prediction in predictions:
+        wide = np.nan_to_num(prediction.astype(np.float64))
+        centred = wide - wide.mean(axis=0)
+        gram = centred.T @ centred
+        values, vectors = np.linalg.eigh(gram)
+        # rounding is relative to the predictions, not to how much they vary
+        size = float((wide**2).sum())
+        kept = values > max(_RANK_TOLERANCE**2 * values[-1], np.finfo(np.float32).eps ** 2 * size)
+        kept[-1] = True
+        parts.append((centred @ vectors[:, kept], vectors[:, kept]))
+    rank = max(weights.shape[1] for _, weights in parts)
+    n_cells, n_genes = predictions.shape[1:]
+    factors, weights = np.zeros((n_cells, rank, len(parts))), np.zeros((len(parts), n_genes, rank))
+    for head, (own, columns) in enumerate(parts):
+        factors[:, : own.shape[1], head], weights[head, :, : columns.shape[1]] = own, columns
+    return factors, weights

@@ -3,38 +3,264 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
 import time
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from amici_eval.common.errors import InvalidSpecError, ModelFormatError, first_line
-from amici_eval.data.checks import check_type
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError, first_line
+from amici_eval.data.checks import check_type, chosen_cells, obs_column
 from amici_eval.data.tissue import cells_found, prepare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.settings.checks import require_int, require_one_of
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec, TrainedOnSpec
-from amici_eval.tracking.runs.contents import evaluation_metrics
-from amici_eval.tracking.training.cells import CELLS, Split, TrainingCells, cells_to_evaluate
-from amici_eval.tracking.training.run import (
-    ModelInTraining,
-    OncePerMessage,
-    RunInTraining,
-    generators_untouched,
-    split_of,
-)
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.tracking.runs.delivery import evaluation_metrics
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator, Mapping, Sequence
+
     from anndata import AnnData
     from jaxtyping import Bool, Int64
     from mlflow.entities import Metric
 
-__all__ = ["HeadEvaluationCallback"]
+__all__ = [
+    "CELLS",
+    "HeadEvaluationCallback",
+    "ModelInTraining",
+    "OncePerMessage",
+    "RunInTraining",
+    "Split",
+    "TrainingCells",
+    "cells_to_evaluate",
+    "generators_untouched",
+    "split_of",
+]
+
+CELLS = ("validation", "train", "all")
+_STRATUM = "train_heads"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """Rows of a model's AnnData that are trained on and those that validate; ``None``: not known."""
+
+    train: Int64[np.ndarray, " train"] | None = None
+    validation: Int64[np.ndarray, " validation"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCells:
+    """The cells that are evaluated again and again.
+
+    Parameters
+    ----------
+    rows
+        Rows of the evaluated AnnData, ascending.
+    described
+        How many of which cells they are.
+    as_asked
+        Whether they are of the part of the split that was asked for; else of all cells, which is in-sample.
+    """
+
+    rows: tuple[int, ...]
+    described: str
+    as_asked: bool
+
+
+def cells_to_evaluate(
+    adata: AnnData,
+    *,
+    part: Bool[np.ndarray, " cells"] | None,
+    cells: str,
+    subset: SubsetSpec,
+    labels_key: str,
+    n_cells: int,
+    seed: int,
+) -> TrainingCells:
+    """Choose cells of a part (``None``: all, or not known): as many of each type as there are, up to an equal share.
+
+    Notes
+    -----
+    Equal shares, not proportional ones: a curve is drawn for each type, and each needs cells enough.
+    """
+    names = np.asarray(adata.obs_names.astype(str), dtype=object)
+    part = None if part is None or not part.any() else part
+    members = np.ones(len(names), dtype=bool) if part is None else part
+    kind = f"{cells} cells"
+    if cells == "all":
+        kind = "cells of both training and validation"
+    elif part is None:
+        kind = f"cells of both training and validation, for no {cells} cell is known or there"
+    chosen = np.flatnonzero(members & chosen_cells(adata, subset))
+    if not len(chosen):
+        raise DataError(
+            value=f"none of {int(members.sum())} {kind} is among the cells that spec.data.subset allows",
+            rule="there must be cells to evaluate",
+            fix="leave spec.data.subset out, or set cells='all'",
+        )
+    labels = obs_column(adata, labels_key, "cell types").astype(str).to_numpy(dtype=object)
+    # by name, so that the order of rows does not matter
+    chosen = chosen[np.argsort(names[chosen], kind="stable")]
+    numbers, texts = pd.factorize(labels[chosen], sort=True)
+    kept = []
+    for number, quota in enumerate(_quotas(np.bincount(numbers), n_cells)):
+        own = chosen[numbers == number]
+        stream = PermutationStream(seed=seed, cell_type=str(texts[number]), stratum=_STRATUM, n_cells=len(own))
+        kept.append(own[stream.batch(0, 1)[0][:quota]] if quota < len(own) else own)
+    rows = np.sort(np.concatenate(kept))
+    return TrainingCells(
+        rows=tuple(rows.tolist()),
+        described=f"{len(rows)} of {len(chosen)} {kind}",
+        as_asked=cells == "all" or part is not None,
+    )
+
+
+def _quotas(counts: Int64[np.ndarray, " types"], n_cells: int) -> Int64[np.ndarray, " types"]:
+    """Return how many cells of each type are kept: as equal as their counts allow."""
+    quotas = np.zeros_like(counts)
+    left = min(n_cells, int(counts.sum()))
+    order = np.argsort(counts, kind="stable")
+    for done, which in enumerate(order):
+        quotas[which] = min(int(counts[which]), left // (len(order) - done))
+        left -= int(quotas[which])
+    return quotas
+
+
+_METRICS_PER_BATCH = 1000
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
+"""Unless the user says otherwise: MLflow's own are 7 retries of 120 s, for which training would stand still."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInTraining:
+    """The run that gets metrics while a model trains, and the store it is in."""
+
+    tracking_uri: str
+    run_id: str
+
+    @classmethod
+    def find(cls, run_id: str | None) -> RunInTraining | None:
+        """Return the run of an id, or the active one, if there is one."""
+        import mlflow
+
+        active = mlflow.active_run() if run_id is None else None
+        found = run_id if active is None else active.info.run_id
+        return None if found is None else cls(tracking_uri=mlflow.get_tracking_uri(), run_id=found)
+
+    def send(self, metrics: Sequence[Metric], tags: Mapping[str, str]) -> None:
+        """Send metrics and tags at once, and give up soon if the server does not answer."""
+        from mlflow import MlflowClient
+        from mlflow.entities import RunTag
+
+        with _impatient():
+            client = MlflowClient(tracking_uri=self.tracking_uri)
+            for start in range(0, len(metrics), _METRICS_PER_BATCH):
+                client.log_batch(
+                    self.run_id,
+                    metrics=metrics[start : start + _METRICS_PER_BATCH],
+                    tags=[RunTag(*tag) for tag in tags.items()] if start == 0 else [],
+                    synchronous=True,
+                )
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _PATIENCE}
+    try:
+        for name, most in _PATIENCE.items():
+            os.environ.setdefault(name, str(most))
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelInTraining:
+    """What evaluation asks of a live AMICI, with the split of this training.
+
+    Notes
+    -----
+    scvi-tools gives the model its split, and the mark that it is trained, when training ends: nothing is set before.
+    """
+
+    module: Any
+    adata: AnnData
+    registry_: Mapping[str, Any]
+    n_neighbors: int
+    train_indices_: Any
+    validation_indices_: Any
+
+    @classmethod
+    def of(cls, model: Any, split: Split) -> ModelInTraining:
+        """Return the model as it is now."""
+        return cls(
+            module=model.module,
+            adata=model.adata,
+            registry_=model.registry_,
+            n_neighbors=model.n_neighbors,
+            train_indices_=split.train,
+            # all other cells: the rows of a training in progress are those of its own AnnData
+            validation_indices_=np.setdiff1d(np.arange(model.adata.n_obs), [] if split.train is None else split.train),
+        )
+
+
+def split_of(trainer: Any) -> Split:
+    """Return the split that a trainer trains on; parts are ``None`` where its data module does not tell."""
+    names = {"train": "train_idx", "validation": "val_idx"}
+    found = {part: getattr(trainer.datamodule, name, None) for part, name in names.items()}
+    return Split(**{part: None if rows is None else np.asarray(rows, dtype=np.int64) for part, rows in found.items()})
+
+
+@contextmanager
+def generators_untouched(device: torch.device) -> Iterator[None]:
+    """Restore Python's, NumPy's and torch's global random generators after the body."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is kept
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+class OncePerMessage(logging.Filter):
+    """Lets each message pass once: what is said of model and data is the same at each evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a message is new."""
+        message = record.getMessage()
+        new = message not in self._said
+        self._said.add(message)
+        return new
+
+    @contextmanager
+    def on(self, names: Sequence[str]) -> Iterator[None]:
+        """Filter what some loggers say while the body runs."""
+        with ExitStack() as stack:
+            for name in names:
+                found = logging.getLogger(name)
+                found.addFilter(self)
+                stack.callback(found.removeFilter, self)
+            yield
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,311 @@
+"""The evaluated cells cut into tiles of tissue, and the sums over the cells of each tile that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+import numpy as np
+
+from amici_eval.results.tile_sums import Moments
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.spatial.tiles import square_tiles, tile_side
+from amici_eval.stats.tiles.sums import merge_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jaxtyping import Bool, Float64, Int64
+
+    from amici_eval.evaluation.one_type import TypeEvaluation
+    from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess
+    from amici_eval.model.engines.factored import HeadOutputs
+    from amici_eval.results.senders import Senders
+    from amici_eval.stats.tiles.sums import TypeMoments
+
+__all__ = [
+    "HELD_OUT",
+    "IN_SAMPLE",
+    "Rows",
+    "Sketch",
+    "Tiling",
+    "kept_moments",
+    "kept_rows",
+    "part_of",
+    "rows_of",
+    "tile_of",
+]
+
+IN_SAMPLE, HELD_OUT = 0, 1
+_FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tiling:
+    """Tiles of some cells.
+
+    Parameters
+    ----------
+    keys
+        Of each cell, shape (cells,): its tile and its part in one number (:func:`tile_of`, :func:`part_of`).
+    centers
+        Mean position of each tile's cells, in coordinate units, shape (tiles, 2).
+    width
+        Side of a tile, in coordinate units.
+    """
+
+    keys: Int64[np.ndarray, " cells"]
+    centers: Float64[np.ndarray, "tiles two"]
+    width: float
+
+    @classmethod
+    def of(
+        cls,
+        access: LocatedAccess,
+        rows: Int64[np.ndarray, " cells"],
+        *,
+        fitted: Bool[np.ndarray, " cells"] | None,
+        n_types: int,
+    ) -> Tiling:
+        """Cut cells into squares."""
+        samples, coordinates = access.samples(rows), access.coordinates(rows)
+        n_sections = 1 if samples is None else len(set(samples.tolist()))
+        in_all = int(np.clip(len(rows) // (n_types * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))
+        n_tiles = max(1, in_all // n_sections)
+        tiles = square_tiles(coordinates, n_tiles=n_tiles, samples=samples)
+        centers = np.stack([np.bincount(tiles, weights=column) for column in coordinates[:, :2].T], axis=1)
+        return cls(
+            keys=2 * tiles + (IN_SAMPLE if fitted is None else np.where(fitted, IN_SAMPLE, HELD_OUT)),
+            centers=centers / np.bincount(tiles)[:, None],
+            width=tile_side(coordinates, n_tiles=n_tiles, samples=samples),
+        )
+
+
+def tile_of(keys: Int64[np.ndarray, " keys"]) -> Int64[np.ndarray, " keys"]:
+    """Return the tiles of keys."""
+    return keys // 2
+
+
+def part_of(keys: Int64[np.ndarray, " keys"]) -> Int64[np.ndarray, " keys"]:
+    """Return the parts of keys: :data:`IN_SAMPLE` or :data:`HELD_OUT`."""
+    return keys % 2
+
+
+_ROUNDING = 1e-10
+"""Share of a gene's squares below which its variance is what float32 leaves of a constant."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Rows:
+    """Moments of one type by tile: of expression, and of the residuals of each head kept alone and the whole model.
+
+    Parameters
+    ----------
+    tiles, n_cells
+        Shape (tiles,).
+    target_mean, target_m2
+        Shape (tiles, genes).
+    residual_mean, residual_m2
+        Shape (tiles, heads + 1, genes), the whole model last.
+    varies
+        Genes that vary over all cells of the type, shape (genes,).
+    """
+
+    tiles: Int64[np.ndarray, " tiles"]
+    n_cells: Int64[np.ndarray, " tiles"]
+    target_mean: Float64[np.ndarray, "tiles genes"]
+    target_m2: Float64[np.ndarray, "tiles genes"]
+    residual_mean: Float64[np.ndarray, "tiles models genes"]
+    residual_m2: Float64[np.ndarray, "tiles models genes"]
+    varies: Bool[np.ndarray, " genes"]
+
+    def explained_variance(self) -> Float64[np.ndarray, " models"]:
+        """Return explained variance over all genes; NaN where too few cells or no variance are there.
+
+        Residuals count over all genes, as in :meth:`TypeMoments.explained_variance`: a prediction that varies where
+        expression does not is an error, too.
+        """
+        n_models = self.residual_mean.shape[1]
+        if self.n_cells.sum() < MIN_CELLS_EXPLAINED_VARIANCE:
+            return np.full(n_models, np.nan)
+        target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)[self.varies].sum()
+        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2).sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(target > 0.0, 1.0 - residual / target, np.nan)
+
+
+def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
+    """Return the moments of a type by tile, of both parts together or of one of them."""
+    chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else part_of(moments.tiles) == part
+    return _joined(
+        tile_of(moments.tiles[chosen]),
+        moments.n_cells[chosen],
+        moments.target_mean[chosen],
+        moments.target_m2[chosen],
+        np.concatenate([moments.residual_mean, moments.full_mean[:, None]], axis=1)[chosen],
+        np.concatenate([moments.residual_m2, moments.full_m2[:, None]], axis=1)[chosen],
+        ~moments.constant_genes,
+    )
+
+
+def kept_rows(moments: Moments, cell_type: str, genes: Sequence[str]) -> Rows:
+    """Return what was kept of a type by tile, of some genes in the order given, held-out cells and others together.
+
+    Notes
+    -----
+    Kept moments are float32: a gene varies if its variance over the type is more than rounding leaves of a constant.
+    """
+    chosen = np.flatnonzero(moments.row_type == moments.cell_types.index(cell_type))
+    position = {name: number for number, name in enumerate(moments.genes)}
+    columns = np.array([position[name] for name in genes], dtype=np.int64)
+
+    def of(values: np.ndarray) -> np.ndarray:
+        return values[chosen][..., columns].astype(np.float64)
+
+    n_cells, mean, m2 = moments.n_cells[chosen], of(moments.target_mean), of(moments.target_m2)
+    size = m2.sum(axis=0) + (n_cells[:, None] * mean**2).sum(axis=0)
+    spread = merge_tiles(n_cells, mean, m2) if len(chosen) else np.zeros(len(columns))
+    return _joined(
+        moments.row_tile[chosen],
+        n_cells,
+        mean,
+        m2,
+        np.concatenate([of(moments.residual_mean), of(moments.full_mean)[:, None]], axis=1),
+        np.concatenate([of(moments.residual_m2), of(moments.full_m2)[:, None]], axis=1),
+        spread > _ROUNDING * size,
+    )
+
+
+def _joined(
+    tile_of_row: Int64[np.ndarray, " rows"],
+    n_cells: Int64[np.ndarray, " rows"],
+    target_mean: Float64[np.ndarray, "rows genes"],
+    target_m2: Float64[np.ndarray, "rows genes"],
+    residual_mean: Float64[np.ndarray, "rows models genes"],
+    residual_m2: Float64[np.ndarray, "rows models genes"],
+    varies: Bool[np.ndarray, " genes"],
+) -> Rows:
+    """Put the rows of a tile together (Chan, Golub & LeVeque 1983)."""
+    tiles, place = np.unique(tile_of_row, return_inverse=True)
+    in_tile = np.bincount(place, weights=n_cells, minlength=len(tiles)).astype(np.int64)
+
+    def joined(mean: np.ndarray, m2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weight = n_cells.astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
+        total = np.zeros((len(tiles), *mean.shape[1:]))
+        np.add.at(total, place, weight * mean)
+        total /= in_tile.reshape(-1, *(1,) * (mean.ndim - 1))
+        spread = np.zeros_like(total)
+        np.add.at(spread, place, m2 + weight * (mean - total[place]) ** 2)
+        return total, spread
+
+    target, residual = joined(target_mean, target_m2), joined(residual_mean, residual_m2)
+    return Rows(
+        tiles=tiles,
+        n_cells=in_tile,
+        target_mean=target[0],
+        target_m2=target[1],
+        residual_mean=residual[0],
+        residual_m2=residual[1],
+        varies=varies,
+    )
+
+
+_SKETCHED_CELLS = 256
+_EVERY_ATTENDED = 4
+"""Attention takes much room, so it is kept of every fourth sketched cell."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Sketch:
+    """Which cells are sketched: the same ones in every evaluation of the same cells.
+
+    Parameters
+    ----------
+    types
+        Of each, by name.
+    places
+        Among all evaluated cells, type after type, shape (sketched cells,).
+    attended
+        Those whose attention is kept, as places in the sketch.
+    """
+
+    types: tuple[str, ...]
+    places: Int64[np.ndarray, " sketched"]
+    attended: Int64[np.ndarray, " attended"]
+
+    @classmethod
+    def of(cls, usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> Sketch:
+        """Choose cells of each type, evenly through the canonical order."""
+        start, types, places = 0, [], [np.zeros(0, dtype=np.int64)]
+        for cell_type, rows in usable.items():
+            chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SKETCHED_CELLS)).astype(np.int64)
+            types += [cell_type] * len(chosen)
+            places.append(start + chosen)
+            start += len(rows)
+        return cls(
+            types=tuple(types), places=np.concatenate(places), attended=np.arange(0, len(types), _EVERY_ATTENDED)
+        )
+
+
+def kept_moments(
+    access: FactorAccess,
+    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
+    everyone: Int64[np.ndarray, " all_evaluated"],
+    evaluated: Sequence[TypeEvaluation | None],
+    outputs: HeadOutputs,
+    sketch: Sketch,
+    tiling: Tiling,
+    senders: Senders | None = None,
+) -> Moments:
+    """Return what is kept of an evaluation for later questions."""
+    types = tuple(receivers)
+    parts = [
+        (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None
+    ]
+    rows = everyone[sketch.places]
+    neighbours = access.neighbour_rows[rows[sketch.attended]]
+    names = access.cell_names(neighbours.ravel().astype(np.int64))
+    readouts = [access.readout(cell_type) for cell_type in types]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for _, part in parts])
+
+    n_rows = sum(len(part.tiles) for _, part in parts)
+    return Moments(
+        cell_types=types,
+        genes=access.card.genes,
+        n_heads=access.card.n_heads,
+        row_type=np.concatenate([np.full(len(part.tiles), index, dtype=np.int64) for index, part in parts]),
+        row_tile=tile_of(joined("tiles")),
+        row_held_out=part_of(joined("tiles")) if access.fitted is not None else np.full(n_rows, -1),
+        n_cells=joined("n_cells"),
+        target_mean=joined("target_mean").astype(np.float32),
+        target_m2=joined("target_m2").astype(np.float32),
+        residual_mean=joined("residual_mean").astype(np.float32),
+        residual_m2=joined("residual_m2").astype(np.float32),
+        full_mean=joined("full_mean").astype(np.float32),
+        full_m2=joined("full_m2").astype(np.float32),
+        sketch_type=np.array([types.index(name) for name in sketch.types], dtype=np.int64),
+        sketch_names=tuple(access.cell_names(rows)),
+        sketch_outputs=outputs.whole[sketch.places],
+        sketch_tile=tile_of(tiling.keys[sketch.places]),
+        attended=sketch.attended,
+        attention=outputs.attention
+        if outputs.attention is not None
+        else np.zeros((len(sketch.attended), access.card.n_heads, neighbours.shape[1] + 1), dtype=np.float32),
+        attended_neighbours=np.fromiter(
+            (crc32(name.encode()) for name in names), dtype=np.int64, count=len(names)
+        ).reshape(neighbours.shape),
+        tile_center=tiling.centers,
+        senders=() if senders is None else senders.senders,
+        lost_squares=np.zeros((access.card.n_heads, len(types), 0, len(tiling.centers)), dtype=np.float32)
+        if senders is None or senders.lost_squares is None
+        else senders.lost_squares.astype(np.float32),
+        query_weights=np.stack([readout.weights[:, 0] for readout in readouts]).astype(np.float32),
+        head_weights=readouts[0].weights[:, 1:].astype(np.float32),
+        query_gram=np.stack([readout.gram[0] for readout in readouts]),
+        head_gram=readouts[0].gram[1:, 1:],
+        readout_offset=np.stack([readout.offset for readout in readouts]),
+        readout_epsilon=np.array([readouts[0].epsilon]),
+    )

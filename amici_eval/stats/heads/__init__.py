@@ -1,1 +1,0 @@
-"""How alike heads are, and which of two models belong together."""

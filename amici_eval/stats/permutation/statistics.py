@@ -1,0 +1,623 @@
+"""The permutation statistic on packed factors: by compiled kernels, by torch, and by Fourier transforms."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.fft import next_fast_len
+
+from amici_eval.common import threads as compiled
+from amici_eval.stats.shrinking import Shrinking, memory_errors_explained, unless_memory_ends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from types import ModuleType
+
+    from jaxtyping import Bool, Complex128, Float, Float32, Float64, Int32, Int64
+    from torch import Tensor
+
+    from amici_eval.stats.permutation.permutations import PermutationStream
+
+    Take = Callable[[Float64[np.ndarray, "permutations alive"], Float64[np.ndarray, " alive"]], None]
+
+__all__ = [
+    "LANES",
+    "STORED_INDICES",
+    "TIE_TOLERANCE",
+    "TORCH_ENTRIES",
+    "PackedPair",
+    "compiled_statistics",
+    "cyclic_statistics",
+    "exact_statistics",
+    "exact_sums",
+    "identity_statistics",
+    "pack",
+    "torch_factor",
+    "torch_statistics",
+]
+
+STORED_INDICES = 2**26
+"""Places of cells in permutations."""
+TORCH_ENTRIES = 2**23
+"""Numbers of a tensor."""
+
+
+LANES = 16
+"""Rows are padded with zeros to a multiple of this many numbers (64 bytes, a cache line)."""
+TIE_TOLERANCE = 1e-10
+"""Relative to ||F_h|| ||Z_h||: sums of one permutation differ by less than this between devices and orders."""
+
+_BLOCK_ENTRIES = 2**16
+_INLINE_ENTRIES = 2**18
+"""Below this, handing work to threads costs more than it saves."""
+_ROUNDING = 1e-12
+"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedPair:
+    """Two sets of factors, of the heads that have a test.
+
+    Parameters
+    ----------
+    f, z
+        Shape (groups, cells, width): in group g, number ``a * lanes + l`` of a row is column a of head ``g * lanes +
+        l``; the rest is zero. A head's numbers are multiplied by a power of two, so that none over- or underflows.
+    heads
+        Which of all heads these are.
+    n_columns, lanes
+        Columns a head, heads (padded to a divisor of 16) side by side.
+    sizes
+        Shape (alive,): ``||F_h|| * ||Z_h||`` of what is stored.
+    """
+
+    f: Float32[np.ndarray, "groups cells width"]
+    z: Float32[np.ndarray, "groups cells width"]
+    heads: Int64[np.ndarray, " alive"]
+    n_columns: int
+    lanes: int
+    sizes: Float64[np.ndarray, " alive"]
+
+    def of_head(
+        self, values: Float32[np.ndarray, "groups cells width"], number: int
+    ) -> Float32[np.ndarray, "cells columns"]:
+        """Return a view of ``f`` or ``z``: the factors of the ``number``-th of these heads."""
+        group, lane = divmod(number, self.lanes)
+        return values[group, :, lane : lane + self.n_columns * self.lanes : self.lanes]
+
+    def per_head(self, sums: Float64[np.ndarray, "... groups lanes"]) -> Float64[np.ndarray, "... alive"]:
+        """Return the sums per head of sums per lane (``LANES`` of them)."""
+        split = sums.reshape(*sums.shape[:-1], LANES // self.lanes, self.lanes).sum(axis=-2)
+        heads: Float64[np.ndarray, "... alive"] = split.reshape(*sums.shape[:-2], -1)[..., : self.heads.size]
+        return heads
+
+
+def pack(
+    factors: Float[np.ndarray, "cells columns heads"],
+    images: Float[np.ndarray, "cells columns heads"],
+    *,
+    dead: Bool[np.ndarray, " heads"],
+    order: Int64[np.ndarray, " cells"] | None = None,
+) -> PackedPair:
+    """Centre factors and their images over cells in float64, round them to float32 and lay them out.
+
+    Row k is cell ``order[k]``, if there is an order. Heads that are ``dead``, not finite, or whose factors do not vary
+    at all are left out.
+    """
+    moments = [_moments(values) for values in (factors, images)]
+    with np.errstate(invalid="ignore"):
+        dead = dead | ~np.isfinite(moments[0][1] + moments[1][1])
+    heads = np.flatnonzero(~dead)
+    f, f_norms = _packed(factors, heads, *moments[0], order)
+    alive = f_norms > 0.0
+    if not alive.all():
+        heads = heads[alive]
+        f, f_norms = _packed(factors, heads, *moments[0], order)
+    z, z_norms = _packed(images, heads, *moments[1], order)
+    lanes = _lanes(heads.size)
+    return PackedPair(f=f, z=z, heads=heads, n_columns=factors.shape[1], lanes=lanes, sizes=f_norms * z_norms)
+
+
+def _lanes(n_heads: int) -> int:
+    return min(LANES, 1 << max(0, n_heads - 1).bit_length())
+
+
+def _steps(n_cells: int, row: int) -> tuple[int, int]:
+    """Return how many cells a block has, whatever the number of threads, and how many blocks there are."""
+    step = max(1, _BLOCK_ENTRIES // max(1, row))
+    return step, -(-n_cells // step)
+
+
+def _blocks(n_cells: int, row: int) -> Iterator[slice]:
+    step, _ = _steps(n_cells, row)
+    return (slice(first, min(first + step, n_cells)) for first in range(0, n_cells, step))
+
+
+def _kernels(values: Float[np.ndarray, "cells columns heads"]) -> ModuleType | None:
+    """Return the compiled kernels where they are there and know such an array."""
+    known = values.flags.c_contiguous and values.dtype in (np.float32, np.float64) and values.size > 0
+    return compiled.kernels() if known else None
+
+
+def _flat(values: Float[np.ndarray, "cells columns heads"]) -> Float[np.ndarray, "cells numbers"]:
+    # a kernel is compiled anew for arrays that can be written to
+    flat = values.reshape(len(values), -1).view()
+    flat.flags.writeable = False
+    return flat
+
+
+def _by_block(
+    n_blocks: int,
+    n_entries: int,
+    kernel: Callable[..., None],
+    *arrays: Float64[np.ndarray, ...] | Float32[np.ndarray, ...],
+) -> None:
+    """Run ``kernel(first, last, *arrays)`` on ranges of blocks, in as many threads as torch uses."""
+    n_threads = torch.get_num_threads() if n_entries > _INLINE_ENTRIES else 1
+    cuts = compiled.cuts(n_blocks, 4 * n_threads if n_threads > 1 else 1)
+    compiled.in_threads([partial(kernel, *cut, *arrays) for cut in cuts], n_threads, lambda _: None)
+
+
+def _moments(
+    values: Float[np.ndarray, "cells columns heads"],
+) -> tuple[Float64[np.ndarray, "columns heads"], Float64[np.ndarray, " heads"]]:
+    """Return the mean over cells, and the norm of each head before centring."""
+    n_cells, n_columns, n_heads = values.shape
+    if (kernels := _kernels(values)) is not None:
+        step, n_blocks = _steps(n_cells, n_columns * n_heads)
+        by_block = np.empty((2, n_blocks, n_columns * n_heads))
+        _by_block(n_blocks, values.size, partial(kernels.block_moments, _flat(values), step), *by_block)
+        with np.errstate(invalid="ignore", over="ignore"):
+            summed = by_block.sum(axis=1).reshape(2, n_columns, n_heads)
+            return summed[0] / n_cells, np.sqrt(summed[1].sum(axis=0))
+    total, squares = np.zeros((n_columns, n_heads)), np.zeros(n_heads)
+    # what is not finite makes its head a dead one
+    with np.errstate(invalid="ignore", over="ignore"):
+        for rows in _blocks(n_cells, n_columns * n_heads):
+            block = values[rows].astype(np.float64)
+            total += block.sum(axis=0)
+            squares += np.einsum("iah,iah->h", block, block)
+        return total / n_cells, np.sqrt(squares)
+
+
+def _packed(
+    values: Float[np.ndarray, "cells columns heads"],
+    heads: Int64[np.ndarray, " alive"],
+    mean: Float64[np.ndarray, "columns heads"],
+    norms: Float64[np.ndarray, " heads"],
+    order: Int64[np.ndarray, " cells"] | None,
+) -> tuple[Float32[np.ndarray, "groups cells width"], Float64[np.ndarray, " alive"]]:
+    """Return the rows of some heads and the norm of each; a head that is constant up to rounding is 0."""
+    n_cells, n_columns, n_heads = values.shape
+    lanes = _lanes(heads.size)
+    n_groups = max(1, -(-heads.size // lanes))
+    packed = _aligned((n_groups, n_cells, -(-n_columns * lanes // LANES) * LANES))
+    squares = np.zeros(n_heads)
+    # only roughly of size 1: rounding to float32 does not see a power of two
+    scale = np.exp2(-np.frexp(norms / np.sqrt(n_cells * n_columns))[1].astype(np.float64))
+    chosen = slice(None) if heads.size == n_heads else heads
+    if heads.size and (kernels := _kernels(values)) is not None:
+        step, n_blocks = _steps(n_cells, n_columns * n_heads)
+        sums = np.empty((n_blocks, n_columns * n_heads))
+        source = (np.arange(n_columns)[:, None] * n_heads + heads).ravel()
+        groups, own_lanes = np.divmod(np.arange(heads.size), lanes)
+        column = np.arange(n_columns)[:, None] * lanes + own_lanes
+        place = np.stack([np.broadcast_to(groups, column.shape).ravel(), column.ravel()], axis=1)
+        cells = np.empty(0, dtype=np.int64) if order is None else order
+        scales = np.broadcast_to(scale, mean.shape).ravel()
+        kernel = partial(kernels.block_rows, _flat(values), cells, mean.ravel(), scales, source, place, step)
+        _by_block(n_blocks, values.size, kernel, packed, sums)
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares = sums.sum(axis=0).reshape(n_columns, n_heads).sum(axis=0)
+    else:
+        packed.fill(0.0)
+        for rows in _blocks(n_cells, n_columns * n_heads):
+            block = values[rows if order is None else order[rows]][:, :, chosen].astype(np.float64)
+            block -= mean[:, chosen]
+            block *= scale[chosen]
+            rounded = block.astype(np.float32)
+            np.copyto(block, rounded)
+            squares[chosen] += np.einsum("iah,iah->h", block, block)
+            for group in range(n_groups):
+                own = rounded[:, :, group * lanes : (group + 1) * lanes]
+                target = packed[group, rows, : n_columns * lanes].reshape(-1, n_columns, lanes)
+                target[:, :, : own.shape[2]] = own
+    found = np.sqrt(squares[heads])
+    constant = np.flatnonzero(~(found > _ROUNDING * norms[heads] * scale[heads]))
+    for number in constant:
+        group, lane = divmod(int(number), lanes)
+        packed[group, :, lane : lane + n_columns * lanes : lanes] = 0.0
+    found[constant] = 0.0
+    return packed, found
+
+
+def _aligned(shape: tuple[int, ...]) -> Float32[np.ndarray, "groups cells width"]:
+    """Return room that begins at a cache line; NumPy's own large arrays lie on huge pages, which random rows need."""
+    n = int(np.prod(shape))
+    raw = np.empty(n + LANES, dtype=np.float32)
+    first = (-raw.ctypes.data % 64) // 4
+    return raw[first : first + n].reshape(shape)
+
+
+_GRAM_CELLS_PER_PERMUTATION = 6
+"""Measured: the products of all cells cost less than gathering rows up to this many cells a permutation."""
+_GRAM_COLUMNS = 2**17
+_TASK_PRODUCTS = 2**27
+_INLINE_PRODUCTS = 2**22
+"""Below this, handing work to threads costs more than it saves."""
+_FLOAT32_UNIT = 2.0**-24
+
+
+def compiled_statistics(
+    kernels: ModuleType,
+    pair: PackedPair,
+    stream: PermutationStream,
+    n_permutations: int,
+    *,
+    form: str,
+    n_threads: int,
+    take: Take,
+) -> None:
+    """Call ``take(statistics, thresholds)`` for all permutations, range by range, in the calling thread.
+
+    In form ``"gram"`` a statistic is a float32 sum unless it lies so near its threshold that float32 cannot tell on
+    which side; then, and in form ``"factor"``, it is a sum in float64 of exact products.
+    """
+    key, n_cells = stream.key(), pair.f.shape[1]
+    exactly = partial(exact_sums, kernels, pair, key)
+    thresholds = exactly(np.array([kernels.IDENTITY]))[0] - TIE_TOLERANCE * pair.sizes
+    chunk = max(1, min(n_permutations, STORED_INDICES // n_cells, _GRAM_COLUMNS))
+    if form == "auto":
+        form = "gram" if n_cells <= _GRAM_CELLS_PER_PERMUTATION * chunk else "factor"
+    if form == "gram":
+        _gram(kernels, pair, key, n_permutations, chunk, thresholds, exactly, n_threads, take)
+        return
+    products = pair.f.size
+    if products * n_permutations <= _INLINE_PRODUCTS:
+        n_threads = 1
+    step = max(4, min(_TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
+    starts = range(0, n_permutations, step)
+    # all of them may be more than memory holds
+    tasks = (partial(exactly, np.arange(first, min(first + step, n_permutations))) for first in starts)
+    compiled.in_threads(tasks, n_threads, lambda sums: take(sums, thresholds))
+
+
+def exact_sums(
+    kernels: ModuleType, pair: PackedPair, key: Any, numbers: Int64[np.ndarray, " permutations"]
+) -> Float64[np.ndarray, "permutations alive"]:
+    """Return T of the permutations with these numbers, in float64 of exact products."""
+    out = np.empty((numbers.size, pair.f.shape[0], LANES))
+    kernels.factor_sums(key, numbers, pair.f, pair.z, out)
+    return pair.per_head(out)
+
+
+def _gram(
+    kernels: ModuleType,
+    pair: PackedPair,
+    key: Any,
+    n_permutations: int,
+    chunk: int,
+    thresholds: Float64[np.ndarray, " alive"],
+    exactly: Callable[[Int64[np.ndarray, " some"]], Float64[np.ndarray, "some alive"]],
+    n_threads: int,
+    take: Take,
+) -> None:
+    n_heads, n_cells, rows = pair.heads.size, pair.f.shape[1], kernels.ROWS
+    f, z = _panels(pair, pair.f, LANES), _panels(pair, pair.z, rows)
+    n_panels = z.shape[1]
+    # |float32 sum - exact sum| <= gamma ||F|| ||Z|| by Cauchy-Schwarz (Higham 2002, section 3.1); 2 roundings more than
+    # there are: for processors that round between product and sum, and for the sums in float64
+    roundings = (pair.n_columns + rows + 2) * _FLOAT32_UNIT
+    margin = roundings / (1.0 - roundings) * pair.sizes
+    orders = np.zeros((n_panels * rows, chunk), dtype=np.uint32)
+    for start in range(0, n_permutations, chunk):
+        width = min(chunk, n_permutations - start)
+        if width < chunk:
+            orders = np.zeros((n_panels * rows, width), dtype=np.uint32)
+        products = n_heads * n_cells * (n_cells * pair.n_columns // 4 + width)
+        threads = n_threads if products > _INLINE_PRODUCTS else 1
+        cuts = compiled.cuts(width, 4 * threads, multiple=LANES)
+        compiled.in_threads(
+            [partial(kernels.shuffle_columns, key, start, *cut, n_cells, orders) for cut in cuts],
+            threads,
+            lambda _: None,
+        )
+        total = np.zeros((n_heads, width))
+        cuts = compiled.cuts(n_panels, max(threads, products // _TASK_PRODUCTS))
+        compiled.in_threads([partial(_gram_part, kernels, orders, f, z, *cut) for cut in cuts], threads, total.__iadd__)
+        statistics = np.ascontiguousarray(total.T)
+        undecided = np.flatnonzero((np.abs(statistics - thresholds) <= margin).any(axis=1))
+        pieces = [undecided[first:last] for first, last in compiled.cuts(undecided.size, 4 * threads)]
+        sums: list[Float64[np.ndarray, "some alive"]] = []
+        compiled.in_threads([partial(exactly, start + piece) for piece in pieces], threads, sums.append)
+        for piece, own in zip(pieces, sums, strict=True):
+            statistics[piece] = own
+        take(statistics, thresholds)
+
+
+def _gram_part(
+    kernels: ModuleType, orders: Any, f: Any, z: Any, first: int, last: int
+) -> Float64[np.ndarray, "alive permutations"]:
+    out = np.zeros((f.shape[0], orders.shape[1]))
+    kernels.gram_sums(orders, f, z, first, last, out)
+    return out
+
+
+def _panels(
+    pair: PackedPair, values: Float32[np.ndarray, "groups cells width"], size: int
+) -> Float32[np.ndarray, "alive panels columns size"]:
+    """Lay cells out in panels: ``size`` cells side by side, the last ones zero."""
+    n_cells = values.shape[1]
+    n_panels = -(-n_cells // size)
+    panels = np.zeros((pair.heads.size, n_panels, pair.n_columns, size), dtype=np.float32)
+    whole = n_cells // size
+    for head in range(pair.heads.size):
+        own = pair.of_head(values, head)
+        panels[head, :whole] = own[: whole * size].reshape(whole, size, pair.n_columns).transpose(0, 2, 1)
+        panels[head, whole:, :, : n_cells - whole * size] = own[whole * size :].T
+    return panels
+
+
+logger = logging.getLogger(__name__)
+
+_TORCH_GRAM_CELLS_PER_PERMUTATION = 16
+"""Measured: the products of all cells cost less than gathering rows up to this many cells a permutation."""
+_DRAWN_INDICES = 2**24
+_CELLS = 1024
+
+
+def torch_statistics(
+    pair: PackedPair,
+    stream: PermutationStream,
+    n_permutations: int,
+    *,
+    form: str,
+    device: str,
+    take: Take,
+    start: int = 0,
+) -> None:
+    """Do what ``compiled_statistics`` does, in float64 on a torch device, for permutations from ``start`` on.
+
+    The next orders are drawn while the device is at work. Where its memory ends, fewer permutations are taken at once.
+
+    Raises
+    ------
+    DeviceMemoryError
+        If it has too little for a single one.
+    """
+    with memory_errors_explained("one permutation of the test", device):
+        _all_statistics(pair, stream, n_permutations, form=form, device=device, take=take, start=start)
+
+
+def _all_statistics(
+    pair: PackedPair,
+    stream: PermutationStream,
+    n_permutations: int,
+    *,
+    form: str,
+    device: str,
+    take: Take,
+    start: int,
+) -> None:
+    _, n_cells, width = pair.f.shape
+    drawn = max(1, min(n_permutations, STORED_INDICES // n_cells))
+    chunk = max(1, min(drawn, TORCH_ENTRIES // (min(n_cells, _CELLS) * width)))
+    if form == "auto":
+        form = "gram" if n_cells <= _TORCH_GRAM_CELLS_PER_PERMUTATION * drawn else "factor"
+    f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+    identity = np.arange(n_cells, dtype=np.int32)[None]
+    thresholds = torch_factor(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
+    if form == "factor":
+        drawn = max(chunk, min(drawn, _DRAWN_INDICES // n_cells))
+    with closing(_drawn_ahead(stream, start + n_permutations, drawn, start=start)) as chunks:
+        for orders in chunks:
+            first = 0
+            while first < len(orders):
+                own = orders[first:] if form == "gram" else orders[first : first + chunk]
+                kernel = partial(_torch_gram if form == "gram" else torch_factor, pair, f, z, own)
+                sums = kernel() if form == "factor" and chunk == 1 else unless_memory_ends(kernel, device=device)
+                if sums is not None:
+                    take(sums, thresholds)
+                    first += len(own)
+                elif form == "gram":
+                    # fewer permutations would not make the products of all cells smaller
+                    form = "factor"
+                else:
+                    chunk = (chunk + 1) // 2
+                    logger.warning("out of memory on %s: going on with %d permutations at a time", device, chunk)
+
+
+def _drawn_ahead(
+    stream: PermutationStream, stop: int, chunk: int, *, start: int = 0
+) -> Generator[Int32[np.ndarray, "some cells"], None, None]:
+    """Yield permutations ``start`` to ``stop - 1`` in chunks; a thread draws the next one meanwhile."""
+    n_threads = torch.get_num_threads()
+
+    def draw(first: int) -> Int32[np.ndarray, "some cells"]:
+        return stream.narrow_batch(first, min(first + chunk, stop), n_threads=n_threads)
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(draw, start)
+        for first in range(start + chunk, stop, chunk):
+            orders = following.result()
+            following = pool.submit(draw, first)
+            yield orders
+        yield following.result()
+
+
+def torch_factor(
+    pair: PackedPair, f: Tensor, z: Tensor, orders: Int32[np.ndarray, "permutations cells"]
+) -> Float64[np.ndarray, "permutations alive"]:
+    """Return T of some orders of the cells, from rows of F."""
+    n_groups, n_cells, width = f.shape
+    taken = torch.from_numpy(orders).to(f.device)
+    sums = torch.zeros(len(orders), n_groups, width, dtype=torch.float64, device=f.device)
+    step = min(n_cells, _CELLS)
+    for group in range(n_groups):
+        for first in range(0, n_cells, step):
+            own = taken[:, first : first + step]
+            rows = f[group].index_select(0, own.flatten()).reshape(*own.shape, width).double()
+            sums[:, group] += (rows * z[group, first : first + step].double()).sum(dim=1)
+    return pair.per_head(sums.reshape(len(orders), n_groups, -1, LANES).sum(dim=2).cpu().numpy())
+
+
+def _torch_gram(
+    pair: PackedPair, f: Tensor, z: Tensor, orders: Int32[np.ndarray, "permutations cells"]
+) -> Float64[np.ndarray, "permutations alive"]:
+    n_permutations, n_cells = orders.shape
+    taken = torch.from_numpy(orders).to(f.device)
+    sums = torch.zeros(n_permutations, pair.heads.size, dtype=torch.float64, device=f.device)
+    step = max(1, TORCH_ENTRIES // _CELLS)
+    for head in range(pair.heads.size):
+        group, lane = divmod(head, pair.lanes)
+        columns = slice(lane, lane + pair.n_columns * pair.lanes, pair.lanes)
+        left, right = f[group, :, columns].double(), z[group, :, columns].double()
+        for first in range(0, n_cells, _CELLS):
+            products = left @ right[first : first + _CELLS].T
+            for row in range(0, n_permutations, step):
+                own = taken[row : row + step, first : first + _CELLS].long()
+                sums[row : row + step, head] += products.gather(0, own).sum(dim=1)
+    return sums.cpu().numpy()
+
+
+"""Below this, handing work to threads costs more than it saves."""
+_FAST_PRIMES = (2, 3, 5, 7, 11, 13)
+"""Measured: with any other prime factor, a transform of more than twice the length costs less, or as much."""
+
+
+def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:
+    """Return T of all circular shifts of the cells as packed: row s gives the place of cell k to cell k + s.
+
+    All of them are one circular convolution of F with Z backwards, hence two Fourier transforms per column, in float64:
+    float32 would leave hundreds of shifts undecided. A number of cells with a large prime factor has no fast transform;
+    columns are then padded with zeros, and what the longer convolution has beyond the last cell is added to its begin.
+
+    Raises
+    ------
+    DeviceMemoryError
+        If there is too little memory for the transforms of one cell's numbers.
+    """
+    with memory_errors_explained("the transforms of the cyclic test", device):
+        return _statistics(pair, device=device)
+
+
+def _statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:
+    n_cells = pair.f.shape[1]
+    length = n_cells if _has_fast_transform(n_cells) else next_fast_len(2 * n_cells - 1, real=True)
+    kernels = compiled.kernels() if torch.device(device).type == "cpu" else None
+    if kernels is None:
+        spectrum = _torch_spectrum(pair, length, device)
+    else:
+        spectrum = _compiled_spectrum(kernels, pair, length)
+    sums = torch.fft.irfft(spectrum.flatten(0, 1)[: pair.heads.size], n=length)
+    if length > n_cells:
+        sums[:, : n_cells - 1] += sums[:, n_cells : 2 * n_cells - 1]
+    statistics: Float64[np.ndarray, "shifts alive"] = sums[:, :n_cells].T.cpu().numpy()
+    return statistics
+
+
+def _has_fast_transform(n_cells: int) -> bool:
+    for prime in _FAST_PRIMES:
+        while n_cells % prime == 0:
+            n_cells //= prime
+    return n_cells == 1
+
+
+def _compiled_spectrum(
+    kernels: ModuleType, pair: PackedPair, length: int
+) -> Complex128[Tensor, "groups lanes frequencies"]:
+    """Return the transform of the statistics: a cache line of columns is turned and transformed at a time."""
+    (n_groups, n_cells, width), lanes = pair.f.shape, pair.lanes
+    n_threads = torch.get_num_threads() if n_cells * LANES > _INLINE_ENTRIES else 1
+    cuts = compiled.cuts(n_cells, n_threads)
+    columns = np.zeros((LANES, length))
+
+    def transformed(values: Float32[np.ndarray, "cells width"], first: int, *, backwards: bool) -> Tensor:
+        tasks = [partial(kernels.turned, values, first, backwards, *cut, columns) for cut in cuts]
+        compiled.in_threads(tasks, n_threads, lambda _: None)
+        found: Tensor = torch.fft.rfft(torch.from_numpy(columns))
+        return found
+
+    spectrum = torch.zeros(n_groups, lanes, length // 2 + 1, dtype=torch.complex128)
+    for group in range(n_groups):
+        for first in range(0, width, LANES):
+            left = transformed(pair.f[group], first, backwards=False)
+            right = transformed(pair.z[group], first, backwards=True)
+            for lane in range(0, LANES, lanes):
+                spectrum[group].addcmul_(left[lane : lane + lanes], right[lane : lane + lanes])
+    return spectrum
+
+
+def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Tensor, "groups lanes frequencies"]:
+    """Do what ``_compiled_spectrum`` does, as many columns at a time as the device's memory holds."""
+    n_groups, _, width = pair.f.shape
+    f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+    spectrum = torch.zeros(n_groups, pair.lanes, length // 2 + 1, dtype=torch.complex128, device=device)
+
+    def part(group: int, first: int, last: int) -> Complex128[Tensor, "lanes frequencies"]:
+        columns = f[group, :, first:last].T.double().contiguous()
+        left = torch.fft.rfft(columns, n=length)
+        columns = z[group, :, first:last].T.double().flip(1).roll(1, dims=1)
+        right = torch.fft.rfft(columns, n=length)
+        product: Tensor = left.mul_(right).reshape(-1, pair.lanes, length // 2 + 1).sum(dim=0)
+        return product
+
+    # in lines of lanes
+    most = max(1, TORCH_ENTRIES // (length * pair.lanes))
+    at_a_time = Shrinking(most, what="the cyclic test", unit="columns of the heads", device=device)
+    for group in range(n_groups):
+        first = 0
+        while first < width:
+
+            def columns(n_lines: int, group: int = group, first: int = first) -> tuple[Tensor, int]:
+                last = min(first + n_lines * pair.lanes, width)
+                return part(group, first, last), last
+
+            found, first = at_a_time.run(columns)
+            spectrum[group] += found
+    return spectrum
+
+
+def exact_statistics(
+    pair: PackedPair, stream: PermutationStream, start: int, stop: int, *, device: str
+) -> Float64[np.ndarray, "permutations alive"]:
+    """Return T of permutations ``start`` to ``stop - 1`` in float64, in the calling thread; with numba, T of one
+    permutation is the same to the last bit whatever range it is computed with.
+    """
+    if (kernels := _cpu_kernels(device)) is not None:
+        return exact_sums(kernels, pair, stream.key(), np.arange(start, stop))
+    found = [np.empty((0, pair.heads.size))]
+    if stop > start:
+        torch_statistics(
+            pair,
+            stream,
+            stop - start,
+            start=start,
+            form="factor",
+            device=device,
+            take=lambda sums, _: found.append(sums),
+        )
+    return np.concatenate(found)
+
+
+def identity_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, " alive"]:
+    """Return T with all cells where they are, from the kernel of ``exact_statistics``."""
+    if (kernels := _cpu_kernels(device)) is not None:
+        identity = np.array([kernels.IDENTITY])
+        sums = exact_sums(kernels, pair, np.zeros(2, dtype=np.uint64), identity)
+    else:
+        f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+        sums = torch_factor(pair, f, z, np.arange(pair.f.shape[1], dtype=np.int32)[None])
+    own: Float64[np.ndarray, " alive"] = sums[0]
+    return own
+
+
+def _cpu_kernels(device: str) -> ModuleType | None:
+    return compiled.kernels() if torch.device(device).type == "cpu" else None

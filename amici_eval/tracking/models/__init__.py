@@ -1,1 +1,0 @@
-"""Registered models: found, opened, tagged."""

@@ -1,1 +1,0 @@
-"""Head metrics while AMICI trains."""
