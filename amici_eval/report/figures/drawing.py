@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from amici_eval.common.errors import DataError, InvalidSpecError
-from amici_eval.common.escaping import literal, markup, printable
+from amici_eval.common.text import literal, markup, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

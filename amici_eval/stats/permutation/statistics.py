@@ -14,7 +14,7 @@ import torch
 from scipy.fft import next_fast_len
 
 from amici_eval.common import threads as compiled
-from amici_eval.stats.shrinking import Shrinking, memory_errors_explained, unless_memory_ends
+from amici_eval.common.memory import Shrinking, memory_errors_explained, unless_memory_ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
