@@ -68,7 +68,7 @@ def test_results_and_errors_load_nothing_heavy():
     light = (
         "common.errors",
         "common.model_card",
-        "common.names",
+        "common.text",
         "results.evaluation",
         "results.codec",
         "results.frames",

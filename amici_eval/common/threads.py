@@ -14,8 +14,6 @@ from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
@@ -149,6 +147,8 @@ def run_side_by_side(
     Within a task torch computes on one thread: threads that meet after every small operation wait for each other most
     of the time.
     """
+    import torch
+
     n_threads = torch.get_num_threads()
     if n_threads <= 1 or alone:
         for name, task in tasks.items():
@@ -195,6 +195,8 @@ def run_on_single_threads(tasks: Iterable[Callable[[], None]], *, n_threads: int
         for task in tasks:
             task()
         return
+    import torch
+
     before = torch.get_num_threads()
 
     def alone(task: Callable[[], None]) -> None:

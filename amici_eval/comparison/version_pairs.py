@@ -10,7 +10,8 @@ import numpy as np
 from amici_eval.evaluation.tiles import kept_rows
 from amici_eval.results.head_sample import attention_of_both, blocks_of, contributions, outputs_of, shared_by
 from amici_eval.results.matches import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
-from amici_eval.stats.heads import attention_divergence, head_products, linear_cka, match_heads, profile_cosine
+from amici_eval.stats.alignment import match_heads
+from amici_eval.stats.head_products import attention_divergence, head_products, linear_cka, profile_cosine
 from amici_eval.stats.pvalues import adjust_p_values
 from amici_eval.stats.tiles.paired import (
     PairedDifferences,

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from scipy.stats import binom, kstest, ortho_group
 
-from amici_eval.stats import heads
-from amici_eval.stats.heads import (
+from amici_eval.stats import alignment
+from amici_eval.stats.alignment import assign_heads, match_heads
+from amici_eval.stats.head_products import (
     HeadContributions,
-    assign_heads,
     attention_divergence,
     head_products,
     linear_cka,
-    match_heads,
     profile_cosine,
 )
 from amici_eval.stats.spatial.tiles import balanced_blocks
@@ -80,14 +79,14 @@ def test_similarity_is_the_correlation_of_contributions():
 def test_permutations_are_shifts_of_the_other_models_cells(monkeypatch):
     rng = np.random.default_rng(1)
     one, other = contributions(rng), contributions(rng)
-    found = heads._shifted(one, other, 6, 3) / head_products(one, other).scale
+    found = alignment._shifted(one, other, 6, 3) / head_products(one, other).scale
     for index in range(6):
         moved = np.arange(len(one.types))
         for code in range(3):
             rows = np.flatnonzero(one.types == code)
-            stream = heads.PermutationStream(seed=3, cell_type=str(code), stratum=heads._ORDER, n_cells=40)
+            stream = alignment.PermutationStream(seed=3, cell_type=str(code), stratum=alignment._ORDER, n_cells=40)
             order = rows[stream.batch(0, 1)[0]]
-            shift = int(heads._words(6, 3, str(code), heads._SHIFTS)[index] % np.uint64(40))
+            shift = int(alignment._words(6, 3, str(code), alignment._SHIFTS)[index] % np.uint64(40))
             moved[order] = np.roll(order, -shift)
         permuted = replace(other, factors=other.factors[moved])
         np.testing.assert_allclose(found[index], literal_similarity(one, permuted), atol=1e-10)

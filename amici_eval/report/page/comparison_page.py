@@ -8,7 +8,7 @@ import numpy as np
 
 from amici_eval.report.comparison_sentences import comparison_sentences
 from amici_eval.report.figures.comparison_figures import sender_changes_section
-from amici_eval.report.figures.drawing import inline_figure
+from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, row, section, table, text
 from amici_eval.report.page.frame import write_page
 from amici_eval.report.sentences import effect, interval, made_folder, p_text, printable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.text import mask_mapping, masked, slugify
-from amici_eval.report.figures.drawing import inline_figure
+from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
 from amici_eval.report.page.frame import write_page
 from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
