@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 
 import mlflow
@@ -327,7 +328,10 @@ def test_two_that_make_the_same_data_set_known_at_once_both_get_through(registry
             experiment = int(self.get_run(run_id).info.experiment_id)
             row = {"experiment_id": experiment, "name": "same", "digest": "1", "dataset_source_type": "a"}
             # as the store meets a row that another process has just made
-            with self._tracking_client.store.ManagedSessionMaker(read_only=False) as session:
+            # old versions of MLflow have no sessions that only read
+            opened = self._tracking_client.store.ManagedSessionMaker
+            told = {"read_only": False} if "read_only" in signature(opened).parameters else {}
+            with opened(**told) as session:
                 for number in "12":
                     session.add(SqlDataset(dataset_uuid=number, dataset_source="b", **row))
         return log_inputs(self, run_id, models=models, datasets=datasets)

@@ -58,8 +58,9 @@ _NO_LOGIN = ("authentication", "does not exist", "denied", "pg_hba", "permission
 _SQLITE = {"is full": errno.ENOSPC, "readonly": errno.EROFS, "read-only": errno.EROFS, "to open": errno.EACCES}
 _TABLE = re.compile(r"INSERT INTO [`\"\[]?(\w+)|constraint failed: (\w+)|for key '(\w+)\.|constraint \"(\w+)")
 
-# where the clients of the object stores that hold MLflow's artifacts, or data, keep the classes of their errors
+# modules of error classes: MLflow's migrations, and clients of the object stores that hold artifacts or data
 _CLIENTS = {
+    "alembic.util.exc": ("CommandError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
     "boto3.exceptions": ("Boto3Error",),
     "azure.core.exceptions": ("AzureError",),
@@ -93,7 +94,7 @@ _RULES: dict[str | int, tuple[str, str]] = {
     ),
     "database": (
         "it must be a database that MLflow can read and write",
-        "correct tracking.uri; a database of another version of MLflow needs: mlflow db upgrade URI",
+        "correct tracking.uri; a database of an older MLflow needs: mlflow db upgrade URI; of a newer: that MLflow",
     ),
     "collision": (
         "rows of one run must differ; some databases take names that differ by case only for the same",
@@ -321,7 +322,9 @@ def _of_answer(answer: Any) -> Fault:
 
 
 def _of_client(error: Any) -> Fault:
-    """Return what an error of a client of an object store is, by the answer that it got."""
+    """Return what an error of a client of an object store is, by the answer that it got, or of MLflow's migrations."""
+    if type(error).__module__.startswith("alembic."):
+        return _refused(f"the tracking store: {_text(error)}", "database")
     answer = getattr(error, "response", None)
     status = next((getattr(error, one) for one in ("status_code", "status", "code") if hasattr(error, one)), None)
     if isinstance(answer, dict):
