@@ -38,48 +38,6 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-HELP = """\
-amici-eval: which attention heads of a trained AMICI model carry cell-cell communication signal, and how sure is that
-
-usage: amici-eval COMMAND [key=value ...] [hydra flags]
-
-commands
-  evaluate  model_uri=models:/NAME/VERSION [data.uri=FILE]   evaluate the heads of a registered model, log to MLflow
-  compare   model=NAME versions=[1,2] [data.uri=FILE]        which heads are which across versions, what got better
-  gate      model_uri=models:/NAME/VERSION [--dry-run]       judge it by rules and against the champion, promote it
-  watch     model=NAME [--once]                              judge each new version, as gate does, share the work
-  rollback  model=NAME [alias=champion] [--dry-run]          take the last promotion back
-  register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (unpickles model.pt)
-  upload    DIR                                              finish a run whose tracking server failed half way
-  demo                                                       simulate a tissue, train, register, evaluate
-
-settings (show all with: amici-eval COMMAND --cfg job)
-  data.uri, data.subset.key/value, data.sample_key, ...      which tissue, which receivers; all cells stay neighbours
-  data.backed=true|false                                     whether expression stays on disk (if the file is large)
-  ablation.device=auto|cpu|cuda|cuda:N|mps                   where it runs
-  ablation.engine=factored|hooked                            all heads from one pass, or hooks on the attention (slow)
-  ablation.modes=[keep_one,shapley,...]                      how heads are taken away (all ways)
-  ablation.memory_budget=4GB                                 for tables and chunks (a quarter of the free memory)
-  permutation.n_permutations, .alpha, .seed, .convention     the test
-  permutation.sampling=independent|cyclic                    how permutations are drawn
-  launch=local|ray                                           cell types in worker processes (needs the extra ray)
-  launch.n_workers, .address, .retries                       how many, on which cluster, again if one is lost
-  report.figures, .formats, .n_top_genes, .cell_types        what is drawn
-  gate=default|strict|better, gate.rules.NAME.margin, ...    what is asked of a version
-  gate.promote=ALIAS, gate.bootstrap=pass|fail               what happens then; while there is no champion
-  watch.interval, .max_interval, .lease                      seconds between rounds; until a dead watcher is replaced
-  tracking.uri, .experiment, .output_dir, .keep_local        where it is logged
-  tracking.retry_s                                           how long a store that does not answer is asked again
-  resume=auto|never                                          take up what an interrupted evaluation left
-
-hydra flags
-  -m, --multirun       run once per value: amici-eval evaluate -m model_uri=models:/a/1,models:/a/2
-  --config-dir DIR     add a folder of your own configs
-  --cfg job            print the configuration and stop
-
-  --version, --help
-"""
-
 COMMANDS = ("evaluate", "compare", "gate", "watch", "rollback", "register", "demo")
 FLAGS = {"gate": "--dry-run", "watch": "--once", "rollback": "--dry-run"}
 EXIT_CRASH, EXIT_BAD_INPUT = 1, 2
@@ -94,16 +52,17 @@ def main(argv: list[str] | None = None) -> None:
     130 or 143: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)  # noqa: T201, RUF100
+    helped = not {"--help", "-h"}.isdisjoint(arguments)
+    if not arguments or helped or arguments[0] == "help":
+        from amici_eval.cli.help import HELP, help_of
+
+        asked = next((one for one in arguments if one in COMMANDS), None)
+        print(HELP if asked is None else help_of(asked, config_directory()))  # noqa: T201, RUF100
         sys.exit(0 if arguments else EXIT_BAD_INPUT)
     if arguments[0] == "--version":
         print(__version__)  # noqa: T201, RUF100
         sys.exit(0)
     command, rest = arguments[0], arguments[1:]
-    if "--help" in rest or "-h" in rest:
-        print(HELP)  # noqa: T201, RUF100
-        sys.exit(0)
     forget_signals()
     _set_up_process()
     try:
@@ -260,7 +219,7 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         if isinstance(end, (HydraException, OmegaConfBaseException)):
             raise InvalidSpecError(
                 value=" ".join(f"{end} {end.__cause__ or ''}".split()),
-                rule="settings are those of amici-eval COMMAND --cfg job",
+                rule="settings are those of amici-eval COMMAND --help",
                 fix="correct the setting",
             ) from end
         raise

@@ -28,15 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.text import masked
+from amici_eval.settings.commands import COMMANDS, settings_of
 from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.settings.evaluation import (
-    AblationSpec,
-    DataSpec,
     EvaluationSpec,
-    PermutationSpec,
     ReportSpec,
     TrackingSpec,
-    TrainedOnSpec,
     spec_from_mapping,
     spec_of,
 )
@@ -44,7 +41,7 @@ from amici_eval.settings.gate import GateSpec, Rule, gate_spec_from
 from amici_eval.settings.launch import LaunchSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from hydra.plugins.config_source import ConfigResult
 
@@ -68,10 +65,6 @@ __all__ = [
 # ruff: noqa: UP006, UP035, UP045
 
 
-_TEXT: tuple[Any, Any] = (Optional[str], None)
-_NEEDED: tuple[Any, Any] = (str, MISSING)
-
-
 def _known_to_hydra(kind: Any) -> Any:
     """Return the nearest type that Hydra knows: what may be text or a number is text, and all of a list are alike."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -86,92 +79,23 @@ def _known_to_hydra(kind: Any) -> Any:
     return Optional[found] if len(known) < len(options) else found
 
 
-def _group(spec: Any, *, without: Sequence[str] = (), **further: tuple[Any, Any]) -> type[Any]:
-    """Return a class from which Hydra takes names, types and defaults of the settings in ``spec``, and further ones."""
-    kinds, known = get_type_hints(spec), {}
-    for one in fields(spec):
-        if one.name not in without:
-            default = one.default if one.default_factory is dataclasses.MISSING else None
-            known[one.name] = (
-                _known_to_hydra(kinds[one.name]),
-                list(default) if isinstance(default, tuple) else default,
-            )
-    return _schema(spec.__name__, **further, **known)
-
-
-def _schema(called: str, **settings: Any) -> type[Any]:
-    """Return a class of settings: groups, or pairs of type and default (``None`` where a new one is made each time)."""
+def _group(spec: Any) -> type[Any]:
+    """Return a class from which Hydra takes names, types and defaults of the settings in ``spec``."""
     made = []
-    for name, setting in settings.items():
-        kind, default = setting if isinstance(setting, tuple) else (setting, None)
-        factory: Any = next((one for one in (get_origin(kind), kind) if one in (list, dict) or is_dataclass(one)), None)
-        if factory is None or default is MISSING:
-            made.append((name, kind, field(default=default)))
+    for name, kind, default, _ in settings_of(spec):
+        # rules by name: a mapping of what a rule holds, which gate_spec checks, or nothing
+        known = Dict[str, Any] if name == "rules" else _known_to_hydra(kind)
+        factory: Any = next(
+            (one for one in (get_origin(known), known) if one in (list, dict) or is_dataclass(one)), None
+        )
+        if factory is not None:
+            made.append((name, known, field(default_factory=partial(list, default) if factory is list else factory)))
         else:
-            made.append((name, kind, field(default_factory=factory if not default else default.copy)))
-    return make_dataclass(called, made)
+            made.append((name, known, field(default=MISSING if default is dataclasses.MISSING else default)))
+    return make_dataclass(spec.__name__, made)
 
 
-_DATA = _group(DataSpec, uri=_TEXT, table=_TEXT)
-_COMPUTED = {"data": _DATA, "ablation": _group(AblationSpec), "permutation": _group(PermutationSpec)}
-_REPORT, _TRACKING = _group(ReportSpec), _group(TrackingSpec, without=["resume"])
-_COMPARED = {**_COMPUTED, "compare": _group(ComparisonSpec)}
-# rules by name: a mapping of what a rule holds, which gate_spec checks, or nothing
-_GATED = {**_COMPARED, "gate": _group(GateSpec, without=["rules", "left_out"], rules=(Dict[str, Any], {}))}
-_BASELINE = (Optional[str], "@champion")
-_WATCH = _schema("Watch", interval=(float, 60.0), max_interval=(float, 900.0), lease=(float, 900.0))
-_REGISTER = _schema("Register", adata=_TEXT, trust=(bool, False), alias=_TEXT, trained_on=_group(TrainedOnSpec))
-_RESUME = (str, "auto")
-
-SCHEMAS: dict[str, type[Any]] = {
-    "evaluate": _schema(
-        "Evaluate",
-        model_uri=_NEEDED,
-        **_COMPUTED,
-        launch=_group(LaunchSpec),
-        report=_REPORT,
-        tracking=_TRACKING,
-        resume=_RESUME,
-    ),
-    "compare": _schema(
-        "Compare",
-        **dict.fromkeys(("model", "versions", "runs", "datasets"), (List[str], [])),
-        **_COMPARED,
-        report=_REPORT,
-        tracking=_TRACKING,
-        resume=_RESUME,
-    ),
-    "gate": _schema(
-        "Gate",
-        model_uri=_NEEDED,
-        baseline=_BASELINE,
-        **_GATED,
-        report=_REPORT,
-        tracking=_TRACKING,
-        resume=_RESUME,
-    ),
-    "watch": _schema(
-        "WatchCommand",
-        model=_NEEDED,
-        baseline=_BASELINE,
-        **_GATED,
-        report=_REPORT,
-        watch=_WATCH,
-        tracking=_TRACKING,
-        resume=_RESUME,
-    ),
-    "rollback": _schema("Rollback", model=_NEEDED, alias=(str, "champion"), tracking=_TRACKING),
-    "register": _schema(
-        "RegisterCommand", model_dir=_NEEDED, name=_NEEDED, data=_DATA, register=_REGISTER, tracking=_TRACKING
-    ),
-    "demo": _schema(
-        "Demo",
-        seed=(int, 0),
-        output_dir=(str, "demo-output"),
-        n_permutations=(Optional[int], None),
-        tracking=_TRACKING,
-    ),
-}
+SCHEMAS: dict[str, type[Any]] = {command: _group(spec) for command, spec in COMMANDS.items()}
 
 
 def register_schemas() -> None:
@@ -275,7 +199,7 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
                 rule=f"{group or command} has {', '.join(known)}",
                 fix=f"write {' or '.join(near)}"
                 if near
-                else f"choose one of these; amici-eval {command} --cfg job shows all settings",
+                else f"choose one of these; amici-eval {command} --help shows all settings",
             )
         schema = get_type_hints(schema)[name]
     if is_dataclass(schema):
@@ -299,7 +223,7 @@ def check_override(command: str, text: str, *, configs: Path | None, sweep: bool
         raise InvalidSpecError(
             value=text,
             rule=_TRUTH.get(schema) or str(error.msg or error).splitlines()[0],
-            fix=f"amici-eval {command} --cfg job shows all settings with their defaults",
+            fix=f"amici-eval {command} --help shows all settings with their defaults",
         ) from error
     except HydraException:
         return

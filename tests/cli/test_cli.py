@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import mlflow
 import pytest
 import yaml
 
+import amici_eval
 from amici_eval.cli.commands import main
 from amici_eval.cli.config import gate_spec, hydra_override
+from amici_eval.cli.help import reference
 from amici_eval.cli.project_arguments import project_overrides
 from amici_eval.common.errors import InvalidSpecError
+from amici_eval.settings.commands import COMMANDS
 
 
 def call(*arguments: str) -> int:
@@ -37,6 +41,26 @@ def test_help_and_version(capsys):
     assert call("evaluate", "--help") == 0
     assert call("--version") == 0
     assert call() == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_tells_each_of_its_settings(command, capsys):
+    assert call(command, "--help") == 0
+    told = capsys.readouterr().out
+    assert call(command, "--cfg", "job") == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    for name, value in settings.items():
+        for one in value if isinstance(value, dict) else ["="]:
+            assert re.search(rf"^  {name}{'' if one == '=' else '.' + one}[=. ]", told, re.MULTILINE), (name, one)
+    assert max(map(len, told.splitlines())) <= 120
+    assert not re.search(r"^  [\w.]+=\S*\n(?!    )", told, re.MULTILINE), "a setting without meaning"
+
+
+def test_the_page_of_settings_says_what_the_settings_say():
+    page = Path(amici_eval.__file__).parents[1] / "docs" / "settings.md"
+    if not page.is_file():
+        pytest.skip("docs/ is there in a checkout only")
+    assert page.read_text(encoding="utf-8") == f"{reference()}\n", "python -m amici_eval.cli.help > docs/settings.md"
 
 
 def test_unknown_command(capsys):
@@ -240,7 +264,7 @@ def test_project_parameters_become_overrides():
         (["trained_on.key=in_test"], "; write data.trained_on.key\n"),
         (["tags.a=3"], "; write tracking.tags.a\n"),
         (["data.subset.indices=[1,b]"], "data.subset.indices=[1,b]: Value 'b' of type 'str' could not be converted"),
-        (["tracking.zzz=3"], "; choose one of these; amici-eval evaluate --cfg job shows all settings"),
+        (["tracking.zzz=3"], "; choose one of these; amici-eval evaluate --help shows all settings"),
         (["permutation.alpha=big"], "could not be converted to Float"),
         (["permutation.n_permutations=1.5"], "could not be converted to Integer"),
         (["report.figures=perhaps"], "it must be true"),
