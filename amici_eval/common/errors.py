@@ -53,7 +53,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    # a line that only announces the next one says nothing
+    # a line that ends with a colon needs the next one
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return mask_secrets(f"{type(error).__name__}: {said[:300]}")
 

@@ -40,8 +40,6 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file of another name, and give it its own name once it is on disk.
 
-    Notes
-    -----
     The file is flushed to disk before it is renamed, and the folder after: a crash of the machine leaves the old file
     or the new one.
     """
@@ -85,10 +83,8 @@ def _flush(path: Path) -> None:
 class FolderLock:
     """One process's hold on a folder, which ends with the process, however that ends; `take` makes it.
 
-    Notes
-    -----
-    An advisory lock (``flock``) on a file in the folder. Where the system has none (Windows), or the file system cannot
-    lock, nothing is locked and nothing that another process left is taken up.
+    An advisory lock (``flock``) on a file in the folder. Where the system (Windows) or the file system cannot lock,
+    nothing is locked, and nothing that another process left is taken up.
     """
 
     def __init__(self, folder: Path, handle: int) -> None:
@@ -96,7 +92,7 @@ class FolderLock:
 
     @classmethod
     def take(cls, folder: Path) -> FolderLock | None:
-        """Return the hold on a folder that is there; ``None`` if another has it or there is no telling."""
+        """Return the hold on an existing folder; ``None`` if another process has it or it cannot be locked."""
         fcntl = _fcntl()
         if fcntl is None:
             return None
@@ -108,7 +104,7 @@ class FolderLock:
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the folder may have been removed, and made anew, between the two steps
+            # the folder may have been removed, and made anew, between opening and locking
             if os.fstat(handle).st_ino == path.stat().st_ino:
                 return cls(folder, handle)
         except OSError:
@@ -146,7 +142,7 @@ def write_pack(path: Path, value: Any, *, label: Mapping[str, str]) -> None:
     tree = json.dumps(_packed(value, arrays), ensure_ascii=False)
     said = json.dumps(dict(label), sort_keys=True, ensure_ascii=False)
     content = save(arrays, metadata={"tree": tree, "label": said, "sha256": _digest(tree, said, arrays)})
-    # not by the library: a full disk would be an error of its own class
+    # not written by the library, which raises an error of its own class when the disk is full
     path.write_bytes(content)
 
 

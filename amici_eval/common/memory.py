@@ -1,4 +1,4 @@
-"""How much memory is free, and work in chunks that are halved where memory ends, down to a floor."""
+"""Measure free memory, and work in chunks that are halved when memory runs out, down to a floor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "unless_memory_ends",
 ]
 
-# what is taken to be free where the system does not tell
+# assumed to be free if the system does not tell
 _UNKNOWN_BYTES = 2**31
 _OWN_GROUPS = Path("/proc/self/cgroup")
 # name of the controller, folder, limit, use, and the part of the use that the system gives back when asked; second
@@ -41,12 +41,8 @@ _CONTAINERS = (
 def available_memory() -> int:
     """Return how many bytes this process may still take, as far as the system tells.
 
-    Notes
-    -----
-    The least of what the machine has left, of what each control group around the process has left, and of what a limit
-    on the process's own addresses (``ulimit -v``) leaves. Measured anew at each call, so that what other processes, or
-    other evaluations in this one, have taken by then does not count. Half of the machine's memory where the system does
-    not tell what is left, 2 GiB where it tells nothing.
+    The least of what is left of the machine, of each control group around the process and of ``ulimit -v``, measured
+    anew at each call. Half of the machine's memory if the system does not tell what is left, 2 GiB if it tells nothing.
     """
     found = []
     try:
@@ -86,7 +82,7 @@ def _own_groups(controller: str, root: Path) -> list[Path]:
     for entry in entries:
         if len(entry) == 3 and controller in entry[1].split(","):
             own = PurePosixPath(entry[2].lstrip("/"))
-            # a group outside of what a container sees
+            # skip a group outside of what a container sees
             if ".." not in own.parts:
                 return [root / group for group in (own, *own.parents)] if own.parts else [root]
     return [root]
@@ -126,12 +122,12 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _PHRASES = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "_ALLOC_FAILED")
-"""How torch, its allocators, cuBLAS and cuFFT say it in errors without a class of their own."""
+"""Phrases of torch, its allocators, cuBLAS and cuFFT in errors without a class of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that there was too little memory, on a device or in the machine."""
-    # torch's own class is known by its name: rooms that do without torch do not load it for this
+    # torch's own class is compared by name, so that torch need not be imported for this
     named = type(error).__module__.partition(".")[0] == "torch" and type(error).__name__ == "OutOfMemoryError"
     if named or isinstance(error, (MemoryError, DeviceMemoryError)):
         return True
@@ -143,8 +139,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: str) -> None:
-    """Give back to a device what failed work has left."""
-    # what just failed is young; a search through all objects takes long in a large process
+    """Free the memory of a device that failed work still takes."""
+    # what just failed is young, and a search through all objects takes long in a large process
     gc.collect(1)
     if device.startswith("cuda"):
         import torch
@@ -153,24 +149,9 @@ def release(device: str) -> None:
 
 
 class Shrinking:
-    """How much is worked on at a time: halved where memory ends, and it stays so.
+    """The size of chunks of work, which is halved for good when memory runs out; thread-safe.
 
-    Parameters
-    ----------
-    size
-        To begin with.
-    floor
-        Least size; what does not fit with it, does not fit.
-    what
-        The work, for messages: "attention".
-    unit
-        What is counted: "cells".
-    device
-        Torch device of the work.
-
-    Notes
-    -----
-    Safe to use from several threads.
+    ``what`` ("attention") and ``unit`` ("cells") are for messages.
     """
 
     def __init__(self, size: int, *, floor: int = 1, what: str, unit: str = "cells", device: str) -> None:
@@ -180,7 +161,7 @@ class Shrinking:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # a model is sent to workers with what it holds, and each has a lock of its own
+        # locks cannot be pickled: workers that get a model make their own
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,18 +169,10 @@ class Shrinking:
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[int], Result]) -> Result:
-        """Return ``work(size)``, tried with half the size as long as memory ends.
+        """Return ``work(size)``, tried again with half the size each time memory runs out.
 
-        Parameters
-        ----------
-        work
-            Called again after a failure, so what it has done by then must not count: it returns what it found, or
-            writes to the same places as before.
-
-        Raises
-        ------
-        DeviceMemoryError
-            If the floor is too much.
+        ``work`` is called again after a failure, so what it had done must not count: it returns what it found, or
+        writes to the same places as before.
         """
         while True:
             size = self.size
@@ -229,7 +202,7 @@ class Shrinking:
 
 
 def unless_memory_ends(compute: Callable[[], Result], *, device: str) -> Result | None:
-    """Return ``None`` where there is too little memory; what failed has been freed by then."""
+    """Return the result, or ``None`` if there is too little memory; what failed has been freed by then."""
     try:
         return compute()
     except (MemoryError, RuntimeError, OSError) as error:
@@ -241,20 +214,7 @@ def unless_memory_ends(compute: Callable[[], Result], *, device: str) -> Result 
 
 @contextmanager
 def memory_errors_explained(what: str, device: str) -> Iterator[None]:
-    """Run a body; where memory ends in it, say so in words of ours.
-
-    Parameters
-    ----------
-    what
-        The work, for the message.
-    device
-        Torch device of the work.
-
-    Raises
-    ------
-    DeviceMemoryError
-        In place of whatever NumPy, torch or the interpreter raised.
-    """
+    """Raise ``DeviceMemoryError`` in place of what NumPy, torch or the interpreter raises when memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

@@ -18,7 +18,7 @@ __all__ = ["Fingerprints", "ModelCard", "TrainingData"]
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Fingerprints:
-    """Names of some cells, and hashes of their places and their expression, by which they are told from others."""
+    """Names of some cells, and hashes of their places and expression, by which they are recognised in other data."""
 
     names: tuple[str, ...]
     places: UInt32[ndarray, " cells"]
@@ -27,20 +27,12 @@ class Fingerprints:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What is remembered of the tissue a model was trained on, to notice data of another kind later.
+    """Facts of the tissue a model was trained on, to notice data of another kind later.
 
-    Parameters
-    ----------
-    n_cells
-        Cells in the training AnnData (training, validation and test cells together).
-    digest
-        Content digest of the AnnData; ``None`` if it was not needed.
-    places
-        Digest of the coordinates whatever the order and the names of the cells.
-    nn_distance
-        Median distance of a cell to the nearest other cell, in the unit of the coordinates.
-    integer_valued
-        Whether all expression values were whole numbers (counts).
+    ``n_cells``: training, validation and test cells together; ``digest``: of the AnnData's content, ``None`` if it was
+    not needed; ``places``: digest of the coordinates whatever the order and names of cells; ``nn_distance``: median
+    distance to the nearest other cell, in the unit of the coordinates; ``integer_valued``: all expression was whole
+    numbers (counts).
     """
 
     n_cells: int
@@ -54,29 +46,9 @@ class TrainingData:
 class ModelCard:
     """What the evaluation needs to know of a trained AMICI besides its weights.
 
-    Parameters
-    ----------
-    n_heads, n_neighbors
-        Attention heads, and neighbours a receiver attends to.
-    genes
-        Genes in the order of the model's inputs and outputs.
-    cell_types
-        Labels in the order of the model's label codes.
-    labels_key, coord_obsm_key, layer, cell_radius_key
-        How the AnnData was registered for training.
-    versions
-        Versions of the packages that trained it, by distribution name.
-    training_data
-        Facts of the training tissue; ``None`` if they were not recorded.
-    training_cells
-        Names of the cells the model was fitted on; ``None`` if they were not recorded.
-    fingerprints
-        Their places and expression; ``None`` if they were not recorded, as for models of older versions.
-
-    Raises
-    ------
-    ModelFormatError
-        If two genes have one name.
+    ``genes`` and ``cell_types`` are in the order of the model's inputs and of its label codes; the keys are those that
+    the AnnData was registered with; ``training_cells`` names the cells that the model was fitted on. ``training_data``,
+    ``training_cells`` and ``fingerprints`` are ``None`` if they were not recorded, as for models of older versions.
     """
 
     n_heads: int

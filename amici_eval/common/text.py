@@ -1,7 +1,7 @@
 """Text that comes from models, data and settings, made safe to write: escaped for each format, secrets redacted.
 
-Labels, names, tags and messages may hold anything. Each function that escapes takes such a text and returns what stands
-for exactly this text in its format, and for nothing else: no markup, formula, column, line or command comes of it.
+Labels, names, tags and messages may hold anything. Each escaping function returns what stands for exactly this text in
+its format, so that it never becomes markup, a formula, a column, a line or a command.
 """
 
 from __future__ import annotations
@@ -87,12 +87,10 @@ def code_block(lines: list[str]) -> str:
 
 
 def csv_text(text: str) -> str:
-    """Return a text for a cell of a CSV file: what a spreadsheet would take for a formula gets an apostrophe before.
+    """Return a text for a cell of a CSV file, after an apostrophe if a spreadsheet would take it for a formula.
 
-    Notes
-    -----
-    As OWASP's page on CSV injection recommends. So that it can be undone, a text that has apostrophes before such a
-    character gets one more.
+    As OWASP's page on CSV injection recommends. A text that already has apostrophes before such a character gets one
+    more, so that :func:`from_csv_text` can undo it.
     """
     return f"'{text}" if _FORMULA.match(text) else text
 
@@ -116,7 +114,7 @@ def _shown(found: re.Match[str]) -> str:
 
 
 def _unblocked(found: re.Match[str]) -> str:
-    # "1." would begin a list: its dot is escaped by the digit's being followed by a backslash
+    # "1." would begin a list: a backslash after the digit escapes its dot
     return f"{found[1]}{found[2]}\\" if found[2].isdigit() else f"{found[1]}\\{found[2]}"
 
 
@@ -138,7 +136,7 @@ _SECRET_WORD = (
 )
 _SECRET_PART = r"(?:pwd|auth|cookie|bearer|apikey|(?<![_/-])(?:sig|sas|pass))"
 _NAME = re.compile(rf"(?i){_SECRET_WORD}|(?<![a-z])(?:{_SECRET_PART}|authorization)(?![a-z])")
-# what stands for nothing is no secret, and what is masked stays as it is
+# null, booleans and interpolations are no secrets; what is masked stays as it is
 _VALUE = (
     r"(?!['\"]?\*\*\*|''|\"\"|(?:null|none|true|false|\$\{[^}]*\})(?=[\s,;&'\")\]}]|$))"
     r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s'\"<>]+)"
@@ -154,7 +152,7 @@ _HEADER = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer\s+)(?=[\w.~+/=-]*[\d._~+/=-])[\w.~+/=-]{8,}")
 _BASIC = re.compile(r"(?i)\b(basic\s+)([a-z0-9+/]{4,}={0,2})")
-# credentials that show by their form what they are
+# credentials with a known form
 _SHAPES = re.compile(
     r"\b(?:A[KS]IA[0-9A-Z]{16}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|hf_\w{30,}|dapi[0-9a-f]{32}|"
     r"xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|sk_live_\w{16,}|glsa_\w{20,}|sk-[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
@@ -165,10 +163,8 @@ _PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[\s\S]*?(?:-----END [A-Z
 def mask_secrets(text: str) -> str:
     """Return a text without what looks like a credential.
 
-    Notes
-    -----
-    It goes by form: a password alone, with nothing that says what it is, is not recognised. A masked text stays as it
-    is when it is masked again.
+    Only the form counts: a bare password, with nothing that says what it is, is not recognised. Masking a masked text
+    again does not change it.
     """
     text = _DATABASE_USER.sub(rf"\1{MASK}@", text)
     text = _USER.sub(f"{MASK}@", _USER_PASSWORD.sub(f"{MASK}@", text))
@@ -187,7 +183,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def masked(value: Any) -> Any:
-    """Return plain nested values without credentials: texts masked, and what a secret name stands for left out."""
+    """Return plain nested values without credentials: texts are masked, values of secret names are replaced."""
     if isinstance(value, str):
         return mask_secrets(value)
     if isinstance(value, Mapping):
@@ -208,7 +204,7 @@ def mask_mapping(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _is_told(value: Any) -> bool:
-    # a group of settings under such a name is looked into: "auth: {method: ...}"
+    # a group of settings under a secret name is masked item by item: "auth: {method: ...}"
     return not (value is None or value == "" or isinstance(value, (bool, Mapping)))
 
 
@@ -243,7 +239,7 @@ def slugify(label: str, among: Iterable[str] = ()) -> str:
 
 
 def meant_by(text: str, known: Iterable[str]) -> list[str]:
-    """Return the known labels that a text means: itself, else those that are the same whole number or truth value."""
+    """Return the known labels that a text means: itself, else those of the same whole number or truth value."""
     labels = list(known)
     return [text] if text in labels else [label for label in labels if _plain(label) == _plain(text)]
 

@@ -34,7 +34,7 @@ _SPOILT = (
     TypeError,
     ValueError,
 )
-"""What reading a pickle raises that was cut off or overwritten."""
+"""Errors that reading a pickle raises if it was cut off or overwritten."""
 
 
 def numba_if_usable() -> ModuleType | None:
@@ -47,10 +47,10 @@ def numba_if_usable() -> ModuleType | None:
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Return a function that is compiled when first called, without the interpreter's lock.
+    """Return a function that numba compiles when it is first called and that runs without the interpreter's lock.
 
-    What is compiled is kept on disk for later processes, where numba finds a folder to write to (``NUMBA_CACHE_DIR``
-    names another); else it is compiled anew in each process.
+    Compiled code is kept on disk for later processes if numba finds a folder for it (``NUMBA_CACHE_DIR`` names
+    another).
     """
     numba = importlib.import_module("numba")
     try:
@@ -62,7 +62,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _tolerate_cache_errors(cache: Any) -> None:
-    """Let files of compiled code that are spoilt be made anew, and do without where they cannot be written."""
+    """Compile anew where a file of the cache is damaged, and do without the cache where it cannot be written."""
     load, save = getattr(cache, "load_overload", None), getattr(cache, "save_overload", None)
     if load is None or save is None:
         return
@@ -72,7 +72,7 @@ def _tolerate_cache_errors(cache: Any) -> None:
             return load(*arguments)
         except _SPOILT as error:
             logger.debug("compiled code in %s is spoilt (%s) and made anew", cache.cache_path, type(error).__name__)
-        # an index without entries: what it named is compiled again
+        # write an index without entries: what it named is compiled again
         with suppress(OSError):
             cache.flush()
         return None
@@ -104,9 +104,10 @@ def cuts(length: int, n_parts: int, *, multiple: int = 1) -> list[tuple[int, int
 
 
 def in_threads(tasks: Iterable[Callable[[], Result]], n_threads: int, done: Callable[[Result], object]) -> None:
-    """Run tasks that leave the interpreter alone; hand each result on in order, in the calling thread.
+    """Run tasks that release the interpreter's lock; pass each result to ``done`` in order, in the calling thread.
 
-    Tasks are taken as they are needed. An error or an interrupt waits for what is running; the rest does not begin.
+    Tasks are taken from the iterable as needed. After an error or an interrupt, running tasks finish and no other
+    begins.
     """
     tasks = iter(tasks)
     begin = list(islice(tasks, 2))
@@ -131,7 +132,7 @@ _LOOK_S = 0.2
 
 
 class _StoppedError(Exception):
-    """Raised inside a task whose result nobody waits for."""
+    """Raised inside a task to stop it when its result is not needed any more."""
 
 
 def run_side_by_side(
@@ -142,10 +143,7 @@ def run_side_by_side(
 ) -> Iterator[tuple[str, Result]]:
     """Run tasks, as many at a time as torch has threads, and yield each result as it comes.
 
-    Notes
-    -----
-    Within a task torch computes on one thread: threads that meet after every small operation wait for each other most
-    of the time.
+    Within a task torch uses one thread: threads that meet after every small operation mostly wait for each other.
     """
     import torch
 
@@ -190,7 +188,7 @@ def run_side_by_side(
 
 
 def run_on_single_threads(tasks: Iterable[Callable[[], None]], *, n_threads: int) -> None:
-    """Run tasks, several at a time, each with torch on one thread; they are taken as they are needed."""
+    """Run tasks, several at a time, each with torch on one thread; tasks are taken from the iterable as needed."""
     if n_threads <= 1:
         for task in tasks:
             task()

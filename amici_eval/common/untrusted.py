@@ -1,6 +1,6 @@
-"""Small files that others wrote: read only if they are plain files, of a bounded size, and say one thing.
+"""Read small files that others wrote, only if they are plain files, of a bounded size and unambiguous.
 
-Everything here raises ``ValueError`` or ``OSError``; the reader that calls it knows which file that is.
+Functions here raise ``ValueError`` or ``OSError``; the caller adds which file it was.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 # control characters (C0, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates, lone
 # surrogates: what makes a name read as another one, or breaks a terminal or an encoding
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# always finds an end, so that no text takes quadratic time
+# also matches a string without an end, so that no text takes quadratic time
 _STRING = re.compile(r'"(?:[^"\\]+|\\.|\\\Z)*(?:"|\Z)', re.DOTALL)
 _DEEPEST = 64
 _LONGEST_NUMBER = 40
@@ -42,7 +42,7 @@ _LARGEST_RATIO = 100
 
 
 def odd_character(text: str) -> str | None:
-    """Return the first character of a name that has no place in one (control, line break, bidi override), if any."""
+    """Return the first character that a name must not have (control, line break, bidi override), if any."""
     found = _ODD.search(text)
     return None if found is None else found[0]
 
@@ -97,19 +97,19 @@ def read_plain_file(path: Path, *, limit: int, links: bool = False) -> bytes:
 
 
 def load_json(path: Path, *, limit: int, max_values: int, allow_nan: bool = False, links: bool = False) -> Any:
-    """Return what a JSON file holds; see :func:`parse_json`."""
+    """Return the value of a JSON file; see :func:`parse_json`."""
     content = read_plain_file(path, limit=limit, links=links)
     return parse_json(content, max_values=max_values, allow_nan=allow_nan)
 
 
 def parse_json(text: str | bytes, *, max_values: int, allow_nan: bool = False) -> Any:
-    """Return what a JSON text says, if that is one thing."""
+    """Return the value of a JSON text; refuse repeated keys, too many values and deep nesting."""
     decoded = text.decode("utf-8") if isinstance(text, bytes) else text
     if not isinstance(decoded, str):
         msg = f"JSON is text, not a {type(text).__name__}"
         raise ValueError(msg)  # noqa: TRY004, RUF100 - readers catch one kind
     bare = np.frombuffer(_STRING.sub("", decoded).encode("utf-8", "replace"), dtype=np.uint8)
-    # in ASCII, | 0x20 makes [ and { one sign, and ] and } another
+    # in ASCII, | 0x20 maps [ to {, and ] to }
     brackets = bare[np.isin(bare, np.frombuffer(b"[]{}", dtype=np.uint8))] | 0x20
     opens = brackets == ord("{")
     if 3 * int(opens.sum()) + int((bare == ord(",")).sum()) > max_values:
@@ -148,7 +148,7 @@ def _whole_number(text: str) -> int:
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an ``.npz`` file without pickles, after a look at what they claim to be."""
+    """Return the numeric arrays of an ``.npz`` file without pickles, after a check of declared types and sizes."""
     size = check_is_plain_file(path, links=True)
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

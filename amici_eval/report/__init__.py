@@ -1,1 +1,1 @@
-"""What people look at: figures, tables, a page. Results go in, axes and files come out; nothing is computed here."""
+"""Figures, tables and the page: results go in, axes and files come out, and nothing is computed here."""

@@ -1,4 +1,4 @@
-"""Pieces of markup that sections of the page share; what is text is escaped here."""
+"""Pieces of markup that sections of the page share; arguments that are text are escaped here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def table(
 
 
 def folded(content: str, summary: str, *, is_open: bool = False) -> str:
-    """Return a part that a click opens; the summary is text, the content markup."""
+    """Return a part of the page that a click opens; the summary is text, the content markup."""
     return f"<details{' open' if is_open else ''}><summary>{text(summary)}</summary>{content}</details>"
 
 
@@ -66,7 +66,7 @@ def cells_text(number: float) -> str:
 
 
 def yes_no(value: object, *, missing: str = "") -> str:
-    """Return a truth that may be missing as text that is escaped later."""
+    """Return a truth value that may be missing as text that is escaped later."""
     return missing if value is None or value is pd.NA else ("yes" if value else "no")
 
 
@@ -77,5 +77,5 @@ def _head_link(name: str) -> str:
 
 
 def _first_sentence(caption: str) -> str:
-    """Return the start of a caption: a name that is read out for a table should be short."""
+    """Return the first sentence of a caption, because the name that is read out for a table should be short."""
     return f"{caption.partition('. ')[0].rstrip('.')}."

@@ -1,4 +1,4 @@
-"""The section of the page on who talks to whom: the links from senders to receivers that a head would miss most."""
+"""The section of the page on senders: the links from senders to receivers whose loss costs a head most."""
 
 from __future__ import annotations
 
@@ -78,12 +78,10 @@ def senders_section(evaluation: HeadEvaluation) -> str:
 
 
 def sure_links(evaluation: HeadEvaluation, rows: Sequence[int]) -> Int64[np.ndarray, "links three"]:
-    """Return (head, receiver, sender) of what is lost with an interval above 0, the largest losses first.
+    """Return (head, receiver, sender) of losses with an interval above 0, the largest losses first.
 
-    Notes
-    -----
-    Only where the head, kept alone, explains something: with senders masked out a prediction is not what the model was
-    trained for, and a head that explains nothing may well become worse than that.
+    Only of heads that explain something when kept alone: the model was not trained with senders masked out, and a head
+    that explains nothing may become worse by the masking itself.
     """
     found = evaluation.senders
     if found is None:

@@ -65,7 +65,7 @@ VALIDITY = {
         "trends make its p-values wrong."
     ),
 }
-"""What each null takes for granted, and how it fails, in one sentence or two."""
+"""What each null assumes, and how that fails, in one sentence or two."""
 VALIDITY_SHORT = {
     "free": "free null; anticonservative in spatially autocorrelated tissue",
     "lag": "lag null; can be too lenient for a type in a few patches or with a trend",
@@ -103,7 +103,7 @@ _DRAWN = {
 
 
 def effect(value: float) -> str:
-    """Return an explained variance as text with three decimals; what would round to zero says on which side it is."""
+    """Return an explained variance as text with three decimals, or <0.001 or >-0.001 if it would round to zero."""
     if np.isnan(value):
         return "undefined"
     if value != 0 and abs(value) < 5e-4:
@@ -151,7 +151,7 @@ def adjustment_text(evaluation: HeadEvaluation, *, null: str) -> str:
 
 
 def in_sample_text(evaluation: HeadEvaluation) -> str:
-    """Return what must stand beside a count or a mark of significant heads: empty unless cells are in-sample."""
+    """Return a caveat for counts or marks of significant heads; empty unless cells are in-sample."""
     if False not in evaluation.held_out:
         return ""
     return ", in-sample" if set(evaluation.held_out) == {False} else ", in part in-sample"

@@ -33,50 +33,11 @@ _SAMPLINGS = ("independent", "cyclic", "sequential", "gpd", "moments", "none")
 def write_significance(evaluation: HeadEvaluation, directory: str | Path) -> Path:
     """Write what the tests were and what came of them to ``directory/significance.json`` and return the file.
 
-    Notes
-    -----
-    Schema version 3, all keys always present; lengths are in the unit of the coordinates::
-
-        schema_version   3
-        engine           what produced the numbers: factored or hooked
-        decided_by       the null that decides what is significant: the spatial one if it was tested, else free
-        test             null, method, tail, stop_at, convention, adjustment, alpha, seed: of the free test, as in
-                         PermutationSpec;
-                         n_permutations: independent random permutations per type;
-                         n_permutations_by_type: permutations that were used, by type (0: no test, or none drawn)
-                           spatial        null if there is no spatial test, else
-                             null, alpha         of that test
-                             methods             how p came about, by type; empty: no test
-                             reach               distance up to which the null takes correlation into account, or
-                                                 tile width, by type
-                             correlation_length  of expression within the type, by type; null: none found
-                             widths              tile widths of p against scale, by type; empty: not computed
-        sampling         number of types by how their free p came about: independent, cyclic, sequential, gpd,
-                         moments, none (no test)
-        families         within each, p-values are adjusted together
-                           heads_x_types          of the free null
-                             n_heads, n_types
-                             n_pairs        n_heads * n_types
-                             n_tests        pairs with a p-value: the size of the adjustment
-                             n_significant  pairs with adjusted p <= alpha under the free null
-                             n_undefined    pairs without a p-value; n_tests + n_undefined = n_pairs
-                             undefined_reasons  number of pairs without a p-value by reason; adds up to n_undefined
-                           heads_x_types_spatial  null if there is no spatial test, else null, adjustment, and the
-                                                  same keys under the spatial null
-                           genes                  heads x types x genes; null if there is no spatial test, else
-                             null           lag, whatever the null of the heads
-                             adjustment, n_tests, n_significant, n_undefined
-        undefined_genes  number of genes without explained variance by reason, summed over types (and heads, where
-                         the reason is a head's)
-        parity           comparison of the factored with the hooked engine; null where none was made
-                           max_abs_difference  of predictions; null if it is no finite number
-                           n_cells             cells on which they were compared
-        intervals        of explained variance, by resampling tiles; null where there are none
-                           confidence, n_resamples, tile_width
-                           n_tiles             tiles with cells of the type, by type
-        baselines        predictors without heads; null where there are none
-                           names, fitted_on
-        validity         by null that was used: what it can and cannot say
+    All keys are always there; ``null`` stands for what was not computed or is not finite. ``decided_by`` is the
+    spatial null if it was tested, else free; ``test`` describes the free one. ``n_permutations_by_type`` is 0 without
+    a test; ``reach`` is the distance up to which the null takes correlation into account, or the tile width, in the
+    unit of the coordinates. In a family of pairs, ``n_tests`` (the size of the adjustment) and ``n_undefined`` add up
+    to ``n_pairs``, ``undefined_reasons`` to ``n_undefined``.
     """
     settings, spatial, bounds = evaluation.spec.permutation, evaluation.spatial, evaluation.intervals
     gene_reasons = [u.reason for u in evaluation.undefined if u.gene is not None]
@@ -183,7 +144,7 @@ def _pairs(
 
 
 def _pair_reasons(evaluation: HeadEvaluation, *, with_spatial: bool) -> dict[tuple[int, str], list[str]]:
-    """Return why heads have no test; what only the spatial null lacks is no reason of the free test."""
+    """Return why heads have no test; reasons of the spatial null are left out unless ``with_spatial``."""
     given = [
         (-1 if item.head is None else item.head, item.cell_type, item.reason)
         for item in evaluation.undefined

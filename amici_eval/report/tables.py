@@ -36,10 +36,7 @@ __all__ = ["read_csv", "summary_lines", "write_comparison_tables", "write_csv", 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a table; texts that a spreadsheet would take for formulas get an apostrophe before them.
 
-    Notes
-    -----
-    CSV is UTF-8 with line feeds at line ends, booleans as ``True`` and ``False``, missing values as empty fields and
-    floats with all their digits.
+    UTF-8, line feeds, ``True`` and ``False``, missing values as empty fields, floats with all their digits.
     """
     safe = _changed(frame, csv_text)
     # the csv module does not quote a carriage return, at which readers would begin a new row
@@ -58,7 +55,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
-    """Read a table with the names that it was written from."""
+    """Read a table of :func:`write_csv`, without the apostrophes that it put before names."""
     return _changed(pd.read_csv(path, **{"float_precision": "round_trip", **options}), from_csv_text)
 
 
@@ -75,14 +72,8 @@ def _changed(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
 def write_tables(evaluation: HeadEvaluation, directory: str | Path) -> tuple[Path, ...]:
     """Write the tables of a run below ``directory/tables`` and return the files.
 
-    Notes
-    -----
-    CSV is UTF-8 with line feeds at line ends, booleans as ``True`` and ``False``, missing values as empty fields and
-    floats with all their digits. To read them back equal, use
-    ``pandas.read_csv(file, float_precision="round_trip", keep_default_na=False, na_values={...})``: with the defaults
-    of pandas a cell type named ``NA`` becomes missing. Names that a spreadsheet would take for formulas have an
-    apostrophe before them (:func:`~amici_eval.report.tables.write_csv`), which
-    :func:`~amici_eval.report.tables.read_csv` takes away. The Parquet file needs no such care.
+    To read a CSV file back equal, call :func:`read_csv` with ``keep_default_na=False, na_values={...}``: with the
+    defaults of pandas a cell type named ``NA`` becomes missing. The Parquet file needs no such care.
     """
     folder = made_folder(Path(directory) / "tables")
     labels = pd.DataFrame(
@@ -172,9 +163,7 @@ def _best_head_table(evaluation: HeadEvaluation) -> list[str]:
 
 
 def write_comparison_tables(comparison: HeadComparison, directory: str | Path) -> tuple[Path, ...]:
-    """Write ``tables/head_matches.csv``, ``head_differences.csv``, ``sender_differences.csv``, ``versions.csv`` and, of
-    genes, a ``.parquet``.
-    """
+    """Write the tables of a comparison, genes as Parquet, below ``directory/tables`` and return the files."""
     folder = made_folder(made_folder(directory) / "tables")
     written = []
     for name, frame in (

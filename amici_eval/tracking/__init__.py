@@ -1,5 +1,5 @@
-"""MLflow, which no other package knows: where models, data and runs come from and go to."""
+"""All use of MLflow: models, data and runs in the tracking store."""
 
-# MLflow loads our entry points while it is imported. Importing it here, before any module of this package, lets each of
-# them find itself complete when that happens.
+# MLflow loads our entry points while it is imported. It is imported before any module of this package, so that it finds
+# none of them half initialised.
 import mlflow  # noqa: F401

@@ -26,14 +26,11 @@ __all__ = ["AnnDataDataset", "AnnDataEvaluationDataset", "AnnDataSource", "from_
 
 
 class AnnDataSource(DatasetSource):
-    """Where an AnnData lies.
+    """Where an AnnData lies: a local path, which is made absolute, or a URI.
 
-    Parameters
-    ----------
-    uri
-        Local path, ``file:``, ``runs:/``, ``models:/``, ``mlflow-artifacts:/``, ``http(s)`` or any URI that fsspec
-        opens (``s3:``, ``gs:``, ``az:``, ``memory:`` with their packages), ending in ``.h5ad`` or ``.zarr``, or in
-        ``.zarr/tables/NAME`` for a table of a SpatialData store. Local paths are made absolute.
+    A URI is ``file:``, ``runs:/``, ``models:/``, ``mlflow-artifacts:/``, ``http(s)`` or any that fsspec opens (``s3:``,
+    ``gs:``, ``az:``, ``memory:`` with their packages). It ends in ``.h5ad`` or ``.zarr``, or in ``.zarr/tables/NAME``
+    for a table of a SpatialData store.
     """
 
     def __init__(self, uri: str) -> None:
@@ -51,7 +48,7 @@ class AnnDataSource(DatasetSource):
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:
-        # only what is an AnnData by its name, or this class would claim other people's datasets
+        # claim only names of AnnData files: MLflow asks every class of sources about every dataset
         return isinstance(raw_source, (str, Path)) and NAMED.search(str(raw_source)) is not None
 
     @classmethod
@@ -76,7 +73,7 @@ class AnnDataSource(DatasetSource):
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """Give a local path to the AnnData; a fetched copy is removed after the body."""
+        """Yield a local path to the AnnData; a fetched copy is removed after the body."""
         local = as_local_path(self._uri)
         if local is not None:
             yield local
@@ -96,12 +93,12 @@ class AnnDataSource(DatasetSource):
 
 
 class AnnDataEvaluationDataset(EvaluationDataset):
-    """What ``mlflow.models.evaluate`` hands to the evaluator: the AnnData itself."""
+    """The dataset that ``mlflow.models.evaluate`` hands to the evaluator: it holds the AnnData itself."""
 
     def __init__(self, adata: "AnnData", *, name: str | None, digest: str, path: str | None = None) -> None:
         import numpy as np
 
-        # the base class wants a table of features; the rows of the AnnData stand for it
+        # the base class requires a table of features: give it the row numbers
         super().__init__(np.arange(adata.n_obs)[:, None], name=name, path=path, digest=digest)
         self._hash = digest
         self.adata = adata

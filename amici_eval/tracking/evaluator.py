@@ -42,7 +42,7 @@ def settings_from_config(config: Mapping[str, Any] | None) -> tuple[EvaluationSp
 
 
 def _merge(target: dict[str, Any], key: str, value: Any) -> None:
-    """Put a setting of dotted name, or a group of settings, into nested settings that are ours to change."""
+    """Set a value, or each value of a group, at a dotted name in nested settings, which are changed in place."""
     *groups, name = key.split(".")
     for group in groups:
         target = target.setdefault(group, {})
@@ -162,8 +162,8 @@ class AMICIEvaluator(ModelEvaluator):
             record,
             report=report,
             config_yaml=yaml.safe_dump(_plain({**spec.to_dict(), "report": vars(report)}), sort_keys=False),
-            # with a model_id MLflow logs the returned metrics itself; twice would make two points of each, which is
-            # better than none where MLflow does it in the background
+            # with a model_id MLflow logs the returned metrics itself; where it does so in the background they can be
+            # lost, so they are logged here too: two points of each are better than none
             log_metrics=model_id is None or MLFLOW_ENABLE_ASYNC_LOGGING.get(),
         )
         artifacts = _artifacts(folder / ARTIFACTS, run_id)

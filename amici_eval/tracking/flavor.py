@@ -148,7 +148,7 @@ def save_model(
 
 
 def refuse_credentials_in_uri(adata: str) -> None:
-    """Refuse a URI with credentials, which a model would tell to everybody who may read it."""
+    """Refuse a URI with credentials: everybody who may read the model could read them."""
     if mask_secrets(adata) != adata:
         raise InvalidSpecError(
             value=f"adata={adata!r} holds credentials",
@@ -158,7 +158,7 @@ def refuse_credentials_in_uri(adata: str) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """Return plain values of which no part occurs twice: YAML would write an alias, which our reader refuses."""
+    """Return a copy of plain values without shared parts: YAML writes those as aliases, which our reader refuses."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
@@ -245,7 +245,7 @@ def load_model(model_uri: str) -> TrainedAMICI:
 
 
 class _PyFuncAMICI:
-    """What MLflow's generic loader hands out; ``predict`` returns the expression the unablated model predicts."""
+    """The model that MLflow's generic loader returns; ``predict`` gives the unablated model's expression."""
 
     def __init__(self, trained: TrainedAMICI) -> None:
         self._trained = trained

@@ -59,17 +59,7 @@ def _client() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RegistryTags:
-    """Tags of a registered model, or of one of its versions.
-
-    Parameters
-    ----------
-    name
-        Registered model.
-    version
-        One of its versions; ``None``: the tags of the model itself.
-    client
-        ``MlflowClient``; by default one for the tracking store of this process.
-    """
+    """Tags of a registered model, or of one of its versions if ``version`` is given."""
 
     name: str
     version: str | None = None
@@ -105,7 +95,7 @@ logger = logging.getLogger(__name__)
 
 _MODELS_SOUGHT, _MODELS_NAMED = 1000, 20
 _TIMEOUTS_S = 5, 10
-"""For a connection and for an answer, where ``MLFLOW_HTTP_REQUEST_TIMEOUT`` is not set."""
+"""Seconds for a connection and for an answer, where ``MLFLOW_HTTP_REQUEST_TIMEOUT`` is not set."""
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))/?")
 _LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]+)/?")
@@ -155,7 +145,7 @@ def _check_destination(tracking: TrackingSpec) -> None:
             rule="results must go to a run or an experiment that is there",
             fix="correct or unset the variable, or tracking.uri",
         ) from error
-    # a name that is new makes an experiment
+    # a new name makes an experiment
     if experiment is not None and experiment.lifecycle_stage == "deleted":
         raise InvalidSpecError(
             value=f"the experiment {experiment.name!r} is deleted",
@@ -188,7 +178,10 @@ def _check_reachable(uri: str) -> None:
                 "/health",
                 "GET",
                 timeout=None if MLFLOW_HTTP_REQUEST_TIMEOUT.is_set() else _TIMEOUTS_S,
-                max_retries=None if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set() else 1,
+                # a connection that is closed once is no server that is gone, whatever the variable says
+                max_retries=max(1, MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())
+                if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set()
+                else 1,
                 raise_on_status=False,
             )
             return
@@ -246,18 +239,8 @@ def check_model_name(setting: str, name: str, *, kind: str = "registered") -> No
 class ResolvedModel:
     """A model in the tracking store.
 
-    Parameters
-    ----------
-    uri
-        Where to fetch it: the logged model behind a registered version.
-    asked
-        The URI as the user wrote it.
-    model_id
-        Id of the logged model, if there is one.
-    name, version
-        Registered model and version, if it was asked for as such.
-    run_id
-        The run that logged it, if known.
+    ``uri``: where to fetch it (the logged model behind a registered version); ``asked``: the URI as the user wrote it;
+    ``name`` and ``version``: set if it was asked for as a registered version; ``run_id``: the run that logged it.
     """
 
     uri: str
@@ -268,7 +251,7 @@ class ResolvedModel:
     run_id: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return what names the model, as plain values for results."""
+        """Return what identifies the model, as plain values for results."""
         return {
             "uri": mask_secrets(self.asked),
             "name": self.name,

@@ -32,20 +32,9 @@ _DEEPEST = 64
 class StoredModel:
     """A model of flavor ``amici`` in a local folder.
 
-    Parameters
-    ----------
-    trained
-        The model.
-    bundled_adata
-        The AnnData stored with it, if any; it lives as long as the folder.
-    adata_uri
-        Where its AnnData was recorded to be, if so.
-    model_id
-        Id of the logged model, if it was logged.
-    data_path
-        Folder inside the model that holds its files.
-    digest
-        SHA-256 of the manifest, which holds those of the files.
+    ``bundled_adata``: the AnnData stored with it, there as long as the folder; ``adata_uri``: recorded location of its
+    AnnData; ``data_path``: folder inside the model that holds its files; ``digest``: SHA-256 of the manifest, which
+    holds those of the files.
     """
 
     trained: TrainedAMICI
@@ -153,7 +142,7 @@ def _check_texts(settings: Mapping[str, Any]) -> None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without constructors, anchors and aliases, at most 64 deep: nothing grows as it is read."""
+    """Reads YAML without constructors, anchors and aliases, at most 64 deep, so that small files stay small."""
 
     _depth = 0
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 60.0
 _HEARTS: dict[str, Heartbeat] = {}
-"""Signs of life of the parents that this process opened, by run."""
+"""Heartbeats of the parents that this process opened, by run."""
 
 
 def close_parent(status: str) -> None:
@@ -61,9 +61,9 @@ def _close(run_id: str, status: str) -> None:
 
 
 class ParentRun(Callback):
-    """Opens the parent before the jobs of ``-m`` and closes it behind them.
+    """Opens the parent before the jobs of ``-m`` and closes it after them.
 
-    Jobs learn of it through an environment variable, which worker processes inherit.
+    Jobs read its id from an environment variable, which worker processes inherit.
     """
 
     def __init__(self) -> None:

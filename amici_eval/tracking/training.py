@@ -1,4 +1,4 @@
-"""Head metrics in an MLflow run while AMICI trains: a Lightning callback that leaves training as it is."""
+"""Head metrics in an MLflow run while AMICI trains, by a Lightning callback that does not change training."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _STRATUM = "train_heads"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Rows of a model's AnnData that are trained on and those that validate; ``None``: not known."""
+    """Rows of a model's AnnData for training and for validation; ``None``: not known."""
 
     train: Int64[np.ndarray, " train"] | None = None
     validation: Int64[np.ndarray, " validation"] | None = None
@@ -60,16 +60,9 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCells:
-    """The cells that are evaluated again and again.
+    """The cells that each evaluation uses: ascending rows of the AnnData, and how many of which cells they are.
 
-    Parameters
-    ----------
-    rows
-        Rows of the evaluated AnnData, ascending.
-    described
-        How many of which cells they are.
-    as_asked
-        Whether they are of the part of the split that was asked for; else of all cells, which is in-sample.
+    ``as_asked``: they are of the part of the split that was asked for; else of all cells, which is in-sample.
     """
 
     rows: tuple[int, ...]
@@ -87,11 +80,9 @@ def cells_to_evaluate(
     n_cells: int,
     seed: int,
 ) -> TrainingCells:
-    """Choose cells of a part (``None``: all, or not known): as many of each type as there are, up to an equal share.
+    """Choose up to ``n_cells`` cells of a part of the split (``None``: all, or not known), in equal shares of types.
 
-    Notes
-    -----
-    Equal shares, not proportional ones: a curve is drawn for each type, and each needs cells enough.
+    Shares are equal, not proportional: a curve is drawn for each type, and each needs enough cells.
     """
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
     part = None if part is None or not part.any() else part
@@ -138,7 +129,7 @@ def _quotas(counts: Int64[np.ndarray, " types"], n_cells: int) -> Int64[np.ndarr
 
 _METRICS_PER_BATCH = 1000
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
-"""Unless the user says otherwise: MLflow's own are 7 retries of 120 s, for which training would stand still."""
+"""Used unless the user sets them: with MLflow's own, 7 retries of 120 s, training would stand still."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +183,7 @@ def _impatient() -> Iterator[None]:
 class ModelInTraining:
     """What evaluation asks of a live AMICI, with the split of this training.
 
-    Notes
-    -----
-    scvi-tools gives the model its split, and the mark that it is trained, when training ends: nothing is set before.
+    scvi-tools gives the model its split, and the mark that it is trained, only when training ends.
     """
 
     module: Any
@@ -213,7 +202,7 @@ class ModelInTraining:
             registry_=model.registry_,
             n_neighbors=model.n_neighbors,
             train_indices_=split.train,
-            # all other cells: the rows of a training in progress are those of its own AnnData
+            # all cells that are not trained on; rows of the split are those of the model's own AnnData
             validation_indices_=np.setdiff1d(np.arange(model.adata.n_obs), [] if split.train is None else split.train),
         )
 
@@ -238,7 +227,7 @@ def generators_untouched(device: torch.device) -> Iterator[None]:
 
 
 class OncePerMessage(logging.Filter):
-    """Lets each message pass once: what is said of model and data is the same at each evaluation."""
+    """Lets each log message pass once, because every evaluation repeats those on model and data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +257,7 @@ PREFIX = "train_heads"
 CELLS_TAG = "amici_eval.train_heads.cells"
 _LOGGED = ("ev/", "ev_full_model/", "p_adj/", "p_adj_spatial/", "summary/n_significant", "summary/n_tests")
 _FAILURES = 3
-"""So many in a row, and it is tried no more."""
+"""After so many failures in a row no more evaluations are tried."""
 _REPEATING = (
     "amici_eval.evaluation.pipeline",
     "amici_eval.data.tissue",
@@ -492,7 +481,7 @@ class HeadEvaluationCallback(Callback):
         metrics["seconds"] = seconds
         now = int(time.time() * 1000)
         self._unsent += [Metric(f"{PREFIX}/{name}", value, now, self._epoch) for name, value in metrics.items()]
-        # what a failed attempt left goes along with the next
+        # includes metrics that a failed attempt could not send
         self._run.send(self._unsent, self._tags)
         self._unsent, self._tags = [], {}
 
@@ -514,7 +503,7 @@ class HeadEvaluationCallback(Callback):
         return replace(
             self.spec,
             data=replace(self.spec.data, subset=subset),
-            # moving a module would move its gradients, too
+            # the model's own device: moving a module would move its gradients, too
             ablation=replace(self.spec.ablation, device=home.type if home.type == "mps" else str(home)),
         )
 

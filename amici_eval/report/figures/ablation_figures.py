@@ -1,4 +1,4 @@
-"""Heatmaps of what is lost and kept with each head, and of how heads depend on each other."""
+"""Heatmaps of what is lost without each head and explained by it alone, and of interactions of heads."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def plot_ablations(
 
 
 def has_interactions(evaluation: HeadEvaluation, cell_types: Sequence[str] | None = None) -> bool:
-    """Return whether there is a pair of heads with a number in one of the types."""
+    """Return whether an interaction of two heads is defined in one of the types."""
     if evaluation.ablations is None or evaluation.n_heads < 2:
         return False
     rows = [evaluation.type_index(name) for name in chosen_types(evaluation, cell_types)]
@@ -223,7 +223,7 @@ def plot_interactions(
     above = np.triu(np.ones((n_heads, n_heads), dtype=bool))
     values = np.where(above, kinds[names[0]], kinds[names[-1]])[canvas.rows]
     limit = _limit(_pairs(values))
-    # in heads: between panels, and above each for its title
+    # lengths in units of heads: the gap between panels, and the room above each for its title
     panel = _panel_inches(n_heads)
     scale = n_heads / panel
     gap = _gap_inches(chosen, panel) * scale
@@ -286,7 +286,7 @@ def _pairs(values: Float64[np.ndarray, "types heads heads"]) -> Float64[np.ndarr
 
 
 def _limit(values: Float64[np.ndarray, ...], *, share: float = 1.0) -> float:
-    """Return the largest size, or one that a share of the values keep to: else one value takes all the contrast."""
+    """Return the largest absolute value, or its ``share`` quantile, lest one value take all the contrast; at most 1."""
     sizes = np.abs(values[np.isfinite(values)])
     if not sizes.size:
         return 0.0
@@ -333,7 +333,7 @@ def _add_colorbar(ax: Axes, mesh: QuadMesh, label: str, *, beyond: str) -> None:
     box = ax.get_window_extent()
     width, height = box.width / ax.figure.dpi, box.height / ax.figure.dpi
     whole = ax.get_position(original=True).height * ax.figure.bbox.height / ax.figure.dpi
-    # no taller than needed to read it, nor than what is drawn where the aspect is fixed
+    # no taller than needed to read it, nor than the drawing where its aspect is fixed
     tall = min(height, 2.5)
     bar = ax.figure.colorbar(
         mesh,

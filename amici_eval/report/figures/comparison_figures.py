@@ -1,4 +1,4 @@
-"""Figures of a comparison: who is whom, through which versions, what changed, and explained variance by version."""
+"""Figures of a comparison: matched heads, their lineage over versions, changes, and explained variance by version."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MOST_ROWS = 30
 
 
 def sender_changes_section(comparison: HeadComparison) -> str:
-    """Return the changes that are sure, the largest first; nothing if senders were not computed."""
+    """Return the section with changes of senders that are sure, the largest first; nothing if none were computed."""
     if not comparison.senders:
         return ""
     frame = comparison.senders_frame()

@@ -1,4 +1,4 @@
-"""Parts that figures share: colours of types, legend, marks, captions, labels that come out as they are."""
+"""Parts that figures share: colours of types, legend, marks, captions, and labels that are drawn literally."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def add_caption(ax: Axes, *sentences: str) -> None:
     """Write sentences in small print below the axes, each on its own line."""
     axes_width = ax.get_window_extent().width / ax.figure.dpi
     lines = [line for text in sentences if text for line in textwrap.wrap(text, max(40, int(axes_width * 18.5)))]
-    # hangs below the axis label, wherever that is
+    # placed relative to the axis label
     ax.annotate(
         literal("\n".join(lines)),
         xy=(0, 0),
@@ -144,7 +144,7 @@ def drawn_label(name: str, *, longest: int = _LONGEST_LABEL) -> str:
 
 def new_axes(size: tuple[float, float]) -> Axes:
     """Return the axes of a new pyplot figure of a size in inches."""
-    # only here: a pyplot figure is what notebooks show, and what the caller closes
+    # pyplot is imported only here: its figures are shown by notebooks and closed by the caller
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=size, layout="constrained")[1]
@@ -152,15 +152,7 @@ def new_axes(size: tuple[float, float]) -> Axes:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Canvas:
-    """Where a figure of types is drawn, and which types it shows.
-
-    Parameters
-    ----------
-    ax
-        Axes to draw into.
-    names, rows
-        The types in sorted order, and their positions in the evaluation.
-    """
+    """Axes to draw into, the types in sorted order, and their positions in the evaluation."""
 
     ax: Axes
     names: tuple[str, ...]
@@ -209,19 +201,7 @@ _ROW, _WIDTH = 0.24, 3.2
 
 @dataclass(frozen=True, kw_only=True)
 class ForestRow:
-    """A difference.
-
-    Parameters
-    ----------
-    name
-        What differs, ready to be drawn.
-    value, low, high
-        The difference and its interval; NaN for ends that are not known.
-    verdict
-        In a word.
-    marker
-        Of matplotlib.
-    """
+    """A difference to draw: name, value, interval (NaN where unknown), verdict in a word and marker of matplotlib."""
 
     name: str
     value: float
@@ -253,7 +233,7 @@ def draw_forest(rows: Sequence[ForestRow], ax: Axes, *, margin: float, label: st
 
 
 def largest(values: Float64[np.ndarray, ...]) -> list[tuple[int, ...]]:
-    """Return the places of the largest values, whatever their sign, the largest first; none that are undefined."""
+    """Return the positions of the ``MOST_ROWS`` largest absolute values, largest first, without undefined ones."""
     size = np.nan_to_num(np.abs(values), nan=-1.0)
     order = np.argsort(-size, axis=None, kind="stable")[:MOST_ROWS]
     places = [tuple(int(at) for at in np.unravel_index(place, size.shape)) for place in order]

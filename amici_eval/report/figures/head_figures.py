@@ -124,7 +124,7 @@ def plot_barplot(
         index = evaluation.type_index(name)
         x = heads + (position - (len(chosen) - 1) / 2) * width
         defined = np.isfinite(heights[:, index])
-        # a type of a few cells can reach any height: what has no test stays in the background
+        # bars without a test are pale: in a type of a few cells they can reach any height
         for shown_as, opacity in ((defined & tested[:, index], 1.0), (defined & ~tested[:, index], 0.2)):
             ax.bar(
                 x[shown_as],
@@ -261,7 +261,7 @@ def top_genes(values: Float64[np.ndarray, "genes heads"], n_top: int) -> Int64[n
 
 
 def check_n_top_genes(n_top_genes: int) -> None:
-    """Refuse what is no number of genes to show."""
+    """Refuse a number of genes that is not a positive whole number."""
     if isinstance(n_top_genes, bool) or not isinstance(n_top_genes, int) or n_top_genes < 1:
         raise InvalidSpecError(
             value=f"n_top_genes={n_top_genes!r}",
@@ -271,7 +271,7 @@ def check_n_top_genes(n_top_genes: int) -> None:
 
 
 def significance_note(evaluation: HeadEvaluation) -> str:
-    """Return what a mark of significance means: the level, the null that decides, and how that fails."""
+    """Return what a mark of significance means: the level, the null that decides, and how its assumption fails."""
     null = evaluation.decided_by
     level = f"* adjusted p ≤ {evaluation.spec.permutation.alpha:g}{in_sample_text(evaluation)}"
     return f"{level}; {VALIDITY_SHORT.get(null, null + ' null')}"
@@ -288,7 +288,7 @@ _ROW, _PANEL, _LABELS, _GAP_X, _GAP_Y = 0.15, 1.75, 0.28, 0.2, 0.46
 _MOST_COLUMNS = 5
 _LONGEST_TITLE = 26
 _LOWEST = -0.5
-"""Effects below have the place of this: explained variance has no lower bound, and one bad head would take all."""
+"""Smaller effects are drawn here: explained variance has no lower bound, and one bad head would take all of it."""
 
 
 def effects_size(evaluation: HeadEvaluation, n_types: int) -> tuple[float, float]:
@@ -308,7 +308,7 @@ def has_effects(evaluation: HeadEvaluation, cell_types: Sequence[str] | None = N
 def plot_effects(
     evaluation: HeadEvaluation, *, ax: Axes | None = None, cell_types: Sequence[str] | None = None
 ) -> Axes:
-    """Show what each head explains of each receiver type, how sure that is, and what explains as much without heads."""
+    """Draw what each head explains of each receiver type, with its interval, beside predictors without heads."""
     if not has_effects(evaluation, cell_types):
         raise DataError(
             value="no head has an explained variance",
@@ -366,7 +366,7 @@ def plot_effects(
 
 
 class _PanelMarks:
-    """What is drawn in all panels, one collection for each kind: a page holds hundreds of rows."""
+    """Marks of all panels, drawn as one collection of each kind, because a page holds hundreds of rows."""
 
     def __init__(self) -> None:
         self.points: dict[str, list[tuple[float, float]]] = {
@@ -384,7 +384,7 @@ class _PanelMarks:
         *,
         alpha: float,
     ) -> None:
-        """Sort the rows of a panel, the whole model first, by how they are drawn."""
+        """Add the rows of a panel, the whole model first, to the marks of their kinds."""
         for row, height in enumerate(y):
             if np.isfinite(x[1:, row]).all():
                 self.lines.append((float(height), float(x[1, row]), float(x[2, row])))
@@ -405,7 +405,7 @@ class _PanelMarks:
         left: float,
         scale: tuple[float, float],
     ) -> None:
-        """Note where something lies beyond the scale."""
+        """Add marks for points and interval ends beyond the scale."""
         outside: tuple[tuple[str, float, Bool[np.ndarray, " rows"]], ...] = (
             ("<", left, np.fmin(points, low) < scale[0]),
             (">", left + _PANEL, np.fmax(points, high) > scale[1]),

@@ -61,7 +61,7 @@ __all__ = ["FORMATS", "save_drawings", "save_figures"]
 FORMATS = ("png", "svg")
 
 _DPI, _MARGIN_INCHES = 150, 0.12
-# text stays text, and the same evaluation gives the same bytes
+# text is not drawn as paths, and the same evaluation gives the same bytes
 _FILE_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "amici_eval"}
 
 
@@ -75,12 +75,10 @@ def save_figures(
     formats: Sequence[str] = FORMATS,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write the forest plot of effects, the bar plot, a heatmap of every type, ablations, and who talks to whom.
+    """Write the forest plot of effects, the bar plot, a heatmap of every type, ablations, and the senders.
 
-    Notes
-    -----
-    The style is matplotlib's default whatever the caller has set, so the same evaluation gives the same files.
-    No pyplot figure is made, and matplotlib's settings are as before when it returns.
+    The style is matplotlib's default whatever the caller has set, so the same evaluation gives the same files. No
+    pyplot figure is made, and matplotlib's settings are restored.
     """
     chosen = chosen_types(evaluation, cell_types)
     check_n_top_genes(n_top_genes)

@@ -51,7 +51,7 @@ _MOST_COLUMNS = 4
 _CELL, _LABELS, _HEADING = 0.24, 1.75, 1.6
 """Inches: side of a cell of the heat map, room for the names of receivers, room for those of senders and the head."""
 _LARGEST = 1.0
-"""Losses beyond have the colour of this: explained variance has no lower bound, and one bad head would take all."""
+"""Larger losses have this colour: explained variance has no lower bound, and one bad head would take all of it."""
 
 
 def has_senders(evaluation: HeadEvaluation, cell_types: Sequence[str] | None = None) -> bool:

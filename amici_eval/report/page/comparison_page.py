@@ -1,4 +1,4 @@
-"""One page that shows a comparison: which heads are which, what is new or gone, what got better or worse."""
+"""The page of a comparison: which heads match, which are new or gone, and what got better or worse."""
 
 from __future__ import annotations
 

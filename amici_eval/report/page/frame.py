@@ -23,10 +23,8 @@ _FEWEST_LISTED = 3
 def write_page(path: Path, *, title: str, body: str) -> Path:
     """Write a page and return its file.
 
-    Notes
-    -----
-    The page forbids all but its own styles, pictures within it, and the one script whose SHA-256 it names: markup that
-    slipped through would run nothing. Without scripts the tables stay as they are.
+    The page allows only its own styles, pictures within it, and the one script whose SHA-256 it names, so that markup
+    that slipped through runs nothing. Without scripts the tables cannot be sorted or filtered.
     """
     style, script = _asset("page.css"), f"\n{_asset('page.js')}"
     digest = b64encode(sha256(script.encode("utf-8")).digest()).decode("ascii")

@@ -1,4 +1,4 @@
-"""What an evaluation found, in sentences: effects with intervals first, then p-values, the spatial ones first."""
+"""Sentences on what an evaluation found: effects with intervals first, then p-values, the spatial ones first."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ __all__ = ["best_heads", "effect_sentences", "held_out_sentences", "outcome_sent
 def best_heads(evaluation: HeadEvaluation) -> pd.DataFrame:
     """Return the rows of :meth:`HeadEvaluation.heads` with each type's best head; types without one are left out.
 
-    Notes
-    -----
     Best by explained variance over all genes, which is what the test is about. ``HeadEvaluation.best_head`` is AMICI's
-    choice instead: the head with the largest explained variance of any one gene, the winner of many.
+    choice instead: the head with the largest explained variance of any one gene.
     """
     heads = evaluation.heads()
     defined = heads[heads["expl_var_head"].notna()]
@@ -46,7 +44,7 @@ def best_heads(evaluation: HeadEvaluation) -> pd.DataFrame:
 
 
 def effect_sentences(evaluation: HeadEvaluation) -> list[str]:
-    """Return what was evaluated, the largest effect, and what heads add to what needs none: a sentence each."""
+    """Return what was evaluated, the largest effect, and what heads add to predictors without them, a sentence each."""
     n_types, n_genes = len(evaluation.cell_types), len(evaluation.genes)
     sentences = [
         f"{evaluation.n_heads} attention heads x {n_types} cell types evaluated on {int(evaluation.n_cells.sum()):,} "
@@ -107,7 +105,7 @@ def _gain_sentences(evaluation: HeadEvaluation) -> list[str]:
 
 
 def held_out_sentences(evaluation: HeadEvaluation) -> list[str]:
-    """Return which types were evaluated on cells that the model was not fitted on, and what remains there."""
+    """Return which types were evaluated on cells that the model was not fitted on, and the effects there."""
     return [_held_out_sentence(evaluation), *_parts_sentences(evaluation)]
 
 
@@ -148,7 +146,7 @@ def _parts_sentences(evaluation: HeadEvaluation) -> list[str]:
 
 
 def outcome_sentences(evaluation: HeadEvaluation) -> list[str]:
-    """Return the outcome of the tests and what their nulls can say: the spatial null first, then the free one."""
+    """Return the outcome of the tests and what their nulls assume: the spatial null first, then the free one."""
     settings = evaluation.spec.permutation
     sentences = spatial_sentences(evaluation)
     outcome = (
@@ -180,7 +178,7 @@ def outcome_sentences(evaluation: HeadEvaluation) -> list[str]:
 
 
 def spatial_sentences(evaluation: HeadEvaluation) -> list[str]:
-    """Return the outcome of the spatial test, how much it could have found, and what its null can say."""
+    """Return the outcome of the spatial test, what effects it could have found, and what its null assumes."""
     found = evaluation.spatial
     if found is None:
         return []
@@ -228,7 +226,7 @@ def _scale_sentence(found: SpatialTests, tested: Bool[np.ndarray, " types"]) -> 
     parts = [] if none == lengths.size else [span(lengths)]
     if none:
         parts.append("none found" + (f" in {none} of {lengths.size} types" if parts else ""))
-    # the others reach no distance: theirs is that of the lag null
+    # other nulls have no reach: what is stored for them is the reach of the lag null
     if found.null in ("lag", "tile") and np.isfinite(found.reach).any():
         reach = span(found.reach)
         parts.append(f"tiles are {reach} wide" if found.null == "tile" else f"the null reaches {reach}")
@@ -240,7 +238,7 @@ def _all_held_out(evaluation: HeadEvaluation) -> bool:
 
 
 def _out_of_reach(name: str, *, n_drawn: int, what: str, n_tests: int, adjustment: str, alpha: float) -> list[str]:
-    """Say so where too little was drawn for any test to become significant, however small its p."""
+    """Return a sentence if too little was drawn for any test to become significant, however small its p."""
     least = 1 / (n_drawn + 1)
     factor = {"holm": float(n_tests), "by": float(np.sum(1 / np.arange(1, n_tests + 1)))}.get(adjustment, 1.0)
     if not n_tests or least * factor <= alpha:
@@ -253,7 +251,7 @@ def _out_of_reach(name: str, *, n_drawn: int, what: str, n_tests: int, adjustmen
 
 def _most_permutations(evaluation: HeadEvaluation) -> int:
     used = max(permutations_used(evaluation), default=0) or evaluation.n_permutations
-    # heads that stopped early say nothing of how small a p could have been
+    # heads that stopped early do not show how small a p could have been
     return max(used, evaluation.n_permutations) if "sequential" in samplings(evaluation) else used
 
 

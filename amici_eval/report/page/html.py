@@ -104,7 +104,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    """Return settings by the names that one would give to change them, as ``permutation.alpha``."""
+    """Return settings by their dotted names, as ``permutation.alpha``."""
     found: list[tuple[str, Any]] = []
     for key, value in values.items():
         found += (
@@ -127,7 +127,7 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            # a page may be written from a stored evaluation, where not all is installed
+            # a page may be written from a stored evaluation where some packages are not installed
             continue
     return found
 
@@ -154,13 +154,7 @@ def write_html(
     run: Mapping[str, object] | None = None,
     written: datetime | None = None,
 ) -> Path:
-    """Write ``directory/report.html``, one self-contained file, and return it.
-
-    Notes
-    -----
-    All that comes from the model, the data or a file is escaped, and the page itself forbids network and any script
-    but its own, which sorts and filters tables.
-    """
+    """Write ``directory/report.html``, one self-contained file with all foreign text escaped, and return it."""
     name = printable(evaluation.model.get("name") or "AMICI model")
     version = evaluation.model.get("version")
     title = f"Attention heads of {name}" + (f", version {printable(version)}" if version is not None else "")
@@ -350,5 +344,5 @@ def _heads(evaluation: HeadEvaluation) -> str:
 
 
 def _where(computed: object, *values: Any) -> list[Any]:
-    """Return the values, or none where what they are of was not computed."""
+    """Return the values as a list, which is empty if ``computed`` is ``None``."""
     return [] if computed is None else list(values)

@@ -71,7 +71,7 @@ def held_out_section(evaluation: HeadEvaluation) -> str:
 
 
 def without_heads_section(evaluation: HeadEvaluation) -> str:
-    """Return what predictors without heads explain, what heads add, and what remains without the nearest neighbour."""
+    """Return what predictors without heads explain, what heads add, and what is left without the nearest neighbour."""
     found = evaluation.trivial
     frame = evaluation.baselines()
     names = [name for name in dict.fromkeys(frame["baseline"]) if name != "full_model_without_nearest"]
@@ -127,10 +127,8 @@ def _nearest(evaluation: HeadEvaluation) -> str:
 def genes_section(evaluation: HeadEvaluation) -> str:
     """Return the genes with the smallest adjusted p of each significant head and type; nothing without such tests.
 
-    Notes
-    -----
-    Only genes that the head explains, that is with explained variance above 0: a small p says that prediction and
-    expression are related, which they may be where the prediction is too large or too small to explain anything.
+    Genes with explained variance of 0 or less are left out: a small p says that prediction and expression are related,
+    which they may be although the prediction is too large or too small to explain anything.
     """
     found, alpha = evaluation.spatial, evaluation.spec.permutation.alpha
     if found is None or np.all(np.isnan(found.p_value_gene)):
@@ -142,7 +140,7 @@ def genes_section(evaluation: HeadEvaluation) -> str:
             p, effects = found.p_value_adj_gene[head, index], evaluation.expl_var_gene[head, index]
             unexplained += int(np.count_nonzero((p <= alpha) & ~(effects > 0)))
             p = np.where(effects > 0, p, np.nan)
-            # p as small as floats go are many: then the larger effect is first
+            # many p are equal at the smallest float: then the larger effect comes first
             order = [gene for gene in np.lexsort((-np.nan_to_num(effects), p)) if not np.isnan(p[gene])][:_N_GENES]
             shown = [
                 f"{printable(evaluation.genes[gene], longest=24)}: {effect(effects[gene])}, p {p_text(p[gene])}"
@@ -171,7 +169,7 @@ def genes_section(evaluation: HeadEvaluation) -> str:
 
 
 def scale_section(evaluation: HeadEvaluation) -> str:
-    """Return how far cells resemble each other, how much they then say, and what effects could be found."""
+    """Return the correlation length, effective sample size and detectable effect of each type, and its tiles."""
     spatial, bounds = evaluation.spatial, evaluation.intervals
     if spatial is None and bounds is None:
         return ""
@@ -270,7 +268,7 @@ def _sentence_case(name: str) -> str:
 
 
 def _folded(content: str, n_rows: int) -> str:
-    """Return a table that is open if it is short."""
+    """Return a table that can be folded and is open if it is short."""
     return f"<details{' open' if n_rows <= _MOST_OPEN_ROWS else ''}><summary>{n_rows} rows</summary>{content}</details>"
 
 
@@ -279,7 +277,7 @@ _MOST_TYPES_NAMED = 8
 
 
 def verdict_sentence(evaluation: HeadEvaluation) -> str:
-    """Return how many heads carry signal, by which test, and whether they say more than what needs no head."""
+    """Return how many heads are significant, by which test, and how many pairs beat predictors without heads."""
     significant = evaluation.adjusted <= evaluation.spec.permutation.alpha
     if not evaluation.n_decided:
         return f"No head could be tested ({evaluation.decided_by} null); why is said below."
@@ -432,7 +430,7 @@ _CAPTION = (
 
 
 def ablations_section(evaluation: HeadEvaluation) -> str:
-    """Return the section, or nothing if neither what is lost nor shares nor interactions were computed."""
+    """Return the section on ablations, or nothing if no losses, shares or interactions were computed."""
     ablations = evaluation.ablations
     if ablations is None:
         return ""
@@ -459,7 +457,7 @@ def ablations_section(evaluation: HeadEvaluation) -> str:
         for values in columns:
             cells += _largest(heads, values[:, index])
         if with_pairs:
-            # a pair that is merely the least of all is neither alike nor in need
+            # only negative interactions make heads alike, only positive ones make them need each other
             cells += _largest(names, np.where(pairs[index] < 0, -pairs[index], np.nan), sign=-1.0)
             cells += _largest(names, np.where(pairs[index] > 0, pairs[index], np.nan))
         rows.append(row(evaluation.cell_types[index], cells))

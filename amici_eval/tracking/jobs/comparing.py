@@ -1,4 +1,4 @@
-"""The job behind ``compare``: evaluate what is not evaluated yet, compare, keep, send."""
+"""The job behind ``compare``: evaluate what is not evaluated yet, compare, save, log."""
 
 from __future__ import annotations
 
@@ -104,17 +104,7 @@ _FLOOR_SEEDS = (1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRun:
-    """A comparison and where it was logged.
-
-    Parameters
-    ----------
-    comparison
-        The result.
-    run_id, tracking_uri
-        The run.
-    folder
-        Local copy of its artifacts, if it was kept.
-    """
+    """A comparison and the run that holds it; ``folder`` is the local copy of its artifacts, if it was kept."""
 
     comparison: HeadComparison
     run_id: str
@@ -236,7 +226,7 @@ def _floor(
 
 
 def _tag_versions(models: Sequence[ResolvedModel], run_id: str) -> None:
-    """Let each version point to its newest comparison."""
+    """Tag each version with the run of its newest comparison."""
     from mlflow import MlflowClient
 
     client = MlflowClient()

@@ -1,4 +1,4 @@
-"""The jobs behind the commands: check everything, start a run, compute, keep, send."""
+"""The jobs behind ``evaluate`` and ``register``: check everything, start a run, compute, save, log."""
 
 from __future__ import annotations
 
@@ -41,17 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRun:
-    """An evaluation and where it was logged.
-
-    Parameters
-    ----------
-    evaluation
-        The result.
-    run_id, experiment_id, tracking_uri
-        The run.
-    folder
-        Local copy of its artifacts, if it was kept.
-    """
+    """An evaluation and the run that holds it; ``folder`` is the local copy of its artifacts, if it was kept."""
 
     evaluation: HeadEvaluation
     run_id: str
@@ -62,15 +52,7 @@ class EvaluationRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredVersion:
-    """A registered version.
-
-    Parameters
-    ----------
-    name, version
-        In the registry.
-    model_id, run_id
-        The logged model behind it and the run that logged it.
-    """
+    """A registered version, the logged model behind it and the run that logged that model."""
 
     name: str
     version: str
@@ -109,7 +91,7 @@ def evaluate_job(
         location = find_dataset(model, stored, data_uri)
         name = source = None
         if location == stored.bundled_adata:
-            # the fetched copy goes away; the run must name where the bundle stays
+            # the fetched copy is temporary: the run must name the bundle in the store
             name = f"{model.name or 'model'} data"
             source = AnnDataSource(stored.bundle_uri(model.uri)) if model.uri.startswith("models:/") else None
         return _evaluate(
@@ -204,11 +186,11 @@ def _evaluate(
                 written = deliver(
                     evaluation, folder, record, report=report, config_yaml=config_yaml, retry_s=tracking.retry_s
                 )
-            # while the folder is locked: another process could take the finished run up and lose its folder
+            # clean up while the folder is locked, or another process could take up the finished run
             with undisturbed():
                 kept = work.done()
     if written != folder:
-        # there was no room where it was to be
+        # the chosen folder was full, and the results went to a temporary one
         if not tracking.keep_local:
             remove_local(written, with_parent=False)
         kept = written if tracking.keep_local else None

@@ -1,4 +1,4 @@
-"""The job behind ``gate``: evaluate a version and its baseline on the same cells, judge, keep, tag, promote."""
+"""The job behind ``gate``: evaluate a version and its baseline on the same cells, judge, save, tag, promote."""
 
 from __future__ import annotations
 
@@ -47,14 +47,8 @@ __all__ = ["GateBaseline", "GateRun", "baseline_of", "gate_job"]
 class GateBaseline:
     """What a version is judged against.
 
-    Parameters
-    ----------
-    model
-        The baseline, if there is one.
-    why_none
-        Why there is none although the alias is set; ``None`` without a model: there is no baseline yet.
-    expected
-        Where the alias that moves on pass points to now.
+    ``why_none``: why there is no model although the alias is set; if it and ``model`` are ``None``, there is no
+    baseline yet. ``expected``: the version that the alias to promote points to now.
     """
 
     model: ResolvedModel | None = None
@@ -63,12 +57,7 @@ class GateBaseline:
 
 
 def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | None) -> GateBaseline:
-    """Return what a version is judged against.
-
-    Notes
-    -----
-    A version that has the alias already is judged against the one that it replaced, by the record of promotions.
-    """
+    """Return what a version is judged against; one that has the alias already is judged against what it replaced."""
     aliases = _aliases(candidate)
     now = None if promote is None else aliases.get(promote)
     near_promote = [] if promote is None or promote in aliases else get_close_matches(promote, list(aliases), n=1)
@@ -99,7 +88,7 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
         _may_replace(candidate, None, baseline, promote, now)
         return GateBaseline(expected=now)
     if named:
-        # the alias is read once: what was judged against is what may be replaced
+        # use the alias as read above: only the version that was judged against may be replaced
         version = aliases[baseline[1:]] if baseline.startswith("@") else baseline
         model = resolve_model(f"models:/{candidate.name}/{version}")
     else:
@@ -111,7 +100,7 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
 
 
 def _of_itself(candidate: ResolvedModel, baseline: str, now: str | None) -> GateBaseline:
-    """Return what a version is judged against that is the baseline itself."""
+    """Return the baseline of a version that is the baseline itself: the version that it replaced, if on record."""
     unknown = "the version is the baseline itself, and what it replaced is not on record: there is nothing to compare"
     assert candidate.name is not None  # noqa: S101, RUF100 - for the type checker
     assert candidate.version is not None  # noqa: S101, RUF100 - for the type checker
@@ -130,7 +119,7 @@ def _of_itself(candidate: ResolvedModel, baseline: str, now: str | None) -> Gate
 def _may_replace(
     candidate: ResolvedModel, model: ResolvedModel | None, baseline: str | None, promote: str | None, now: str | None
 ) -> None:
-    """Refuse to judge against one version and to take the place of another."""
+    """Refuse to promote over another version than the one that was judged against."""
     if promote is None or now is None or now == candidate.version:
         return
     if model is None or (model.name, model.version) != (candidate.name, now):
@@ -153,20 +142,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GateRun:
-    """A verdict and where it was logged.
+    """A verdict and the run that holds it.
 
-    Parameters
-    ----------
-    verdict
-        The result.
-    run_id, tracking_uri
-        The run.
-    folder
-        Local copy of its artifacts, if it was kept.
-    promotion
-        What became of the alias; ``None`` if none was to be moved.
-    outdated
-        Whether the baseline was replaced meanwhile, so that the version must be judged again.
+    ``folder``: local copy of its artifacts, if it was kept; ``promotion``: ``None`` if no alias was to be moved;
+    ``outdated``: the baseline was replaced meanwhile, so that the version must be judged again.
     """
 
     verdict: Verdict
@@ -292,7 +271,7 @@ def gate_job(
                 if held_back is None
                 else held_back
             )
-            # it was to move, is not there already, and does not point to it: somebody else moved it
+            # the alias should have moved to this version and did not: somebody else moved it
             wanted = held_back is None and promotion.replaced != candidate.version
             outdated = wanted and not promotion.moved and not (dry_run and promotion.replaced == expected)
             _tag_run(run_id, "amici_eval.promotion", promotion.reason)
@@ -349,7 +328,7 @@ def _missing_genes(evaluation: HeadEvaluation, baseline: Path) -> tuple[str, ...
 
 
 def _held_back(model: ResolvedModel, now: str | None, alias: str) -> Promotion | None:
-    """Return why a watcher does not promote a version, if so: it must not turn back what somebody decided."""
+    """Return a refused promotion if a version is older than the alias's or was rolled back; ``None``: promote it."""
     assert model.name is not None  # noqa: S101, RUF100 - for the type checker
     assert model.version is not None  # noqa: S101, RUF100 - for the type checker
     reason = None
@@ -372,7 +351,7 @@ def _in_sample(evaluation: HeadEvaluation) -> bool | None:
 
 
 def _tables(evaluation: HeadEvaluation) -> Callable[[str], pd.DataFrame]:
-    """Return what gives a table of the run by its name."""
+    """Return a function that gives a table of the evaluation by its name and computes it only once."""
     frames: Mapping[str, Callable[[], pd.DataFrame]] = {
         "heads": evaluation.heads,
         "explained_variance": evaluation.to_frame,
@@ -395,7 +374,7 @@ def _write(
     verdict: Verdict, compared: HeadComparison | None, folder: Path, *, report: ReportSpec, config_yaml: str
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # the verdict first, before anything is drawn
+    # write the verdict before anything is drawn: drawing may fail
     write_verdict(verdict, folder)
     if compared is not None:
         section = verdict_section(verdict)
@@ -418,7 +397,7 @@ def _tag_run(run_id: str, name: str, value: str) -> None:
 
 
 def _tag_version(model: ResolvedModel, result: GateRun, *, final: bool) -> None:
-    """Let the version say how it was judged; a verdict that is outdated already is none for its configuration."""
+    """Tag a version with its verdict; one that is not ``final`` is tagged as undecided, so that it is judged again."""
     from mlflow import MlflowClient
 
     if model.name is None or model.version is None:

@@ -1,4 +1,4 @@
-"""Move an alias of a registered model only from where it was seen, note what it replaced, and take that back."""
+"""Promote a version to an alias of a registered model, keep a record of what it replaced, and roll back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 PROMOTIONS_TAG = "amici_eval.promotions"
 ROLLED_BACK_TAG = "amici_eval.rolled_back"
-"""Of a version whose promotion to an alias was taken back."""
+"""Tag of a version whose promotion to an alias was taken back."""
 _RECORD_CHARACTERS = 5000
 _LEASE_S = 60.0
 _WAIT_S = 120.0
@@ -31,18 +31,8 @@ _WAIT_S = 120.0
 class Promotion:
     """What became of an alias.
 
-    Parameters
-    ----------
-    name, alias
-        Registered model and its alias.
-    version
-        The version that the alias was to point to; ``None``: to none.
-    replaced
-        The version that it pointed to before, if any.
-    moved
-        Whether it was moved.
-    reason
-        In a sentence, what was done or why not.
+    ``version``: where it was to point (``None``: nowhere); ``replaced``: where it pointed before, if anywhere;
+    ``reason``: a sentence on what was done or why not.
     """
 
     name: str
@@ -70,10 +60,8 @@ def promote(
 ) -> Promotion:
     """Let an alias point to a version, if it still points to the one that this version was judged against.
 
-    Notes
-    -----
-    The promotion is written to the record, a tag of the registered model, before the alias is moved: a process that
-    dies in between leaves an entry that was never carried out, which the next promotion drops, and no unnoted move.
+    The promotion is written to the record, a tag of the registered model, before the alias is moved. If the process
+    dies in between, the next promotion drops the entry, which was never carried out; no move stays unrecorded.
     """
     tags = RegistryTags(name=name)
     _version_must_exist(tags, version)
@@ -127,13 +115,13 @@ def rollback(name: str, alias: str, *, dry_run: bool = False, wait_s: float = _W
         done = _moved(tags, alias, entry["replaced"], entry["version"])
         if done.moved:
             _write_record(tags, alias, seen.record[:-1])
-            # a watcher does not promote it again
+            # keeps watchers from promoting it again
             RegistryTags(name=name, version=entry["version"]).write(f"{ROLLED_BACK_TAG}.{alias}", _now())
         return done
 
 
 def promoted_over(name: str, alias: str, version: str) -> dict[str, Any] | None:
-    """Return the entry of the record by which a version that an alias points to came there; ``None``: none is known."""
+    """Return the record of the promotion of a version to an alias; ``None``: none, or the alias points elsewhere."""
     seen = _seen(RegistryTags(name=name), alias)
     if seen.version != version:
         return None
@@ -145,7 +133,7 @@ def _now() -> str:
 
 
 def _last(tags: RegistryTags, alias: str, seen: _AliasState) -> dict[str, Any]:
-    """Return the promotion to take back, if it can be."""
+    """Return the last promotion on record, or refuse if it cannot be taken back."""
     now = seen.version
     if not seen.record:
         raise DataError(

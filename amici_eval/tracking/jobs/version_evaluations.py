@@ -1,4 +1,4 @@
-"""Evaluations of several versions on the same cells: taken from where they are, or made as children of a run."""
+"""Evaluations of several versions on the same cells: existing ones are reused, others are made as child runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MIN_HELD_OUT = 50
-"""With fewer held-out cells in every type a comparison would say nothing."""
+"""Least number of held-out cells that some type must have, or all cells are compared."""
 _LATEST = re.compile(r"latest(?::(\d+))?")
 
 
@@ -59,7 +59,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedCells:
-    """Which cells are compared."""
+    """The cells that are compared, as settings and in words."""
 
     spec: EvaluationSpec
     text: str
@@ -69,7 +69,7 @@ class ComparedCells:
     failed: tuple[FailedVersion, ...] = ()
 
     def of(self, column: Column) -> str | None:
-        """Return where the data of a column lies: rows are numbers of one file, so that all read the same."""
+        """Return where the data of a column lies: its own URI, else the one that all columns share."""
         return column.data_uri if column.data_uri is not None else self.data_uri
 
 
@@ -153,7 +153,7 @@ def cells_of(
                 card = stored.trained.card
                 if dataset is None:
                     location = find_dataset(column.model, stored, data_uri)
-                    # the fetched copy of a bundle goes away
+                    # the fetched copy of a bundle is temporary
                     bundled = location == stored.bundled_adata
                     where = stored.bundle_uri(column.model.uri) if bundled else str(location)
                     dataset = from_anndata(location, backed=spec.data.backed)
@@ -230,17 +230,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class VersionEvaluations:
-    """Evaluations that could be had, in order, and what could not.
-
-    Parameters
-    ----------
-    folders
-        Where each lies.
-    columns, run_ids, reused
-        What each is of, the run that holds it, and whether it was there already.
-    failed
-        What could not be evaluated, and why.
-    """
+    """Evaluations in the order of their columns, whether each existed before (``reused``), and what failed and why."""
 
     folders: list[Path] = field(default_factory=list)
     columns: list[Column] = field(default_factory=list)
@@ -261,7 +251,7 @@ def gather_evaluations(
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> VersionEvaluations:
-    """Put the evaluation of each column into a folder; one that fails is named, and the others go on."""
+    """Put the evaluation of each column into a folder; one that fails is recorded, and the others go on."""
     found = VersionEvaluations(failed=list(cells.failed))
     gone = {one.label for one in found.failed}
     with _children_of(*parent):
@@ -306,7 +296,7 @@ def _evaluation_in(
     config_yaml: str,
     progress: Callable[[int, int, str], None] | None,
 ) -> tuple[str, bool]:
-    """Put an evaluation into a folder; return its run and whether it was there already."""
+    """Put an evaluation into a folder; return its run and whether the evaluation existed before."""
     place.mkdir()
     if column.run_id is not None:
         download_evaluation(column.run_id, place)
@@ -354,7 +344,7 @@ def _digest(column: Column, spec: EvaluationSpec) -> str:
 
 @contextmanager
 def _children_of(run_id: str, experiment_id: str) -> Iterator[None]:
-    """Let runs that are started meanwhile be children of a run, in its experiment."""
+    """Make runs that the body starts children of a run, in its experiment."""
     values = {PARENT_RUN_VARIABLE: run_id, "MLFLOW_EXPERIMENT_ID": experiment_id}
     before: dict[str, Any] = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

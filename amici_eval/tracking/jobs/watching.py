@@ -37,17 +37,11 @@ _REASON_CHARACTERS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedVersion:
-    """What a watcher has to say about a version.
+    """What one round did with a version.
 
-    Parameters
-    ----------
-    version
-        Its number.
-    state
-        ``judged``; ``skipped``: another watcher judges it or has judged it meanwhile; ``failed``: it could not be
-        judged; ``left``: nor in three earlier rounds, and it is not tried again.
-    said
-        The outcome, who judges it, or why it could not be judged.
+    ``state``: ``judged``; ``skipped`` (another watcher judges it or has judged it, or it was deleted); ``failed`` (it
+    could not be judged); ``left`` (it failed in three earlier rounds and is not tried again). ``said``: the outcome,
+    who judges it, or the error.
     """
 
     version: str
@@ -57,13 +51,7 @@ class WatchedVersion:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchResult:
-    """What one round over the versions of a model did.
-
-    Parameters
-    ----------
-    versions
-        Those that had no verdict when the round began, oldest first.
-    """
+    """What one round did with the versions that had no verdict when it began, oldest first."""
 
     versions: tuple[WatchedVersion, ...] = ()
 
@@ -105,11 +93,10 @@ def watch(
 ) -> WatchResult:
     """Judge the versions of a registered model that have no verdict yet, oldest first, in one round or until an error.
 
-    A version has a verdict if it has the tag ``amici_eval.verdict.<key>``, which ``judge`` writes. It is judged under a
-    lease on it (``lease.held``), and its tags are read again once the lease is there: watchers
-    share the work, and none judges what another has judged. A watcher that is stopped for longer than ``lease_s`` while
-    it judges is taken for dead; then two may judge a version, both with the same configuration. The seconds between
-    rounds double from ``interval_s`` to ``max_interval_s`` while there is nothing to do.
+    A version has a verdict if it has the tag ``amici_eval.verdict.<key>``, which ``judge`` writes. Watchers share the
+    work: each takes a lease on a version (``lease.held``) and reads its tags again before judging. A watcher that is
+    stopped for longer than ``lease_s`` counts as dead; then two may judge one version, with the same configuration.
+    The seconds between rounds double from ``interval_s`` to ``max_interval_s`` while there is nothing to do.
     """
     _check_times(lease_s=lease_s, interval_s=interval_s, max_interval_s=max_interval_s)
     given_up: set[str] = set()
@@ -196,17 +183,17 @@ def _one_version(
 
 
 def _judged(tags: RegistryTags, version: str, key: str, judge: Callable[[str], str]) -> WatchedVersion:
-    """Judge a version; an error that this raises is written to its tags, so that it is not tried for ever."""
+    """Judge a version; an error is counted in its tags, so that it is tried only a few times."""
     try:
         with tracking_errors():
             outcome = judge(f"models:/{tags.name}/{version}")
     except (TrackingError, LeaseHeldError):
-        # it says nothing about the version: the server is gone, or somebody else moves the alias
+        # not counted against the version: the server is gone, or somebody else moves the alias
         raise
     except AmiciEvalError as error:
         return _failed(tags, version, key, _reason(error))
     except Exception as error:
-        # unforeseen: it ends this watcher, and must not end its successors more than a few times
+        # an unexpected error ends this watcher; it is counted, so that only a few later watchers end of it
         _failed(tags, version, key, _reason(error))
         raise
     now = tags.read()

@@ -1,4 +1,4 @@
-"""From a result to a run: written to a local folder first, then sent, so that nothing computed can be lost."""
+"""Write a result to a local folder first, then send it to its run, so that nothing computed can be lost."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
 def metric_intervals(evaluation: HeadEvaluation) -> dict[str, tuple[float, float]]:
     """Return the confidence interval of each metric that has one, NaN where it is not known.
 
-    That of ``gain`` is the interval of what the head explains, moved: the predictor's own uncertainty is not in it.
+    That of ``gain`` is the interval of the head's explained variance minus what the predictor explains; the predictor's
+    own uncertainty is not in it.
     """
     bounds, parts, trivial = evaluation.intervals, evaluation.parts, evaluation.trivial
     found: dict[str, tuple[float, float]] = {}
@@ -102,7 +103,7 @@ def metric_intervals(evaluation: HeadEvaluation) -> dict[str, tuple[float, float
 def evaluation_params(evaluation: HeadEvaluation) -> dict[str, str]:
     """Return the settings that determined the numbers, as ``cfg/...`` params."""
     params = {f"cfg/{name}": mask_secrets(value)[:_LONGEST_PARAM] for name, value in _flat(evaluation.spec.to_dict())}
-    # the number that was used, also where the setting left it to the default
+    # the number that was used; the setting may be None, which stands for the default
     return {**params, "cfg/permutation.n_permutations": str(evaluation.n_permutations)}
 
 
@@ -123,10 +124,10 @@ def run_tags(**model: str | None) -> dict[str, str]:
 
 
 def check_report(report: ReportSpec, cell_types: tuple[str, ...]) -> None:
-    """Refuse what a run cannot hold, before anything is computed: unknown types or palettes, names that collide."""
+    """Refuse settings that a run cannot hold, before anything is computed: unknown types or palettes, equal names."""
     named: dict[str, str] = {}
     for cell_type in cell_types:
-        # 32 bits of a hash keep names apart that are not made to collide
+        # names hold a 32-bit hash: they are equal only if somebody chose them so
         name = slugify(cell_type, cell_types)
         other = named.setdefault(name.lower(), cell_type)
         if other != cell_type:
@@ -203,8 +204,8 @@ def deliver(
 ) -> Path:
     """Write an evaluation into a folder, send it to its run, and return the folder; ``upload`` can send it again.
 
-    Without ``log_metrics`` the caller logs the metrics of the record. Where the folder takes no more, the results go to
-    one for temporary files.
+    Without ``log_metrics`` the caller logs the metrics of the record. If the folder is full or read-only, the results
+    go to a temporary folder, which is returned.
     """
     try:
         whole = _write(evaluation, folder, record, report=report, config_yaml=config_yaml)
@@ -229,9 +230,9 @@ def deliver(
 def _write(
     evaluation: HeadEvaluation, folder: Path, record: RunRecord, *, report: ReportSpec, config_yaml: str
 ) -> RunRecord:
-    # of an earlier attempt, perhaps with other figures
+    # artifacts of an earlier attempt, perhaps with other figures
     shutil.rmtree(folder / ARTIFACTS, ignore_errors=True)
-    # the numbers first, before anything is drawn; moments are large and follow once, with the other artifacts
+    # numbers are saved before anything is drawn; moments are large and are written once, with the other artifacts
     replace(evaluation, moments=None).save(folder / ARTIFACTS)
     record.save(folder)
     try:
@@ -247,7 +248,7 @@ def _write(
 
 
 def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
-    """Send a folder of results to its run; what is there is not logged twice, and what fails stays in the folder."""
+    """Send a folder of results to its run; nothing is logged twice, and the folder stays if sending fails."""
     try:
         patiently(lambda: _send(folder, record), seconds=retry_s, what="sending the results")
     except KeyboardInterrupt:
@@ -322,7 +323,7 @@ def _check_arrived(client: Any, folder: Path, record: RunRecord) -> None:
     held = client.get_run(record.run_id).data
     lacking = {*record.params, *record.metrics, *record.series, *record.tags}
     lacking -= {*held.params, *held.metrics, *held.tags}
-    # one may be allowed to write to a store of artifacts, and not to list it
+    # a user may be allowed to write to a store of artifacts and not to list it
     with optional("what was sent could not be listed", unless_passing=True):
         for path in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
             within = path.relative_to(folder).as_posix()

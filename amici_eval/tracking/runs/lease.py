@@ -80,31 +80,21 @@ def _markers(tags: dict[str, str], prefix: str) -> list[_Marker]:
 
 
 def _patience(rival: _Marker, wait_s: float) -> float:
-    """Return how long to wait: who only asks, as we do, is through soon."""
+    """Return how long to wait for a rival: at least ``_SETTLE_S`` if it only asks for the lease."""
     return wait_s if rival.holds else max(wait_s, _SETTLE_S)
 
 
 class Lease:
-    """A marker among the tags of a model, renewed while it is held; `held` makes them.
+    """A marker among the tags of a model, renewed while it is held; `held` makes it.
 
-    Parameters
-    ----------
-    tags
-        Where markers lie.
-    what
-        Name of what is leased.
-    owner
-        Who asks, for others to read.
-    ttl_s
-        Seconds after which others may take over a marker that is not renewed.
-    clock
-        Returns seconds since 1970.
+    ``owner``: who asks, for others to read; ``ttl_s``: seconds after which others may take over a marker that is not
+    renewed; ``clock``: returns seconds since 1970.
     """
 
     def __init__(self, tags: Tags, *, what: str, owner: str, ttl_s: float, clock: Callable[[], float]) -> None:
         self._tags, self._owner, self._ttl, self._clock = tags, owner, ttl_s, clock
         self._prefix = f"{LEASE_TAG}.{what}"
-        # never used again: a late removal of this marker can hit no other
+        # a new name for each lease, so that a late removal of this marker hits no other
         self.key = f"{self._prefix}.{secrets.token_hex(8)}"
         self._safe_until = float("inf")
         self._holds = self._lost = False
@@ -112,7 +102,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def mark(self, *, holds: bool) -> bool:
-        """Write or renew the marker; False if it had run out before that was done, and is lost for good."""
+        """Write or renew the marker; return False if it had run out before that, and the lease is lost for good."""
         expires = self._clock() + self._ttl
         self._tags.write(self.key, json.dumps({"owner": self._owner, "expires": round(expires, 3), "holds": holds}))
         if self._lost or self._clock() >= min(self._safe_until, expires - _SLACK * self._ttl):
@@ -125,7 +115,7 @@ class Lease:
 
     def others(self) -> list[_Marker] | None:
         """Return the markers of others that have not run out, smallest key first; None if one's own is not there."""
-        # before the read: a marker that is renewed between the read and a later look at the clock has not run out
+        # read the clock first, or a marker that is renewed after the read would count as run out
         now = self._clock()
         there = _markers(self._tags.read(), self._prefix)
         for marker in there:
@@ -161,7 +151,7 @@ class Lease:
 
     @property
     def held_until(self) -> float:
-        """Until when, by one's own clock, nobody else can hold the lease; minus infinity if it is not held."""
+        """Time by the own clock until which nobody else can hold the lease; minus infinity if it is not held."""
         return self._safe_until if self._holds and not self._lost else float("-inf")
 
     def still_mine(self) -> bool:
@@ -218,18 +208,11 @@ def held(
 ) -> Iterator[Lease]:
     """Hold a lease while a body runs; whoever asks for the same one meanwhile waits or is refused.
 
-    Notes
-    -----
-    Everybody writes a marker of their own, then reads all markers, and holds the lease if no other marker that has not
-    run out is there. Of two processes, each of which writes before it reads, the one that reads last sees the other's
-    marker: so never do two find themselves alone. Both may see each other; then the smallest marker stays and reads
-    again until it is alone, and the others withdraw theirs and come back later under a new name. Once alone, a holder
-    needs to look no more, for all who come later see its marker.
-
-    This assumes that the registry shows a finished write to every later read, that the clocks of the machines agree to
-    within a fifth of ``ttl_s``, and that the holder is not stopped for longer than that: a process that sleeps past
-    ``ttl_s`` has lost the lease, and its own clock tells it so. Ask ``Lease.still_mine()`` before a step that must not
-    be done twice; between the answer and the step there remains a moment that no lease can guard.
+    Each process writes a marker of its own, then reads all, and holds the lease if no other marker is alive: of two
+    processes, the later reader sees the other's marker. If both see each other, the smallest marker stays, and the
+    others withdraw and return under a new name. Reads must show all finished writes, and clocks agree to a fifth of
+    ``ttl_s``. A holder that is stopped for longer has lost the lease: call ``Lease.still_mine()`` before a step that
+    must not be done twice (a moment between the answer and the step stays unguarded).
     """
     lease = _take(tags, what, ttl_s=ttl_s, wait_s=wait_s, owner=owner or this_process(), clock=clock, sleep=sleep)
     try:

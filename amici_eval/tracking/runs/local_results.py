@@ -26,28 +26,12 @@ ARTIFACTS = "artifacts"
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What has to be sent to a run besides its files.
+    """What is sent to a run besides its files.
 
-    Parameters
-    ----------
-    tracking_uri, run_id
-        The run.
-    params, metrics, tags
-        As logged.
-    dataset
-        The dataset input as text fields (name, digest, source, source_type, profile); ``None`` if MLflow logs it.
-    model_id
-        Logged model that the metrics belong to.
-    model_name, model_version
-        Registered version that gets tags pointing back to the run.
-    timestamp_ms
-        Time of the metrics.
-    series
-        Metrics with a value for several steps, as (step, value).
-    files
-        SHA-256 of each artifact by its path in the folder; ``None``: the writer did not come to its end.
-    whole
-        Whether all artifacts are written: one that cannot be drawn leaves the others.
+    ``dataset``: text fields of the dataset input, ``None`` if MLflow logs it; ``model_id``: logged model of the
+    metrics; ``model_name`` and ``model_version``: registered version that is tagged with the run; ``series``: (step,
+    value) pairs by metric; ``files``: SHA-256 of each artifact by its path in the folder, ``None`` if not all was
+    written; ``whole``: all artifacts are written (the others stay if one cannot be drawn).
     """
 
     tracking_uri: str
@@ -71,11 +55,11 @@ class RunRecord:
         write_text_durably(folder / RECORD_FILE, json.dumps(values, indent=1))
 
     def with_files(self, folder: Path, *, whole: bool = True) -> RunRecord:
-        """Return the record of a folder whose artifacts are written, all of them or some."""
+        """Return the record with the checksums of the artifacts in a folder, all of them or some."""
         return replace(self, files=_sums(folder / ARTIFACTS), whole=whole)
 
     def check_files(self, folder: Path) -> None:
-        """Refuse artifacts that are not those that were written."""
+        """Refuse artifacts that changed since they were written."""
         if self.files is None:
             raise OutputError(
                 value=f"{folder} holds partial results",
@@ -112,15 +96,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """The folder below which results are written.
-
-    Parameters
-    ----------
-    path
-        Absolute.
-    made
-        Whether it was made for this job.
-    """
+    """The absolute path below which results are written, and whether the folder was made for this job."""
 
     path: Path
     made: bool
@@ -128,7 +104,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def output_folder(output_dir: str) -> Iterator[OutputFolder]:
-    """Make the folder for results, or refuse it; one that was made for a body that left nothing in it goes again."""
+    """Yield the folder for results, or refuse it; a new folder is removed if the body leaves it empty."""
     path = Path(output_dir).absolute()
     made = not path.exists()
     check_writable(path)
@@ -141,14 +117,14 @@ def output_folder(output_dir: str) -> Iterator[OutputFolder]:
 
 
 def checked_output(output_dir: str) -> OutputFolder:
-    """Return the folder for results, which can be written and is made once there are some, or refuse it."""
+    """Return the folder for results, or refuse one that cannot be written; a new one is made only with a run."""
     with output_folder(output_dir) as found:
         return found
 
 
 @contextlib.contextmanager
 def run_folder(output: OutputFolder, run_id: str) -> Iterator[Path]:
-    """Make the folder of a run; one that a body left empty when it failed goes again, with the one above."""
+    """Yield the folder of a run; if the body fails and leaves it empty, it is removed, and a new parent with it."""
     folder = output.path / run_id
     check_writable(folder)
     try:
@@ -165,7 +141,7 @@ def check_writable(folder: Path) -> None:
     """Make a folder and refuse one that cannot be written, before any long work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # a name of its own: jobs of a sweep share the folder
+        # a random name, because jobs of a sweep share the folder
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -44,21 +44,21 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_TAG = "amici_eval.heartbeat"
 PARTIAL_TAG = "amici_eval.partial"
-"""Is there as long as a run does not hold all that it is to hold."""
+"""Tag of a run that does not hold all its results."""
 BEAT_S = 30.0
 FEW_BEATS_S = 120.0
 STOPPED_S = 600.0
-"""A process on another machine that has given no sign of life for so long is taken to be gone."""
+"""After so many seconds without a sign of life a process on another machine counts as gone."""
 _JOIN_S = 5.0
 _SEARCH_S = 10.0
-"""Nobody waits longer for the runs of others to be found."""
+"""Most seconds that a command searches for abandoned runs of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignOfLife:
-    """A sign of life: of which process, on which machine (since which start of it, in which namespace), and when.
+    """A sign of life of a process: its machine, the boot of that, its PID namespace, number and start, and the time.
 
-    The start of a process tells it from a later one of the same number; the time is by the clock of that machine.
+    The start of a process tells it from a later one of the same number; the time is by the clock of its machine.
     """
 
     host: str
@@ -76,7 +76,7 @@ class SignOfLife:
 
     @classmethod
     def parse(cls, text: str) -> SignOfLife | None:
-        """Return what a tag says, ``None`` if that is no sign of life."""
+        """Return the sign of life in the text of a tag; ``None`` if it is none."""
         try:
             values = json.loads(text)
             texts = {name: str(values[name]) for name in ("host", "boot", "namespace", "started")}
@@ -91,18 +91,15 @@ class SignOfLife:
     def has_stopped(self) -> bool:
         """Return whether the process is gone.
 
-        Notes
-        -----
-        On the machine of the process that is known at once, and no clock is asked; a machine that was started anew
-        has none of its old processes, once the sign is two minutes old. Of a process elsewhere the last sign of life
-        must be old: where clocks differ by
-        more than ten minutes, a run may be closed too early, and is then what its process makes of it at its end.
+        On its own machine the process table tells; if that machine was rebooted, the process is gone once its sign is
+        two minutes old. Elsewhere the last sign must be older than ``STOPPED_S``: if clocks differ by more, a run may
+        be closed too early, and its process sets the status again at its end.
         """
         here = _machine()
         age = time.time() - self.time
         if self.host == here["host"] and self.boot and here["boot"]:
             if self.boot != here["boot"]:
-                # or another machine of the same name, which gives signs of life
+                # a recent sign may come from another machine of the same name
                 return abs(age) > FEW_BEATS_S
             if self.namespace == here["namespace"]:
                 started = _start_of(self.pid)
@@ -126,21 +123,20 @@ def _machine() -> dict[str, str]:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process of this machine started, in ticks since the machine did; ``None`` if that is not told."""
+    """Return when a process started, in ticks since boot; ``None`` if that is not known or it is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     # the name of the program, in brackets, may hold anything
     values = text.rpartition(")")[2].split()
-    # a zombie computes nothing more
     return None if len(values) < 20 or values[0] in "ZX" else values[19]
 
 
 def _is_gone(pid: int) -> bool:
-    """Return whether there is no such process; those of others may be hidden, and are there."""
+    """Return whether a process without a known start is gone; one of another user may be hidden, and is not gone."""
     if Path(f"/proc/{pid}/stat").exists():
-        # a zombie
+        # its start was not told although it is listed: a zombie
         return True
     try:
         os.kill(pid, 0)
@@ -186,8 +182,7 @@ class Heartbeat:
 def close_abandoned(client: Any) -> list[str]:
     """Close runs of amici_eval that are RUNNING although their process is gone, and return their ids.
 
-    One that holds all it was to hold becomes FINISHED, any other KILLED. Errors are ignored: this is a service to
-    others.
+    A complete run becomes FINISHED, any other KILLED. Errors of the store are only logged.
     """
     closed: list[str] = []
     try:
@@ -228,7 +223,7 @@ def tracked_run(
 ) -> Iterator[Any]:
     """Run a body inside a run (:func:`start_run`) that never stays RUNNING: FINISHED, FAILED, or KILLED if interrupted.
 
-    ``go_on`` is the interrupted run to take up; ``finished`` says how much is done, for a run that does not end well.
+    ``go_on``: the interrupted run to take up; ``finished``: returns how much is done, for the tag of a partial run.
     """
     import mlflow
 
@@ -250,13 +245,13 @@ def tracked_run(
     try:
         heartbeat.start()
         yield run
-        # what could not be marked as whole stays partial, and is none of the body's errors
+        # from here on no error is the body's: a run that then cannot be marked as whole stays partial
         status = "FINISHED"
     except BaseException as error:
         status = "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
         name = type(error).__name__
         why = f"{status} ({_SIGNALS.get(name, name)})"
-        # such an error says itself where everything is
+        # the message of a TrackingError says itself where the results are
         safe = isinstance(error, TrackingError)
         raise
     finally:
@@ -265,22 +260,22 @@ def tracked_run(
             partial = why and f"{why}{'' if finished is None else finished()}"
             _end_run(run.info.run_id, status, retry_s=tracking.retry_s, partial=partial, safe=safe)
             if given is not None:
-                # for the next run of this process: MLflow forgets it with the end of any run
+                # for the next run of this process: MLflow removes the variable when a run ends
                 os.environ[_RUN_VARIABLE] = given
 
 
 def start_run(
     experiment: str | None, *, name: str | None, tags: dict[str, str], go_on: str | None = None, retry_s: float
 ) -> Any:
-    """Start a run with a sign of life, marked as partial; never one that mixes with what another run holds.
+    """Start a run with a sign of life, marked as partial; a run that holds the results of others is never reused.
 
-    In this order: the interrupted run that goes on, a child of the sweep or comparison, the run that ``MLFLOW_RUN_ID``
-    names if it is empty, a child of that run if it is not, a run of its own.
+    The first of these that applies: the interrupted run that goes on, a child of the sweep or comparison, the run that
+    ``MLFLOW_RUN_ID`` names if it is empty, a child of that run if it is not, a run of its own.
     """
     import mlflow
 
     parent, above, run_id = os.environ.get(PARENT_RUN_VARIABLE), None, go_on
-    # MLflow takes it for the id of any run that is started
+    # MLflow would use it as the id of every run that is started
     given = os.environ.pop(_RUN_VARIABLE, None) or None
     if given is not None and parent is None and go_on is None:
         holds = patiently(lambda: _contents(given), seconds=retry_s, what=f"looking at the run of {_RUN_VARIABLE}")
@@ -309,7 +304,7 @@ def start_run(
             raise ConnectionError(msg)
         return run
 
-    # a run whose start was not answered has signs of life of this process, and is closed when it is gone
+    # a run whose start was not answered has a sign of life, too, and is closed after this process is gone
     run = patiently(start, seconds=retry_s, what="starting the run")
     if above is not None:
         logger.info(
@@ -319,7 +314,7 @@ def start_run(
 
 
 def _contents(run_id: str) -> str:
-    """Say what a run holds besides what MLflow and ``mlflow run`` put into an empty one; "" if nothing."""
+    """Return what a run holds besides what MLflow and ``mlflow run`` put into an empty one; "" if nothing."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -349,7 +344,7 @@ def _contents(run_id: str) -> str:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let no further signal interrupt a body that must finish."""
+    """Keep signals from interrupting a body that must finish."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         names = []
@@ -362,13 +357,13 @@ def undisturbed() -> Iterator[None]:
 
 
 def mark_whole(client: Any, run_id: str) -> None:
-    """Take the mark from a run that says that it is partial."""
+    """Remove the tag that marks a run as partial."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.delete_tag(run_id, PARTIAL_TAG)
     except MlflowException as error:
-        # it was not there
+        # a run without the tag is no error
         if not is_missing(error):
             raise
 
@@ -381,13 +376,13 @@ def _end_run(run_id: str, status: str, *, retry_s: float, partial: str, safe: bo
     def end() -> None:
         if not partial:
             mark_whole(client, run_id)
-        # by its id: mlflow.end_run would close the run below on its stack when it is asked again
+        # by its id: a repeated mlflow.end_run would close the next run on its stack
         client.set_terminated(run_id, status)
 
     try:
-        # after an error the store has been waited for, or is not to blame
+        # after an error do not wait again: the store was waited for, or is not the cause
         patiently(end, seconds=0.0 if partial else retry_s, what="closing the run")
-        # what was sent whole stays so, also if something fails after it
+        # a run that is already marked as whole stays so, also if something failed later
         if partial and PARTIAL_TAG in client.get_run(run_id).data.tags:
             client.set_tag(run_id, PARTIAL_TAG, partial)
             client.set_tag(run_id, NOTE_TAG, f"**Partial**: {partial}. The same command takes up what is finished.")

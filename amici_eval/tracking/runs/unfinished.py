@@ -1,4 +1,4 @@
-"""Evaluations that were interrupted: what they finished is found again by the same command, and taken up."""
+"""Find what interrupted evaluations finished when the same command runs again, and take it up."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ FINGERPRINT_TAG = "amici_eval.fingerprint"
 
 
 def fingerprint(*, model: str, digest: str, spec: EvaluationSpec) -> str:
-    """Return what evaluations share that give the same numbers; ``model`` is the id of the logged model, or its URI."""
+    """Return a hash that evaluations with the same numbers share; ``model``: id of the logged model, or its URI."""
     text = json.dumps([SCHEMA_VERSION, model, digest, settings_that_matter(spec)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def resume_key(same: str, *, files: str, device: str, launch: str) -> str:
-    """Return what evaluations share that may take up each other's finished parts."""
-    # a model in a folder may have other files next time; workers have one thread each, whose sums may differ in a digit
+    """Return a hash that evaluations share if they may take up each other's finished parts."""
+    # files: a model in a folder may change; launch: workers have one thread each, so sums may differ in the last digit
     return hashlib.sha256(json.dumps([same, files, device, launch, __version__]).encode()).hexdigest()[:32]
 
 
 def find_evaluation(fingerprint: str) -> str | None:
-    """Return a run that holds such an evaluation and ended well, in any experiment; a refused search finds none."""
+    """Return a finished run with this fingerprint, in any experiment, if any; a refused search finds none."""
     from mlflow import MlflowClient
 
     condition = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}' and attributes.status = 'FINISHED'"
@@ -97,7 +97,7 @@ _NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 
 @dataclass(frozen=True, kw_only=True)
 class _UnfinishedFolder:
-    """A folder that an evaluation of the same left, or still works at (then it has no lock of ours)."""
+    """The folder of an earlier evaluation with the same key; without a lock another process may still work in it."""
 
     folder: Path
     run_id: str
@@ -107,11 +107,11 @@ class _UnfinishedFolder:
 
 
 class UnfinishedWork:
-    """The local folder of an evaluation, with what earlier ones of the same left; use it as a context manager.
+    """The local folder of an evaluation, with what earlier ones with the same key left; use it as a context manager.
 
     A folder is locked as long as its process lives. One without an owner is taken up: its run goes on if it has the
-    same experiment and parent, else a new run takes its parts. Of one with an owner the parts are read only. Folders
-    that were taken up are removed when all is sent, and not before.
+    same experiment and parent, else a new run takes its parts. Parts of a folder with an owner are only read. Folders
+    that were taken up are removed only when all is sent.
     """
 
     def __init__(self, tracking: TrackingSpec, *, key: str, tracking_uri: str, n_types: int) -> None:
@@ -159,7 +159,7 @@ class UnfinishedWork:
                 if not is_missing(error):
                     raise
                 continue
-            # a run whose last answer was lost is whole, and does not know that its folder can go
+            # if the last answer to its process was lost, the run is whole although its folder is still there
             ended = run.info.status == "FINISHED" and not (one.folder / RECORD_FILE).exists()
             whole = ended and PARTIAL_TAG not in run.data.tags
             if run.info.lifecycle_stage == "active" and not whole and active in (None, run.info.experiment_id):
@@ -184,7 +184,7 @@ class UnfinishedWork:
             lock = lock or FolderLock.take(folder)
             write_text_durably(folder / RESUME_FILE, json.dumps(state, indent=1))
         except OSError as error:
-            # the parts will say the same of themselves, and the results are written elsewhere if need be
+            # no reason to stop: parts that cannot be saved are reported as well, and results can go to another folder
             logger.warning("%s cannot be written (%s): the work could not be taken up there", folder, error)
         self._own = folder, lock
         others = [one.folder / PARTS_FOLDER for one in self._left if one.folder != folder]
@@ -202,7 +202,7 @@ class UnfinishedWork:
         return folder, self._parts
 
     def finished(self) -> str:
-        """Say how many types are finished and kept."""
+        """Return how many types are finished and kept, as part of a sentence."""
         return "" if self._parts is None else f", {self._parts.n_types} of {self._n_types} cell types are finished"
 
     def done(self) -> Path | None:
@@ -229,7 +229,7 @@ class UnfinishedWork:
         return None
 
     def _point_to_successor(self, run_id: str) -> None:
-        """Let interrupted runs whose parts were taken into another say so."""
+        """Tag interrupted runs whose parts went into another run with the id of that run."""
         import mlflow
 
         for one in self._left:
@@ -246,7 +246,7 @@ class UnfinishedWork:
                 client.set_tag(one.run_id, CONTINUED_TAG, run_id)
                 client.set_tag(one.run_id, NOTE_TAG, f"**Partial**: what it finished went into run {run_id}.")
             except store_errors() as error:
-                # it may have been deleted, and all is sent
+                # the old run may have been deleted; the results are sent in any case
                 logger.debug("run %s could not be tagged: %s", one.run_id, error)
 
     def _find(self) -> None:
@@ -260,7 +260,7 @@ class UnfinishedWork:
                 if own and state["key"] == self._key:
                     found.append((path.stat().st_mtime_ns, path.parent, state))
             except OSError as error:
-                # it may be another process's that is just being removed
+                # another process may just be removing its folder
                 logger.debug("%s is not taken up: %s", path, error)
             except (ValueError, TypeError, LookupError, RecursionError) as error:
                 logger.warning(
@@ -296,7 +296,7 @@ class UnfinishedWork:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder whose results are all sent; if this is cut short, what is left is no work to be taken up."""
+    """Remove a folder whose results are all sent; it is renamed first, so that remains of it are never taken up."""
     done = folder.with_name(f"{folder.name}{_DONE_SUFFIX}")
     try:
         folder.rename(done)
@@ -306,6 +306,6 @@ def _remove(folder: Path) -> None:
 
 
 def forget_parts(folder: Path) -> None:
-    """Remove what a folder of results holds for being taken up."""
+    """Remove the finished parts and the resume file from a folder of results."""
     (folder / RESUME_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)

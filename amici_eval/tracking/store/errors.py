@@ -1,4 +1,4 @@
-"""What an error of a tracking store or a file system is, and asking again where it passes."""
+"""Classify errors of a tracking store or a file system, and try again after those that pass."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 20.0
 _LONGEST_MESSAGE = 2000
 _patience_s = [0.0]
-"""How long the calls of this process ask again, as `set_patience` has set it."""
+"""For how many seconds calls of this process are tried again, as `set_patience` has set it."""
 
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
 # SQLSTATE: connection, deadlock, resources, shutdown; lock not available. MySQL: the same
@@ -122,7 +122,7 @@ _RULES: dict[str | int, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What an error of a store or a file system is: what was said, rule, fix, our class, and whether it passes."""
+    """An error of a store or a file system: its message, rule, fix, our error class, and whether it passes."""
 
     said: str
     rule: str = "it must answer until the command is through"
@@ -137,12 +137,12 @@ def _refused(said: str, why: str | int, kind: type[AmiciEvalError] = TrackingErr
 
 
 def set_patience(seconds: float) -> None:
-    """Let the calls to the store that this process makes from now on ask again for so long."""
+    """Set for how many seconds later calls of this process to the store are tried again."""
     _patience_s[0] = seconds
 
 
 def patiently(action: Callable[[], Result], *, seconds: float | None = None, what: str) -> Result:
-    """Do something again until it succeeds, fails for good, or failed for so long (``None``: `set_patience`)."""
+    """Try an action again until it succeeds, fails for good, or ``seconds`` are over (``None``: of `set_patience`)."""
     until, wait = None, _FIRST_WAIT_S
     while True:
         try:
@@ -161,7 +161,7 @@ def patiently(action: Callable[[], Result], *, seconds: float | None = None, wha
 
 
 def asked_again(what: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let a function that reads from the store, or may write twice, ask again as `set_patience` says."""
+    """Decorate a function that reads from the store, or may write twice, so that `patiently` calls it."""
 
     def patient(function: Callable[..., Result]) -> Callable[..., Result]:
         @wraps(function)
@@ -175,7 +175,7 @@ def asked_again(what: str) -> Callable[[Callable[..., Result]], Callable[..., Re
 
 @contextmanager
 def tracking_errors(about: str | None = None) -> Iterator[None]:
-    """Raise what MLflow, a server, a database or the file system said as an error of ours; others go through."""
+    """Turn errors of MLflow, a server, a database or the file system into errors of ours; let others through."""
     try:
         yield
     except Exception as error:
@@ -191,7 +191,7 @@ def tracking_errors(about: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def optional(what: str, *, unless_passing: bool = False) -> Iterator[None]:
-    """Log an error of the store in a step that the result does not need: a user may read a model and not tag it."""
+    """Log an error of the store in an optional step: a user may be allowed to read a model and not to tag it."""
     try:
         yield
     except store_errors() as error:
@@ -217,36 +217,35 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return whether MLflow says that something is not there."""
+    """Return whether MLflow says that something does not exist."""
     return getattr(error, "error_code", None) in _MISSING
 
 
 def understood(error: BaseException) -> Fault | None:
-    """Return what an error of a store or the file system is; ``None``: it comes from elsewhere, and is ours."""
+    """Return the fault behind an error; ``None`` if the error is neither of a store nor of the file system."""
     from requests import Response
 
     own = isinstance(error, ImportError) and (error.name or "").startswith("amici_eval")
     if own or isinstance(error, AmiciEvalError):
         return None
     if getattr(error, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
-        # MLflow says what a collision in its database was about
+        # MLflow's own message names what collided in its database
         return _of_code(error)
     seen = list(_evidence(error))
     answer = next((one for one in seen if isinstance(one, Response)), None)
     if isinstance(error, (*store_errors(), ImportError)):
-        # what a server or a database said; else what MLflow made of it. INTERNAL_ERROR says nothing: errors without a
-        # code have it
+        # the answer of a server or a database goes before MLflow's code; INTERNAL_ERROR stands for errors without one
         for fault in (*map(_of_transport, reversed(seen)), *map(_of_code, seen)):
             if fault is not None:
                 return fault
         if answer is None:
             return _refused(_text(error), "refused", InvalidSpecError)
-    # MLflow could not read an answer
+    # another error with an answer at hand: MLflow could not read that answer
     return None if answer is None else _of_answer(answer)
 
 
 def _evidence(error: BaseException, seen: set[int] | None = None) -> Iterator[Any]:
-    """Yield an error, the last answer that MLflow had at hand when it raised it, and the same of what it came from."""
+    """Yield an error, the last HTTP answer among the local variables of its traceback, and the same of its cause."""
     from requests import Response
 
     seen = set() if seen is None else seen
@@ -260,7 +259,7 @@ def _evidence(error: BaseException, seen: set[int] | None = None) -> Iterator[An
             if isinstance(value, Response):
                 answer = value
             elif isinstance(value, dict) and value and all(isinstance(one, Exception) for one in value.values()):
-                # of several files, each in a thread
+                # errors of several files, each of which a thread transferred
                 for one in value.values():
                     yield from _evidence(one, seen)
         traceback = traceback.tb_next
@@ -272,7 +271,7 @@ def _evidence(error: BaseException, seen: set[int] | None = None) -> Iterator[An
 
 
 def _of_transport(one: Any) -> Fault | None:
-    """Return what an answer of a server, an error on the way to it, or an error of a database is."""
+    """Return the fault of a server's answer, of an error on the way to it, or of an error of a database."""
     import requests
     from mlflow.exceptions import MlflowException, RestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -293,13 +292,13 @@ def _of_transport(one: Any) -> Fault | None:
         return _of_client(one)
     if isinstance(one, MlflowException) and (fault := _of_collision(one)) is not None:
         return fault
-    # as an MLflow server sends it with 500
+    # an MLflow server sends this code with status 500
     own = isinstance(one, RestException) and one.json.get("error_code") == "INTERNAL_ERROR"
     return Fault(said=first_line(one)) if own else None
 
 
 def _of_answer(answer: Any) -> Fault:
-    """Return what an answer is that a command cannot go on with."""
+    """Return the fault of an answer that a command cannot go on with."""
     status = answer.status_code
     try:
         content = answer.json()
@@ -322,7 +321,7 @@ def _of_answer(answer: Any) -> Fault:
 
 
 def _of_client(error: Any) -> Fault:
-    """Return what an error of a client of an object store is, by the answer that it got, or of MLflow's migrations."""
+    """Return the fault of an object-store client's error, by the answer that it got, or of MLflow's migrations."""
     if type(error).__module__.startswith("alembic."):
         return _refused(f"the tracking store: {_text(error)}", "database")
     answer = getattr(error, "response", None)
@@ -370,19 +369,19 @@ def _of_database(error: Any) -> Fault:
 
 
 def _of_collision(error: BaseException) -> Fault | None:
-    """Return what a row is that is there already, in the words of SQLite, PostgreSQL, SQL Server or MySQL."""
+    """Return the fault of a row that exists already, by the messages of SQLite, PostgreSQL, SQL Server or MySQL."""
     text = str(error)
     if not any(words in text for words in ("UNIQUE constraint failed", "duplicate key", "Duplicate entry")):
         return None
     found = _TABLE.search(text)
     table = next(filter(None, found.groups()), "") if found else ""
-    # runs share the rows of data sets: the other one's is found next time. All others are this run's own
+    # runs share rows of data sets, so trying again finds the row of the other run; all other rows are this run's own
     shared = table.startswith(("dataset", "input"))
     return Fault(said=first_line(error)) if shared else _refused(_text(error), "collision")
 
 
 def _of_code(one: Any) -> Fault | None:
-    """Return what an error is that MLflow gave a code on purpose, or the system a number."""
+    """Return the fault of an error to which MLflow gave a specific code, or the system a number."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(one, MlflowException) and one.error_code != "INTERNAL_ERROR":

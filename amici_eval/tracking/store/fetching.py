@@ -1,4 +1,4 @@
-"""AnnData that are elsewhere: fetched from artifacts, web servers and object stores into a folder, and nowhere else."""
+"""Fetch AnnData from artifacts, web servers and object stores into a folder, and write nowhere else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _METADATA_VALUES = 2**21
 
 
 def fetch(uri: str, folder: Path) -> Path:
-    """Fetch an AnnData that is not here into a folder."""
+    """Fetch an AnnData that is not on this machine into a folder."""
     parsed = urlparse(uri)
     if "::" in uri or parsed.scheme in _INDIRECT_SCHEMES:
         raise DataError(
@@ -83,7 +83,7 @@ def as_local_path(uri: str) -> Path | None:
 
 
 def _inside(folder: Path, key: str) -> Path:
-    """Return the place of a store's key in a folder, or refuse a key that leads out of it."""
+    """Return the path in a folder for a store's key, or refuse a key that leads out of the folder."""
     if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise DataError(
             value=f"the store holds the key {key!r}",

@@ -17,7 +17,7 @@ _EXPERIMENTS_AT_A_TIME = 100
 
 
 def all_pages(search: Callable[..., Any]) -> Iterator[Any]:
-    """Yield what one of MLflow's searches finds, page after page."""
+    """Yield the results of one of MLflow's searches, page after page."""
     page = search()
     while page.token:
         yield from page
