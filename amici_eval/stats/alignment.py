@@ -1,4 +1,4 @@
-"""Which head of one model is which head of another: assignment, and how alike chance would make them."""
+"""Assignment of one model's heads to another's, with p values of their similarity."""
 
 from __future__ import annotations
 
@@ -37,22 +37,9 @@ _ROUNDING = 1e-9
 class HeadMatching:
     """Which head of one model is which head of another.
 
-    Parameters
-    ----------
-    similarity, similarity_by_type
-        As :class:`~amici_eval.stats.head_products.HeadProducts` gives them.
-    partner
-        The other model's head that each head is, shape (heads,); -1: none.
-    p_value
-        How often cells of a type that change places in the other model give a head a partner as similar as its own,
-        matching included, shape (heads,); NaN for heads without contribution.
-    p_value_spatial
-        The same for contributions that are smooth in space, by flipping signs of whole blocks of tissue, told from the
-        cells whose block is known; NaN without blocks enough.
-    n_blocks
-        Blocks that hold cells.
-    reason
-        Why there is no spatial p; ``None`` if there is.
+    ``partner``: the other model's head, -1 if none. ``p_value``: null in which cells of a type change places in the
+    other model; ``p_value_spatial``: null in which signs of whole blocks of tissue flip, from cells whose block is
+    known. p are NaN for heads without contribution; ``reason``: why there is no spatial p, None if there is.
     """
 
     similarity: Float64[np.ndarray, "heads others"]
@@ -69,12 +56,7 @@ def assign_heads(
 ) -> Int64[np.ndarray, " heads"]:
     """Return the partner of each head, -1 without one, so that similarities above ``unmatched`` sum to the most.
 
-    Parameters
-    ----------
-    similarity
-        Shape (heads, others); NaN never matches.
-    unmatched
-        Heads that are no more alike than this stay alone.
+    Heads that are no more alike than ``unmatched`` stay alone; NaN never matches.
     """
     worth = np.nan_to_num(np.maximum(similarity - unmatched, 0.0))
     partner = np.full(len(similarity), -1, dtype=np.int64)
@@ -92,45 +74,13 @@ def match_heads(
     n_permutations: int = 999,
     seed: int = 0,
 ) -> HeadMatching:
-    """Learn which head of one model is which head of the other, and how alike heads become by chance and matching.
+    """Match the heads of two models, and return p values of similarity that account for the search of partners.
 
-    Parameters
-    ----------
-    one, other
-        On the same cells in the same order, and the same genes; heads and their sizes may differ.
-    unmatched
-        Heads that are no more alike than this stay alone.
-    n_permutations
-        Permutations of cells, and flips of blocks.
-    seed
-        What these depend on.
-
-    Raises
-    ------
-    ValueError
-        If cells or genes differ, or there is no permutation.
-
-    Notes
-    -----
-    Looking for the best partner makes any two sets of heads alike to some extent, so the assignment is found again for
-    each permutation, without the threshold ``unmatched``; p compares a head's similarity to its partner there with that
-    to its partner in the truth. A head that gets no partner because the other model has fewer is compared by its
-    largest similarity.
-
-    ``p_value``: the cells of each type stand in one random order, and a permutation shifts them by a random number of
-    places: an element of a product of cyclic groups, so that the test is exact where cells of a type are exchangeable.
-    All shifts come from one Fourier transform. In tissue they are not exchangeable.
-
-    ``p_value_spatial``: products of the contributions are summed over blocks of tissue, and blocks change sign at
-    random, all heads together (Canay, Romano & Shaikh 2017). This is right where blocks are so wide that what happens
-    in one says little about the next, and one model's contributions, as deviations from their mean, are as likely as
-    their negatives. Measured share of p at most .05 for unrelated smooth contributions (400 pairs,
-    Gaussian kernel of width .04, .06 and .1 of the window): .06, .06 and .08 with 8 blocks, .07 and .08 (widths .04 and
-    .06) with 36; permuting cells: .11, .15 and .27.
-
-    References
-    ----------
-    Canay, Romano & Shaikh (2017), Randomization tests under an approximate symmetry assumption, Econometrica 85:1013.
+    Heads are matched again in each permutation, without ``unmatched``; p compares a head's similarity to its partner,
+    or its largest where the other model has fewer heads. ``p_value``: cells of each type, in one random order, shift by
+    a random number of places (a product of cyclic groups); exact if cells of a type are exchangeable, which in tissue
+    they are not. ``p_value_spatial``: blocks of tissue change sign, all heads together (Canay, Romano & Shaikh 2017);
+    right where blocks are about independent and centred contributions are as likely as their negatives.
     """
     if n_permutations < 1:
         msg = f"n_permutations is {n_permutations}; at least 1 is needed"
@@ -155,7 +105,7 @@ def match_heads(
         np.add.at(sums, np.searchsorted(blocks, one.blocks[known]), found.products[known])
         signs = _signs(n_permutations, len(blocks), seed)
         flipped = (signs @ sums.reshape(len(blocks), -1)).reshape(n_permutations, *similarity.shape) / scale
-        # flips say nothing of cells without a block: the truth they are compared with leaves them out too
+        # cells without a block are in no flip, so the truth leaves them out too
         p_spatial = _p(_best(sums.sum(axis=0) / scale), flipped, n_permutations)
     return HeadMatching(
         similarity=similarity,
@@ -169,7 +119,7 @@ def match_heads(
 
 
 def _best(similarity: Float64[np.ndarray, "heads others"]) -> Float64[np.ndarray, " heads"]:
-    """Return how alike each head is to its partner, all heads being matched that can be."""
+    """Return each head's similarity to its partner in the best matching, or its largest one without a partner."""
     known = np.nan_to_num(similarity)
     best: Float64[np.ndarray, " heads"] = known.max(axis=1)
     rows, columns = linear_sum_assignment(known, maximize=True)
@@ -189,7 +139,7 @@ def _p(
 def _shifted(
     one: HeadContributions, other: HeadContributions, n_permutations: int, seed: int
 ) -> Float64[np.ndarray, "permutations heads others"]:
-    """Return sums of products with the other model's cells shifted, types by numbers of places of their own."""
+    """Return sums of products with the other model's cells shifted, each type by its own numbers of places."""
     total = np.zeros((n_permutations, one.factors.shape[1], other.factors.shape[1]))
     inner = one.inner(other)
     for code in np.unique(one.types):

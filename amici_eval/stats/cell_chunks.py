@@ -28,7 +28,7 @@ CHUNK_CELLS = 512
 _MIN_CELLS_PER_THREAD = 128
 _LEAST_CHUNK = 8
 _BLOCK_ROWS = 8192
-"""No block of expression has more rows."""
+"""Most rows of a block of expression."""
 
 Result = TypeVar("Result")
 
@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 
 def in_chunks(work: Callable[[int], Result], chunk_cells: int, *, what: str, device: str) -> Result:
-    """Return what ``work`` makes of all cells, so many at a time, or half as many as long as memory ends.
+    """Run ``work`` with ``chunk_cells`` cells at a time, or with half as many for as long as memory runs out.
 
     Sums over cells are then added in another order, which changes the last bits.
     """
@@ -63,16 +63,9 @@ def in_chunks(work: Callable[[int], Result], chunk_cells: int, *, what: str, dev
 def over_blocks(
     work: Callable[[Iterable[Block]], Result], read: Callable[[], Iterable[Block]], *, what: str, device: str
 ) -> Result:
-    """Return what ``work`` makes of one reading of the cells; where memory ends it begins anew with smaller blocks.
+    """Run ``work`` on one reading of the cells, and anew with smaller blocks where memory runs out.
 
-    Parameters
-    ----------
-    work
-        A pass over blocks, which leaves nothing behind if it fails.
-    read
-        Begins a reading.
-    what, device
-        For messages, and the torch device of the work.
+    ``read`` begins a reading; ``work`` must leave nothing behind if it fails.
     """
 
     def parts(n_rows: int) -> Iterator[Block]:
@@ -89,10 +82,11 @@ def over_blocks(
 
 
 def over_cells(task: Callable[[list[slice]], Result], n_cells: int, *, chunk_cells: int, device: str) -> list[Result]:
-    """Return what ``task`` makes of consecutive slices of cells, from one call for each thread that torch would use.
+    """Return the results of ``task`` on shares of consecutive slices of cells, one call for each thread of torch.
 
-    Within a task torch computes on one thread: threads that meet after every small operation wait for each other, long
-    where other processes want the processors, too. Slices are at most ``chunk_cells`` long and cover all cells.
+    If there are several calls, torch computes on one thread in each: threads that meet after every small operation wait
+    for each other, long where other processes want the processors, too. Slices are at most ``chunk_cells`` long and
+    cover all cells.
     """
     n_torch = torch.get_num_threads()
     n_threads = max(1, min(n_torch, n_cells // _MIN_CELLS_PER_THREAD)) if torch.device(device).type == "cpu" else 1
@@ -112,7 +106,7 @@ def over_cells(task: Callable[[list[slice]], Result], n_cells: int, *, chunk_cel
         with ThreadPoolExecutor(n_threads) as pool:
             return list(pool.map(alone, [chunks[first::n_threads] for first in range(n_threads)]))
     finally:
-        torch.set_num_threads(n_torch)  # what a thread sets for itself, torch takes as default for later threads
+        torch.set_num_threads(n_torch)  # torch makes a thread's setting the default of later threads
 
 
 def to_tensor(array: Float[np.ndarray, ...] | Int[np.ndarray, ...], device: str) -> torch.Tensor:
@@ -121,5 +115,5 @@ def to_tensor(array: Float[np.ndarray, ...] | Int[np.ndarray, ...], device: str)
 
 
 def to_float64(array: Float[np.ndarray, ...], device: str) -> torch.Tensor:
-    """Return a tensor of its own, in float64."""
+    """Return a float64 copy as a tensor."""
     return torch.tensor(array, dtype=torch.float64, device=device)

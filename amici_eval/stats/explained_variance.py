@@ -22,14 +22,7 @@ _ROW_BLOCK = 4096
 class ExplainedVariance:
     """Explained variance of one prediction of one group of cells.
 
-    Parameters
-    ----------
-    per_gene
-        Shape (genes,), dimensionless, at most 1; NaN where ``constant_genes``.
-    aggregated
-        One number over all genes; NaN if no gene varies.
-    constant_genes
-        Shape (genes,): genes whose expression does not vary over the cells, so that nothing can be explained.
+    ``per_gene`` is NaN for constant genes; ``aggregated`` is over all genes, NaN if none varies.
     """
 
     per_gene: Float64[np.ndarray, " genes"]
@@ -40,28 +33,10 @@ class ExplainedVariance:
 def explained_variance(
     predictions: Float[np.ndarray, "cells genes"], targets: Float[np.ndarray, "cells genes"]
 ) -> ExplainedVariance:
-    """Return which share of the variance of expression a prediction explains.
+    """Return which share of the variance of expression a prediction explains, per gene and over all genes.
 
-    Parameters
-    ----------
-    predictions, targets
-        Predicted and measured expression of the same cells, shape (cells, genes), in the same unit.
-
-    Returns
-    -------
-    ExplainedVariance
-        ``1 - var(P_g - Y_g) / var(Y_g)`` per gene and ``1 - sum_g var(P_g - Y_g) / sum_g var(Y_g)`` aggregated, with
-        unbiased variances over cells.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or there are fewer than two cells.
-
-    Notes
-    -----
-    The quantity of amici-st's explained-variance module, which says 0 where a gene does not vary;
-    here it is undefined (NaN). Differences and variances are taken in float64, in two passes.
+    ``1 - var(P_g - Y_g) / var(Y_g)`` per gene, ``1 - sum_g var(P_g - Y_g) / sum_g var(Y_g)`` over all. Where a gene
+    does not vary this is NaN; amici-st's explained-variance module says 0. Sums are in float64, in two passes.
     """
     if predictions.shape != targets.shape or targets.ndim != 2:
         msg = f"predictions have shape {predictions.shape}, targets {targets.shape}; both must be (cells, genes)"
@@ -70,7 +45,7 @@ def explained_variance(
     if n_cells < MIN_CELLS_EXPLAINED_VARIANCE:
         msg = f"{n_cells} cells; at least {MIN_CELLS_EXPLAINED_VARIANCE} are needed for a variance"
         raise ValueError(msg)
-    # a sum of squares of centred equal values can be a rounding error away from 0: ask for equality instead
+    # test for equality: the centred squares of equal values may not sum to exactly 0
     constant = np.asarray(np.all(targets == targets[:1], axis=0))
     residual_var = _sum_of_squares(predictions, targets) / (n_cells - 1)
     target_var = _sum_of_squares(targets, None) / (n_cells - 1)

@@ -1,4 +1,4 @@
-"""How far the contributions of two models' heads go together, and how alike heads are by other measures."""
+"""Products of the contributions of two models' heads, and other measures of how alike heads are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 def product_scale(
     size: Float64[np.ndarray, " heads"], other: Float64[np.ndarray, " others"]
 ) -> Float64[np.ndarray, "h o"]:
-    """Return the roots of products of sizes, which sums of products are divided by; NaN where one is 0."""
+    """Return ``sqrt(size * other)``, which turns sums of products into correlations; NaN where it is 0."""
     scale = np.sqrt(np.outer(size, other))
     return np.where(scale > 0.0, scale, np.nan)
 
@@ -36,19 +36,9 @@ def linear_cka(
     types: Int64[np.ndarray, " cells"],
     weights: Float64[np.ndarray, " cells"],
 ) -> Float64[np.ndarray, "heads others"]:
-    """Return linear centred kernel alignment of what heads bring: 1 if one is a rotated and scaled copy of the other.
+    """Return linear centred kernel alignment of head outputs: 1 if one is a rotated and scaled copy of the other.
 
-    Parameters
-    ----------
-    one, other
-        Attention outputs of the same cells, shape (cells, heads, head_size); sizes may differ.
-    types, weights
-        Of the cells: outputs are centred within types.
-
-    References
-    ----------
-    Kornblith et al. (2019), Similarity of neural network representations revisited, ICML; the RV coefficient of Robert
-    & Escoufier (1976).
+    Outputs are centred within types. Kornblith et al. (2019), ICML; the RV coefficient of Robert & Escoufier (1976).
     """
     centred = []
     for outputs in (one, other):
@@ -67,12 +57,9 @@ def linear_cka(
 def attention_divergence(
     one: Float[np.ndarray, "cells heads places"], other: Float[np.ndarray, "cells others places"]
 ) -> Float64[np.ndarray, "heads others"]:
-    """Return how differently heads share their attention out: the mean Jensen-Shannon divergence in bits, 0 to 1.
+    """Return the mean Jensen-Shannon divergence between the heads' attention, in bits, 0 to 1.
 
-    Parameters
-    ----------
-    one, other
-        Attention of the same cells to the same places, the dummy among them.
+    Places are the same for both models, the dummy among them.
     """
     first, second = one.astype(np.float64), other.astype(np.float64)
     found = np.empty((first.shape[1], second.shape[1]))
@@ -109,26 +96,12 @@ _CONSTANT = 1e-12
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadContributions:
-    """What the heads of a model, each kept alone, contribute to the prediction of some cells, as factors.
+    """Contributions of a model's heads, each kept alone, to the prediction of some cells, as factors.
 
     The prediction of cell i of type c with head h alone is ``factors[i, h] @ [query_weights[c], head_weights[h]]`` plus
-    an offset of the type.
-
-    Parameters
-    ----------
-    types
-        Type of each cell, from 0, shape (cells,).
-    blocks
-        Block of tissue in which each cell lies, shape (cells,); -1: not known.
-    weights
-        How many cells of the tissue each stands for, shape (cells,); one number within a type, so that cells of a type
-        can change places.
-    factors
-        ``[1, z] / scale`` of each head, shape (cells, heads, 1 + head_size).
-    query_weights
-        How the first factor becomes expression, shape (types, genes).
-    head_weights
-        How the others do, shape (heads, genes, head_size).
+    an offset of the type; ``factors`` are ``[1, z] / scale``. ``blocks``: block of tissue of each cell, -1 if not
+    known; ``weights``: how many cells of the tissue each stands for, one number within a type, so that its cells can
+    change places.
     """
 
     types: Int64[np.ndarray, " cells"]
@@ -160,11 +133,11 @@ class HeadContributions:
                 raise ValueError(msg)
 
     def centred(self, code: int) -> tuple[Float64[np.ndarray, "cells heads rank"], float]:
-        """Return the factors of one type as deviations from their mean, and what its cells weigh."""
+        """Return the factors of one type as deviations from their mean, and the weight of each of its cells."""
         of_type = self.types == code
         own = self.factors[of_type]
         deviations = own - own.mean(axis=0)
-        # the mean of a constant is rounded: what is left would make heads without contribution alike
+        # clip rounding noise of constants to 0: it would make heads without contribution alike
         constant = np.ptp(own, axis=0) <= _CONSTANT * np.abs(own).max(axis=0)
         return np.where(constant, 0.0, deviations), float(self.weights[of_type][0])
 
@@ -198,14 +171,7 @@ class HeadContributions:
 class HeadProducts:
     """Products of the contributions of the heads of two models, centred within types.
 
-    Parameters
-    ----------
-    products
-        Of each cell, summed over genes and weighted, shape (cells, heads, others).
-    size, size_other
-        Weighted squares of the contributions by type, shape (types, heads) and (types, others).
-    types
-        Of each cell.
+    ``products``: summed over genes and weighted; ``size``, ``size_other``: weighted squares of contributions by type.
     """
 
     products: Float64[np.ndarray, "cells heads others"]
@@ -215,18 +181,18 @@ class HeadProducts:
 
     @property
     def scale(self) -> Float64[np.ndarray, "heads others"]:
-        """What sums of products are divided by to be similarities; NaN for heads without contribution."""
+        """Divisor that turns sums of products into similarities; NaN for heads without contribution."""
         return product_scale(self.size.sum(axis=0), self.size_other.sum(axis=0))
 
     @property
     def similarity(self) -> Float64[np.ndarray, "heads others"]:
-        """Correlation of contributions over all cells and genes, shape (heads, others)."""
+        """Correlation of contributions over all cells and genes."""
         similarity: Float64[np.ndarray, "heads others"] = self.products.sum(axis=0) / self.scale
         return similarity
 
     @property
     def similarity_by_type(self) -> Float64[np.ndarray, "types heads others"]:
-        """The same within each type, shape (types, heads, others)."""
+        """Correlation of contributions within each type."""
         sums = np.zeros((len(self.size), *self.products.shape[1:]))
         np.add.at(sums, self.types, self.products)
         scales = [product_scale(one, other) for one, other in zip(self.size, self.size_other, strict=True)]
@@ -235,17 +201,9 @@ class HeadProducts:
 
 
 def head_products(one: HeadContributions, other: HeadContributions) -> HeadProducts:
-    """Return how far the contributions of two models' heads go together, cell by cell.
+    """Return the products of the contributions of two models' heads, cell by cell.
 
-    Parameters
-    ----------
-    one, other
-        On the same cells in the same order, and the same genes; heads and their sizes may differ.
-
-    Raises
-    ------
-    ValueError
-        If cells or genes differ.
+    Both are on the same cells in the same order, and the same genes; heads and their sizes may differ.
     """
     _check_same(one, other)
     n_types = len(one.query_weights)
@@ -261,7 +219,7 @@ def head_products(one: HeadContributions, other: HeadContributions) -> HeadProdu
 
 
 def contracted(ours: np.ndarray, gram: Float64[np.ndarray, "heads rank others rank"], theirs: np.ndarray) -> np.ndarray:
-    """Return ``sum_pq ours[i, h, p] gram[h, p, k, q] theirs[i, k, q]``, shape (cells, heads, others)."""
+    """Return ``sum_pq ours[i, h, p] gram[h, p, k, q] theirs[i, k, q]`` of cell i, head h and other head k."""
     n_heads, rank, n_others, others_rank = gram.shape
     found = np.empty((len(ours), n_heads, n_others), dtype=np.result_type(ours, theirs))
     for head in range(n_heads):

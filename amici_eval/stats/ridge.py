@@ -31,19 +31,10 @@ _FUNCTIONS, _FUNCTIONS_IN_ALL, _CELLS_PER_FUNCTION = 64, 512, 10
 class CosineBasis:
     """Products of cosines over the bounding box of some cells in each section, lowest frequencies first.
 
-    Parameters
-    ----------
-    xy, sections
-        Where cells lie, shape (cells, 2), and in which section, shape (cells,).
-    fitted
-        Which of them are there to fit: one function for ten of these, at most 64 a section, and no more than leave
-        about 512 in all sections together.
-
-    Notes
-    -----
-    The functions of a type-II cosine transform (``cos(pi a x) cos(pi b y)`` with x, y from 0 to 1 over the box), those
-    with the longest waves in coordinate units; nothing is drawn. A function is 0 outside its own section; where there
-    are several sections each has a level of its own besides.
+    Functions of a type-II cosine transform, ``cos(pi a x) cos(pi b y)`` with x, y from 0 to 1 over the box, those with
+    the longest waves in coordinate units; nothing is drawn. A function is 0 outside its own section; several sections
+    have a level each besides. ``fitted``: cells there are to fit, one function for ten of them, at most 64 a section
+    and about 512 in all.
     """
 
     def __init__(
@@ -61,7 +52,7 @@ class CosineBasis:
         for section in self._present:
             here = sections == section
             low, extent = xy[here].min(axis=0), np.ptp(xy[here], axis=0)
-            # cells on a line: no wave across it
+            # cells on a line get no wave across it
             extent = np.maximum(extent, 1e-9 * (float(extent.max()) or 1.0))
             wanted = min(most, int(np.count_nonzero(fitted[here])) // _CELLS_PER_FUNCTION)
             self._low.append(low)
@@ -73,13 +64,7 @@ class CosineBasis:
     def columns(
         self, xy: Float64[np.ndarray, "rows two"], sections: Int64[np.ndarray, " rows"]
     ) -> Float64[np.ndarray, "rows columns"]:
-        """Return the functions at some cells, shape (rows, columns): the sections' levels first.
-
-        Parameters
-        ----------
-        xy, sections
-            Where these cells lie.
-        """
+        """Return the functions at some cells, the sections' levels first."""
         found = np.zeros((len(xy), self.n_columns))
         first = self._levels
         for number, section in enumerate(self._present):
@@ -89,7 +74,7 @@ class CosineBasis:
                 found[here, number] = 1.0
             if len(here) and len(steps):
                 phase = np.pi * (xy[here] - self._low[number]) / self._extent[number]
-                # the few multiples along each side serve all products
+                # compute the few cosines along each side once for all products
                 across, along = (np.cos(phase[:, [axis]] * np.arange(steps[:, axis].max() + 1)) for axis in (0, 1))
                 found[here, first : first + len(steps)] = across[:, steps[:, 0]] * along[:, steps[:, 1]]
             first += len(steps)
@@ -108,31 +93,20 @@ def _longest_waves(extent: Float64[np.ndarray, " two"], wanted: int) -> Int64[np
 
 
 PENALTIES = np.logspace(-4.0, 5.0, 19)
-"""Penalties to choose from, per cell, for columns of variance 1: from next to none to hardly anything left."""
+"""Penalties to choose from, per cell, for columns of variance 1: from almost none to almost no weights left."""
 _CONSTANT = 1e-9
 """A column or gene whose standard deviation is a smaller share of its mean varies by rounding alone."""
 _RANK = 1e-10
-"""Directions whose variance is a smaller share of the largest are what columns that add up to a constant leave."""
+"""Directions whose variance is a smaller share of the largest are rounding noise of dependent columns."""
 _LARGEST_SHARE = 0.5
-"""A fit may use up this share of the cells: close to one parameter a cell, cross-validation says nothing."""
+"""Most degrees of freedom per cell: cross-validation says nothing close to one parameter a cell."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RidgeMoments:
-    """All that a ridge regression and its explained variance need to know of some cells.
+    """Moments of some cells from which a ridge regression and its explained variance follow.
 
-    Parameters
-    ----------
-    n_cells
-        How many.
-    design_mean, target_mean
-        Shape (columns,) and (genes,); 0 without cells.
-    design_m2
-        Centred sums of products of columns, shape (columns, columns).
-    cross
-        Of columns and genes, shape (columns, genes).
-    target_m2
-        Centred sums of squares of expression, shape (genes,).
+    ``design_m2``, ``cross`` and ``target_m2`` are centred sums of products; means are 0 without cells.
     """
 
     n_cells: int
@@ -146,14 +120,7 @@ class RidgeMoments:
 class RidgeSums:
     """Gathers :class:`RidgeMoments` block by block, never all cells at once.
 
-    Parameters
-    ----------
-    n_columns, n_genes
-        Columns of the design, and genes.
-
-    Notes
-    -----
-    Sums of products in float64 of deviations from the first block's means, so that large means cancel nothing away.
+    Products in float64 of deviations from the first block's means, so that large means cost no digits.
     """
 
     def __init__(self, n_columns: int, n_genes: int) -> None:
@@ -167,18 +134,7 @@ class RidgeSums:
         )
 
     def add(self, design: Float[np.ndarray, "rows columns"], targets: Float[np.ndarray, "rows genes"]) -> None:
-        """Count some cells in.
-
-        Parameters
-        ----------
-        design, targets
-            Shape (rows, columns) and (rows, genes), of the same cells.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit.
-        """
+        """Add some cells to the sums."""
         expected = (len(targets), len(self._x)), (len(design), len(self._y))
         if (design.shape, targets.shape) != expected:
             msg = (
@@ -213,13 +169,7 @@ class RidgeSums:
 
 
 def merge_moments(parts: Sequence[RidgeMoments]) -> RidgeMoments:
-    """Return the moments of several groups of cells together (Chan, Golub & LeVeque 1983).
-
-    Parameters
-    ----------
-    parts
-        Of groups that share no cell; at least one group.
-    """
+    """Return the moments of several groups of cells that share none (Chan, Golub & LeVeque 1983)."""
     counts = np.array([part.n_cells for part in parts], dtype=np.float64)
     share = counts / max(counts.sum(), 1.0)
     x_means, y_means = np.stack([p.design_mean for p in parts]), np.stack([p.target_mean for p in parts])
@@ -240,14 +190,8 @@ def merge_moments(parts: Sequence[RidgeMoments]) -> RidgeMoments:
 class PenaltyChoice:
     """The penalty under which a ridge regression of all genes predicts unseen cells best, and how that was found.
 
-    Parameters
-    ----------
-    penalty
-        The one chosen: squared weights of standardised columns count this much against the mean squared error.
-    degrees_of_freedom
-        What a fit uses up under it, intercept included.
-    gcv
-        Generalised cross-validation of each penalty, summed over genes, shape (penalties,).
+    ``penalty``: weight of the squared weights of standardised columns against the mean squared error;
+    ``degrees_of_freedom`` include the intercept; ``gcv``: generalised cross-validation, summed over genes.
     """
 
     penalty: float
@@ -259,12 +203,8 @@ class PenaltyChoice:
 class RidgeFit:
     """A ridge regression of all genes under one penalty.
 
-    Parameters
-    ----------
-    weights
-        Of the columns as they are, not standardised, shape (columns, genes); 0 for columns that do not vary.
-    intercept
-        Shape (genes,), not penalised.
+    ``weights``: of the columns as they are, not standardised, 0 for columns that do not vary; the intercept is not
+    penalised.
     """
 
     weights: Float64[np.ndarray, "columns genes"]
@@ -272,30 +212,11 @@ class RidgeFit:
 
 
 def choose_penalty(moments: RidgeMoments, *, penalties: Float64[np.ndarray, " penalties"] = PENALTIES) -> PenaltyChoice:
-    """Return the one penalty for all genes that predicts unseen cells best, as far as the fitted cells tell.
+    """Return the penalty of least generalised cross-validation over all genes together.
 
-    Parameters
-    ----------
-    moments
-        Of the cells to fit, at least 2.
-    penalties
-        To choose from, positive, in any order.
-
-    Returns
-    -------
-    PenaltyChoice
-        The penalty of least generalised cross-validation among those that use up at most half as many degrees of
-        freedom as there are cells; the largest penalty if none does.
-
-    Raises
-    ------
-    ValueError
-        With fewer than 2 cells, or a penalty that is not positive.
-
-    Notes
-    -----
     ``GCV = (RSS / n) / (1 - df / n)**2`` with ``df = 1 + sum e / (e + penalty)`` over the eigenvalues e of the
-    correlation matrix of the columns (Golub, Heath & Wahba 1979); one eigen-decomposition serves all penalties.
+    correlation matrix of the columns (Golub, Heath & Wahba 1979). Penalties with df above half of the cells are left
+    out; if that leaves none, the largest penalty is chosen.
     """
     penalties = np.asarray(penalties, dtype=np.float64)
     if not len(penalties) or not (penalties > 0.0).all():
@@ -310,7 +231,7 @@ def choose_penalty(moments: RidgeMoments, *, penalties: Float64[np.ndarray, " pe
     along = n * np.einsum("ij,ij->i", turned, turned) / values
     residual_ss = np.maximum(moments.target_m2.sum() - (2.0 * shrinkage - shrinkage**2) @ along, 0.0)
     degrees = 1.0 + shrinkage.sum(axis=1)
-    # next to one degree of freedom a cell, rounding may take the denominator through zero
+    # close to one degree of freedom per cell, rounding may make the denominator 0 or negative
     gcv = residual_ss / n / np.maximum(1.0 - degrees / n, np.finfo(np.float64).eps) ** 2
     allowed = degrees <= _LARGEST_SHARE * n
     best = int(np.where(allowed, gcv, np.inf).argmin()) if allowed.any() else int(penalties.argmax())
@@ -320,24 +241,10 @@ def choose_penalty(moments: RidgeMoments, *, penalties: Float64[np.ndarray, " pe
 def fit_ridge(moments: RidgeMoments, *, penalty: float, level: RidgeMoments | None = None) -> RidgeFit:
     """Fit all genes under one penalty.
 
-    Parameters
-    ----------
-    moments
-        Of the cells to fit, at least 2.
-    penalty
-        Positive; times the number of cells it is what scikit-learn's ``Ridge`` calls ``alpha`` on standardised columns.
-    level
-        Cells over which the mean prediction is the mean expression; ``None``: the fitted ones. Explained variance does
-        not count the level, so that a level of each fold its own would be noise against nothing.
-
-    Raises
-    ------
-    ValueError
-        With fewer than 2 cells, or if the penalty is not positive.
-
-    Notes
-    -----
-    Columns are standardised over the fitted cells, and those that are constant there are left out.
+    ``penalty`` times the number of cells is the ``alpha`` of scikit-learn's ``Ridge`` on standardised columns; columns
+    that are constant over the fitted cells are left out. ``level``: cells over which the mean prediction is the mean
+    expression, None for the fitted ones; explained variance does not count the level, so one for each fold would only
+    add noise.
     """
     if not penalty > 0.0:
         msg = f"penalty {penalty}: it must be positive"
@@ -380,23 +287,9 @@ def _standardised(moments: RidgeMoments) -> _Standardised:
 def ridge_explained_variance(fits: Sequence[RidgeFit], groups: Sequence[RidgeMoments]) -> float:
     """Return which share of the variance of expression is explained in some cells, all genes together.
 
-    Parameters
-    ----------
-    fits
-        One for each group of cells, fitted on these or others: under cross-fitting, on all groups but this one.
-    groups
-        Moments of the cells to score.
-
-    Returns
-    -------
-    float
-        ``1 - sum_g var(P_g - Y_g) / sum_g var(Y_g)`` over the cells of all groups together, the measure that heads are
-        given; NaN if no gene varies or there are fewer than 2 cells.
-
-    Notes
-    -----
-    ``var(P) = B' S_XX B`` and ``cov(P, Y) = B' S_XY`` within a group; the means of the groups' residuals give what lies
-    between groups. No prediction is formed.
+    ``1 - sum_g var(P_g - Y_g) / sum_g var(Y_g)`` over all groups, each predicted by its own fit: under cross-fitting,
+    one on the other groups. NaN if no gene varies or there are fewer than 2 cells. From ``var(P) = B' S_XX B`` and
+    ``cov(P, Y) = B' S_XY`` within groups, and residual means between groups; no prediction is formed.
     """
     everyone = merge_moments(groups)
     spread = np.sqrt(everyone.target_m2 / max(everyone.n_cells, 1))
@@ -409,7 +302,7 @@ def ridge_explained_variance(fits: Sequence[RidgeFit], groups: Sequence[RidgeMom
         explained += 2.0 * float(np.vdot(fit.weights, group.cross)) - predicted
         counts.append(group.n_cells)
         means.append(group.design_mean @ fit.weights + fit.intercept - group.target_mean)
-    # what groups differ by on their own is in the total, what they differ by in residuals is left
+    # between groups: their differences are in the total, those of their residuals stay unexplained
     weight, residual = np.array(counts, dtype=np.float64), np.stack(means)
     between = float((weight @ (residual - weight @ residual / weight.sum()) ** 2).sum())
     own = float((weight @ (np.stack([g.target_mean for g in groups]) - everyone.target_mean) ** 2).sum())

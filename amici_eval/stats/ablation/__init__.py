@@ -1,1 +1,1 @@
-"""What a prediction loses without heads: coalitions, Shapley values, substitutions."""
+"""Ablations of heads: coalitions, Shapley values, substitutions."""

@@ -1,4 +1,4 @@
-"""What an AMICI explains of one cell type when heads are taken away, averaged out or given their shares."""
+"""Explained variance of one cell type with heads removed or substituted, and Shapley values of heads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MAX_EXACT_HEADS = 12
-"""Up to 4,096 coalitions are all evaluated; above that, orders of the heads are sampled."""
+"""Up to here all coalitions (4,096) are evaluated; above, orders of the heads are sampled."""
 
 _MIN_PAIRS_OF_ORDERS = 2
 
@@ -46,12 +46,7 @@ _MIN_PAIRS_OF_ORDERS = 2
 class ShapleyValues:
     """Each head's share of ``v(all heads) - v(no head)``.
 
-    Parameters
-    ----------
-    values
-        Shape (heads,), in the unit of v; they sum to ``v(all heads) - v(no head)``, also if sampled.
-    standard_error
-        Shape (heads,); 0 if exact.
+    ``values`` are in the unit of v and sum to that difference, also if sampled; ``standard_error`` is 0 if exact.
     """
 
     values: Float64[np.ndarray, " heads"]
@@ -59,23 +54,12 @@ class ShapleyValues:
 
 
 def all_coalitions(n_heads: int) -> Bool[np.ndarray, "coalitions heads"]:
-    """Return all sets of heads, shape (2**heads, heads): row c keeps head h if bit h of c is set."""
+    """Return all sets of heads: row c keeps head h if bit h of c is set."""
     return np.asarray((np.arange(2**n_heads)[:, None] >> np.arange(n_heads)) & 1, dtype=bool)
 
 
 def shapley_values(values: Float64[np.ndarray, " coalitions"]) -> ShapleyValues:
-    """Return the exact Shapley values (Shapley 1953) from the values of all coalitions.
-
-    Parameters
-    ----------
-    values
-        Shape (2**heads,), in the order of :func:`all_coalitions`.
-
-    Raises
-    ------
-    ValueError
-        If the number of values is not 2, 4, 8, ...
-    """
+    """Return the exact Shapley values (Shapley 1953) from the values of :func:`all_coalitions`, in its order."""
     n_heads = _n_heads(values)
     codes = np.arange(len(values))
     sizes = all_coalitions(n_heads).sum(axis=1)
@@ -88,24 +72,10 @@ def shapley_values(values: Float64[np.ndarray, " coalitions"]) -> ShapleyValues:
 
 
 def interaction_index(values: Float64[np.ndarray, " coalitions"]) -> Float64[np.ndarray, "heads heads"]:
-    """Return by how much each pair of heads is worth more (or less) together than apart, from all coalitions.
+    """Return the Shapley interaction index of each pair of heads (Grabisch & Roubens 1999); the diagonal is NaN.
 
-    Parameters
-    ----------
-    values
-        Shape (2**heads,), in the order of :func:`all_coalitions`.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (heads, heads), symmetric, diagonal NaN, in the unit of the values: the Shapley interaction index
-        (Grabisch & Roubens 1999), a mean over sets S of the other heads of ``v(S+h+k) - v(S+h) - v(S+k) + v(S)``.
-        Below 0: the two heads say the same, or spoil each other.
-
-    Raises
-    ------
-    ValueError
-        If the number of values is not 2, 4, 8, ...
+    ``values`` are those of :func:`all_coalitions`, in its order. The index is a mean over sets S of the other heads of
+    ``v(S+h+k) - v(S+h) - v(S+k) + v(S)``; below 0, the two heads are redundant or harm each other.
     """
     n_heads = _n_heads(values)
     codes = np.arange(len(values))
@@ -122,21 +92,9 @@ def interaction_index(values: Float64[np.ndarray, " coalitions"]) -> Float64[np.
 
 
 def antithetic_orders(n_heads: int, *, n_orders: int, seed: int, cell_type: str) -> Int64[np.ndarray, "orders heads"]:
-    """Return random orders of the heads, each followed by its reverse, shape (n_orders, heads).
+    """Return random orders of the heads, each followed by its reverse; ``n_orders`` is even, at least 4.
 
-    Parameters
-    ----------
-    n_heads
-        How many are ordered.
-    n_orders
-        Even, at least 4.
-    seed, cell_type
-        Orders 2k and 2k + 1 depend on seed, cell type, k and the number of heads alone.
-
-    Raises
-    ------
-    ValueError
-        If ``n_orders`` is odd or below 4.
+    Orders 2k and 2k + 1 depend on seed, cell type, k and the number of heads alone.
     """
     n_pairs, odd = divmod(n_orders, 2)
     if odd or n_pairs < _MIN_PAIRS_OF_ORDERS:
@@ -148,7 +106,7 @@ def antithetic_orders(n_heads: int, *, n_orders: int, seed: int, cell_type: str)
 
 
 def order_coalitions(orders: Int64[np.ndarray, "orders heads"]) -> Bool[np.ndarray, "orders sizes heads"]:
-    """Return the sets that the first 0, 1, ..., H heads of each order make, shape (orders, heads + 1, heads)."""
+    """Return the sets that the first 0, 1, ..., H heads of each order make."""
     ranks = np.argsort(orders, axis=1)
     return np.asarray(ranks[:, None, :] < np.arange(orders.shape[1] + 1)[:, None])
 
@@ -158,17 +116,8 @@ def sampled_shapley_values(
 ) -> ShapleyValues:
     """Return Shapley values estimated from sampled orders of the heads (Castro, Gomez & Tejada 2009).
 
-    Parameters
-    ----------
-    values
-        Shape (orders, heads + 1): the values of :func:`order_coalitions`.
-    orders
-        Shape (orders, heads), from :func:`antithetic_orders`.
-
-    Notes
-    -----
-    What a head adds, averaged over orders. An order and its reverse are one draw (antithetic sampling, Mitchell et al.
-    2022): the standard error is that of the mean over these pairs.
+    ``values`` are those of :func:`order_coalitions`, ``orders`` from :func:`antithetic_orders`. An order and its
+    reverse are one draw (Mitchell et al. 2022): the standard error is that of the mean over these pairs.
     """
     n_orders, n_heads = orders.shape
     added = np.empty((n_orders, n_heads))
@@ -197,42 +146,20 @@ ABLATION_MODES = (
 """Names of the ablations, which are also the fields of :class:`TypeAblations`."""
 
 DEFAULT_RESAMPLES = 8
-"""Permutations that resampled z is averaged over."""
+"""Permutations that "resampled_z" is averaged over."""
 
 DEFAULT_SAMPLED_ORDERS = 512
-"""Orders of the heads that Shapley values are estimated from if there are too many heads for all coalitions."""
+"""Orders of the heads that Shapley values are estimated from above ``MAX_EXACT_HEADS``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TypeAblations:
-    """Explained variance of one cell type under every ablation that was asked for; NaN for the others.
+    """Explained variance over all genes of one cell type under each ablation; NaN for those not asked for.
 
-    All numbers are explained variances aggregated over genes, or differences of them, dimensionless.
-
-    Parameters
-    ----------
-    modes
-        What was asked for, in the order of ``ABLATION_MODES``.
-    full, none, frozen_none
-        Of the whole model; without any head; without any head but divided by the whole model's layer norm.
-    keep_one, leave_one_out
-        Shape (heads,): of the model with only this head, without this head. Others are set to 0.
-    mean_z
-        Shape (heads,): with what the head brings replaced by its mean over the cells, other heads as they are.
-    resampled_z, resampled_z_standard_error
-        Shape (heads,): with what the head brings to a cell replaced by what it brings to another, a mean over random
-        permutations of the cells; the standard error of that mean (NaN for a single permutation).
-    frozen_norm
-        Shape (heads,): of the model with only this head, divided by the whole model's layer norm.
-    shapley, shapley_standard_error
-        Shape (heads,): the head's share of ``full - none``; its standard error, 0 where exact.
-    frozen_shapley
-        Shape (heads,): the head's share of ``full - frozen_none`` under the whole model's layer norm.
-    interaction, frozen_interaction
-        Shape (heads, heads), symmetric, diagonal NaN: the Shapley interaction index of two heads, with "shapley" and
-        "frozen_shapley". Below 0: the two say the same.
-    interaction_reason
-        Why ``interaction`` is NaN although "shapley" was asked for; ``None`` if it is not.
+    ``frozen`` values are divided by the whole model's layer norm. ``leave_one_out`` sets a head to 0, ``mean_z``
+    replaces it by its mean over cells, ``resampled_z`` by that of other cells, a mean over permutations (standard error
+    NaN for one). ``shapley`` sums to ``full - none``, ``frozen_shapley`` to ``full - frozen_none``. ``interaction``:
+    see :func:`interaction_index`; ``interaction_reason``: why it is NaN though "shapley" was asked for, else None.
     """
 
     modes: tuple[str, ...]
@@ -268,46 +195,13 @@ def ablate(
     chunk_cells: int = CHUNK_CELLS,
     device: str = "cpu",
 ) -> TypeAblations:
-    """Return what an AMICI explains of one cell type under each ablation.
+    """Return the explained variance of one cell type under each ablation that is asked for.
 
-    Parameters
-    ----------
-    z
-        What each head brings to each cell, shape (cells, heads * head_size), at least two cells, in canonical order
-        (by cell name): the permutations of "resampled_z" are of positions.
-    projected
-        Shape (cells, 1 + heads * head_size): expression, centred over the cells, times ``readout.weights``.
-    target_ss
-        Sum over genes of the centred sum of squares of expression, over 0.
-    readout
-        From z to predicted expression.
-    modes
-        Some of ``ABLATION_MODES``.
-    seed, cell_type
-        Of the permutations of cells (``PermutationStream`` with stratum "resampled_z", numbers 0 to n_resamples - 1,
-        shared by all heads) and of the sampled orders of heads.
-    n_resamples
-        Permutations that "resampled_z" averages over, at least 1.
-    n_sampled_orders
-        Even, at least 4; used only if there are more than ``max_exact_heads`` heads.
-    max_exact_heads
-        Up to here all 2**heads coalitions are evaluated.
-    chunk_cells
-        Cells worked on at a time; changes memory and the last bits.
-    device
-        Torch device that has float64; changes the last bits.
-
-    Raises
-    ------
-    ValueError
-        If a mode is unknown, shapes do not fit, no gene varies, or a number of samples is too small.
-
-    Notes
-    -----
-    Exact: Shapley 1953 from all coalitions, interactions after Grabisch & Roubens 1999. Above ``max_exact_heads``:
-    antithetic sampling of orders (Castro et al. 2009; Mitchell et al. 2022), without interactions. Under a frozen
-    layer norm contributions add and the game is quadratic: whatever the number of heads, a share is
-    ``tr Cov(P_h, 2 Y - P_full - P_0) / V_Y`` and an interaction ``-2 tr Cov(P_h, P_k) / V_Y``.
+    Cells come in canonical order (by name): the permutations of "resampled_z", shared by all heads, are of positions.
+    ``projected``: expression, centred over the cells, times ``readout.weights``. Above ``max_exact_heads``: sampled
+    orders, no interactions. Under a frozen layer norm contributions add, so that whatever the number of heads a share
+    is ``tr Cov(P_h, 2 Y - P_full - P_0) / V_Y`` and an interaction ``-2 tr Cov(P_h, P_k) / V_Y``. ``chunk_cells`` and
+    ``device``, which must have float64, change the last bits.
     """
     unknown = sorted(set(modes) - set(ABLATION_MODES))
     if unknown:
@@ -322,7 +216,7 @@ def ablate(
     orders = np.zeros((0, n_heads), dtype=np.int64)
     if "shapley" in modes and not exact:
         orders = antithetic_orders(n_heads, n_orders=n_sampled_orders, seed=seed, cell_type=cell_type)
-    # the whole model first, then none, keep one, leave one out; what Shapley values need comes last
+    # in this order: whole model, no head, keep one, leave one out, coalitions for Shapley values
     single = np.eye(n_heads, dtype=bool)
     wanted = [np.ones((1, n_heads), dtype=bool), np.zeros((1, n_heads), dtype=bool)]
     wanted += [single if "keep_one" in modes else single[:0], ~single if "leave_one_out" in modes else single[:0]]

@@ -32,41 +32,12 @@ def coalition_values(
     chunk_cells: int = CHUNK_CELLS,
     device: str = "cpu",
 ) -> Float64[np.ndarray, " coalitions"]:
-    """Return what an AMICI explains of one cell type if only some of its heads are kept, for many sets of heads.
+    """Return the explained variance of one cell type over all genes for many sets of heads that are kept.
 
-    Parameters
-    ----------
-    z
-        What each head brings to each cell, shape (cells, heads * head_size), at least two cells.
-    projected
-        Shape (cells, 1 + heads * head_size): expression, centred over the cells, times ``readout.weights``.
-    target_ss
-        Sum over genes of the centred sum of squares of expression, over 0.
-    readout
-        From z to predicted expression.
-    coalitions
-        Shape (coalitions, heads), true (1) where a head is kept; the others are set to 0 before the layer norm.
-    chunk_cells
-        Cells worked on at a time; changes memory and the last bits.
-    device
-        Torch device that has float64.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (coalitions,): ``1 - sum_g var(P_g - Y_g) / sum_g var(Y_g)``, dimensionless, at most 1. Every coalition is
-        divided by its own layer norm.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, coalitions hold other entries than 0 and 1, or no gene varies.
-
-    Notes
-    -----
-    Exact up to rounding: ``P = offset + weights @ x_S / sigma_S``, so traces of covariances need only, per cell, the
-    products of pairs of heads under ``gram`` and ``weights.T @ weights``, and per coalition the mean of
-    ``x_S / sigma_S``.
+    Other heads are set to 0 before the layer norm, and every coalition is divided by its own layer norm. Exact up to
+    rounding: ``P = offset + weights @ x_S / sigma_S``, so traces of covariances need only, per cell, the products of
+    pairs of heads under ``gram`` and ``weights.T @ weights``, and per coalition the mean of ``x_S / sigma_S``.
+    ``projected``: expression, centred over the cells, times ``readout.weights``; ``chunk_cells`` changes the last bits.
     """
     check_inputs(z, projected, target_ss, readout)
     moments = coalition_moments(z, projected, readout, coalitions=coalitions, chunk_cells=chunk_cells, device=device)
@@ -77,27 +48,11 @@ def coalition_values(
 class CoalitionMoments:
     """Sums over cells under the layer norm of each coalition, from which explained variance follows.
 
-    Block 0 is the query residual, block 1 + h is head h. All blocks are summed, whether or not the coalition keeps
-    them: that is what a frozen layer norm asks for.
-
-    Parameters
-    ----------
-    kept
-        Shape (coalitions, heads): whose layer norm.
-    mean
-        Shape (coalitions, 1 + heads * head_size): mean over cells of ``x / sigma``.
-    pairs
-        Shape (coalitions, pairs of blocks): sum over cells of ``x_a @ K_ab @ x_b / sigma**2``, with
-        ``K = weights.T @ weights``; pairs of different blocks are counted twice.
-    cross
-        Shape (coalitions, 1 + heads): sum over cells of ``x_a @ projected_a / sigma``.
-    product
-        ``K``.
-    n_cells
-        How many cells were summed over.
-    own_forms
-        Shape (cells, 2 * heads), if asked for: ``z_h @ matrix_hh @ z_h`` of each head under ``gram``, then under ``K``,
-        on the device that computed them.
+    Block 0 is the query residual, block 1 + h is head h; all are summed, kept or not, for the frozen layer norm. With K
+    (``product``) ``= weights.T @ weights``: ``mean`` is the mean of ``x / sigma``, ``pairs`` the sum of
+    ``x_a @ K_ab @ x_b / sigma**2``, twice that for different blocks, ``cross`` the sum of
+    ``x_a @ projected_a / sigma``. ``own_forms`` (cells, 2 * heads), None if not asked for: ``z_h @ matrix_hh @ z_h``
+    under ``gram``, then under K.
     """
 
     kept: Bool[np.ndarray, "coalitions heads"]
@@ -109,7 +64,7 @@ class CoalitionMoments:
     own_forms: torch.Tensor | None = None
 
     def values(self, target_ss: float) -> Float64[np.ndarray, " coalitions"]:
-        """Return the explained variance of each coalition under its own layer norm, shape (coalitions,)."""
+        """Return the explained variance of each coalition under its own layer norm."""
         n_heads = self.kept.shape[1]
         blocks = _with_query(self.kept)
         head_size = (self.mean.shape[1] - 1) // n_heads
@@ -120,7 +75,7 @@ class CoalitionMoments:
         spread = np.einsum("cp,cp->c", pair_mask(self.kept), self.pairs)
         spread -= self.n_cells * np.einsum("ck,ck->c", image.numpy(), mean)
         common = np.einsum("cb,cb->c", blocks, self.cross)
-        # without heads all cells get the same prediction, of which sums would leave what rounding makes of 0
+        # without heads the prediction is constant: clip rounding noise to 0
         return np.where(self.kept.any(axis=1), (2 * common - spread) / target_ss, 0.0)
 
     def block_covariances(self, coalition: int) -> Float64[np.ndarray, "blocks blocks"]:
@@ -146,10 +101,7 @@ def coalition_moments(
     device: str = "cpu",
     keep_own_forms: bool = False,
 ) -> CoalitionMoments:
-    """Return the sums over cells that :func:`coalition_values` rests on; parameters and errors as there.
-
-    ``keep_own_forms``: whether to keep each head's own quadratic forms, cell by cell.
-    """
+    """Return the sums over cells that :func:`coalition_values` uses, with heads' own forms if asked for."""
     kept = _as_bool(coalitions, readout.n_heads)
     return in_chunks(
         lambda n_cells: _coalition_moments(z, projected, readout, kept, n_cells, device, keep_own_forms=keep_own_forms),
@@ -180,8 +132,8 @@ def _coalition_moments(
 
     def gather(chunks: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
         linear, pairs = mask.new_zeros(len(kept), n_features), mask.new_zeros(len(kept), n_pairs)
-        # cells are the last axis, so that sums over a head's numbers run along whole vectors of cells; everything is
-        # written in place for every chunk: fresh memory of this size costs as much as the arithmetic
+        # cells are the last axis, so that sums over a head's numbers are vectorised over cells; buffers serve all
+        # chunks, because allocating memory of this size costs as much as the arithmetic
         width = max(rows.stop - rows.start for rows in chunks)
         feature_room, target_room = mask.new_empty(n_features * width), mask.new_empty((n_outputs + 1) * width)
         term_room, image_room = mask.new_empty(2 * n_pairs * width), mask.new_empty(2 * n_outputs * width)
@@ -231,9 +183,9 @@ def _shaped(room: torch.Tensor, *shape: int) -> torch.Tensor:
 class _PairForms:
     """The quadratic forms under ``gram`` and ``product``, by pairs of blocks.
 
-    ``constant``: of the query residual with itself, shape (2, 1), the layer norm's epsilon added to that of ``gram``;
-    ``query``: of the query residual with each head, twice, shape (2 * heads, outputs); ``later``: of each head with
-    itself, and with those after it, twice, shape (2 * outputs of these, head_size) each.
+    ``constant``: query residual with itself (2, 1), the layer norm's epsilon added under ``gram``; ``query``: with each
+    head, doubled (2 * heads, outputs); ``later``: each head with itself and, doubled, with those after it (2 * outputs
+    of these, head_size).
     """
 
     constant: torch.Tensor
@@ -249,7 +201,7 @@ class _PairForms:
         query[:, every, every] = 2 * matrices[:, 0, 1:].reshape(2, n_heads, head_size)
         later = []
         for start in range(1, readout.n_columns, head_size):
-            # of a symmetric matrix: rows are what the head itself is multiplied with
+            # columns: this head; rows: this head and those after it
             block = matrices[:, start:, start : start + head_size].copy()
             block[:, head_size:] *= 2
             later.append(to_float64(block.reshape(-1, head_size), device))
@@ -263,9 +215,9 @@ class _PairForms:
     def write_terms(self, heads: torch.Tensor, *, images: torch.Tensor, terms: torch.Tensor) -> None:
         """Write ``x_a @ matrix_ab @ x_b`` per pair of blocks a <= b and cell into ``terms``, twice that where a < b.
 
-        Shape (2, pairs, cells), pairs in the order of ``numpy.triu_indices(heads + 1)``. The sum over the pairs of kept
-        blocks is the quadratic form ``x_S @ matrix @ x_S``, with epsilon added under ``gram``. ``heads`` has shape
-        (outputs, cells); ``images`` is room for 2 * outputs * cells numbers.
+        ``terms`` is (2, pairs, cells), pairs in the order of ``numpy.triu_indices(heads + 1)``; its sum over the pairs
+        of kept blocks is ``x_S @ matrix @ x_S``, with epsilon added under ``gram``. ``heads`` is (outputs, cells);
+        ``images`` is a buffer of 2 * outputs * cells numbers.
         """
         n_cells, n_heads = heads.shape[1], len(self.later)
         head_size = len(heads) // n_heads
@@ -287,10 +239,7 @@ def _pairs(n_heads: int) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray,
 
 
 def pair_mask(kept: Bool[np.ndarray, "coalitions heads"]) -> Float64[np.ndarray, "coalitions pairs"]:
-    """Return 1 for the pairs of blocks of which a coalition keeps both, 0 for others.
-
-    Pairs come in the order of ``numpy.triu_indices(heads + 1)``.
-    """
+    """Return 1 for pairs of blocks that a coalition keeps both, else 0, ordered as ``triu_indices(heads + 1)``."""
     left, right = _pairs(kept.shape[1])
     blocks = _with_query(kept)
     return np.asarray(blocks[:, left] & blocks[:, right], dtype=np.float64)

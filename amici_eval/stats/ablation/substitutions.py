@@ -1,4 +1,4 @@
-"""Explained variance when one head brings its mean to every cell, or to a cell what belongs to another."""
+"""Explained variance with one head's output replaced by its mean or by its output in other cells."""
 
 from __future__ import annotations
 
@@ -48,37 +48,18 @@ def _substitute(
     spread: Any,
     own: Any,
 ) -> None:
-    """Write 1 / sigma of some cells under every substitution, and add up what follows from it.
+    """Write 1 / sigma of some cells under every substitution, substitute 0 being the mean, and add up the sums.
 
-    Parameters
-    ----------
-    z
-        Shape (all cells, outputs).
-    means
-        Shape (outputs,): of z over all cells.
-    forms, mean_forms
-        Shapes (all cells, 2 * heads) and (2 * heads,): quadratic forms of each head's part alone, under ``gram`` and
-        then under ``product``, of the cells and of the means.
-    permutations
-        Shape (permutations, all cells).
-    start
-        Position of the first of these cells among all.
-    images, target
-        Shapes (cells, 2 * columns) and (cells, columns): ``x @ matrix`` without each head's own block, and projected
-        targets, of these cells.
-    epsilon
-        Of the layer norm.
-    weights
-        Written: 1 / sigma, shape (cells, substitutes, heads). Substitute 0 is the mean.
-    common, spread
-        Added to: sums of ``x @ target / sigma`` and ``x @ product @ x / sigma**2``, shape (substitutes, heads).
-    own
-        Added to: sum of the substituted parts over sigma, shape (substitutes, heads, d).
+    All cells: ``z`` (cells, outputs), ``means`` (outputs,), ``forms`` (cells, 2 * heads), ``mean_forms`` (2 * heads,),
+    ``permutations`` (permutations, cells). Cells from ``start``: ``images`` (cells, 2 * columns), ``x @ matrix``
+    without each head's own block, ``target`` (cells, columns). Forms and images are under ``gram``, then under
+    ``product``. Written: ``weights`` (cells, substitutes, heads). Added to: ``x @ target / sigma`` (``common``) and
+    ``x @ product @ x / sigma**2`` (``spread``), (substitutes, heads); part / sigma (``own``), (substitutes, heads, d).
     """
     n_cells, n_substitutes, n_heads = weights.shape
     n_outputs = z.shape[1]
     n_columns, head_size = n_outputs + 1, n_outputs // n_heads
-    # copies of one cell's rows, by head: plain loops over whole rows of such arrays become vector instructions
+    # copies of one cell's rows, by head: plain loops over such rows compile to vector instructions
     rows = np.empty((4, n_outputs))
     image, dual = rows[0].reshape(n_heads, head_size), rows[1].reshape(n_heads, head_size)
     aim, part = rows[2].reshape(n_heads, head_size), rows[3].reshape(n_heads, head_size)
@@ -138,12 +119,7 @@ def _substitute(
 class SubstitutedValues:
     """Explained variance with one head's part substituted and all other heads as they are.
 
-    Parameters
-    ----------
-    mean
-        Shape (heads,): the head's part is its mean over the cells.
-    permuted
-        Shape (heads, permutations): cell i gets the head's part of cell ``permutation[i]``.
+    ``mean``: the part is its mean over the cells; ``permuted``: cell i gets that of cell ``permutation[i]``.
     """
 
     mean: Float64[np.ndarray, " heads"]
@@ -161,21 +137,12 @@ def substituted_values(
     chunk_cells: int = CHUNK_CELLS,
     device: str = "cpu",
 ) -> SubstitutedValues:
-    """Return what an AMICI explains of one cell type if one head knows nothing of the cell it speaks to.
+    """Return the explained variance of one cell type with each head's part replaced by its mean or another cell's.
 
-    Parameters
-    ----------
-    z, projected, target_ss, readout, chunk_cells, device
-        As for :func:`amici_eval.stats.ablation.coalitions.coalition_values`, checked there.
-    permutations
-        Shape (permutations, cells), of positions; shared by all heads. None at all will do.
-    moments
-        Of any coalitions of these cells, with the heads' own forms.
-
-    Notes
-    -----
-    Exact up to rounding. The layer norm is the real one, of the substituted whole. On the CPU a compiled kernel does
-    what is not a matrix product; on other devices, and without numba, torch does.
+    Exact up to rounding; the layer norm is that of the substituted whole. Permutations are of positions, shared by all
+    heads, and may be none. ``moments`` are of any coalitions of these cells, with the heads' own forms; the caller
+    checks inputs (``check_inputs``). On the CPU a compiled kernel does what is not a matrix product; without numba,
+    torch does.
     """
     own_forms = moments.own_forms
     if own_forms is None:
@@ -271,8 +238,10 @@ def _substituted_values(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _HeadForms:
-    """What the heads bring to all cells, its mean, and the quadratic forms of each head's part alone, under
-    ``gram``, then under ``product``: shapes (cells, 2 * heads) and (2 * heads,). A permutation only moves these forms.
+    """Outputs of the heads in all cells, their mean, and the quadratic forms of each head's part alone.
+
+    Forms are under ``gram``, then under ``product``: (cells, 2 * heads) and (2 * heads,); a permutation only moves
+    them.
     """
 
     z: torch.Tensor
@@ -285,8 +254,10 @@ class _HeadForms:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _Chunk:
-    """Some cells. ``images`` are ``x @ matrix`` under both matrices without each head's own block, shape (cells,
-    2 * columns); ``weights``, to be written, are 1 / sigma, shape (cells, substitutes, heads), first under the mean.
+    """Some cells, and the weights to be written for them.
+
+    ``images``: ``x @ matrix`` under both matrices without each head's own block (cells, 2 * columns); ``weights``: 1 /
+    sigma (cells, substitutes, heads), substitute 0 being the mean.
     """
 
     rows: slice
@@ -298,9 +269,11 @@ class _Chunk:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _Sums:
-    """Over cells: ``x @ target / sigma`` and ``x @ product @ x / sigma**2``, shape (substitutes, heads), and the
-    substituted part over sigma, shape (substitutes, heads, d); ``x / sigma`` before the substitution, shape
-    (substitutes * heads, columns).
+    """Sums over cells under every substitution.
+
+    ``common``: ``x @ target / sigma``, ``spread``: ``x @ product @ x / sigma**2``, both (substitutes, heads); ``own``:
+    the substituted part over sigma (substitutes, heads, d); ``x``: ``x / sigma`` before the substitution (substitutes *
+    heads, columns).
     """
 
     common: torch.Tensor
@@ -310,7 +283,7 @@ class _Sums:
 
 
 def _substitute_compiled(kernel: Callable[..., None], parts: _HeadForms, chunk: _Chunk, sums: _Sums) -> None:
-    """Write the weights of some cells and add to the sums."""
+    """Write the weights of some cells and add to the sums, with the compiled kernel."""
     everywhere = (parts.z, parts.means, parts.forms, parts.mean_forms, parts.permutations)
     kernel(
         *(tensor.numpy() for tensor in everywhere),
@@ -326,7 +299,7 @@ def _substitute_compiled(kernel: Callable[..., None], parts: _HeadForms, chunk: 
 
 
 def _substitute_in_torch(parts: _HeadForms, chunk: _Chunk, sums: _Sums) -> None:
-    """Do what ``substitution_kernels._substitute`` does, on any device."""
+    """Do what :func:`_substitute` does, on any device."""
     n_cells, n_substitutes, n_heads = chunk.weights.shape
     under_gram, under_product = (image[:, 1:] for image in chunk.images.chunk(2, dim=1))
     along = chunk.target.double()
@@ -335,7 +308,7 @@ def _substitute_in_torch(parts: _HeadForms, chunk: _Chunk, sums: _Sums) -> None:
         return (part * image).view(n_cells, n_heads, -1).sum(dim=2)
 
     def rest(constant: torch.Tensor, dot: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Quadratic forms without one head: its products with the others are part of all heads' dots, too."""
+        """Return the forms without each head, whose products with other heads are in the dots of all heads."""
         return (constant + (dot + own).sum(dim=1))[:, None] - 2 * dot - own
 
     here, forms = chunk.x[:, 1:], parts.forms[chunk.rows]

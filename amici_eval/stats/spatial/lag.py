@@ -1,4 +1,4 @@
-"""Where the cells of a type lie, and how far spatial fields stay correlated: covariances by distance."""
+"""Positions of the cells of a type on a grid, and covariances of spatial fields by distance."""
 
 from __future__ import annotations
 
@@ -20,35 +20,25 @@ _LEAST_SIDE, _LARGEST_SIDE = 16, 64
 """Pixels along the longer side of a window."""
 _PIXELS_PER_CELL = 4
 _MOST_PIXELS = 2**14
-"""Of all sections together: each holds a sum of every gene."""
+"""Limit for all sections together: each pixel holds a sum of every gene."""
 _RING = 4.2
-"""Offsets of one level reach so far, in its pixels; coarser levels take over beyond."""
+"""Longest offset of one level, in its pixels; coarser levels cover longer distances."""
 _EDGES = (_RING / 2, 2.55, 3.05, 3.4, 3.85, _RING)
-"""About one ring for each length that offsets have: a product of covariances averaged over a wide ring is too small."""
+"""About one ring per length of offsets: a product of covariances averaged over a wide ring is too small."""
 _FIRST_EDGES = (0.5, 1.2, 1.7, *_EDGES)
 _NEAR_BINS = 3
-"""Bins of cells in the same or touching pixels: of their pairs, finer distances are told (``NearPairs``)."""
+"""Bins of cells in the same or touching pixels, whose pairs ``NearPairs`` bins by finer distances."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LagGrid:
     """Cells of one type on a grid of pixels, for covariances between cells at a distance.
 
-    Pairs of cells are binned by distance, from two pixels on, in rings of about half a pixel up to 4.2 pixels; beyond,
-    pixels of twice the side in rings up to 4.2 of those, and so on up to the window's extent. A pixel is then never
-    more than about half of the distance, and a ring's cost does not grow with the cells or the distance. Pairs in the
-    same or touching pixels are left to :class:`amici_eval.stats.spatial.lag.NearPairs`.
-
-    Parameters
-    ----------
-    pixel
-        Pixel of each cell, shape (cells,): a number in [0, n_pixels).
-    section
-        Section of each cell, shape (cells,), counted from 0. Pairs never cross sections.
-    shape
-        Sections, rows and columns of the finest grid.
-    side
-        Of the finest pixels, in coordinate units.
+    Pairs are binned by distance between pixels, in rings of about half a pixel up to 4.2 pixels; beyond, on pixels of
+    twice the side, and so on up to the window's extent, so that a ring's cost does not grow with the cells or the
+    distance. Pairs in the same or touching pixels are left to :class:`NearPairs`; pairs never cross sections. ``pixel``
+    counts through all sections; ``shape``: sections, rows and columns of the finest grid; ``side``: of its pixels, in
+    coordinate units.
     """
 
     pixel: Int64[np.ndarray, " cells"]
@@ -58,15 +48,7 @@ class LagGrid:
 
     @classmethod
     def of(cls, coordinates: Float64[np.ndarray, "cells dimensions"], *, samples: np.ndarray | None = None) -> LagGrid:
-        """Lay a grid over cells.
-
-        Parameters
-        ----------
-        coordinates
-            Positions; the first two columns count.
-        samples
-            Section of each cell; each gets a grid of its own.
-        """
+        """Lay a grid over the cells of each section, by the first two coordinates."""
         n_cells = len(coordinates)
         names, section = np.unique(np.zeros(n_cells) if samples is None else samples.astype(str), return_inverse=True)
         xy = np.asarray(coordinates[:, :2], dtype=np.float64).copy()
@@ -90,12 +72,12 @@ class LagGrid:
 
     @property
     def n_pixels(self) -> int:
-        """Pixels of all sections."""
+        """Number of pixels of all sections."""
         return int(np.prod(self.shape))
 
     @property
     def n_sections(self) -> int:
-        """Sections."""
+        """Number of sections."""
         return self.shape[0]
 
     @cached_property
@@ -110,12 +92,12 @@ class LagGrid:
 
     @cached_property
     def n_levels(self) -> int:
-        """Grids of growing pixels; the coarsest rings reach across the window."""
+        """Number of grids of growing pixels; the coarsest rings reach across the window."""
         return max(1, int(np.ceil(np.log2(max(self.shape[1:]) / _RING))) + 1)
 
     @cached_property
     def edges(self) -> Float64[np.ndarray, " edges"]:
-        """Distances between which the bins lie, in coordinate units, one more than there are bins."""
+        """Edges of the bins of distance, in coordinate units."""
         coarser = [edge * 2**level for level in range(1, self.n_levels) for edge in _EDGES[1:]]
         return np.array([*_FIRST_EDGES[_NEAR_BINS - 1 :], *coarser]) * self.side
 
@@ -156,7 +138,7 @@ class LagGrid:
         return image.index_add_(0, torch.from_numpy(self.pixel).to(wide.device), wide)
 
     def centred(self, image: torch.Tensor) -> torch.Tensor:
-        """Return pixel sums of what is left of a field after the mean of each section is taken away."""
+        """Return pixel sums of a field minus its mean in each section."""
         counts = torch.from_numpy(self.counts.astype(np.float64)).to(image.device)
         by_section = image.view(self.n_sections, -1, *image.shape[1:])
         totals = torch.from_numpy(np.maximum(self.section_counts, 1).astype(np.float64)).to(image.device)
@@ -166,17 +148,10 @@ class LagGrid:
         return (by_section - own).reshape(image.shape)
 
     def products(self, image: torch.Tensor) -> torch.Tensor:
-        """Return mean outer products of cells in each bin of distance.
+        """Return mean outer products of cells in each bin of distance; 0 in bins without pairs.
 
-        Parameters
-        ----------
-        image
-            Centred sums of several fields over pixels, shape (fields, pixels, columns).
-
-        Returns
-        -------
-        torch.Tensor
-            Shape (bins, fields, columns, columns), symmetric; 0 in bins without pairs.
+        ``image``: centred sums over pixels; (fields, pixels, columns) becomes (bins, fields, columns, columns),
+        symmetric.
         """
         n_fields, _, n_columns = image.shape
         sums = image.new_zeros((len(self.pairs), n_fields, n_columns, n_columns))
@@ -188,7 +163,7 @@ class LagGrid:
         return sums / self._counted(image)[:, None, None, None]
 
     def squares(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the same of fields of one column each: (fields, pixels) becomes (bins, fields)."""
+        """Return mean products in each bin of fields of one column each: (fields, pixels) becomes (bins, fields)."""
         sums = image.new_zeros((len(self.pairs), len(image)))
         for level, flat in self._levels(image[:, :, None]):
             fields = flat[:, :, 0].contiguous()
@@ -200,7 +175,7 @@ class LagGrid:
         return sums / self._counted(image)[:, None]
 
     def _counted(self, like: torch.Tensor) -> torch.Tensor:
-        """Return how many pairs the products of each bin are sums over, at least 1."""
+        """Return the number of pairs that the products of each bin are summed over, at least 1."""
         return torch.from_numpy(np.maximum(self._pairs_summed, 1.0)).to(like.device)
 
     @cached_property
@@ -213,11 +188,11 @@ class LagGrid:
         return pairs
 
     def _levels(self, image: torch.Tensor) -> Iterator[tuple[_Level, torch.Tensor]]:
-        """Give each level, and the sums over its pixels laid out so that an offset is a shift."""
+        """Yield each level, and the sums over its pixels laid out so that an offset is a shift."""
         summed = image.view(len(image), *self.shape, image.shape[2])
         for number, level in enumerate(self._grids):
             if number:
-                # two neighbours along each axis become one; a window may be one pixel wide already
+                # merge neighbours in twos along each axis, unless the window is one pixel wide there
                 for axis in (2, 3):
                     if summed.shape[axis] > 1:
                         even, odd = (
@@ -236,7 +211,7 @@ class LagGrid:
 
 @dataclass(frozen=True)
 class _Level:
-    """A grid of pixels of ``2**level`` times the finest side: which offsets, along the padded image, are which bin."""
+    """A grid of pixels of ``2**level`` times the finest side, and the shifts of its padded image by bin."""
 
     shape: tuple[int, int, int]
     shifts: dict[int, list[int]]
@@ -271,10 +246,10 @@ class _Level:
 
 
 _NEAR_EDGES = np.array([0.03, 0.06, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0])
-"""Of the rings, in pixels: the last holds all that a pixel and the eight around it hold."""
+"""Outer edges of the rings, in pixels; the last ring reaches across a pixel and the eight around it."""
 _MOST_CELLS, _MOST_BYTES, _MOST_CANDIDATES = 2**14, 2**26, 2**20
 _PAIRS_PER_RING = 10_000
-"""More tell little more: noise of a mean product is then a hundredth of the variance."""
+"""Most pairs of a ring: the noise of a mean product is then a hundredth of the variance."""
 _CHUNK = 4096
 
 
@@ -282,22 +257,11 @@ _CHUNK = 4096
 class NearPairs:
     """Pairs of cells in the same or in touching pixels, in rings of distance.
 
-    Where correlation reaches less far than a pixel, the product of two covariances averaged over a pixel is too small.
-    Where cells are few, these are all such pairs; where they are many, those around pixels that are drawn by a fixed
-    rule, so that they depend on the cells and on nothing else.
-
-    Parameters
-    ----------
-    cells
-        The cells that occur in them, ascending.
-    first, second
-        Places among ``cells``, shape (pairs,).
-    starts
-        Where each ring's pairs begin, shape (rings + 1,): pairs are sorted by ring.
-    pairs
-        Ordered pairs of the whole tissue in each ring, shape (rings,), as estimated from the drawn ones.
-    distances
-        Middle of each ring, in coordinate units, shape (rings,).
+    They serve where correlation reaches less far than a pixel: the product of two covariances averaged over a pixel is
+    too small. Where cells are many, only pairs around pixels chosen by a fixed rule are kept, so that they depend on
+    the cells alone. ``first`` and ``second`` are places in ``cells`` (ascending), sorted by ring; ring r begins at
+    ``starts[r]``; ``pairs``: ordered pairs of the whole tissue in each ring, estimated from the kept ones;
+    ``distances``: middles of rings, in coordinate units.
     """
 
     cells: Int64[np.ndarray, " sampled"]
@@ -309,20 +273,12 @@ class NearPairs:
 
     @classmethod
     def of(cls, grid: LagGrid, coordinates: Float64[np.ndarray, "cells dimensions"], *, n_genes: int) -> NearPairs:
-        """Choose pairs.
-
-        Parameters
-        ----------
-        grid, coordinates
-            Pixels and positions of the cells.
-        n_genes
-            Decides how many cells' expression may be kept.
-        """
+        """Choose pairs; ``n_genes`` limits how many cells keep their expression."""
         order = np.argsort(grid.pixel, kind="stable")
         starts = np.concatenate([[0], np.cumsum(grid.counts)])
         _, rows, columns = grid.shape
         occupied = np.flatnonzero(grid.counts)
-        # a fixed shuffle (Knuth's multiplicative hash): pixels that follow each other lie side by side
+        # a fixed shuffle (Knuth's multiplicative hash), because consecutive pixels are neighbours
         occupied = occupied[np.argsort((occupied * 2654435761) % 2**32, kind="stable")]
         row, column = occupied // columns % rows, occupied % columns
         around = np.full((9, len(occupied)), -1)
@@ -331,7 +287,7 @@ class NearPairs:
             around[number, inside] = (occupied + down * columns + right)[inside]
         sizes = np.where(around >= 0, grid.counts[around], 0)
         in_block = sizes.sum(axis=0)
-        # many cells at one place: some of them serve
+        # where many cells lie at one place, use some of them
         n_own = np.minimum(grid.counts[occupied], np.maximum(1, _MOST_CANDIDATES // in_block))
         kept = np.cumsum(n_own * in_block) <= _MOST_CANDIDATES
         most_cells = int(np.clip(_MOST_BYTES // (4 * max(1, n_genes)), 1024, _MOST_CELLS))
@@ -373,7 +329,7 @@ class NearPairs:
         )
 
     def products(self, values: torch.Tensor) -> torch.Tensor:
-        """Return mean outer products: (fields, cells, columns) becomes (rings, fields, columns, columns)."""
+        """Return mean outer products by ring: (fields, cells, columns) becomes (rings, fields, columns, columns)."""
         n_fields, _, n_columns = values.shape
         own = values[:, torch.from_numpy(self.cells).to(values.device)]
         sums = values.new_zeros((len(self.pairs), n_fields, n_columns, n_columns))
@@ -405,16 +361,9 @@ class NearPairs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellPositions:
-    """Where the cells of one type lie.
+    """Coordinates of the cells of one type, with the pixels over them and their near pairs.
 
-    Parameters
-    ----------
-    coordinates
-        Shape (cells, dimensions), in the unit of the AnnData.
-    samples
-        Section of each cell, if known.
-    grid, near
-        Pixels over these cells, and pairs of those that are near each other.
+    ``coordinates`` are in the unit of the AnnData; ``samples``: section of each cell, None if not known.
     """
 
     coordinates: Float64[np.ndarray, "cells dimensions"]
@@ -426,7 +375,7 @@ class CellPositions:
     def of(
         cls, coordinates: Float64[np.ndarray, "cells dimensions"], *, samples: np.ndarray | None = None, n_genes: int
     ) -> CellPositions:
-        """Lay a grid over cells and find near pairs; ``n_genes`` bounds of how many cells expression is kept."""
+        """Lay a grid over cells and find near pairs; ``n_genes`` limits how many cells keep their expression."""
         grid = LagGrid.of(coordinates, samples=samples)
         near = NearPairs.of(grid, coordinates, n_genes=n_genes)
         return cls(coordinates=coordinates, samples=samples, grid=grid, near=near)

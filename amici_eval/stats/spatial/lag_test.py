@@ -1,4 +1,4 @@
-"""A test of each head, and of each head and gene, that holds where neighbouring cells resemble each other."""
+"""Tests of each head, and of each head and gene, that hold where neighbouring cells resemble each other."""
 
 from __future__ import annotations
 
@@ -20,29 +20,22 @@ if TYPE_CHECKING:
 __all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
 
 MIN_EFFECTIVE_CELLS = 5.0
-"""With fewer, the estimated variance says too little for any reference distribution."""
+"""With fewer there is no p: the estimated variance is too uncertain for any reference distribution."""
 POWER = 0.8
 _LEAST_PAIRS = 200
 _ROUNDING = 1e-10
 _SAME = 1e-12
-"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
+"""Numbers that vary by less than this share of their size are constants up to float64 rounding."""
 _UNSTRUCTURED = 0.01
 """Correlation of expression between near cells below which no correlation length is given."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GeneSums:
-    """Sums over the cells of a type that per-gene tests rest on.
+    """Sums over the cells of a type that per-gene tests use.
 
-    Parameters
-    ----------
-    pixel_sums
-        Expression summed over the pixels of the grid, shape (pixels, genes).
-    near
-        Expression of the cells of the near pairs, shape (sampled, genes).
-    target_ss, predicted_ss, common
-        Centred sums of squares of expression, shape (genes,), and of predictions, and their centred sum of products,
-        shape (heads, genes).
+    ``near``: expression of the cells of the near pairs; ``target_ss``, ``predicted_ss``, ``common``: centred sums of
+    squares of expression and of predictions, and of their products.
     """
 
     pixel_sums: Float64[np.ndarray, "pixels genes"]
@@ -54,22 +47,13 @@ class GeneSums:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LagTest:
-    """What the lag null says of one cell type.
+    """Result of the lag test of one cell type.
 
-    Parameters
-    ----------
-    statistic, ess, p
-        Standardised fit, effective sample size and p of each head, shape (heads,); p is NaN where ``ess`` is below
-        :data:`MIN_EFFECTIVE_CELLS` or a head does not vary.
-    detectable
-        Smallest explained variance that a head with this reach would have shown with 80 % power, shape (heads,).
-    p_gene
-        The same p of each gene, shape (heads, genes).
-    correlation_length
-        Distance at which the spatially structured part of expression has fallen to 1/e of what it is between the
-        nearest cells, in coordinate units; NaN where there is no such part.
-    reach
-        Largest distance of pairs that were taken into account.
+    ``statistic``: standardised fit; ``ess``: effective sample size; p are NaN where ``ess`` is below
+    :data:`MIN_EFFECTIVE_CELLS` or a head does not vary. ``detectable``: smallest explained variance that a head of this
+    smoothness would have shown with 80 % power. ``correlation_length``: distance at which the spatially structured part
+    of expression has fallen to 1/e of that between the nearest cells, NaN without such a part; ``reach``: largest
+    distance of pairs that count; both in coordinate units.
     """
 
     statistic: Float64[np.ndarray, " heads"]
@@ -92,38 +76,13 @@ def lag_test(
     reach: float | None = None,
     device: str = "cpu",
 ) -> LagTest:
-    """Test whether heads fit expression better than a field of the same smoothness that knows nothing of it would.
+    """Test whether heads fit expression better than an independent field of the same smoothness would.
 
-    Null: prediction and expression are independent of each other over the cells of the type; each may be correlated in
-    space as it is. Nothing is shuffled: the variance that their sum of products has under the null follows from the
-    covariances of both at each distance (Clifford, Richardson & Hemon 1989; Dutilleul 1993; here for fields of many
-    numbers). Both are taken to have the same mean all over a section and covariances that depend on distance alone.
-
-    Parameters
-    ----------
-    factors, images
-        F and Z, shape (cells, rank, heads), not centred: head h predicts ``constant + F[:, :, h] @ A_h.T``, and Z is
-        expression times A.
-    place
-        Of the same cells.
-    weights
-        A, shape (heads, genes, rank).
-    genes
-        Sums for the per-gene tests.
-    alpha
-        Level of ``detectable``.
-    reach
-        Largest distance of pairs; ``None``: up to the longer side of the window, which keeps the level also where
-        fields vary over as much as half of it.
-    device
-        Torch device with float64.
-
-    Notes
-    -----
-    With T the sum of products over cells, each centred within its section, and C_F(k), C_Z(k) their mean outer products
-    over pairs at distance k, ``Var(T) = tr(S_F S_Z) / n + sum_k N_k tr(C_F(k) C_Z(k))``, never taken to be less than
-    its first term, which cells that are independent would give. The effective sample size is
-    ``1 + tr(S_F S_Z) / Var(T)``, and T is compared with Student's t with that minus 2 degrees of freedom (Dutilleul).
+    Null: prediction and expression are independent; each may be correlated in space, with one mean per section and
+    covariances of distance alone (Clifford, Richardson & Hemon 1989; Dutilleul 1993). T, the sum of products centred
+    within sections, has ``Var(T) = tr(S_F S_Z) / n + sum_k N_k tr(C_F(k) C_Z(k))``, at least the first term; C(k) are
+    mean outer products at distance k. The effective sample size is ``1 + tr(S_F S_Z) / Var(T)``. Head h predicts
+    ``constant + F_h @ A_h.T`` and Z is Y times A, uncentred. ``reach`` None: up to the window's longer side.
     """
     n_heads, n_genes = factors.shape[2], len(genes.target_ss)
     room = Shrinking(n_heads, what="the test in tissue", unit="heads", device=device)
@@ -156,9 +115,9 @@ def _lag_test(
     n_heads: int,
     n_genes: int,
 ) -> LagTest:
-    """Do what ``lag_test`` does, with sums over pairs of cells for so many heads, and so many genes, at a time."""
+    """Run :func:`lag_test` with sums over pairs for ``n_heads`` heads and ``n_genes`` genes at a time."""
     grid, near = place.grid, place.near
-    # a cell that is alone in its section is its mean, and has no say
+    # a cell alone in its section equals the section's mean and does not count
     n_cells = int(grid.section_counts[grid.section_counts > 1].sum())
     f, z = (_by_head(values, device) for values in (factors, images))
     sizes = [values.square().sum(dim=(1, 2)) for values in (f, z)]
@@ -169,12 +128,12 @@ def _lag_test(
     f_lags, z_lags = (_lag_products(values, grid, near, n_heads) for values in (f, z))
     distances = np.concatenate([near.distances, grid.distances])
     every_pair = np.concatenate([near.pairs, grid.pairs])
-    # cells in touching pixels always count: without them nothing would be left of the null
+    # near pairs count whatever the reach: without them the null would have no covariances
     used = distances <= (np.inf if reach is None else max(reach, float(near.distances[-1])))
     pairs = np.where(used, every_pair, 0.0)
     own_products = (f_own * z_own).sum(dim=(1, 2)) / max(n_cells, 1)
     for own, size in zip((f_own, z_own), sizes, strict=True):
-        # what varies between sections alone, or not at all, leaves rounding
+        # fields that do not vary within sections are 0 up to rounding
         own_products[own.diagonal(dim1=1, dim2=2).sum(dim=1) <= _SAME**2 * size] = 0.0
     free = own_products.cpu().numpy()
     left_out = 0.0 if reach is None else _of_pairs_left_out(grid, float(pairs.sum()))
@@ -188,7 +147,7 @@ def _lag_test(
     at_lags_gene = np.einsum("k,khg,kg->hg", pairs, predicted_lags.cpu().numpy(), target_lags)
     at_lags_gene += left_out * free_gene
 
-    # as large as the sum of products can be, so that their ratio is a correlation
+    # upper bound of the sum of products, so that their ratio is a correlation
     scale = np.sqrt(within.predicted_ss.sum(axis=1) * within.target_ss.sum())
     fit = (f * z).sum(dim=(1, 2)).cpu().numpy()
     heads = _student(fit, free, at_lags, scale, n_cells=n_cells)
@@ -213,8 +172,8 @@ def _lag_test(
 def _of_pairs_left_out(grid: LagGrid, n_used: float) -> float:
     """Return what pairs beyond the reach add to the variance, as a share of that of independent cells.
 
-    Centring makes any two of a section's n cells covary by -1 / (n - 1) of their variance, which counts twice in a
-    product: little in a large section, a third in one of four cells.
+    Centring makes any two of a section's n cells covary by ``-1 / (n - 1)`` of their variance, in both fields: all
+    pairs together add ``1 / (n - 1)``, a third in a section of four cells.
     """
     counts = grid.section_counts[grid.section_counts > 1].astype(np.float64)
     n_pairs = float((counts * (counts - 1.0)).sum())
@@ -239,7 +198,7 @@ def _student(
     *,
     n_cells: int,
 ) -> _Outcome:
-    """Compare sums of products with Student's t, as Dutilleul does a correlation."""
+    """Compare sums of products with Student's t, as Dutilleul (1993) does with a correlation."""
     variance = np.maximum(free, free + at_lags)
     with np.errstate(divide="ignore", invalid="ignore"):
         ess = np.minimum(1.0 + n_cells * free / variance, float(n_cells))
@@ -268,7 +227,7 @@ def _section_means(values: Tensor, grid: LagGrid) -> Tensor:
 
 
 def _lag_products(values: Tensor, grid: LagGrid, near: NearPairs, n_heads: int) -> Tensor:
-    """Return mean outer products by distance, for so many heads at a time."""
+    """Return mean outer products by distance, for ``n_heads`` heads at a time."""
     found = []
     for some in values.split(n_heads):
         image = grid.sums(some.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
@@ -279,7 +238,7 @@ def _lag_products(values: Tensor, grid: LagGrid, near: NearPairs, n_heads: int) 
 def _lag_squares(
     genes: GeneSums, grid: LagGrid, near: NearPairs, device: str, n_genes: int
 ) -> Float64[np.ndarray, "bins genes"]:
-    """Return mean products by distance, for so many genes at a time."""
+    """Return mean products by distance, for ``n_genes`` genes at a time."""
     sums = torch.from_numpy(genes.pixel_sums).to(device)
     counts = torch.from_numpy(np.maximum(grid.section_counts, 1).astype(np.float64)).to(device)
     means = sums.view(grid.n_sections, -1, sums.shape[1]).sum(dim=1) / counts[:, None]
@@ -319,7 +278,7 @@ def _within_sections(genes: GeneSums, grid: LagGrid, f_means: Tensor, weights: T
 
 
 def _left(total: Float64[np.ndarray, ...], between: Float64[np.ndarray, ...]) -> Float64[np.ndarray, ...]:
-    """Return what is left within sections; what rounding leaves of 0 is 0."""
+    """Return the part of a sum within sections, with rounding noise clipped to 0."""
     return np.where(total - between > _ROUNDING * total, total - between, 0.0)
 
 

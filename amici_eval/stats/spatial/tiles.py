@@ -1,4 +1,4 @@
-"""Where cells lie: tiles of a tissue, and a curve through it."""
+"""Tiles of a tissue, blocks of tiles, and the order of cells on a Z-order curve."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ def square_tiles(
 ) -> Int64[np.ndarray, " cells"]:
     """Return the number of the tile, about a square, in which each cell lies, counted from 0 without gaps.
 
-    Parameters
-    ----------
-    coordinates
-        Positions; the first two columns count.
-    n_tiles
-        About how many tiles the window of a section is cut into.
-    samples
-        Section of each cell; a tile never holds cells of two.
+    The window of a section is cut into about ``n_tiles`` tiles; a tile never holds cells of two sections (``samples``).
     """
     tile = np.zeros(len(coordinates), dtype=np.int64)
     groups = np.zeros(len(coordinates), dtype=np.int64)
@@ -61,17 +54,7 @@ def _side(xy: Float64[np.ndarray, "cells two"], n_tiles: int) -> float:
 def balanced_blocks(
     centers: Float64[np.ndarray, "tiles two"], weights: Float64[np.ndarray, " tiles"], *, depth: int
 ) -> Int64[np.ndarray, " tiles"]:
-    """Return in which of up to ``2**depth`` blocks each tile lies: halves of halves, about as heavy as each other.
-
-    Parameters
-    ----------
-    centers
-        Where the tiles lie, in coordinate units.
-    weights
-        How much each weighs.
-    depth
-        How often tiles are halved, each time across the longer side of what is left.
-    """
+    """Return in which of up to ``2**depth`` blocks of about equal weight each tile lies, by repeated halving."""
     block = np.zeros(len(centers), dtype=np.int64)
     for _ in range(depth):
         halved = 2 * block
@@ -89,27 +72,11 @@ def balanced_blocks(
 def tiles_of_width(
     coordinates: Float[np.ndarray, "cells dimensions"], *, width: float, samples: np.ndarray | None = None
 ) -> Int64[np.ndarray, " cells"]:
-    """Return in which square of a given side each cell lies: cells that a null may exchange, or resample together.
+    """Return in which square of side ``width`` each cell lies, numbered from 0 without gaps.
 
-    Parameters
-    ----------
-    coordinates
-        Positions; the first two columns count.
-    width
-        Side of a square, in coordinate units.
-    samples
-        Section of each cell; a square never holds cells of two. The squares of a section start at its lower corner.
-
-    Returns
-    -------
-    Int64[np.ndarray, " cells"]
-        Numbers from 0 without gaps, shape (cells,): by section label, then column, then row, so that the order of the
-        cells does not matter.
-
-    Raises
-    ------
-    ValueError
-        If the width is not a positive number, or a position is not finite.
+    The squares of a section start at its lower corner and never hold cells of two sections (``samples``). Numbers go by
+    section label, then column, then row, so that the order of the cells does not matter; lengths are in coordinate
+    units.
     """
     if not (np.isfinite(width) and width > 0.0):
         msg = f"width is {width}; the side of a tile is a positive number of coordinate units"
@@ -119,7 +86,7 @@ def tiles_of_width(
         msg = f"{np.count_nonzero(~np.isfinite(xy).all(axis=1))} cells have no finite position; tiles need one of each"
         raise ValueError(msg)
     groups = np.zeros(len(xy), dtype=np.int64) if samples is None else np.unique(samples, return_inverse=True)[1]
-    # columns as floats: a tiny width asks for more of them than a whole number holds
+    # floats, because a tiny width asks for more columns than an int64 holds
     places = np.column_stack([groups.astype(np.float64), np.zeros_like(xy)])
     for group in np.unique(groups):
         rows = groups == group
@@ -132,25 +99,10 @@ def tiles_of_width(
 
 
 def default_widths(correlation_length: float, extent: float) -> Float64[np.ndarray, " widths"]:
-    """Return tile widths that span the scale at which cells resemble each other: from half of it to four times it.
+    """Return tile widths of 1/2, 1, 2 and 4 correlation lengths, strictly increasing, in coordinate units.
 
-    Parameters
-    ----------
-    correlation_length
-        Distance over which expression is correlated, in coordinate units.
-    extent
-        Longer side of the window that is cut into tiles, in the same unit.
-
-    Returns
-    -------
-    Float64[np.ndarray, " widths"]
-        1/2, 1, 2 and 4 correlation lengths, strictly increasing; those above ``extent / 2``, of which fewer than two
-        fit into the window, become one width of ``extent / 2``.
-
-    Raises
-    ------
-    ValueError
-        If a length is not a positive number.
+    Those above ``extent / 2``, of which fewer than two fit into the window, become one width of ``extent / 2``;
+    ``extent`` is the longer side of the window.
     """
     for name, length in (("correlation_length", correlation_length), ("extent", extent)):
         if not (np.isfinite(length) and length > 0.0):

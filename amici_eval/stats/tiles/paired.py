@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 ROUNDING = 1e-12
-"""Share of a total below which a difference is what floating point leaves."""
+"""Share of a total below which a difference counts as rounding error."""
 _FLIPS = "\0paired flips"
 _TIED = 1e-9
 
@@ -45,7 +45,7 @@ def squares_about(
     mean: Float64[np.ndarray, "tiles ..."],
     m2: Float64[np.ndarray, "tiles ..."],
 ) -> Float64[np.ndarray, "tiles ..."]:
-    """Return each tile's squares about the mean of all tiles."""
+    """Return each tile's sum of squares about the mean over all tiles."""
     weight = n_cells.reshape(-1, *(1,) * (mean.ndim - 1))
     about: Float64[np.ndarray, "tiles ..."] = m2 + weight * (mean - (weight * mean).sum(axis=0) / n_cells.sum()) ** 2
     return about
@@ -54,19 +54,14 @@ def squares_about(
 def flipped_p(
     shares: Float64[np.ndarray, "pairs tiles genes"], n_flips: int, *, seed: int, label: str
 ) -> Float64[np.ndarray, "pairs genes"]:
-    """Return two-sided p of sums over tiles whose signs are flipped.
+    """Return the two-sided p of each sum over tiles under flips of the tiles' signs.
 
-    Parameters
-    ----------
-    shares
-        What each tile adds.
-    n_flips
-        Random flips; where tiles have fewer sign patterns than that, all of them.
-    seed, label
-        What random flips depend on, besides the number of tiles.
+    Null: each tile's share is as likely as its negative; the flips are the same for all pairs and genes. Where there
+    are at most ``n_flips`` patterns of signs, a pattern and its negative being one, all are used; random flips depend
+    on seed, label and the number of tiles alone. Sums that are NaN get p NaN.
     """
     n_tiles = shares.shape[1]
-    # the first tile keeps its sign: the other half of the patterns says the same of the absolute value
+    # the first tile keeps its sign: the negative of a pattern gives the same absolute sum
     every = 2.0 ** (n_tiles - 1) - 1 <= n_flips
     if every:
         patterns = np.arange(1, 2 ** (n_tiles - 1))
@@ -90,14 +85,9 @@ def flipped_p(
 
 @dataclass(frozen=True, kw_only=True)
 class Studentised:
-    """Interval of a change, and how sure it is that it lies inside a margin.
+    """Interval of a change, and p values against changes as large as a margin.
 
-    Parameters
-    ----------
-    low, high
-        Ends of the interval.
-    p_below, p_above
-        That the change is at or below minus the margin, and at or above the margin.
+    ``p_below``: that the change is at or below minus the margin; ``p_above``: that it is at or above the margin.
     """
 
     low: float
@@ -116,34 +106,21 @@ def studentised(
     confidence: float,
     margin: float,
 ) -> Studentised:
-    """Learn how sure a change is from tiles drawn again; the first row is the truth, each tile once.
+    """Return the interval of a change and its p values against the margin, from resampled tiles.
 
-    Parameters
-    ----------
-    counts
-        How often each resample holds each tile.
-    change, target_share
-        What each tile adds to the change and to the squares of expression, about the means of the resample.
-    target
-        Squares of expression of each resample.
-    widened
-        What half-widths are multiplied by (:func:`~amici_eval.stats.tiles.bootstrap.widening`).
-    confidence, margin
-        Of the interval, and what is too small to matter.
-
-    Notes
-    -----
-    See :func:`~amici_eval.stats.tiles.paired.paired_differences`.
+    Row 0 is the truth, each tile once. ``change`` and ``target_share`` are what a tile drawn once adds to the change
+    and to the squares of expression, about the means of the resample; ``target`` is the squares of expression of each
+    resample; ``widened`` multiplies half-widths. For the formulas see :func:`paired_differences`.
     """
     total = (counts * change).sum(axis=1) / target
     influence = change - total[:, None] * target_share
     errors = np.sqrt((counts * np.square(influence)).sum(axis=1)) / target
-    # two models that are the same leave no error but that of rounding
+    # equal models have an error of 0 up to rounding
     least = max(LEAST_ERROR * errors[0], ROUNDING)
     off = np.abs(total[1:] - total[0]) / np.maximum(errors[1:], least)
     error = max(float(errors[0]) * widened, ROUNDING)
     reach = float(np.quantile(off, confidence)) * error
-    # the change would have to be off by as much as it lies inside the margin
+    # distances of the change from both ends of the margin, in standard errors
     return Studentised(
         low=float(total[0]) - reach,
         high=float(total[0]) + reach,
@@ -154,20 +131,10 @@ def studentised(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ShareChanges:
-    """Changes of what adds up over tiles.
+    """Changes of sums over tiles, with intervals and p values.
 
-    Parameters
-    ----------
-    change, low, high
-        With their intervals, shape (pairs,).
-    p_value
-        Two-sided, signs of tiles flipped, shape (pairs,).
-    p_equivalence
-        That the change lies outside the margin, shape (pairs,).
-    n_tiles
-        Tiles with cells.
-    reason
-        Why there are no intervals and no p; ``None`` if there are.
+    ``p_value``: two-sided, signs of tiles flipped; ``p_equivalence``: that the change lies outside the margin;
+    ``reason``: why there are no intervals and no p, None if there are.
     """
 
     change: Float64[np.ndarray, " pairs"]
@@ -191,29 +158,11 @@ def share_changes(
     seed: int = 0,
     label: str = "",
 ) -> ShareChanges:
-    """Learn how sure changes are of which only each tile's share is known.
+    """Return intervals and p values of changes of which only each tile's share is known.
 
-    Parameters
-    ----------
-    change
-        What each tile adds to each change of summed squares, about the means over all tiles.
-    target
-        Squares of expression in each tile, about the means over all tiles.
-    n_cells
-        Of each tile, all above 0.
-    confidence, n_resamples, n_flips, margin, seed, label
-        As in :func:`~amici_eval.stats.tiles.paired.paired_differences`.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree.
-
-    Notes
-    -----
-    As ``paired.paired_differences``, with the same tiles drawn, but squares stay about the means
-    over all tiles when tiles are drawn again: genes' means by tile would be needed for more. The p is the same; the
-    interval differs in second order only.
+    As :func:`paired_differences`, with the same tiles drawn, but squares stay about the means over all tiles in every
+    resample, because genes' means by tile are not known. The p is the same; the interval differs in second order only.
+    ``change`` and ``target`` are sums of squares about the means over all tiles; every tile has cells.
     """
     n_pairs, n_tiles = change.shape
     if target.shape != (n_tiles,) or n_cells.shape != (n_tiles,):
@@ -264,7 +213,7 @@ def share_changes(
 
 
 def _tail(off: Float64[np.ndarray, " resamples"], needed: float) -> float:
-    """Return the one-sided p of lying ``needed`` standard errors inside a bound, by the symmetric resamples."""
+    """Return the one-sided p of a bound ``needed`` standard errors away, from absolute errors of the resamples."""
     if np.isnan(needed):
         return np.nan
     half = float(p_values(np.count_nonzero(off >= abs(needed), keepdims=True), n_permutations=len(off)).p[0]) / 2.0
@@ -273,26 +222,11 @@ def _tail(off: Float64[np.ndarray, " resamples"], needed: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PairedRows:
-    """Moments of one cell type by tile, and of the residuals of two models there.
+    """Moments of one cell type by tile: of expression, and of the residuals of two models.
 
-    Parameters
-    ----------
-    tiles
-        Numbers of the tiles, shape (tiles,).
-    n_cells
-        Shape (tiles,); tiles without cells do not count.
-    target_mean, target_m2
-        Mean and centred sum of squares of expression, shape (tiles, genes).
-    before_mean, before_m2, after_mean, after_m2
-        The same of prediction minus expression of the first and of the second model, shape (tiles, pairs, genes): a
-        pair is a head of one and its partner in the other, or both whole models.
-    varies
-        Genes whose expression varies over the type, shape (genes,).
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, a tile occurs twice, or counts are negative.
+    Residuals are prediction minus expression, of the model before and the model after; ``m2`` are centred sums of
+    squares. A pair is a head of one model and its partner in the other, or both whole models. ``varies``: genes whose
+    expression varies over the type.
     """
 
     tiles: Int64[np.ndarray, " tiles"]
@@ -341,24 +275,10 @@ class PairedRows:
 class PairedDifferences:
     """Differences of explained variance, second model minus first.
 
-    Parameters
-    ----------
-    difference
-        Over all genes, shape (pairs,); NaN where expression does not vary.
-    low, high
-        Ends of the interval, shape (pairs,).
-    p_value
-        Two-sided: that a difference as large arises where both models are as good in every tile, shape (pairs,).
-    p_equivalence
-        That the difference lies outside the margin, shape (pairs,).
-    p_not_worse
-        That the second is worse by the margin or more, shape (pairs,).
-    difference_gene, p_value_gene
-        Per gene, shape (pairs, genes); NaN for genes that do not vary; no columns if they were not asked for.
-    n_tiles
-        Tiles with cells.
-    reason
-        Why there are no intervals and no p; ``None`` if there are.
+    ``p_value``: that both models are equally good in every tile, two-sided; ``p_equivalence``: that the difference lies
+    outside the margin; ``p_not_worse``: that the second model is worse by the margin or more. NaN stands where
+    expression does not vary; there are no gene columns if they were not asked for. ``reason``: why there are no
+    intervals and no p, None if there are.
     """
 
     difference: Float64[np.ndarray, " pairs"]
@@ -384,53 +304,13 @@ def paired_differences(
     seed: int = 0,
     label: str = "",
 ) -> PairedDifferences:
-    """Learn how much better the second model is than the first on the cells of one type, and how sure that is.
+    """Return how much better the second model is than the first on one cell type, with intervals and p.
 
-    Parameters
-    ----------
-    rows
-        The type.
-    confidence, n_resamples
-        Of the intervals, by resampling tiles.
-    n_flips
-        Random flips; where tiles have fewer sign patterns than that, all of them.
-    margin
-        Differences below it are too small to matter.
-    by_gene
-        Whether single genes are tested, too.
-    seed, label
-        What resamples and flips depend on, besides the number of tiles.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
-
-    Notes
-    -----
-    Cells are no replicates, for neighbours resemble each other: tiles of tissue are. A tile's share of the difference
-    is ``D_b = (S1_b - S2_b) / S``, with S1_b and S2_b the squared residuals of both models in it about their means over
-    all tiles, and S that of expression; they add up to the difference of explained variance. If the models are
-    exchangeable in every tile, each D_b is as likely as its negative: signs are flipped, the same for all pairs and
-    genes.
-
-    The interval is symmetric and studentised, as that of explained variance itself (``bootstrap.tile_bootstrap``),
-    with the linearised standard error ``s^2 = sum_b (D_b - difference * T_b / S)^2``, T_b the squares
-    of expression in the tile. Equivalence takes both one-sided tests from the same resamples (TOST, Schuirmann 1987).
-
-    Both take tiles to be about independent. n tiles have no p below ``2^(1 - n)``: five cannot reach .05.
-
-    Measured (1500 pairs of models with errors of one law, 600 cells, Gaussian kernel ``exp(-d^2 / (2 w^2))``, w = .02,
-    .03, .04, .08 of the window): p at most .05 in .055, .054, .061, .079 of them with 3 x 3 tiles and .057, .067, .076,
-    .129 with 6 x 6; the 95 % interval holds 0 in .95, .96, .95, .93 and .94, .93, .92, .87. Tiles should be at least
-    eight w wide. Errors as large, but of another law in the second model (500 pairs): p at most .05 in .04 to .06.
-    Models apart by the margin (500 pairs, w = .02): ``p_not_worse`` at most .05 in .05 and .07, ``p_equivalence`` in
-    .03 and .03 to .05; with w = .04, ``p_not_worse`` in .05 to .07 and .08.
-
-    References
-    ----------
-    Schuirmann (1987), A comparison of the two one-sided tests procedure, J Pharmacokinet Biopharm 15:657. Hall (1988),
-    Theoretical comparison of bootstrap confidence intervals, Ann Stat 16:927.
+    A tile's share is ``D_b = (S1_b - S2_b) / S``: squared residuals about their means over all tiles, over squares of
+    expression. Null: models are exchangeable in every tile, so signs of D_b flip; n tiles have no p below
+    ``2^(1 - n)``. The interval is as in ``tile_bootstrap``, with ``s^2 = sum_b (D_b - difference * T_b / S)^2``, T_b
+    the tile's squares of expression; equivalence: TOST (Schuirmann 1987). Tiles count as independent: at least eight w
+    wide, w the width of the Gaussian kernel ``exp(-d^2 / (2 w^2))`` of the fields.
     """
     return _differences([rows], confidence, n_resamples, n_flips, margin, seed, label, by_gene=by_gene)
 
@@ -445,20 +325,7 @@ def pooled_difference(
     seed: int = 0,
     label: str = "",
 ) -> PairedDifferences:
-    """Learn the same over several cell types together: squares are summed over types, tiles are those of the tissue.
-
-    Parameters
-    ----------
-    parts
-        Of each type, with the same pairs; a tile of one number is one tile.
-    confidence, n_resamples, n_flips, margin, seed, label
-        As in :func:`paired_differences`.
-
-    Raises
-    ------
-    ValueError
-        If types have different numbers of pairs, or a setting is out of range.
-    """
+    """Return the differences over several cell types together, with squares summed over types within each tile."""
     n_pairs = [part.before_mean.shape[1] for part in parts]
     if len(set(n_pairs)) > 1:
         msg = f"types have {sorted(set(n_pairs))} pairs; the same pairs are summed over all types"
@@ -485,7 +352,7 @@ def _differences(
     few = n_tiles < MIN_TILES_INTERVAL
     reason = f"cells in {n_tiles} tiles; at least {MIN_TILES_INTERVAL} are needed to tell differences" if few else None
     cells = np.zeros(n_tiles)
-    # the truth goes the same way as the resamples, as the first of them
+    # row 0 is the truth: each tile once
     counts = np.ones((1, n_tiles))
     if not few:
         counts = np.vstack([counts, tile_draws(n_tiles, n_resamples, seed=seed, label=label)])
@@ -527,7 +394,7 @@ def _differences(
     shares = change[:, 0] / target[0]
     difference = shares.sum(axis=1)
     difference_gene = gene_share.sum(axis=1) / gene_target if by_gene else np.zeros((n_pairs, 0))
-    # all tiles drawn may be one tile of one cell
+    # a resample may be one tile of one cell again and again
     defined = target > ROUNDING * target[0]
     if not few and np.count_nonzero(defined) < 2:
         reason = f"expression varies in none of {n_resamples} resamples of {n_tiles} tiles"
@@ -581,18 +448,9 @@ def verdict_of(
 ) -> np.ndarray:
     """Return ``better``, ``worse``, ``same`` or ``undecided`` for each difference.
 
-    Parameters
-    ----------
-    low, high, p_adjusted, p_equivalence
-        Of one shape.
-    alpha
-        Level.
-
-    Notes
-    -----
-    ``better`` and ``worse`` take both a significant p and an interval without 0: with few tiles one may say what the
-    other does not. A difference inside the margin is ``same`` even where it is surely not 0: it is too small to matter.
-    What is neither, and what is undefined, is ``undecided``.
+    ``better`` and ``worse`` need both a significant p and an interval without 0, because with few tiles the two can
+    disagree. A difference inside the margin is ``same`` even where it is surely not 0. Undefined ones are
+    ``undecided``.
     """
     with np.errstate(invalid="ignore"):
         return np.select(
@@ -617,38 +475,19 @@ def _check(confidence: float, n_resamples: int, n_flips: int, margin: float) -> 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GeneIntervals:
-    """Ends of the intervals of differences of explained variance, shape (pairs, genes); NaN where there is none."""
+    """Ends of the intervals of differences of explained variance; NaN where there is none."""
 
     low: Float64[np.ndarray, "pairs genes"]
     high: Float64[np.ndarray, "pairs genes"]
 
 
 def gene_intervals(rows: PairedRows, *, confidence: float = 0.95) -> GeneIntervals:
-    """Learn between which bounds the difference of explained variance of each gene lies, second model minus first.
+    """Return the interval of each gene's difference of explained variance, second model minus first.
 
-    Parameters
-    ----------
-    rows
-        One cell type by tile.
-    confidence
-        Level.
-
-    Raises
-    ------
-    ValueError
-        If the level is none.
-
-    Notes
-    -----
-    A tile's share of the difference is ``D_b / S``, as in ``paired.paired_differences``; its
-    linearised standard error is ``s^2 = n / (n - 1) * sum_b (D_b - difference * T_b)^2 / S^2`` with T_b the squares of
-    expression in the tile and S their sum, which is that of a ratio estimated from clusters (Cochran 1977, chapter 6).
-    The interval is the difference plus and minus ``t * s``, with n - 1 degrees of freedom, n the effective number of
-    tiles ``(sum_b cells_b)^2 / sum_b cells_b^2``. Tiles are taken to be about independent.
-
-    References
-    ----------
-    Cochran (1977), Sampling Techniques, 3rd edition.
+    ``difference +- t * s`` with ``s^2 = n / (n - 1) * sum_b (D_b - difference * T_b / S)^2``, the linearised error of a
+    ratio from clusters (Cochran 1977, chapter 6), and n - 1 degrees of freedom; n is the effective number of tiles
+    ``(sum_b cells_b)^2 / sum_b cells_b^2``, D_b, T_b and S as in :func:`paired_differences`. Tiles count as
+    independent.
     """
     if not 0.0 < confidence < 1.0:
         msg = f"confidence is {confidence}; it must lie between 0 and 1"
@@ -675,7 +514,7 @@ def _about(
     mean: Float64[np.ndarray, "tiles ..."],
     m2: Float64[np.ndarray, "tiles ..."],
 ) -> Float64[np.ndarray, "tiles ..."]:
-    """Return each tile's squares about the mean of all tiles."""
+    """Return each tile's sum of squares about the mean over all tiles."""
     weight = cells.reshape(-1, *(1,) * (mean.ndim - 1))
     about: Float64[np.ndarray, "tiles ..."] = m2 + weight * (mean - (weight * mean).sum(axis=0) / cells.sum()) ** 2
     return about

@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Residuals:
-    """Of some models: prediction minus expression by tile, and predictions over all cells."""
+    """Moments of residuals (prediction minus expression) of some models by tile, and of predictions over all cells."""
 
     mean: torch.Tensor
     m2: torch.Tensor
@@ -42,17 +42,7 @@ class Residuals:
 
 
 class HeadSums:
-    """Sums by tile over the factors of models that each keep as many heads: of single heads, or of the whole.
-
-    Parameters
-    ----------
-    readout
-        How attention outputs become predictions.
-    keeps
-        The heads that each model keeps.
-    n_tiles, device
-        Tiles, and a torch device that has float64.
-    """
+    """Sums by tile over the factors of several models that keep the same number of heads each."""
 
     def __init__(self, readout: Readout, keeps: Sequence[Collection[int]], *, n_tiles: int, device: str) -> None:
         columns = np.stack([readout.columns(heads) for heads in keeps])
@@ -76,14 +66,14 @@ class HeadSums:
         n_models, rank = self._columns.shape
         x = outputs.new_empty((len(outputs), n_models, rank), dtype=torch.float64)
         x[:, :, 0] = 1.0
-        # the outputs of the heads stand side by side, as the columns do after the first
+        # outputs are laid out head by head, like the columns after the first
         x[:, :, 1:] = outputs.view(len(outputs), n_models, rank - 1)
         turned = torch.bmm(x.transpose(0, 1), self._grams).transpose(0, 1)
         scale = turned.mul_(x).sum(dim=2).clamp_(min=0.0).add_(self._readout.epsilon).sqrt_()
         return x.div_(scale[:, :, None]), scale
 
     def add(self, tile: int, factors: torch.Tensor, expression: torch.Tensor) -> None:
-        """Count some cells of a tile in."""
+        """Add some cells of a tile to the sums."""
         by_model = factors.transpose(0, 1)
         self._f[tile] += factors.sum(dim=0)
         self._ff[tile].baddbmm_(by_model.transpose(1, 2), by_model)
@@ -91,7 +81,7 @@ class HeadSums:
         self._py[tile] += self._fy.view(*self._by_rank.shape).mul_(self._by_rank).sum(dim=1)
 
     def residuals(self, n: torch.Tensor, target_mean: torch.Tensor, target_squares: torch.Tensor) -> Residuals:
-        """Return what follows for predictions, given cells (tiles, 1), means and squares of expression by tile."""
+        """Return moments of residuals, given cells (tiles, 1), means and uncentred squares of expression by tile."""
         offset = torch.from_numpy(self._readout.offset).to(n.device)
         mean, m2 = torch.empty_like(self._py), torch.empty_like(self._py)
         predicted_ss, sizes = torch.empty_like(self._py[0]), self._py.new_empty(self._py.shape[1])
@@ -125,35 +115,11 @@ class Block(Protocol):
 class TypeMoments:
     """Moments of one receiver type: per tile, per head and per gene.
 
-    Parameters
-    ----------
-    tiles
-        Numbers of the tiles that hold cells of the type, shape (tiles,).
-    n_cells
-        Cells in each, shape (tiles,).
-    target_mean, target_m2
-        Mean and centred sum of squares of expression in each tile, shape (tiles, genes).
-    residual_mean, residual_m2
-        The same of prediction minus expression, each head kept alone, shape (tiles, heads, genes).
-    full_mean, full_m2
-        The same of the whole model, shape (tiles, genes).
-    predicted_ss_gene
-        Per head and gene, over all cells: squares of the prediction's deviation from its mean, shape (heads, genes).
-    pixel_sums
-        Expression summed over the cells of each pixel, shape (pixels, genes); no pixels if none were asked for.
-    kept_values
-        Expression of the cells that were to be kept, shape (kept, genes), float32.
-    constant_genes
-        Genes with one value in all cells of the type, shape (genes,).
-    projected
-        Expression as the readout sees it, ``(Y - mean) @ weights``, shape (cells, 1 + heads * head_size), float32.
-    scale
-        What the layer norm divides by in each cell with one head kept, shape (cells, heads).
-    predicted_size
-        Per head, summed over genes and cells: squares of the prediction, shape (heads,).
-    masked_m2
-        Without the nearest neighbours, over the cells and genes: centred squares of prediction minus expression of
-        each head kept alone, then of the whole model, shape (heads + 1,); ``None`` if that was not asked for.
+    Residuals are prediction minus expression, ``full`` of the whole model, the others of each head kept alone; ``m2``
+    and ``ss`` are centred sums of squares. ``projected``: ``(Y - mean) @ weights``; ``scale``: divisor of the layer
+    norm with one head kept; ``predicted_size``: uncentred squares of predictions. ``pixel_sums`` and ``kept_values``
+    are empty unless asked for. ``masked_m2``: residuals without the nearest neighbours, of each head, then of the whole
+    model; None if not asked for.
     """
 
     tiles: Int64[np.ndarray, " tiles"]
@@ -174,7 +140,7 @@ class TypeMoments:
     masked_m2: Float64[np.ndarray, " models"] | None = None
 
     def without_cells(self) -> TypeMoments:
-        """Return the same without what is kept per cell."""
+        """Return the moments without the arrays kept per cell or pixel."""
         return replace(
             self,
             projected=self.projected[:0],
@@ -185,23 +151,23 @@ class TypeMoments:
 
     @property
     def target_ss(self) -> float:
-        """Squares of expression's deviation from its mean over the type, summed over cells and genes that vary."""
+        """Centred sum of squares of expression over the type's cells and the genes that vary."""
         return float(self.target_ss_gene[~self.constant_genes].sum())
 
     @property
     def target_ss_gene(self) -> Float64[np.ndarray, " genes"]:
-        """Squares of expression's deviation from its mean over the type, summed over cells."""
+        """Centred sum of squares of expression over the type's cells."""
         return merge_tiles(self.n_cells, self.target_mean, self.target_m2)
 
     @property
     def predicted_ss(self) -> Float64[np.ndarray, " heads"]:
-        """Squares of each head's prediction's deviation from its mean, summed over cells and genes."""
+        """Centred sum of squares of each head's prediction over cells and genes."""
         predicted_ss: Float64[np.ndarray, " heads"] = self.predicted_ss_gene.sum(axis=1)
         return predicted_ss
 
     @property
     def common(self) -> Float64[np.ndarray, "heads genes"]:
-        """Sums over cells of prediction times expression, both as deviations from their means."""
+        """Centred sums over cells of prediction times expression."""
         residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)
         common: Float64[np.ndarray, "heads genes"] = (self.predicted_ss_gene + self.target_ss_gene - residual) / 2.0
         return common
@@ -237,13 +203,7 @@ class TypeMoments:
 def merge_tiles(
     n_cells: Int64[np.ndarray, " tiles"], mean: Float64[np.ndarray, "tiles ..."], m2: Float64[np.ndarray, "tiles ..."]
 ) -> Float64[np.ndarray, ...]:
-    """Return the centred sum of squares over all tiles together (Chan, Golub & LeVeque 1983).
-
-    Parameters
-    ----------
-    n_cells, mean, m2
-        Cells, mean and centred sum of squares of each tile.
-    """
+    """Return the centred sum of squares over all tiles together (Chan, Golub & LeVeque 1983)."""
     weight = n_cells.astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
     overall = (weight * mean).sum(axis=0) / weight.sum()
     merged: Float64[np.ndarray, ...] = (m2 + weight * (mean - overall) ** 2).sum(axis=0)
@@ -260,30 +220,12 @@ def gather_moments(
     without_nearest: Float32[np.ndarray, "cells outputs"] | None = None,
     device: str = "cpu",
 ) -> TypeMoments:
-    """Run once over the cells of a type and return the moments from which everything else follows.
+    """Return the moments of a cell type from one pass over its cells.
 
-    Parameters
-    ----------
-    outputs
-        What attention brings to each cell.
-    readout
-        How that becomes predicted expression.
-    blocks
-        Expression of all cells, in any order, each cell once.
-    tiles
-        Tile of each cell.
-    place
-        Where the cells lie, if what tests in tissue need is wanted: sums over pixels, and expression of near pairs.
-    without_nearest
-        What attention brings to each cell without its nearest neighbour, if what that explains is wanted.
-    device
-        Torch device that has float64.
-
-    Notes
-    -----
-    With one head kept a prediction has rank head_size + 1: its variance and its covariance with expression follow
-    from moments of the factors ``F = [1, z] / scale``. Products of factors are summed in float64; no prediction of
-    cells x genes is formed.
+    With one head kept a prediction has rank head_size + 1: its variance and its covariance with expression follow from
+    moments of the factors ``F = [1, z] / scale``, summed in float64; no prediction of cells x genes is formed. Blocks
+    bring each cell once, in any order. ``place`` adds pixel sums and near cells for tests in tissue;
+    ``without_nearest``, the outputs without each cell's nearest neighbour, adds ``masked_m2``.
     """
     n_cells, n_genes, n_heads = len(outputs), len(readout.offset), readout.n_heads
     present, local = np.unique(tiles, return_inverse=True)
@@ -305,11 +247,11 @@ def gather_moments(
         positions, values = block.positions[order], block.values[order]
         np.minimum(lowest, values.min(axis=0), out=lowest)
         np.maximum(highest, values.max(axis=0), out=highest)
-        # written in place for every block: fresh memory of this size costs as much as the arithmetic
+        # one buffer for all blocks: allocating memory of this size costs as much as the arithmetic
         if room is None or len(room) < len(values):
             room = _room(len(values), n_genes, device=device)
         wide = room[: len(values)].copy_(torch.from_numpy(values))
-        # in float64, then rounded: cells with the same expression must not differ by where they stand in a block
+        # in float64, then rounded: cells with the same expression get the same bits wherever they are in a block
         projected[positions] = (wide @ weights).float().cpu().numpy()
         z = torch.from_numpy(outputs[positions]).to(device)
         alone, deviation = heads.factors(z)
@@ -357,7 +299,7 @@ def gather_moments(
 
 
 class _InPlace:
-    """What tests in tissue need of expression: sums over pixels, and the values of the cells of near pairs."""
+    """Expression for tests in tissue: sums over pixels, and the values of the cells of near pairs."""
 
     def __init__(self, place: CellPositions | None, n_cells: int, n_genes: int, *, device: str) -> None:
         self._pixel = None if place is None else place.grid.pixel
@@ -369,7 +311,7 @@ class _InPlace:
         self.kept_values = np.empty((len(kept), n_genes), dtype=np.float32)
 
     def add(self, positions: Int64[np.ndarray, " rows"], values: np.ndarray, wide: torch.Tensor) -> None:
-        """Count some cells in: as they were read, and in float64 on the device."""
+        """Add some cells: ``values`` as they were read, ``wide`` the same in float64 on the device."""
         if self._pixel is None:
             return
         slots = self._slot[positions]
@@ -380,15 +322,7 @@ class _InPlace:
 def factors_of(
     outputs: Float32[np.ndarray, "cells outputs"], moments: TypeMoments, readout: Readout
 ) -> tuple[Float64[np.ndarray, "cells rank heads"], Float32[np.ndarray, "cells rank heads"]]:
-    """Return each head's factors ``F = [1, z] / scale`` and images ``Z``: ``<P_i, Y_j> = <F_i, Z_j>`` plus a constant.
-
-    Parameters
-    ----------
-    outputs
-        What attention brings to each cell.
-    moments, readout
-        Of the type.
-    """
+    """Return each head's factors ``F = [1, z] / scale`` and images Z: ``<P_i, Y_j> = <F_i, Z_j>`` plus a constant."""
     n_heads, size = readout.n_heads, readout.head_size
     factors = np.empty((len(outputs), size + 1, n_heads))
     images = np.empty((len(outputs), size + 1, n_heads), dtype=np.float32)
@@ -401,7 +335,7 @@ def factors_of(
 
 
 def _room(*shape: int, device: str) -> torch.Tensor:
-    """Return room for float64 numbers; on the CPU from NumPy, which asks for large pages: far fewer to be mapped."""
+    """Return an uninitialised float64 tensor; on the CPU from NumPy, whose large pages are mapped faster."""
     if torch.device(device).type == "cpu":
         return torch.from_numpy(np.empty(shape))
     return torch.empty(shape, dtype=torch.float64, device=device)
@@ -409,18 +343,10 @@ def _room(*shape: int, device: str) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MaskedMoments:
-    """Moments of one receiver type by tile: of expression, and of each head kept alone, whole and masked.
+    """Moments of one receiver type by tile: of expression, and of each head kept alone, under several masks.
 
-    Parameters
-    ----------
-    tiles, n_cells
-        Numbers of the tiles that hold cells, and how many, shape (tiles,).
-    target_mean, target_m2
-        Mean and centred sum of squares of expression, shape (tiles, genes).
-    residual_mean, residual_m2
-        The same of prediction minus expression, shape (1 + masks, tiles, heads, genes): nothing masked, then each mask.
-    varies
-        Genes whose expression varies over the type, shape (genes,).
+    Residuals are prediction minus expression; model 0 masks nothing, each further one is a mask. ``m2`` are centred
+    sums of squares; ``varies``: genes whose expression varies over the type.
     """
 
     tiles: Int64[np.ndarray, " tiles"]
@@ -440,24 +366,9 @@ def masked_moments(
     tiles: Int64[np.ndarray, " cells"],
     device: str = "cpu",
 ) -> MaskedMoments:
-    """Run once over the cells of a type and return the moments of its heads under several masks.
+    """Return the moments of a type's heads under several masks from one pass over its cells.
 
-    Parameters
-    ----------
-    outputs
-        What attention brings to each cell: with nothing masked, then under each mask.
-    readout
-        How that becomes predicted expression.
-    blocks
-        Expression of all cells, in any order, each cell once.
-    tiles
-        Tile of each cell.
-    device
-        Torch device that has float64.
-
-    Notes
-    -----
-    The same sums as :func:`~amici_eval.stats.tiles.sums.gather_moments`, for several models from one reading.
+    ``outputs``: with nothing masked, then under each mask. Blocks bring each cell once, in any order.
     """
     n_genes = len(readout.offset)
     present, local = np.unique(tiles, return_inverse=True)
@@ -497,7 +408,7 @@ def masked_moments(
 
 
 _RANK_TOLERANCE = 1e-6
-"""Singular values below this share of the largest are what float32 made of 0."""
+"""Singular values below this share of the largest are zeros up to float32 rounding."""
 
 
 def moments_of_predictions(
@@ -508,17 +419,7 @@ def moments_of_predictions(
     tiles: Int64[np.ndarray, " cells"],
     place: CellPositions | None = None,
 ) -> TypeMoments:
-    """Return the moments of one cell type from its predictions; see ``moments.gather_moments``.
-
-    Parameters
-    ----------
-    heads, full
-        Predictions with one head kept, and of the whole model.
-    targets
-        Expression.
-    tiles, place
-        As there.
-    """
+    """Return the moments of :func:`gather_moments` from predictions; ``projected`` and ``scale`` are empty."""
     present, local = np.unique(tiles, return_inverse=True)
     n_tiles, n_heads, n_genes = len(present), len(heads), targets.shape[1]
     wide = targets.astype(np.float64)
@@ -567,10 +468,7 @@ def principal_factors(
 ) -> tuple[Float64[np.ndarray, "cells rank heads"], Float64[np.ndarray, "heads genes rank"]]:
     """Return factors F and weights A of each head: its prediction is ``constant + F @ A.T``, A orthonormal.
 
-    Parameters
-    ----------
-    predictions
-        Of each head kept alone; cells that are not finite count as the mean.
+    Predictions that are NaN count as 0; heads of smaller rank are padded with zeros.
     """
     parts = []
     for prediction in predictions:
@@ -578,7 +476,7 @@ def principal_factors(
         centred = wide - wide.mean(axis=0)
         gram = centred.T @ centred
         values, vectors = np.linalg.eigh(gram)
-        # rounding is relative to the predictions, not to how much they vary
+        # rounding errors scale with the predictions, not with their variance
         size = float((wide**2).sum())
         kept = values > max(_RANK_TOLERANCE**2 * values[-1], np.finfo(np.float32).eps ** 2 * size)
         kept[-1] = True
