@@ -499,22 +499,13 @@ def gene_intervals(rows: PairedRows, *, confidence: float = 0.95) -> GeneInterva
         return GeneIntervals(low=nothing, high=nothing)
     cells = rows.n_cells.astype(np.float64)
     effective = max(cells.sum() ** 2 / np.square(cells).sum(), 1.0 + 1e-9)
-    target = _about(cells, rows.target_mean, rows.target_m2)
+    target = squares_about(cells, rows.target_mean, rows.target_m2)
     total = np.where(rows.varies, target.sum(axis=0), np.nan)
-    share = (_about(cells, rows.before_mean, rows.before_m2) - _about(cells, rows.after_mean, rows.after_m2)) / total
+    share = (
+        squares_about(cells, rows.before_mean, rows.before_m2) - squares_about(cells, rows.after_mean, rows.after_m2)
+    ) / total
     difference = share.sum(axis=0)
     off = share - difference * (target / total)[:, None]
     error = np.sqrt(effective / (effective - 1.0) * np.square(off).sum(axis=0))
     reach = float(student.ppf(0.5 + confidence / 2.0, effective - 1.0)) * error
     return GeneIntervals(low=difference - reach, high=difference + reach)
-
-
-def _about(
-    cells: Float64[np.ndarray, " tiles"],
-    mean: Float64[np.ndarray, "tiles ..."],
-    m2: Float64[np.ndarray, "tiles ..."],
-) -> Float64[np.ndarray, "tiles ..."]:
-    """Return each tile's sum of squares about the mean over all tiles."""
-    weight = cells.reshape(-1, *(1,) * (mean.ndim - 1))
-    about: Float64[np.ndarray, "tiles ..."] = m2 + weight * (mean - (weight * mean).sum(axis=0) / cells.sum()) ** 2
-    return about
