@@ -1,4 +1,4 @@
-"""The one place that turns counts of exceedances into p-values."""
+"""p-values from counts of exceedances, and their adjustment for many tests."""
 
 from __future__ import annotations
 
@@ -16,15 +16,10 @@ __all__ = ["PValues", "adjust_p_values", "exact", "max_t_p_values", "p_values", 
 
 @dataclass(frozen=True)
 class PValues:
-    """p-values of a Monte Carlo test with the uncertainty that comes from drawing finitely many permutations.
+    """p-values of a Monte Carlo test, with the uncertainty from drawing finitely many permutations.
 
-    Parameters
-    ----------
-    p
-        Same shape as the counts.
-    ci_low, ci_high
-        Clopper-Pearson 95 % interval of the p-value that infinitely many permutations would give; equal to ``p`` where
-        nothing was drawn.
+    ci_low, ci_high: Clopper-Pearson 95 % interval of the p-value that infinitely many permutations would give; equal to
+    ``p`` where nothing was drawn.
     """
 
     p: Float64[np.ndarray, ...]
@@ -37,7 +32,7 @@ class PValues:
 
 
 def exact(p: Float64[np.ndarray, ...]) -> PValues:
-    """Return p-values that no drawing made uncertain."""
+    """Return exact p-values, whose intervals are the p-values themselves."""
     return PValues(p=p, ci_low=p, ci_high=p)
 
 
@@ -50,25 +45,8 @@ def p_values(
 ) -> PValues:
     """Turn the number of permutations at least as extreme as the observation into p-values.
 
-    Parameters
-    ----------
-    exceedances
-        Counts b, whole numbers in [0, n_permutations], any shape. The observation itself is not counted.
-    n_permutations
-        Number m of random permutations drawn: one for all tests, or an array that broadcasts against the counts.
-    convention
-        ``"add_one"``: (b+1)/(m+1). ``"reference"``: b/m, as amici-st; it can be 0 and is then not a valid p-value.
-    confidence
-        Level of the Clopper-Pearson interval.
-
-    Raises
-    ------
-    ValueError
-        If a count is out of range or not a whole number, or the convention is unknown.
-
-    References
-    ----------
-    Phipson & Smyth (2010), Permutation p-values should never be zero, Stat Appl Genet Mol Biol 9:39.
+    The observation itself is not counted. ``"add_one"``: (b+1)/(m+1) (Phipson & Smyth 2010); ``"reference"``: b/m, as
+    amici-st, which can be 0 and is then not a valid p-value.
     """
     counts = np.asarray(exceedances)
     if not np.issubdtype(counts.dtype, np.integer):
@@ -101,42 +79,12 @@ def sequential_p_values(
     stop_at: int,
     confidence: float = 0.95,
 ) -> PValues:
-    """Turn the counts of tests that stopped at a number of exceedances into p-values.
+    """Turn the counts of tests that stopped at ``stop_at`` exceedances into p-values (Besag & Clifford 1991).
 
-    Parameters
-    ----------
-    exceedances
-        Counts b, whole numbers in [0, stop_at], any shape.
-    n_permutations
-        Number l of the permutation, counted from 1, that brought the last of ``stop_at`` exceedances; for a test that
-        never had as many, ``max_permutations``. Broadcasts against the counts.
-    max_permutations
-        Number m of permutations after which every test ends.
-    stop_at
-        Number h of exceedances at which a test ends.
-    confidence
-        Level of the interval.
-
-    Returns
-    -------
-    PValues
-        h/l for a test that stopped, (b+1)/(m+1) for one that did not.
-
-    Raises
-    ------
-    ValueError
-        If counts are no whole numbers or contradict the rule by which a test ends.
-
-    Notes
-    -----
-    Without stopping the interval is Clopper-Pearson's. With it, l follows the negative binomial distribution: the
-    interval holds the probabilities under which neither a stop at l or before, P(Bin(l) >= h), nor a stop at l or
-    later, P(Bin(l - 1) < h), has less than half of ``1 - confidence``. Outcomes are ordered by p, so that both together
-    are one exact interval of the truncated scheme, whether a test stops or not.
-
-    References
-    ----------
-    Besag & Clifford (1991), Sequential Monte Carlo p-values, Biometrika 78:301-304.
+    p is h/l of a test that stopped at its h-th exceedance in permutation l (from 1), else (b+1)/(m+1). Without stopping
+    the interval is Clopper-Pearson's. With it, l is negative binomial: the interval holds the probabilities under which
+    neither P(Bin(l) >= h) nor P(Bin(l - 1) < h) is below half of ``1 - confidence``. Outcomes are ordered by p, so both
+    together are one exact interval of the truncated scheme.
     """
     counts, used = np.broadcast_arrays(np.asarray(exceedances), np.asarray(n_permutations))
     for name, values in (("exceedances", counts), ("n_permutations", used)):
@@ -170,19 +118,9 @@ _CHUNK_ENTRIES = 2**20
 def adjust_p_values(p: Float64[np.ndarray, ...], *, method: str = "bh") -> Float64[np.ndarray, ...]:
     """Adjust p-values to control errors among the tests that are defined.
 
-    Parameters
-    ----------
-    p
-        p-values of any shape; NaN marks an undefined test, which is no member of the family and stays NaN.
-    method
-        ``"bh"``: false discovery rate, Benjamini & Hochberg (1995), for tests that are independent or positively
-        dependent. ``"by"``: the same under any dependence, Benjamini & Yekutieli (2001). ``"holm"``: probability of
-        any false rejection, under any dependence, Holm (1979).
-
-    Raises
-    ------
-    ValueError
-        If a p-value lies outside [0, 1] or the method is unknown.
+    NaN is an undefined test, which does not belong to the family. ``"bh"``: false discovery rate of independent or
+    positively dependent tests, Benjamini & Hochberg (1995); ``"by"``: under any dependence, Benjamini & Yekutieli
+    (2001); ``"holm"``: family-wise error under any dependence, Holm (1979).
     """
     if method not in ("bh", "by", "holm"):
         msg = f"method {method!r} is unknown; use 'bh', 'by' or 'holm'"
@@ -212,39 +150,13 @@ def max_t_p_values(
     *,
     tolerance: float = 1e-7,
 ) -> Float64[np.ndarray, "heads types"]:
-    """Return p-values adjusted for all heads and types together, which keep what the tests have in common.
+    """Return p-values adjusted for all heads and types together by the step-down maxT of Westfall & Young.
 
-    The probability that any true null hypothesis has a value of at most a is at most a (family-wise error), by the
-    step-down maxT of Westfall & Young: the largest observed statistic is compared with the permutations' largest of
-    all tests, the second with their largest of all but the first, and so on. Null: as that of the permutations; heads
-    that share a type share its permutations, so their dependence is kept.
-
-    Parameters
-    ----------
-    observed
-        Statistics less their mean over permutations, divided by their standard deviation (T / sd for T of
-        ``FactorStatistics``), shape (heads, types). NaN marks an undefined test, which is no member of the family.
-    permuted
-        The same of the permutations, shape (permutations, heads, types): one joint permutation of all types each. Types
-        are permuted independently, so it does not matter which of their permutations go together.
-    tolerance
-        A permutation that falls short of the observation by at most this counts, in standard deviations: T is only
-        known up to rounding.
-
-    Returns
-    -------
-    Float64[np.ndarray, "heads types"]
-        (b+1)/(m+1) of the successive maxima, made monotone; NaN where undefined.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, there is no permutation, or a permutation of a defined test is NaN.
-
-    References
-    ----------
-    Westfall & Young (1993), Resampling-Based Multiple Testing, algorithm 2.8; Phipson & Smyth (2010) for the 1 that is
-    added.
+    It controls the family-wise error and keeps the dependence of heads that share a type's permutations (Westfall &
+    Young 1993, algorithm 2.8); p is (b+1)/(m+1) of successive maxima, made monotone. Statistics are (T - mean) / sd
+    over permutations; NaN is an undefined test, which does not belong to the family. A permutation is a joint one of
+    all types, which are permuted independently. ``tolerance`` is in standard deviations, as T is only known up to
+    rounding.
     """
     if permuted.shape[1:] != observed.shape or len(permuted) < 1:
         msg = f"observed {observed.shape} and permuted {permuted.shape} disagree; (permutations, *observed) is needed"
@@ -254,7 +166,7 @@ def max_t_p_values(
     defined = np.flatnonzero(~np.isnan(values))
     if not defined.size:
         return adjusted
-    # from the smallest on: the maximum of all that are not larger is then a running one
+    # from the smallest on, so that the maximum of all that are not larger is a running maximum
     upwards = defined[np.argsort(values[defined], kind="stable")]
     least = values[upwards] - tolerance
     counts = np.zeros(upwards.size, dtype=np.int64)

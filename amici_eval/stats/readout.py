@@ -1,4 +1,4 @@
-"""From what attention brings to predicted expression: the last steps of an AMICI for one receiver cell type."""
+"""The last steps of an AMICI model for one receiver cell type: from attention outputs to predicted expression."""
 
 from __future__ import annotations
 
@@ -19,23 +19,11 @@ __all__ = ["Readout"]
 class Readout:
     """How the heads' attention outputs become predicted expression, for receivers of one cell type.
 
-    With ``x = [1, z_0, ..., z_{H-1}]`` of one receiver (``z_h``: what head h brings, ``head_size`` numbers), heads
-    outside a set S set to 0, the prediction is ``offset + weights @ x_S / sqrt(x_S @ gram @ x_S + epsilon)``: output
-    projection, query residual, layer norm and linear layer in one. It is exact, for any set of heads.
-
-    Parameters
-    ----------
-    weights
-        Shape (genes, 1 + heads * head_size). Column 0 belongs to the query residual, then ``head_size`` columns a head.
-    gram
-        Shape (1 + heads * head_size, same), symmetric: gives the variance over the embedding that the layer norm
-        divides by.
-    offset
-        Shape (genes,): mean profile of the type plus the bias of the layer norm as the linear layer sees it.
-    epsilon
-        Of the layer norm.
-    n_heads, head_size
-        Heads H, and numbers a head brings.
+    With ``x = [1, z_0, ..., z_{H-1}]`` of a receiver (``z_h``: ``head_size`` outputs of head h) and heads outside a set
+    S set to 0, the prediction is ``offset + weights @ x_S / sqrt(x_S @ gram @ x_S + epsilon)``, exactly: output
+    projection, query residual (column 0), layer norm and linear layer in one. gram gives the variance over the
+    embedding by which the layer norm divides; offset: mean profile of the type plus the layer norm's bias through the
+    linear layer; epsilon: of the layer norm.
     """
 
     weights: Float64[np.ndarray, "genes columns"]
@@ -47,7 +35,7 @@ class Readout:
 
     @property
     def n_columns(self) -> int:
-        """Length of ``x``: 1 + heads x head_size."""
+        """Return the length of ``x``: 1 + heads x head_size."""
         return 1 + self.n_heads * self.head_size
 
     def columns(self, heads: Collection[int]) -> Int64[np.ndarray, " kept"]:
@@ -59,7 +47,7 @@ class Readout:
     def scale(
         self, z: Float[np.ndarray, "cells outputs"], heads: Collection[int] | None = None
     ) -> Float64[np.ndarray, " cells"]:
-        """Return what the layer norm divides by, per cell, with some heads kept (``None``: all)."""
+        """Return the divisor of the layer norm per cell, with some heads kept (``None``: all)."""
         columns = self.columns(range(self.n_heads) if heads is None else heads)
         x = _with_one(z)[:, columns]
         variance: Float64[np.ndarray, " cells"] = np.einsum("ij,ij->i", x @ self.gram[np.ix_(columns, columns)], x)
@@ -69,7 +57,7 @@ class Readout:
     def predict(
         self, z: Float[np.ndarray, "cells outputs"], heads: Collection[int] | None = None
     ) -> Float64[np.ndarray, "cells genes"]:
-        """Return predicted expression with some heads kept (``None``: all, ``()``: none), shape (cells, genes)."""
+        """Return predicted expression with some heads kept (``None``: all, ``()``: none)."""
         columns = self.columns(range(self.n_heads) if heads is None else heads)
         x = _with_one(z)[:, columns] / self.scale(z, heads)[:, None]
         predicted: Float64[np.ndarray, "cells genes"] = self.offset + x @ self.weights[:, columns].T

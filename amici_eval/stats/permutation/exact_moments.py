@@ -29,31 +29,24 @@ __all__ = [
 ]
 
 _ENTRIES = 2**18
-"""Products held at a time: they stay in the processor's cache."""
+"""Products held at a time on a CPU, so that they stay in its cache."""
 _ENTRIES_ELSEWHERE = 2**24
 _LEAST_ENTRIES = 2**10
 _ALWAYS_BATCHED = 100
-"""Strata up to this size go in batches: one by one they would cost more in calls than in arithmetic."""
+"""Strata up to this size are batched: one by one, the calls would cost more than the arithmetic."""
 _MOST_BYTES = 2**28
-"""What D of a stratum, or third moments of F and of Z, may take; else they come head by head and block by block."""
+"""Memory limit for D of a stratum, and for third moments of F and Z; beyond it, work is split by head and block."""
 _ENTRY_COST = 6
-"""Of an entry of D in operations, beside its 2 x rank: it is read to be squared, cubed and summed."""
+"""Operations per entry of D (read, square, cube, sum) besides the 2 x rank of its product."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StratumSums:
-    """Sums over strata that give the moments of T.
+    """Sums over strata from which the moments of T follow.
 
-    Parameters
-    ----------
-    n_cells
-        Cells of each stratum, shape (strata,).
-    excess, mean, variance, cumulant
-        Observed T less its mean, and the mean, variance and third cumulant of T, shape (heads,).
-    f_ss, z_ss, f_size, z_size
-        Squares of F and of Z, centred within strata and as they are, shape (heads,).
-    aligned
-        What the variance would be were F and Z of rank 1, an upper bound of it, shape (heads,).
+    n_cells: cells per stratum; excess: observed T minus its mean; cumulant: third cumulant of T; f_ss, z_ss: sums of
+    squares of F and Z centred within strata; f_size, z_size: the same, not centred; aligned: what the variance would be
+    if F and Z had rank 1, an upper bound of it.
     """
 
     n_cells: Int64[np.ndarray, " strata"]
@@ -75,16 +68,10 @@ def stratum_sums(
     *,
     device: str = "cpu",
 ) -> StratumSums:
-    """Return what each head's moments over permutations within strata follow from; see ``permutation_moments``.
+    """Return the sums from which each head's moments over permutations within strata follow.
 
-    Parameters
-    ----------
-    factors, images
-        Shape (cells, rank, heads), not necessarily centred.
-    strata
-        Label of each cell's stratum, shape (cells,).
-    device
-        Torch device; ``"mps"``, which has no float64, is taken as ``"cpu"``.
+    See ``permutation_moments``; factors need not be centred, and ``"mps"``, which has no float64, is taken as
+    ``"cpu"``.
     """
     device = _with_float64(device)
     room = Shrinking(
@@ -101,7 +88,7 @@ def _stratum_sums(
     entries: int,
 ) -> StratumSums:
     _, rank, n_heads = factors.shape
-    # whatever is held at a time gets less in the same measure
+    # shrinks in proportion to ``entries``
     most_bytes = max(1, _MOST_BYTES * entries // _room(device))
     _, local, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     order = np.argsort(local, kind="stable")
@@ -128,7 +115,7 @@ def _stratum_sums(
 
 
 def _largest_batched(rank: int) -> int:
-    """Return up to which size D = f z^T costs less than the third moments of F and Z."""
+    """Return the largest stratum for which D = f z^T costs less than the third moments of F and Z."""
     return max(_ALWAYS_BATCHED, 2 * rank * (rank + 1) ** 2 // (2 * rank + _ENTRY_COST))
 
 
@@ -241,7 +228,7 @@ def _batches(
     entries: int,
     rank: int,
 ) -> Iterator[Int64[np.ndarray, "strata most"]]:
-    """Yield the cells of some strata at a time, those of similar size together, filled up with -1."""
+    """Yield the cells of batches of strata of similar size, one stratum per row, padded with -1."""
     chosen = np.argsort(-sizes, kind="stable")
     while chosen.size:
         most = int(sizes[chosen[0]])
@@ -258,7 +245,7 @@ def _of_small_strata(
     rows: Int64[np.ndarray, "strata most"],
     device: str,
 ) -> Float64[Tensor, "sums heads"]:
-    """Return the summed sums of some strata from D = f z^T; a row that is filled up is 0 and adds nothing."""
+    """Return the sums over a batch of strata from D = f z^T; padded entries are 0 and add nothing."""
     n_strata, most = rows.shape
     _, rank, n_heads = factors.shape
     there = torch.from_numpy(rows >= 0).to(device, torch.float64)
@@ -278,7 +265,7 @@ def _of_small_strata(
     squared = powers.sum(dim=2)
     cubed = powers.mul_(d).sum(dim=2)
     own = torch.stack([x.square().sum(dim=(1, 2)).view(n_strata, n_heads) for x in centred])
-    # one cell has D = 0, two have D^3 = 0 in sum
+    # D is 0 for one cell, and the sum of D^3 is 0 for two
     one_less, two_less = (n - 1.0).clamp(min=1.0)[:, None], (n - 2.0).clamp(min=1.0)[:, None]
     mean = (n[:, None] * (means[0] * means[1]).sum(dim=2)).sum(dim=0)
     cumulant = torch.where(n[:, None] > 2.0, cubed * n[:, None] / (one_less * two_less), 0.0)
@@ -287,9 +274,9 @@ def _of_small_strata(
 
 
 _NEARLY_NORMAL = 0.02
-"""Below this skewness an expansion takes over: the relative error of p is then less than 1e-7."""
+"""Below this absolute skewness an expansion is used; its relative error of p is less than 1e-7."""
 _TRUSTED_SHARE = 0.6
-"""Of a bounded support: beyond, Pearson III falls to 0 faster than the third moment can tell."""
+"""Of a bounded support: beyond, Pearson III falls to 0 faster than a third moment can justify."""
 _LEAST = float(np.finfo(np.float64).tiny)
 
 
@@ -298,33 +285,16 @@ def pearson3_tail(
 ) -> Float64[np.ndarray, ...]:
     """Return ``P(X >= standardised)`` of a Pearson III variable of mean 0, variance 1 and this skewness, never 0.
 
-    Parameters
-    ----------
-    standardised, skewness
-        Any shapes that broadcast.
-
-    Returns
-    -------
-    numpy.ndarray
-        In (0, 1], at least 2.2e-308; NaN where an argument is not finite.
-
-    Notes
-    -----
-    With negative skewness g the support ends at ``-2 / g``, which no permutation knows of: beyond six tenths of it the
-    logarithm of p goes on along its tangent. That is above Pearson III, falls throughout, is never 0, and is an upper
-    bound of the tail of any law that agrees up to there and whose hazard goes on rising, as that of the normal law
-    does. Among permutations of skewed factors (g from -.3 to -1.9) it was never below the true p by more than drawing
-    explains, and several times above it where p is small; a bound from the variance alone (Cantelli) would be ten
-    times as large.
-
-    Skewness under .02 goes by the uniform expansion of the incomplete gamma function (Temme 1979; to this order
-    Lugannani & Rice 1980), which passes into the normal tail at 0. There ``scipy.stats.pearson3`` errs by .3 %
-    at t = 12: it takes the normal law below 1.6e-5, and its series for negative skewness ends too early.
+    NaN where an argument is not finite. With skewness g < 0 the support would end at ``-2 / g``: beyond six tenths of
+    it, log p follows its tangent, which lies above Pearson III. Among permutations of skewed factors (g from -.3 to
+    -1.9) this was below the true p only by sampling error. If |g| < .02, the uniform expansion of the incomplete gamma
+    function is used (Temme 1979; to this order Lugannani & Rice 1980): ``scipy.stats.pearson3`` errs there by .3 % at t
+    = 12, as it takes the normal law for |g| < 1.6e-5 and ends its series for g < 0 too early.
     """
     t, skew = np.broadcast_arrays(np.asarray(standardised, dtype=np.float64), np.asarray(skewness, dtype=np.float64))
     p = np.full(t.shape, np.nan)
     defined = np.isfinite(t) & np.isfinite(skew)
-    # wider than any permutation reaches, and narrow enough that no product overflows
+    # no permutation lies beyond these bounds, and within them no product overflows
     t, skew = np.clip(t[defined], -1e9, 1e9), np.clip(skew[defined], -1e6, 1e6)
     with np.errstate(divide="ignore", over="ignore"):
         trusted = np.where(skew < 0.0, np.minimum(t, _TRUSTED_SHARE * 2.0 / np.abs(skew)), t)
@@ -352,7 +322,7 @@ def _density(t: Float64[np.ndarray, " n"], skew: Float64[np.ndarray, " n"]) -> F
 
 
 def _nearly_normal_tail(t: Float64[np.ndarray, " n"], skew: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """Return the normal tail at a moved point plus a correction, each written so that nothing cancels near 0."""
+    """Return the normal tail at a shifted point plus a correction, written without cancellation near 0."""
     t = np.clip(t, -1e3, 1e3)
     m = np.maximum(t * skew / 2.0, -0.99)
     r = m / (2.0 + m)
@@ -370,31 +340,21 @@ def _nearly_normal_tail(t: Float64[np.ndarray, " n"], skew: Float64[np.ndarray, 
 
 
 _ROUNDING = 1e-12
-"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
+"""Numbers whose centred norm is at most this share of their norm are constant up to float64 rounding."""
 _VARIANCE_ROUNDING = 1e-13
-"""A variance below this share of what it would be were F and Z aligned is what rounding leaves of 0."""
+"""A variance of at most this share of ``StratumSums.aligned`` is rounding noise and set to zero."""
 FEW_CELLS = 50
-"""Of fewer, the law of T is not told by a few moments: callers draw permutations instead, which costs nothing."""
+"""With fewer cells, three moments do not describe T; callers draw permutations instead, at little cost."""
 DRAWN_FOR_FEW = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PermutationMoments:
-    """Where a head's fit stands among all permutations of cells: its value, and the null's first three moments.
+    """A head's statistic, T = sum_i <F_i, Z_i>, and its first three moments over all permutations within strata.
 
-    Parameters
-    ----------
-    statistic
-        T = sum_i <F_i, Z_i> as observed, shape (heads,).
-    excess
-        ``statistic - mean``, summed from centred numbers: exact also where the mean is large, shape (heads,).
-    mean, variance, skewness
-        Of T over all permutations within strata, shape (heads,). A head that does not vary has variance 0 and skewness
-        NaN; a head whose numbers are not finite has NaN in all.
-    n_strata
-        Strata with at least two cells: the others have nothing to permute.
-    log_permutations
-        Logarithm of the number of permutations, the product of the strata's factorials.
+    excess: ``statistic - mean``, summed from centred numbers, so exact for a large mean. A head that does not vary has
+    variance 0 and skewness NaN; a head with numbers that are not finite has NaN in all. n_strata: strata of at least
+    two cells; log_permutations: natural logarithm of the product of the strata's factorials.
     """
 
     statistic: Float64[np.ndarray, " heads"]
@@ -407,15 +367,15 @@ class PermutationMoments:
 
     @property
     def standardised(self) -> Float64[np.ndarray, " heads"]:
-        """``(statistic - mean) / sd``, shape (heads,); NaN where nothing varies."""
+        """Return ``(statistic - mean) / sd``, NaN where nothing varies."""
         varies = self.variance > 0.0
         deviation = np.sqrt(np.where(varies, self.variance, np.nan))
         return np.asarray(self.excess / deviation)
 
     def p_values(self) -> Float64[np.ndarray, " heads"]:
-        """Return the share of permutations that fit at least as well as the truth, shape (heads,), in (0, 1] or NaN.
+        """Return the share of permutations that fit at least as well as the truth, in (0, 1] or NaN.
 
-        Pearson III with the exact moments (see :func:`pearson3_tail`), and at least one permutation, the identity.
+        It comes from Pearson III with the exact moments and is at least 1 / (number of permutations), for the identity.
         """
         return _at_least_one(pearson3_tail(self.standardised, self.skewness), self.log_permutations)
 
@@ -429,31 +389,11 @@ def permutation_moments(
 ) -> PermutationMoments:
     """Return the exact moments of each head's fit over all permutations of cells within strata.
 
-    Null: the rows of the head's prediction are shuffled among the cells of one stratum, in each stratum on its own.
-    This is exchangeable when, within a stratum, a cell's expression is independent of its neighbourhood and cells are
-    independent of each other; spatial autocorrelation at scales below a stratum breaks the second.
-
-    Parameters
-    ----------
-    factors
-        F, shape (cells, rank, heads): head h predicts ``constant + F[:, :, h] @ A_h.T``.
-    images
-        Z, same shape: expression as the head sees it, ``Y @ A_h``. Neither need be centred.
-    strata
-        Label of each cell's stratum, shape (cells,); all cells are one stratum if ``None``.
-    device
-        Torch device; ``"mps"``, which has no float64, is taken as ``"cpu"``.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree or there are fewer than three cells.
-
-    Notes
-    -----
-    With rows f, z centred within a stratum of n cells and D = f z^T: E T = n <mean F, mean Z>, Var T = sum D^2 /
-    (n - 1), third cumulant n / ((n - 1)(n - 2)) sum D^3, which add over strata (Hoeffding 1951; Mantel 1967). In large
-    strata sum D^2 = tr(S_F S_Z) and sum D^3 = sum_abc M^F_abc M^Z_abc, with M_abc = sum_i f_ia f_ib f_ic.
+    Null: rows of the prediction are shuffled within each stratum. Exchangeable if, there, cells' expression is
+    independent of their neighbourhoods and of each other; spatial autocorrelation below a stratum's scale breaks this.
+    D = f z^T, centred in a stratum of n cells: Var T = sum D^2 / (n - 1), third cumulant n / ((n - 1)(n - 2)) sum D^3,
+    added over strata (Hoeffding 1951; Mantel 1967); if large, sum D^3 = sum_abc M^F_abc M^Z_abc, M_abc = sum_i f_ia
+    f_ib f_ic. Head h predicts ``constant + F_h @ A_h.T``, Z_h is ``Y @ A_h``; neither need be centred.
     """
     n_cells = len(factors)
     labels = np.zeros(n_cells, dtype=np.int64) if strata is None else np.asarray(strata)
@@ -467,7 +407,7 @@ def permutation_moments(
         constant = (sums.f_ss <= _ROUNDING**2 * sums.f_size) | (sums.z_ss <= _ROUNDING**2 * sums.z_size)
         variance = np.where(constant | (sums.variance <= _VARIANCE_ROUNDING * sums.aligned), 0.0, sums.variance)
         skewness = np.where(variance > 0.0, sums.cumulant / variance**1.5, np.nan)
-        # what is not finite reached only its own head, all of whose numbers it makes unknown
+        # NaN for heads with values that are not finite (all their numbers become NaN), else 0
         unknown = 0.0 * (sums.f_size + sums.z_size + sums.variance + sums.cumulant)
     return PermutationMoments(
         statistic=sums.mean + sums.excess + unknown,

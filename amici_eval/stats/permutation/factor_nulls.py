@@ -1,4 +1,4 @@
-"""The permutation test of keep-one heads on their factors: values in order of the permutation's number."""
+"""The permutation test of keep-one heads on their factors, in order of the permutation's number."""
 
 from __future__ import annotations
 
@@ -51,20 +51,11 @@ _NORM_ENTRIES = 2**18
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FactorStatistics:
-    """T of every permutation of a range, beside T as observed.
+    """T of a range of permutations, in order of their number, and T as observed.
 
-    Parameters
-    ----------
-    statistics
-        T(pi) = sum_i <F_pi(i), Z_i> with F and Z centred over the cells that are permuted among themselves, so that its
-        mean over all permutations is 0; shape (permutations, heads), in order of the permutation's number, in the units
-        of F times Z; NaN where dead.
-    observed
-        T of the identity, from the same kernel, shape (heads,); NaN where dead.
-    sizes
-        ``||F_h|| ||Z_h||``, centred, shape (heads,): the largest value T can take.
-    dead
-        Heads that have no test, shape (heads,).
+    T(pi) = sum_i <F_pi(i), Z_i>, with F and Z centred over the cells that are permuted among themselves, so that its
+    mean over all permutations is 0; in the units of F times Z, NaN where dead (no test). observed: T of the identity,
+    from the same kernel; sizes: ``||F_h|| ||Z_h||``, centred, the largest value of T.
     """
 
     statistics: Float64[np.ndarray, "permutations heads"]
@@ -74,7 +65,7 @@ class FactorStatistics:
 
     @property
     def reached(self) -> Bool[np.ndarray, "permutations heads"]:
-        """Whether a permutation fits at least as well as the truth; equal up to rounding counts, dead heads do not."""
+        """Return whether a permutation fits at least as well as the truth, up to rounding; False for dead heads."""
         with np.errstate(invalid="ignore"):
             reached: Bool[np.ndarray, "permutations heads"] = (
                 self.statistics >= self.observed - TIE_TOLERANCE * self.sizes
@@ -86,14 +77,7 @@ class FactorStatistics:
 class Part:
     """Cells that are permuted among themselves.
 
-    Parameters
-    ----------
-    pair
-        Their packed factors.
-    stream
-        Their permutations.
-    units
-        What T of the packed factors is to be multiplied by, shape (alive,): powers of two.
+    units: powers of two by which T of the packed factors is multiplied to be in the units of F times Z.
     """
 
     pair: PackedPair
@@ -103,18 +87,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FactorDraw:
-    """Factors packed once; call it with ``(start, stop)`` for the statistics of permutations ``start`` to ``stop - 1``.
+    """Factors packed once, to be called for the statistics of any range of permutations.
 
-    Parameters
-    ----------
-    parts
-        T adds over them.
-    observed, sizes, dead
-        As in ``FactorStatistics``.
-    device
-        Torch device.
-    n_threads
-        Threads of the compiled kernels; as many as torch uses if ``None``.
+    T adds over the parts; observed, sizes and dead are as in ``FactorStatistics``; n_threads: as many as torch uses if
+    None.
     """
 
     parts: tuple[Part, ...]
@@ -127,14 +103,7 @@ class FactorDraw:
     def __call__(self, start: int, stop: int) -> FactorStatistics:
         """Return the statistics of permutations ``start`` to ``stop - 1``.
 
-        Raises
-        ------
-        ValueError
-            If this is no range of permutation numbers.
-
-        Notes
-        -----
-        A permutation's T depends on its number alone: not on the range, nor, but for the last bits, on the device.
+        T depends on the permutation's number alone: not on the range and, except for the last bits, not on the device.
         """
         if not 0 <= start <= stop:
             msg = f"permutations {start} to {stop} are no range; numbers begin at 0"
@@ -142,7 +111,7 @@ class FactorDraw:
         statistics = np.zeros((stop - start, self.dead.size))
         n_threads = torch.get_num_threads() if self.n_threads is None else self.n_threads
         products = sum(part.pair.f.size for part in self.parts) * (stop - start)
-        # torch has threads of its own
+        # torch uses threads of its own
         if products <= _INLINE_PRODUCTS or torch.device(self.device).type != "cpu" or compiled.kernels() is None:
             n_threads = 1
         pieces: list[tuple[Part, int, int]] = []
@@ -173,7 +142,7 @@ def check_factors(
     dead: Bool[np.ndarray, " heads"] | None,
     n_threads: int | None,
 ) -> None:
-    """Raise ``ValueError`` if these are no arguments of a permutation test of heads on their factors."""
+    """Raise ``ValueError`` if the arguments of a permutation test of heads on their factors are invalid."""
     n_cells, _, n_heads = factors.shape
     if images.shape != factors.shape or n_permuted != n_cells:
         msg = f"factors {factors.shape}, images {images.shape} and {n_permuted} permuted cells disagree"
@@ -196,11 +165,11 @@ def part_of(
     *,
     stream: PermutationStream,
 ) -> Part:
-    """Say in which units ``pair`` was packed from factors and images, and with which permutations it goes."""
+    """Return ``pair`` with its permutations and the units in which it was packed from these factors and images."""
     exponents = sum(_log_norms(values, pair.heads) for values in (factors, images))
     with np.errstate(divide="ignore", invalid="ignore"):
         exponents = exponents - np.log2(pair.sizes)
-    # packing multiplied each head by a power of two; a constant image is 0 in any units
+    # packing multiplied each head by a power of two; a constant image is 0 in all units
     units = np.exp2(np.where(np.isfinite(exponents), np.rint(exponents), 0.0))
     return Part(pair=pair, stream=stream, units=units)
 
@@ -208,7 +177,7 @@ def part_of(
 def draw_from(
     parts: Sequence[Part], *, n_heads: int, dead: Bool[np.ndarray, " heads"], device: str, n_threads: int | None
 ) -> FactorDraw:
-    """Put parts together; a head that is ``dead``, or alive in none of them, has no test."""
+    """Combine parts into one draw; a head that is ``dead``, or alive in no part, has no test."""
     dead = dead.copy()
     alive = np.zeros(n_heads, dtype=bool)
     observed, sizes = np.zeros(n_heads), np.zeros(n_heads)
@@ -225,9 +194,9 @@ def draw_from(
 def _log_norms(
     values: Float[np.ndarray, "cells columns heads"], heads: Int64[np.ndarray, " alive"]
 ) -> Float64[np.ndarray, " alive"]:
-    """Return the binary logarithm of each head's norm once centred over cells."""
+    """Return the binary logarithm of each head's norm after centring over cells."""
     squares = np.zeros(values.shape[2])
-    # heads that are not finite are not asked for
+    # ``heads`` holds no heads that are not finite
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         mean = values.mean(axis=0, dtype=np.float64)
         step = max(1, _NORM_ENTRIES // max(1, mean.size))
@@ -256,60 +225,11 @@ def factor_exceedances(
 ) -> PermutationCounts:
     """Count the permutations of cells under which a head's prediction fits expression at least as well as in truth.
 
-    Null: the rows of the head's prediction are shuffled among the cells of ``stream`` (one cell type, one stratum).
-    This is exchangeable when, given the type, a cell's expression is independent of its neighbourhood and cells are
-    independent of each other; spatial autocorrelation breaks the second, and the test is then anticonservative.
-
-    Parameters
-    ----------
-    factors
-        F, shape (cells, columns, heads), cells in canonical order: head h predicts ``constant + F[:, :, h] @ A_h.T``.
-    images
-        Z, same shape: expression as the head sees it, ``Y @ A_h``. Neither need be centred.
-    stream
-        The permutations; all heads share them.
-    n_permutations
-        How many to draw.
-    sampling
-        ``"independent"``: permutations 0 to ``n_permutations - 1`` of ``stream``. ``"cyclic"``: one random order of the
-        cells and all its circular shifts but the identity, ``cells - 1`` of them whatever ``n_permutations`` is.
-    dead
-        Shape (heads,): heads to leave out. Heads whose numbers are not finite or whose factors do not vary are left
-        out in any case.
-    device
-        Torch device. Without numba, and on another device than ``"cpu"``, torch does the work, in float64, as it does
-        the transforms of ``"cyclic"`` everywhere; ``"mps"``, which has no float64, is taken as ``"cpu"``.
-    form
-        ``"factor"``: gathers rows of F; ``"gram"``: gathers from the cells x cells products; ``"auto"``: the cheaper.
-        No effect on the counts, or for ``"cyclic"``.
-    n_threads
-        Threads of the compiled kernels of ``"independent"``; as many as torch uses if ``None``, as for all else. No
-        effect on the counts.
-    progress
-        Called in the calling thread with the number of (head, permutation) pairs finished since the last call; their
-        sum is heads x ``n_permutations`` of the result.
-
-    Returns
-    -------
-    PermutationCounts
-        Its ``dead`` holds all heads that were left out. With ``"cyclic"``, ``(b + 1) / (n_permutations + 1)`` is the
-        exact p-value of the group of shifts.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, there are fewer than three cells, or a setting is unknown.
-
-    Notes
-    -----
-    The statistic is T_h(pi) = sum_i sum_a F[pi(i), a, h] Z[i, a, h], with F and Z centred over cells in float64 and
-    then rounded to float32, summed in float64; an exceedance is T_h(pi) >= T_h(identity) - 1e-10 ||F_h|| ||Z_h||. With
-    P = F A^T, Z = Y A it is sum_i <P_pi(i), Y_i>: MSE(pi) <= MSE(identity), as amici-st counts. Sums in float32
-    are only used where a bound on their error shows that float64 decides the same.
-
-    Circular shifts along an order that is drawn independently of the data, brought back to the cells, are a subgroup
-    of all permutations, so their test is exactly valid (Southworth, Kim & Owen 2009), and their statistics are one
-    circular cross-correlation.
+    Null: its rows are shuffled among the cells of ``stream``; exchangeable if, given the type, cells' expression is
+    independent of their neighbourhoods and of each other; anticonservative under spatial autocorrelation. F and Z as in
+    ``permutation_moments``; T(pi) >= T(identity) up to TIE_TOLERANCE is MSE(pi) <= MSE(identity), as amici-st counts.
+    ``"cyclic"``: one random order and its ``cells - 1`` circular shifts, a subgroup, so exact (Southworth, Kim & Owen
+    2009). ``progress`` gets newly finished (head, permutation) pairs, in the calling thread.
     """
     n_cells, _, n_heads = factors.shape
     check_factors(factors, images, n_permuted=stream.n_cells, dead=dead, n_threads=n_threads)
@@ -363,10 +283,9 @@ def factor_draw(
     device: str = "cpu",
     n_threads: int | None = None,
 ) -> FactorDraw:
-    """Pack factors once and return what gives the statistics of any range of permutations of ``stream``.
+    """Pack factors once and return a callable for the statistics of any range of permutations of ``stream``.
 
-    Parameters, null and errors are those of ``factor_exceedances``; the result counts as ``"independent"`` does there,
-    in exact float64 sums of what was centred in float64 and rounded to float32.
+    Null and arguments are those of ``factor_exceedances`` with ``"independent"``; T is summed in float64.
     """
     n_heads = factors.shape[2]
     check_factors(factors, images, n_permuted=stream.n_cells, dead=dead, n_threads=n_threads)
@@ -381,22 +300,11 @@ _LARGEST_BATCH = 4096
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequentialTest:
-    """p-values of tests of which each ended at its own number of permutations.
+    """p-values of tests that each ended at their own number of permutations.
 
-    Parameters
-    ----------
-    exceedances
-        Permutations that fit at least as well as the truth until the test ended, shape (heads,).
-    n_permutations
-        Number of permutations until then, shape (heads,); 0 where dead.
-    p
-        h/l where the test stopped, (b+1)/(m+1) where it went on to the end, NaN where dead; shape (heads,).
-    ci_low, ci_high
-        95 % interval of the p-value that permutations without end would give (see ``sequential_p_values``).
-    stopped
-        Whether the test ended at its h-th exceedance, shape (heads,).
-    dead
-        Heads that have no test, shape (heads,).
+    exceedances, n_permutations: until the test ended (0 permutations where dead); stopped: whether it ended at its h-th
+    exceedance; p: h/l of l permutations if stopped, else (b+1)/(m+1), NaN where dead; ci_low, ci_high: 95 % interval of
+    the p-value that infinitely many permutations would give (see ``sequential_p_values``).
     """
 
     exceedances: Int64[np.ndarray, " heads"]
@@ -416,34 +324,12 @@ def sequential_exceedances(
     batch: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> SequentialTest:
-    """Test heads until each has fitted by chance ``stop_at`` times, or for ``max_permutations``.
+    """Draw permutations until each head has ``stop_at`` exceedances, at most ``max_permutations``.
 
-    A head that shows nothing has a p-value near 1/2 and ends after some 2 ``stop_at`` permutations; only heads that fit
-    better than chance need them all. The null is that of ``draw``.
-
-    Parameters
-    ----------
-    draw
-        Gives the statistics of permutations ``start`` to ``stop - 1``: ``factor_draw`` or ``stratified_draw``.
-    max_permutations
-        Number m of permutations after which every test ends; the smallest p-value is 1/(m+1).
-    stop_at
-        Number h of exceedances at which a test ends; a p-value that stopped is off by about p/sqrt(h).
-    batch
-        Permutations that are drawn first; each further batch is twice as large, up to 4,096. No effect on the result.
-    progress
-        Called with the number of (head, permutation) pairs finished since the last call; their sum is heads x
-        ``max_permutations``, also if all tests ended before.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
-
-    Notes
-    -----
-    A test ends with the permutation that brings its h-th exceedance, whatever was drawn with it. ``p <= a`` has a
-    probability of at most a under the null (Besag & Clifford 1991).
+    The null is that of ``draw``; ``p <= a`` has a probability of at most a under it (Besag & Clifford 1991). A test
+    ends with the permutation of its h-th exceedance, so ``batch`` (doubled up to 4,096) has no effect on the result. A
+    stopped p-value is off by about p/sqrt(h). ``progress`` gets (head, permutation) pairs finished since the last call,
+    heads x ``max_permutations`` in sum, also if all tests end before.
     """
     if not 1 <= stop_at <= max_permutations:
         msg = f"stop_at is {stop_at}; it must lie in [1, max_permutations={max_permutations}]"

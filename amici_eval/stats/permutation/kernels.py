@@ -1,7 +1,7 @@
-"""Compiled kernels of the permutation test. Importing this needs numba: reach it through ``compiled.kernels()``.
+"""Compiled kernels of the permutation test.
 
-The inner loops of the sums are LLVM vectors of 16 numbers. The compiler cuts them to what the processor has, so one
-compiled kernel serves all shapes, and nothing hinges on whether a loop is recognised as a vector loop.
+Importing this needs numba: use ``compiled.kernels()``. The inner loops of the sums are LLVM vectors of 16 numbers,
+which the compiler splits to the processor's width: one kernel serves all shapes, without automatic vectorisation.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ IDENTITY = -1
 LANES = 16
 """Numbers in a vector."""
 ROWS = 8
-"""Cells whose products with all cells are held at a time."""
+"""Cells per panel, whose products with all cells are held at a time."""
 _TOGETHER = 4
-"""Permutations that share what is loaded of Z."""
+"""Permutations that are summed together and share the loads of Z."""
 _TILE = 64
-"""Cells that are turned from rows to columns at a time."""
+"""Cells transposed at a time."""
 _AHEAD = 16
-"""Cells between asking the memory for a row of F and using it."""
+"""Cells between prefetching a row of F and using it."""
 
 _FLOAT, _I8, _I32, _I64, _I128 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.IntType(128)
 _SINGLES, _DOUBLES = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.DoubleType(), LANES)
@@ -57,7 +57,7 @@ _compiled = functools.partial(compiled, error_model="numpy")
 
 @_intrinsic
 def _wide_product(typing_context: Any, a: Any, b: Any) -> Any:
-    """High and low 64 bits of the product of two unsigned numbers."""
+    """Return the high and low 64 bits of the product of two unsigned numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         left, right = (builder.zext(value, _I128) for value in arguments)
@@ -70,7 +70,7 @@ def _wide_product(typing_context: Any, a: Any, b: Any) -> Any:
 
 @_compiled
 def _philox(block: Any, index: Any, key: Any) -> Any:
-    """Four words of Philox-4x64-10 (Salmon et al. 2011) at counter [block, index, 0, 0]."""
+    """Return four words of Philox-4x64-10 (Salmon et al. 2011) at counter [block, index, 0, 0]."""
     c0, c1, c2, c3 = np.uint64(block), np.uint64(index), np.uint64(0), np.uint64(0)
     k0, k1 = key[0], key[1]
     for _ in range(10):
@@ -84,14 +84,14 @@ def _philox(block: Any, index: Any, key: Any) -> Any:
 
 @_compiled
 def _shuffle(key: Any, index: Any, order: Any) -> None:
-    """Write permutation ``index`` (see ``PermutationStream``), or the identity."""
+    """Write permutation ``index`` (see ``PermutationStream``), or the identity, into ``order``."""
     n_cells = np.int64(order.size)
     for cell in range(n_cells):
         order[cell] = cell
     i = n_cells - 1 if index != IDENTITY else 0
     block = np.uint64(0)
     while i > 0:
-        block += np.uint64(1)  # NumPy counts before it makes a block of words
+        block += np.uint64(1)  # NumPy increments the counter before each block
         for word in _philox(block, index, key):
             if i > 0:
                 j = np.int64(_wide_product(word, np.uint64(i + 1))[0])
@@ -108,8 +108,9 @@ def shuffle_rows(key: Any, start: Any, orders: Any) -> None:
 
 @_compiled
 def shuffle_columns(key: Any, start: Any, first: Any, last: Any, n_cells: Any, orders: Any) -> None:
-    """Write permutations ``start + first`` to ``start + last - 1`` into those columns of ``orders``, uint32 (cells or
-    more, permutations). Rows from ``n_cells`` on are left alone.
+    """Write permutations ``start + first`` to ``start + last - 1`` into columns ``first`` to ``last - 1``.
+
+    ``orders``: uint32 (cells or more, permutations); its rows from ``n_cells`` on are left alone.
     """
     some = np.empty((LANES, n_cells), dtype=np.uint32)
     for column in range(first, last, LANES):
@@ -122,7 +123,7 @@ def shuffle_columns(key: Any, start: Any, first: Any, last: Any, n_cells: Any, o
 
 
 def _data(context: Any, builder: Any, signature: Any, arguments: Any, position: int) -> Any:
-    """Pointer to the first entry of an array among the arguments."""
+    """Return a pointer to the first entry of an array among the arguments."""
     return make_array(signature.args[position])(context, builder, arguments[position]).data
 
 
@@ -131,7 +132,7 @@ def _vector_at(builder: Any, pointer: Any, index: Any, kind: Any) -> Any:
 
 
 def _load(builder: Any, place: Any) -> Any:
-    # NumPy promises no more than the alignment of one number
+    # NumPy guarantees only the alignment of one number
     loaded = builder.load(place)
     loaded.align = 4
     return loaded
@@ -143,7 +144,7 @@ def _add_product(builder: Any, total: Any, left: Any, right: Any) -> None:
 
 
 def _ask(builder: Any, pointer: Any, index: Any) -> None:
-    """Ask the memory for a cache line that is read soon."""
+    """Prefetch a cache line."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
     for_reading_soon = [ir.Constant(_I32, value) for value in (0, 2, 1)]
@@ -152,7 +153,7 @@ def _ask(builder: Any, pointer: Any, index: Any) -> None:
 
 @_intrinsic
 def _ask_for(typing_context: Any, values: Any, index: Any) -> Any:
-    """Ask the memory for the cache line of entry ``index`` of a flat array."""
+    """Prefetch the cache line of entry ``index`` of a flat array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _ask(builder, _data(context, builder, signature, arguments, 0), arguments[1])
@@ -258,7 +259,7 @@ def _multiply(typing_context: Any, f: Any, z: Any, panel: Any, n_columns: Any, n
 
 @_compiled
 def gram_sums(orders: Any, f: Any, z: Any, first: Any, last: Any, out: Any) -> None:
-    """Add to ``out`` what the cells of panels ``first`` to ``last - 1`` (ROWS cells each) bring to every permutation.
+    """Add to ``out`` the terms of the cells of panels ``first`` to ``last - 1`` (ROWS cells each), per permutation.
 
     ``orders``: uint32 (panels x ROWS, permutations); ``f``: float32 (heads, vectors, columns, LANES), cells along
     vectors and lanes; ``z``: float32 (heads, panels, columns, ROWS); ``out``: float64 (heads, permutations). At most
@@ -311,9 +312,9 @@ def block_rows(
 ) -> None:
     """Centre, scale, round the cells of blocks ``first`` to ``last - 1``; write number ``source[k]`` to ``place[k]``.
 
-    ``values``: (cells, numbers); ``order``: the cells as they are written, or none if they stay as they are; ``mean``,
+    ``values``: (cells, numbers); ``order``: cells in the order of writing, empty to keep their order; ``mean``,
     ``scale``: float64 (numbers,); ``place``: (kept, 2), group and column of ``out``, float32 (groups, cells, width),
-    where the rest becomes zero; ``sums``: float64 (blocks, numbers), sums of squares of what was rounded.
+    whose other columns become zero; ``sums``: float64 (blocks, numbers), sums of squares of the rounded numbers.
     """
     n_cells, width = values.shape
     rounded = np.empty(width, dtype=np.float32)

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["MIN_CELLS_TEST", "PermutationCounts", "permutation_exceedances"]
 
 MIN_CELLS_TEST = 3
-"""Two cells have one permutation besides the identity: no test at any usual level."""
+"""Two cells have one permutation besides the identity, too few for a test at any usual level."""
 
 _TIE_TOLERANCE = 1e-10
-"""Relative to ||P|| ||Y||: sums of one permutation differ by less than this between devices and summation orders."""
+"""Relative to ||P|| ||Y||: sums of one permutation differ by less between devices and summation orders."""
 _DEAD_TOLERANCE = 1e-6
-"""A head whose predictions vary by less than this share of their size varies by float32 rounding alone."""
+"""A head whose predictions vary by less than this share of their size varies only by float32 rounding."""
 _CELL_BLOCK = 2048
 _STORED_INDICES = 2**27
 _GATHERED_ENTRIES = 2**24
@@ -38,14 +38,8 @@ _GRAM_CELLS_PER_PERMUTATION = 16
 class PermutationCounts:
     """How often a permutation fits at least as well as the truth.
 
-    Parameters
-    ----------
-    exceedances
-        Shape (heads,): permutations whose fit is at least that of the identity; meaningless where ``dead``.
-    dead
-        Shape (heads,): heads whose prediction is the same for all cells, or not finite: there is nothing to permute.
-    n_permutations
-        Random permutations drawn; the identity is not among them.
+    exceedances: meaningless where dead; dead: heads without a test, whose prediction is the same for all cells or not
+    finite; n_permutations: random ones, without the identity.
     """
 
     exceedances: Int64[np.ndarray, " heads"]
@@ -65,39 +59,11 @@ def permutation_exceedances(
 ) -> PermutationCounts:
     """Count the permutations of cells under which a head's prediction fits expression at least as well as in truth.
 
-    Null: the rows of the prediction are shuffled among the cells of ``stream`` (one cell type, one stratum). This is
-    exchangeable when, given the type, a cell's expression is independent of its neighbourhood and cells are
-    independent of each other; spatial autocorrelation breaks the second, and the test is then anticonservative.
-
-    Parameters
-    ----------
-    predictions
-        Prediction of each head kept alone, shape (heads, cells, genes), cells in canonical order.
-    targets
-        Measured expression, shape (cells, genes), same cells and order.
-    stream
-        The permutations; all heads share them.
-    n_permutations
-        How many to draw.
-    device
-        Torch device that has float64.
-    form
-        ``"gram"``: gathers from the cells x cells products; ``"gather"``: gathers rows of the prediction; ``"auto"``:
-        the cheaper. Both are exact.
-    progress
-        Called with the number of (head, permutation) pairs finished since the last call.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree or there are fewer than three cells.
-
-    Notes
-    -----
-    The statistic of amici-st is MSE(pi) = mean((P_pi - Y)^2), counted where MSE(pi) <= MSE(identity). Permuting rows
-    leaves ||P|| and ||Y|| alone, so this is the same as T(pi) = sum_i <P_pi(i), Y_i> >= T(identity), with P and Y
-    centred over cells. T is summed in float64 and the identity runs through the same kernel. The reference decides
-    ``<=`` between float32 means that are summed in different orders, so it can miscount near-ties.
+    Null: its rows are shuffled among the cells of ``stream``; exchangeable if, given the type, cells' expression is
+    independent of their neighbourhoods and of each other; anticonservative under spatial autocorrelation. T(pi) = sum_i
+    <P_pi(i), Y_i> >= T(identity), with P and Y centred, is MSE(pi) <= MSE(identity), as amici-st counts; that compares
+    float32 means summed in different orders, so it can miscount near-ties, while T is a float64 sum from one kernel.
+    ``progress`` gets (head, permutation) pairs finished since the last call.
     """
     n_heads, n_cells, _ = predictions.shape
     if targets.shape != predictions.shape[1:] or stream.n_cells != n_cells:
@@ -128,7 +94,7 @@ def permutation_exceedances(
             p = _centred(predictions[head], device)
             p_norm = float(torch.linalg.norm(p))
             size = float(np.linalg.norm(predictions[head].astype(np.float64)))
-            # asked this way round, a prediction that is not finite is dead and not a fit that no permutation reaches
+            # ``not (x > tol)`` is also True for NaN: a prediction that is not finite is dead
             if not p_norm > _DEAD_TOLERANCE * size:
                 dead[head] = True
             else:
@@ -141,7 +107,7 @@ def permutation_exceedances(
 
 
 def _with_identity(stream: PermutationStream, start: int, stop: int) -> np.ndarray:
-    """Return the identity and permutations ``start`` to ``stop - 1`` in 32 bits (they are kept for all heads)."""
+    """Return the identity and permutations ``start`` to ``stop - 1`` as int32, as they are kept for all heads."""
     permutations = np.empty((stop - start + 1, stream.n_cells), dtype=np.int32)
     permutations[0] = np.arange(stream.n_cells)
     step = max(1, _GATHERED_ENTRIES // stream.n_cells)
@@ -152,7 +118,7 @@ def _with_identity(stream: PermutationStream, start: int, stop: int) -> np.ndarr
 
 
 def _centred(values: Float[np.ndarray, "cells genes"], device: str) -> Float64[Tensor, "cells genes"]:
-    # a copy: PyTorch warns of arrays that are read-only
+    # a copy: PyTorch warns about read-only arrays
     tensor = torch.from_numpy(np.array(values, dtype=np.float64, order="C")).to(device)
     return tensor - tensor.mean(dim=0)
 
@@ -160,7 +126,7 @@ def _centred(values: Float[np.ndarray, "cells genes"], device: str) -> Float64[T
 def _gram_statistics(
     p: Float64[Tensor, "cells genes"], y: Float64[Tensor, "cells genes"], permutations: np.ndarray, entries: int
 ) -> Float64[np.ndarray, " permutations"]:
-    """T of each permutation from P Y^T, a block of columns at a time."""
+    """Return T of each permutation from P Y^T, a block of columns at a time."""
     n_cells = p.shape[0]
     total = torch.zeros(len(permutations), dtype=torch.float64, device=p.device)
     block = max(1, min(_CELL_BLOCK, _CELL_BLOCK * entries // _GATHERED_ENTRIES))
@@ -177,7 +143,7 @@ def _gram_statistics(
 def _gather_statistics(
     p: Float64[Tensor, "cells genes"], y: Float64[Tensor, "cells genes"], permutations: np.ndarray, entries: int
 ) -> Float64[np.ndarray, " permutations"]:
-    """T of each permutation from the gathered rows of P, a block of cells at a time."""
+    """Return T of each permutation from the gathered rows of P, a block of cells at a time."""
     n_cells = p.shape[0]
     block = max(1, entries // p.shape[1])
     total = np.zeros(len(permutations))

@@ -21,27 +21,13 @@ _STORED_WORDS = 2**22
 
 @dataclass(frozen=True, kw_only=True)
 class PermutationStream:
-    """The random permutations of the cells of one stratum of one cell type.
+    """The random permutations of the cells (in order of cell name) of one stratum of one cell type.
 
-    Permutation ``index`` is a function of (seed, cell type, stratum, index, number of cells) and of nothing else. No
-    global random state is read or written.
-
-    Parameters
-    ----------
-    seed
-        The user's seed, at least 0.
-    cell_type, stratum
-        Labels of the cells that are permuted among themselves.
-    n_cells
-        How many there are; position i means the i-th cell in canonical order (by cell name).
-
-    Notes
-    -----
-    Fisher-Yates on a counter-based generator: Philox-4x64-10 (Salmon et al. 2011), keyed by a hash of seed and labels
-    and set to ``2**64 * index``, gives 64-bit words w_0, w_1, ...; for i = n - 1 down to 1, entries i and
-    ``w_(n-1-i) * (i + 1) // 2**64`` are swapped. The words are specified by the algorithm, unlike the output of
-    ``numpy.random.Generator`` methods, which may change between NumPy versions. An entry's probability is off by less
-    than n / 2^64, relatively.
+    A permutation is a function of (seed, cell type, stratum, its index, number of cells) alone: Fisher-Yates with words
+    w_0, w_1, ... of Philox-4x64-10 (Salmon et al. 2011), keyed by a hash of seed and labels, counter ``2**64 * index``;
+    for i = n - 1 down to 1, entries i and ``w_(n-1-i) * (i + 1) // 2**64`` are swapped. The algorithm specifies the
+    words, while methods of ``numpy.random.Generator`` may change between NumPy versions. An entry's probability has a
+    relative error below n / 2^64.
     """
 
     seed: int
@@ -50,13 +36,11 @@ class PermutationStream:
     stratum: str = ""
 
     def batch(self, start: int, stop: int) -> Int64[np.ndarray, "permutations cells"]:
-        """Return permutations ``start`` to ``stop - 1``, shape (stop - start, n_cells); row entry i names the cell that
-        takes the place of cell i.
-        """
+        """Return permutations ``start`` to ``stop - 1``; entry i of a row is the cell put in place of cell i."""
         return self.narrow_batch(start, stop).astype(np.int64)
 
     def narrow_batch(self, start: int, stop: int, *, n_threads: int = 1) -> Int32[np.ndarray, "permutations cells"]:
-        """Return what ``batch`` does in half the memory, drawn by several threads where numba is there."""
+        """Return ``batch`` as int32, drawn by several threads if numba is installed."""
         kernels = compiled.kernels()
         if kernels is None:
             return self._batch_of_numpy(start, stop)
@@ -91,7 +75,7 @@ class PermutationStream:
 def _shuffled(
     key: UInt64[np.ndarray, " 2"], start: int, stop: int, n_cells: int
 ) -> Int32[np.ndarray, "cells permutations"]:
-    """Return permutations as columns: one swap is then two rows."""
+    """Return permutations as columns, so that a swap works on whole rows."""
     words = np.empty((n_cells - 1, stop - start), dtype=np.uint64)
     for column, index in enumerate(range(start, stop)):
         words[:, column] = np.random.Philox(key=key, counter=[0, index, 0, 0]).random_raw(n_cells - 1)
@@ -108,7 +92,7 @@ def _shuffled(
 def _high_product(
     words: UInt64[np.ndarray, "swaps permutations"], factors: UInt64[np.ndarray, "swaps 1"]
 ) -> UInt64[np.ndarray, "swaps permutations"]:
-    """``words * factors // 2**64``, exactly, of factors below 2**32: no part of the sum reaches 2**64."""
+    """Return ``words * factors // 2**64``, exactly, for factors below 2**32: no partial sum reaches 2**64."""
     half = np.uint64(32)
     low = words & np.uint64(2**32 - 1)
     product: UInt64[np.ndarray, "swaps permutations"] = (words >> half) * factors + ((low * factors) >> half)

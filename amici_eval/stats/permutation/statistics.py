@@ -44,38 +44,30 @@ __all__ = [
 ]
 
 STORED_INDICES = 2**26
-"""Places of cells in permutations."""
+"""Largest number of entries (permutations x cells) of the orders held at a time."""
 TORCH_ENTRIES = 2**23
-"""Numbers of a tensor."""
+"""Largest number of entries of a temporary tensor."""
 
 
 LANES = 16
 """Rows are padded with zeros to a multiple of this many numbers (64 bytes, a cache line)."""
 TIE_TOLERANCE = 1e-10
-"""Relative to ||F_h|| ||Z_h||: sums of one permutation differ by less than this between devices and orders."""
+"""Relative to ||F_h|| ||Z_h||: sums of one permutation differ by less between devices and summation orders."""
 
 _BLOCK_ENTRIES = 2**16
 _INLINE_ENTRIES = 2**18
 """Below this, handing work to threads costs more than it saves."""
 _ROUNDING = 1e-12
-"""Numbers that vary by less than this share of their size are constants that float64 rounded."""
+"""A head whose centred norm is at most this share of its norm is constant up to float64 rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedPair:
-    """Two sets of factors, of the heads that have a test.
+    """Packed factors and images of the heads that have a test.
 
-    Parameters
-    ----------
-    f, z
-        Shape (groups, cells, width): in group g, number ``a * lanes + l`` of a row is column a of head ``g * lanes +
-        l``; the rest is zero. A head's numbers are multiplied by a power of two, so that none over- or underflows.
-    heads
-        Which of all heads these are.
-    n_columns, lanes
-        Columns a head, heads (padded to a divisor of 16) side by side.
-    sizes
-        Shape (alive,): ``||F_h|| * ||Z_h||`` of what is stored.
+    In group g, entry ``a * lanes + l`` of a row is column a of head ``heads[g * lanes + l]``; other entries are zero.
+    Each head's numbers are multiplied by a power of two, against over- and underflow. lanes: heads side by side, a
+    divisor of 16; sizes: ``||F_h|| * ||Z_h||`` of the stored numbers.
     """
 
     f: Float32[np.ndarray, "groups cells width"]
@@ -108,8 +100,8 @@ def pack(
 ) -> PackedPair:
     """Centre factors and their images over cells in float64, round them to float32 and lay them out.
 
-    Row k is cell ``order[k]``, if there is an order. Heads that are ``dead``, not finite, or whose factors do not vary
-    at all are left out.
+    Row k is cell ``order[k]``, if an order is given. Heads that are ``dead`` or not finite, and heads whose factors do
+    not vary, are left out.
     """
     moments = [_moments(values) for values in (factors, images)]
     with np.errstate(invalid="ignore"):
@@ -130,7 +122,7 @@ def _lanes(n_heads: int) -> int:
 
 
 def _steps(n_cells: int, row: int) -> tuple[int, int]:
-    """Return how many cells a block has, whatever the number of threads, and how many blocks there are."""
+    """Return the cells per block (independent of the number of threads) and the number of blocks."""
     step = max(1, _BLOCK_ENTRIES // max(1, row))
     return step, -(-n_cells // step)
 
@@ -141,13 +133,13 @@ def _blocks(n_cells: int, row: int) -> Iterator[slice]:
 
 
 def _kernels(values: Float[np.ndarray, "cells columns heads"]) -> ModuleType | None:
-    """Return the compiled kernels where they are there and know such an array."""
+    """Return the compiled kernels if numba is installed and they support such an array, else None."""
     known = values.flags.c_contiguous and values.dtype in (np.float32, np.float64) and values.size > 0
     return compiled.kernels() if known else None
 
 
 def _flat(values: Float[np.ndarray, "cells columns heads"]) -> Float[np.ndarray, "cells numbers"]:
-    # a kernel is compiled anew for arrays that can be written to
+    # numba compiles a kernel once more for writable arrays, so all are passed read-only
     flat = values.reshape(len(values), -1).view()
     flat.flags.writeable = False
     return flat
@@ -178,7 +170,7 @@ def _moments(
             summed = by_block.sum(axis=1).reshape(2, n_columns, n_heads)
             return summed[0] / n_cells, np.sqrt(summed[1].sum(axis=0))
     total, squares = np.zeros((n_columns, n_heads)), np.zeros(n_heads)
-    # what is not finite makes its head a dead one
+    # heads that are not finite are left out in ``pack``
     with np.errstate(invalid="ignore", over="ignore"):
         for rows in _blocks(n_cells, n_columns * n_heads):
             block = values[rows].astype(np.float64)
@@ -194,13 +186,13 @@ def _packed(
     norms: Float64[np.ndarray, " heads"],
     order: Int64[np.ndarray, " cells"] | None,
 ) -> tuple[Float32[np.ndarray, "groups cells width"], Float64[np.ndarray, " alive"]]:
-    """Return the rows of some heads and the norm of each; a head that is constant up to rounding is 0."""
+    """Return the packed rows of some heads and the norm of each; a head that is constant up to rounding becomes 0."""
     n_cells, n_columns, n_heads = values.shape
     lanes = _lanes(heads.size)
     n_groups = max(1, -(-heads.size // lanes))
     packed = _aligned((n_groups, n_cells, -(-n_columns * lanes // LANES) * LANES))
     squares = np.zeros(n_heads)
-    # only roughly of size 1: rounding to float32 does not see a power of two
+    # scale to about size 1; a power of two does not change the rounding to float32
     scale = np.exp2(-np.frexp(norms / np.sqrt(n_cells * n_columns))[1].astype(np.float64))
     chosen = slice(None) if heads.size == n_heads else heads
     if heads.size and (kernels := _kernels(values)) is not None:
@@ -239,7 +231,10 @@ def _packed(
 
 
 def _aligned(shape: tuple[int, ...]) -> Float32[np.ndarray, "groups cells width"]:
-    """Return room that begins at a cache line; NumPy's own large arrays lie on huge pages, which random rows need."""
+    """Return an uninitialised array that begins at a cache line.
+
+    NumPy puts large arrays on huge pages, which random access to rows needs.
+    """
     n = int(np.prod(shape))
     raw = np.empty(n + LANES, dtype=np.float32)
     first = (-raw.ctypes.data % 64) // 4
@@ -247,7 +242,7 @@ def _aligned(shape: tuple[int, ...]) -> Float32[np.ndarray, "groups cells width"
 
 
 _GRAM_CELLS_PER_PERMUTATION = 6
-"""Measured: the products of all cells cost less than gathering rows up to this many cells a permutation."""
+"""Measured: form ``"gram"`` costs less than ``"factor"`` up to this many cells per permutation."""
 _GRAM_COLUMNS = 2**17
 _TASK_PRODUCTS = 2**27
 _INLINE_PRODUCTS = 2**22
@@ -267,8 +262,8 @@ def compiled_statistics(
 ) -> None:
     """Call ``take(statistics, thresholds)`` for all permutations, range by range, in the calling thread.
 
-    In form ``"gram"`` a statistic is a float32 sum unless it lies so near its threshold that float32 cannot tell on
-    which side; then, and in form ``"factor"``, it is a sum in float64 of exact products.
+    In form ``"gram"`` a statistic is a float32 sum, unless it lies so near its threshold that float32 cannot decide
+    whether it is reached; then, and in form ``"factor"``, it is a sum in float64 of exact products.
     """
     key, n_cells = stream.key(), pair.f.shape[1]
     exactly = partial(exact_sums, kernels, pair, key)
@@ -284,7 +279,7 @@ def compiled_statistics(
         n_threads = 1
     step = max(4, min(_TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
     starts = range(0, n_permutations, step)
-    # all of them may be more than memory holds
+    # a generator: all index arrays together may not fit in memory
     tasks = (partial(exactly, np.arange(first, min(first + step, n_permutations))) for first in starts)
     compiled.in_threads(tasks, n_threads, lambda sums: take(sums, thresholds))
 
@@ -292,7 +287,7 @@ def compiled_statistics(
 def exact_sums(
     kernels: ModuleType, pair: PackedPair, key: Any, numbers: Int64[np.ndarray, " permutations"]
 ) -> Float64[np.ndarray, "permutations alive"]:
-    """Return T of the permutations with these numbers, in float64 of exact products."""
+    """Return T of the permutations with these numbers, as float64 sums of exact products."""
     out = np.empty((numbers.size, pair.f.shape[0], LANES))
     kernels.factor_sums(key, numbers, pair.f, pair.z, out)
     return pair.per_head(out)
@@ -312,8 +307,8 @@ def _gram(
     n_heads, n_cells, rows = pair.heads.size, pair.f.shape[1], kernels.ROWS
     f, z = _panels(pair, pair.f, LANES), _panels(pair, pair.z, rows)
     n_panels = z.shape[1]
-    # |float32 sum - exact sum| <= gamma ||F|| ||Z|| by Cauchy-Schwarz (Higham 2002, section 3.1); 2 roundings more than
-    # there are: for processors that round between product and sum, and for the sums in float64
+    # |float32 sum - exact sum| <= gamma ||F|| ||Z|| by Cauchy-Schwarz (Higham 2002, section 3.1); 2 extra roundings
+    # allow for processors that round between product and sum, and for the sums in float64
     roundings = (pair.n_columns + rows + 2) * _FLOAT32_UNIT
     margin = roundings / (1.0 - roundings) * pair.sizes
     orders = np.zeros((n_panels * rows, chunk), dtype=np.uint32)
@@ -353,7 +348,7 @@ def _gram_part(
 def _panels(
     pair: PackedPair, values: Float32[np.ndarray, "groups cells width"], size: int
 ) -> Float32[np.ndarray, "alive panels columns size"]:
-    """Lay cells out in panels: ``size`` cells side by side, the last ones zero."""
+    """Return the cells in panels of ``size`` cells side by side; the last panel is padded with zeros."""
     n_cells = values.shape[1]
     n_panels = -(-n_cells // size)
     panels = np.zeros((pair.heads.size, n_panels, pair.n_columns, size), dtype=np.float32)
@@ -368,7 +363,7 @@ def _panels(
 logger = logging.getLogger(__name__)
 
 _TORCH_GRAM_CELLS_PER_PERMUTATION = 16
-"""Measured: the products of all cells cost less than gathering rows up to this many cells a permutation."""
+"""Measured: form ``"gram"`` costs less than ``"factor"`` up to this many cells per permutation."""
 _DRAWN_INDICES = 2**24
 _CELLS = 1024
 
@@ -385,12 +380,7 @@ def torch_statistics(
 ) -> None:
     """Do what ``compiled_statistics`` does, in float64 on a torch device, for permutations from ``start`` on.
 
-    The next orders are drawn while the device is at work. Where its memory ends, fewer permutations are taken at once.
-
-    Raises
-    ------
-    DeviceMemoryError
-        If it has too little for a single one.
+    The next orders are drawn while the device computes. If its memory runs out, fewer permutations are taken at once.
     """
     with memory_errors_explained("one permutation of the test", device):
         _all_statistics(pair, stream, n_permutations, form=form, device=device, take=take, start=start)
@@ -427,7 +417,7 @@ def _all_statistics(
                     take(sums, thresholds)
                     first += len(own)
                 elif form == "gram":
-                    # fewer permutations would not make the products of all cells smaller
+                    # the products of all cells need the same memory for fewer permutations
                     form = "factor"
                 else:
                     chunk = (chunk + 1) // 2
@@ -455,7 +445,7 @@ def _drawn_ahead(
 def torch_factor(
     pair: PackedPair, f: Tensor, z: Tensor, orders: Int32[np.ndarray, "permutations cells"]
 ) -> Float64[np.ndarray, "permutations alive"]:
-    """Return T of some orders of the cells, from rows of F."""
+    """Return T of the given orders of the cells, from gathered rows of F."""
     n_groups, n_cells, width = f.shape
     taken = torch.from_numpy(orders).to(f.device)
     sums = torch.zeros(len(orders), n_groups, width, dtype=torch.float64, device=f.device)
@@ -487,22 +477,17 @@ def _torch_gram(
     return sums.cpu().numpy()
 
 
-"""Below this, handing work to threads costs more than it saves."""
 _FAST_PRIMES = (2, 3, 5, 7, 11, 13)
-"""Measured: with any other prime factor, a transform of more than twice the length costs less, or as much."""
+"""Measured: for a length with any other prime factor, a transform of more than twice the length costs no more."""
 
 
 def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:
-    """Return T of all circular shifts of the cells as packed: row s gives the place of cell k to cell k + s.
+    """Return T of all circular shifts of the packed cells; in row s, cell k takes the factors of cell k + s.
 
-    All of them are one circular convolution of F with Z backwards, hence two Fourier transforms per column, in float64:
-    float32 would leave hundreds of shifts undecided. A number of cells with a large prime factor has no fast transform;
-    columns are then padded with zeros, and what the longer convolution has beyond the last cell is added to its begin.
-
-    Raises
-    ------
-    DeviceMemoryError
-        If there is too little memory for the transforms of one cell's numbers.
+    The shifts are one circular convolution of F with reversed Z, hence two Fourier transforms per column, in float64:
+    float32 would leave hundreds of shifts undecided. If the number of cells has a large prime factor, there is no fast
+    transform; columns are then padded with zeros, and the part of the longer convolution beyond the last cell is added
+    to its start.
     """
     with memory_errors_explained("the transforms of the cyclic test", device):
         return _statistics(pair, device=device)
@@ -533,7 +518,7 @@ def _has_fast_transform(n_cells: int) -> bool:
 def _compiled_spectrum(
     kernels: ModuleType, pair: PackedPair, length: int
 ) -> Complex128[Tensor, "groups lanes frequencies"]:
-    """Return the transform of the statistics: a cache line of columns is turned and transformed at a time."""
+    """Return the Fourier transform of the statistics, computed from 16 columns (a cache line) at a time."""
     (n_groups, n_cells, width), lanes = pair.f.shape, pair.lanes
     n_threads = torch.get_num_threads() if n_cells * LANES > _INLINE_ENTRIES else 1
     cuts = compiled.cuts(n_cells, n_threads)
@@ -569,7 +554,7 @@ def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Te
         product: Tensor = left.mul_(right).reshape(-1, pair.lanes, length // 2 + 1).sum(dim=0)
         return product
 
-    # in lines of lanes
+    # counted in lines of ``lanes`` columns
     most = max(1, TORCH_ENTRIES // (length * pair.lanes))
     at_a_time = Shrinking(most, what="the cyclic test", unit="columns of the heads", device=device)
     for group in range(n_groups):
@@ -588,8 +573,9 @@ def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Te
 def exact_statistics(
     pair: PackedPair, stream: PermutationStream, start: int, stop: int, *, device: str
 ) -> Float64[np.ndarray, "permutations alive"]:
-    """Return T of permutations ``start`` to ``stop - 1`` in float64, in the calling thread; with numba, T of one
-    permutation is the same to the last bit whatever range it is computed with.
+    """Return T of permutations ``start`` to ``stop - 1`` in float64.
+
+    With numba it is computed in the calling thread, and T of a permutation is the same to the last bit in any range.
     """
     if (kernels := _cpu_kernels(device)) is not None:
         return exact_sums(kernels, pair, stream.key(), np.arange(start, stop))
@@ -608,7 +594,7 @@ def exact_statistics(
 
 
 def identity_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, " alive"]:
-    """Return T with all cells where they are, from the kernel of ``exact_statistics``."""
+    """Return T of the identity, from the kernel of ``exact_statistics``."""
     if (kernels := _cpu_kernels(device)) is not None:
         identity = np.array([kernels.IDENTITY])
         sums = exact_sums(kernels, pair, np.zeros(2, dtype=np.uint64), identity)

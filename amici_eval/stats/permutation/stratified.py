@@ -34,34 +34,13 @@ def stratified_draw(
     device: str = "cpu",
     n_threads: int | None = None,
 ) -> FactorDraw:
-    """Pack factors once and return what gives the statistics of any range of permutations within strata.
+    """Pack factors once and return a callable for the statistics of any range of permutations within strata.
 
-    Null: the rows of a head's prediction are shuffled among the cells of one type in one stratum, in all strata
-    independently. This is exchangeable when, given type and stratum, a cell's expression is independent of its
-    neighbourhood and the cells of a stratum are alike: strata narrower than tissue is smooth, and one sample each.
-
-    Parameters
-    ----------
-    factors, images
-        F and Z as for ``factor_exceedances``, shape (cells, columns, heads); cells in canonical order.
-    strata
-        Number of each cell's stratum, shape (cells,).
-    labels
-        Label of each stratum, by number: a permutation is a function of (seed, cell type, label, its own number).
-    seed, cell_type
-        As for ``PermutationStream``.
-    dead, device, n_threads
-        As for ``factor_exceedances``. A head whose factors vary in no stratum is left out, too.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, there are fewer than three cells, a stratum has no label or two have the same.
-
-    Notes
-    -----
-    T adds over strata, each centred by itself: this takes from T a constant that permutations within strata leave
-    alone, so that the mean of T over them is 0. A stratum of one cell is then 0. How strata are numbered has no effect.
+    Null: rows of a head's prediction are shuffled among the cells of one type in each stratum. Exchangeable if, given
+    type and stratum, expression is independent of the neighbourhood and the cells of a stratum are alike: strata lie in
+    one sample each and are narrower than the scale at which tissue varies. T adds over strata, each centred by itself,
+    so that its mean over permutations is 0. Permutations depend on (seed, cell type, stratum label, number), not on how
+    strata are numbered; a head whose factors vary in no stratum is dead.
     """
     n_cells, _, n_heads = factors.shape
     check_factors(factors, images, n_permuted=n_cells, dead=dead, n_threads=n_threads)
@@ -108,8 +87,8 @@ def stratified_exceedances(
 ) -> PermutationCounts:
     """Count the permutations within strata under which a head fits expression at least as well as in truth.
 
-    Parameters, null and errors are those of ``stratified_draw``; permutations are 0 to ``n_permutations - 1``, and
-    ``progress`` is called with the number of (head, permutation) pairs finished since the last call.
+    Null and arguments are those of ``stratified_draw``; ``progress`` gets the number of (head, permutation) pairs
+    finished since the last call.
     """
     draw = stratified_draw(
         factors,
@@ -132,7 +111,7 @@ def stratified_exceedances(
 
 
 def _finite(values: Float[np.ndarray, "cells columns heads"]) -> Bool[np.ndarray, " heads"]:
-    """Return whether a head's numbers, and the sum of their squares, are finite."""
+    """Return whether the sum of squares of a head's numbers is finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         finite: Bool[np.ndarray, " heads"] = np.isfinite(np.einsum("iah,iah->h", values, values, dtype=np.float64))
     return finite

@@ -16,25 +16,26 @@ if TYPE_CHECKING:
 __all__ = ["TailFit", "tail_p_values"]
 
 MIN_PERMUTATIONS = 500
-"""Fewer have no tail to fit."""
+"""With fewer permutations no tail is fitted."""
 MAX_EXCEEDANCES = 10
-"""From as many exceedances on, counting is as good as a fit."""
+"""From this many exceedances on, counting is as good as a fit."""
 _EXCESSES = 250
 _SHARE = 12
-"""At most one statistic in so many is of the tail: measured with normal statistics, p is too small with more."""
+"""At most one statistic in this many belongs to the tail: with more, p of normal statistics was too small."""
 _FEWEST_EXCESSES = 30
 _FEWER = 10
 _LEAST_SHAPE, _LARGEST_SHAPE = -0.5, 1.0
 _SHAPE_SD = 0.2
-"""Shapes are taken to lie around 0 by about this: sums over cells have tails between those of normal and gamma."""
+"""Standard deviation of the shape around 0 in the penalty: tails of sums lie between normal and gamma."""
 _LARGEST_RATE = 20.0
 _NO_RATE = 1e-9
-"""Below this, per mean excess, the fit is an exponential distribution."""
+"""Below this absolute rate, per mean excess, the fit is an exponential distribution."""
 _LEAST_ROOM = 0.01
 _TABLE_SHAPES = np.linspace(-0.5, 0.5, 11)
 _CRITICAL = np.array([1.321, 1.221, 1.140, 1.074, 1.020, 0.974, 0.935, 0.903, 0.874, 0.852, 0.830])
-"""A^2 exceeds this with a probability of 5 % if the tail has such an (estimated) shape: Choulakian & Stephens (2001);
-simulations of the fit without its penalty gave the same within a tenth.
+"""5 % critical values of A^2 per estimated shape: Choulakian & Stephens (2001), Technometrics 43:478-484.
+
+Simulations of the fit without its penalty gave the same within a tenth.
 """
 
 
@@ -42,21 +43,9 @@ simulations of the fit without its penalty gave the same within a tenth.
 class TailFit:
     """A p-value from the generalised Pareto distribution fitted to the largest statistics of the permutations.
 
-    Parameters
-    ----------
-    p
-        Estimate of the p-value, in (0, 1].
-    shape, scale
-        Of the fitted distribution of what permutations exceed the threshold by; the support is bounded where the shape
-        is negative. NaN without a fit.
-    threshold
-        Where the fitted tail begins. NaN without a fit.
-    n_excesses
-        Number of permutations above the threshold that were fitted; 0 without a fit.
-    fits
-        Whether ``p`` comes from the fit. If not, it is (b+1)/(m+1).
-    reason
-        Why there is no fit; empty where there is.
+    shape, scale: of the excesses over the threshold, a negative shape bounds the support; n_excesses: how many were
+    fitted. Without a fit (``fits`` is False) p is (b+1)/(m+1), these are NaN or 0, and reason says why; else it is
+    empty.
     """
 
     p: float
@@ -71,48 +60,13 @@ class TailFit:
 def tail_p_values(
     observed: float, permuted: Float64[np.ndarray, " permutations"], *, tolerance: float = 0.0
 ) -> TailFit:
-    """Estimate a p-value smaller than the permutations can count, from the shape of their tail.
+    """Estimate a p-value smaller than the permutations can count, from a fit of their tail: neither exact nor a bound.
 
-    Null: that of the permutations. The estimate extrapolates: it is no exact p-value, and no bound of one.
-
-    Parameters
-    ----------
-    observed
-        The statistic of the data.
-    permuted
-        The statistics of random permutations, shape (permutations,).
-    tolerance
-        A permutation that falls short of the observation by at most this is an exceedance.
-
-    Returns
-    -------
-    TailFit
-        With 10 exceedances or more, fewer than 500 permutations, or a tail that no fit describes, ``p`` is (b+1)/(m+1).
-
-    Raises
-    ------
-    ValueError
-        If a statistic is not finite or there is none.
-
-    Notes
-    -----
-    Excesses over the threshold are fitted by penalised maximum likelihood: the 250 largest statistics, or a twelfth of
-    all; as long as the Anderson-Darling test rejects the fit at 5 %, 10 fewer (Knijnenburg et al. 2009), down to 30.
-    Unlike there, the support must reach beyond the observation, so that p is never 0 (as permApprox does): by as much
-    as the largest statistic of the permutations exceeds their tenth. The shape is penalised as if it were drawn around
-    0 with a standard deviation of .2 (the statistic is a sum over cells, so its tail is nearly that of a normal
-    distribution), and is at least -1/2, where the likelihood is regular, and at most 1.
-
-    Measured at p = 1e-4 with 2,000 permutations: medians of .7 (normal, exponential, gamma) to 1.6 (beta(5, 5)) times
-    the truth and half of the estimates within .2 to 3 times, but one in twenty of the exponential under a hundredth of
-    it. Heavy tails get too small a p (t with 5 degrees of freedom: median .4), abrupt ends too large a one (beta(2, 2):
-    median 7; the uniform mostly has no fit).
-
-    References
-    ----------
-    Knijnenburg, Wessels, Reinders & Shmulevich (2009), Fewer permutations, more accurate P-values, Bioinformatics
-    25:i161-i168. Grimshaw (1993), Technometrics 35:185-191, for the likelihood in one parameter. Choulakian & Stephens
-    (2001), Technometrics 43:478-484, for the test of fit.
+    Penalised maximum likelihood (Grimshaw 1993) of the 250 largest statistics, at most a twelfth of all, and 10 fewer
+    while the Anderson-Darling test rejects at 5 % (Knijnenburg et al. 2009). Unlike there, the support reaches beyond
+    the observation, so that p > 0, as in permApprox; below shape -1/2 the likelihood is not regular. Measured at p =
+    1e-4 with 2,000 permutations: median .7 to 1.6 times the truth (normal, exponential, gamma, beta(5, 5)), t5 .4,
+    beta(2, 2) 7 times; one in twenty of the exponential under .01 times.
     """
     values = np.asarray(permuted, dtype=np.float64)
     m = values.size
@@ -129,7 +83,7 @@ def tail_p_values(
         threshold = float(largest[n_excesses - 1] + largest[n_excesses]) / 2.0
         excesses = largest[:n_excesses] - threshold
         reach = observed - threshold
-        # tied statistics at the threshold leave nothing to fit
+        # statistics tied at the threshold cannot be fitted
         if not excesses[-1] > 0.0 or not reach > 0.0:
             continue
         unit = float(excesses.mean())
@@ -163,10 +117,11 @@ def _counted(exceedances: int, m: int, reason: str) -> TailFit:
 
 def _rate(excesses: Float64[np.ndarray, " excesses"], reach: float) -> float:
     """Return shape / scale of the likeliest fit whose support reaches beyond the observation."""
-    # statistics lie further apart the further away the edge is; the tenth: MAX_EXCEEDANCES would be counted
+    # the edge lies beyond the observation by the gap from the largest to the MAX_EXCEEDANCES-th statistic: gaps grow
+    # with the distance of the edge
     room = max(float(excesses[0] - excesses[MAX_EXCEEDANCES - 1]), _LEAST_ROOM * reach)
     lowest = -1.0 / (max(float(excesses[0]), reach) + room)
-    # the likelihood may have a second, lower peak: look everywhere first
+    # the likelihood may have a second, lower peak: search a grid first
     rates = np.concatenate([np.linspace(lowest, 0.0, 30), np.geomspace(1e-3, _LARGEST_RATE, 20)])
     losses = _losses(rates, excesses)
     best = int(np.argmin(losses))
@@ -186,7 +141,7 @@ def _shape(excesses: Float64[np.ndarray, " excesses"], rate: float) -> float:
 
 
 def _shapes(mean_logs: Float64[np.ndarray, " rates"], n_excesses: int) -> Float64[np.ndarray, " rates"]:
-    """Return where shape + shape^3 / weight = mean of logarithms, the derivative of the loss: Newton's method."""
+    """Return the roots of shape + shape^3 / weight = mean of logarithms (loss minimum), by Newton's method."""
     weight = _SHAPE_SD**2 * n_excesses
     target = np.clip(mean_logs, -5.0, 5.0)
     shapes = np.clip(target, _LEAST_SHAPE, _LARGEST_SHAPE)
@@ -231,7 +186,7 @@ def _log_survival(
 
 
 def _anderson_darling(excesses: Float64[np.ndarray, " excesses"], rate: float, shape: float) -> float:
-    """Return A^2 of excesses, the largest first."""
+    """Return the Anderson-Darling A^2 of excesses sorted from the largest to the smallest."""
     n = excesses.size
     above = _log_survival(excesses, rate, shape)
     below = np.log(-np.expm1(above[::-1]))
