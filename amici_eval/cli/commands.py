@@ -27,14 +27,13 @@ from amici_eval.cli.terminal import (
     guarded_streams,
     quiet_matplotlib,
 )
-from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, mask_secrets
+from amici_eval.common.errors import AmiciEvalError, InvalidSpecError
+from amici_eval.common.text import mask_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from omegaconf import DictConfig
-
-__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 

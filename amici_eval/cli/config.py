@@ -45,22 +45,6 @@ if TYPE_CHECKING:
 
     from hydra.plugins.config_source import ConfigResult
 
-__all__ = [
-    "SCHEMAS",
-    "check_override",
-    "comparison_spec",
-    "data_uri",
-    "evaluation_spec",
-    "gate_spec",
-    "hydra_override",
-    "keep_texts_of_files",
-    "launch_spec",
-    "register_schemas",
-    "report_spec",
-    "resolved_yaml",
-    "tracking_spec",
-]
-
 # Hydra knows Optional, List and Dict only
 # ruff: noqa: UP006, UP035, UP045
 
@@ -344,6 +328,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra replaces a
     command: ClassVar[str] = "evaluate"
 
     def load_config(self, config_path: str) -> ConfigResult:
+        """Return what Hydra reads, with values as they are written."""
         found = super().load_config(config_path)
         if isinstance(found.config, DictConfig) and not config_path.startswith("hydra/"):
             path = Path(self.path, self._normalize_file_name(config_path))

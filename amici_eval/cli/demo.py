@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.evaluation import TrackingSpec
 
-__all__ = ["MODEL_NAME", "planted_table", "run_demo"]
-
 MODEL_NAME = EXPERIMENT = "amici-demo"
 HELD_OUT_REGION = "left_strip"
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from amici_eval.settings.commands import Setting
 
-__all__ = ["HELP", "help_of", "reference"]
-
 HELP = """\
 amici-eval: which attention heads of a trained AMICI model carry cell-cell communication signal, and how sure is that
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from amici_eval.common.errors import InvalidSpecError
 
-__all__ = ["project_overrides", "written_out"]
-
 _PROJECT_KEYS = {
     "data": "data.uri",
     "device": "ablation.device",

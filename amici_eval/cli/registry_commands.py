@@ -14,15 +14,12 @@ from amici_eval.cli.config import (
     tracking_spec,
 )
 from amici_eval.cli.terminal import Reporter, append_for_ci, pause
-from amici_eval.common.errors import mask_secrets
-from amici_eval.common.text import markdown
+from amici_eval.common.text import markdown, mask_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from omegaconf import DictConfig
-
-__all__ = ["run_gate", "run_rollback", "run_watch"]
 
 _BAD, _REFUSED, _UNDECIDED = 2, 3, 4
 _AGAIN = 3

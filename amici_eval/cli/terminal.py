@@ -21,20 +21,6 @@ from amici_eval.common.text import mask_secrets, printable, terminal_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "Reporter",
-    "TerminatedError",
-    "append_for_ci",
-    "catch_signals",
-    "check_temporary_folder",
-    "cleaned",
-    "forget_signals",
-    "guard_logs",
-    "guarded_streams",
-    "pause",
-    "quiet_matplotlib",
-]
-
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0

@@ -4,23 +4,6 @@ from __future__ import annotations
 
 from amici_eval.common.text import mask_secrets
 
-__all__ = [
-    "AmiciEvalError",
-    "DataError",
-    "DeviceError",
-    "DeviceMemoryError",
-    "InvalidSpecError",
-    "LaunchError",
-    "LeaseHeldError",
-    "ModelFormatError",
-    "ModelNotFoundError",
-    "OutputError",
-    "TrackingError",
-    "UnsafePickleError",
-    "first_line",
-    "mask_secrets",
-]
-
 
 class AmiciEvalError(Exception):
     """Base of all errors that a user of amici_eval can mend.

@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-__all__ = [
-    "PARTIAL_SUFFIX",
-    "DamagedPackError",
-    "FolderLock",
-    "is_disk_full",
-    "read_pack",
-    "write_durably",
-    "write_pack",
-    "write_text_durably",
-]
-
 logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"

@@ -17,16 +17,6 @@ from amici_eval.common.errors import DeviceMemoryError, first_line
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "Shrinking",
-    "available_memory",
-    "free_bytes",
-    "is_out_of_memory",
-    "memory_errors_explained",
-    "release",
-    "unless_memory_ends",
-]
-
 # assumed to be free if the system does not tell
 _UNKNOWN_BYTES = 2**31
 _OWN_GROUPS = Path("/proc/self/cgroup")

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from jaxtyping import UInt32, UInt64
     from numpy import ndarray
 
-__all__ = ["Fingerprints", "ModelCard", "TrainingData"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Fingerprints:

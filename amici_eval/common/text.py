@@ -17,25 +17,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = [
-    "MASK",
-    "code_block",
-    "csv_text",
-    "from_csv_text",
-    "is_secret_name",
-    "literal",
-    "markdown",
-    "markup",
-    "mask_mapping",
-    "mask_secrets",
-    "masked",
-    "meant_by",
-    "printable",
-    "slugify",
-    "terminal_text",
-    "xml_text",
-]
-
 # control characters (terminals obey them), line separators, marks that turn the direction of writing or are not seen,
 # lone surrogates and non-characters, which XML and UTF-8 cannot hold
 _UNPRINTABLE = re.compile(

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from types import ModuleType
 
-__all__ = ["compiled", "cuts", "in_threads", "kernels", "numba_if_usable", "run_on_single_threads", "run_side_by_side"]
-
 logger = logging.getLogger(__name__)
 
 _SPOILT = (

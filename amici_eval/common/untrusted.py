@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import IO
 
-__all__ = [
-    "check_is_plain_file",
-    "check_names",
-    "load_json",
-    "load_npz",
-    "odd_character",
-    "parse_json",
-    "read_plain_file",
-]
-
 # control characters (C0, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates, lone
 # surrogates: what makes a name read as another one, or breaks a terminal or an encoding
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

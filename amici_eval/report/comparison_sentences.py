@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.common.text import printable
 from amici_eval.report.figures.comparison_figures import counted_changes, few_tiles
-from amici_eval.report.sentences import effect, interval, printable
+from amici_eval.report.sentences import effect, interval
 
 if TYPE_CHECKING:
     from amici_eval.results.comparison import HeadComparison
-
-__all__ = ["VERDICTS", "comparison_sentences"]
 
 VERDICTS = ("better", "worse", "same", "undecided")
 

@@ -13,8 +13,6 @@ from amici_eval.report.sentences import rounded
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["cell", "cells_text", "folded", "row", "section", "table", "text", "yes_no"]
-
 _MOST_ROWS_AT_ONCE = 30
 
 

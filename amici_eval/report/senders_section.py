@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.common.text import printable
 from amici_eval.report.markup import cell, row, section, table
-from amici_eval.report.sentences import adjustment_text, effect, in_sample_text, interval, p_text, printable, rounded
+from amici_eval.report.sentences import adjustment_text, effect, in_sample_text, interval, p_text, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
 
     from amici_eval.results.evaluation import HeadEvaluation
-
-__all__ = ["senders_section", "sure_links"]
 
 _MOST_ROWS = 30
 

@@ -15,30 +15,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation, Undefined
 
-__all__ = [
-    "BASELINE_MEANINGS",
-    "BASELINE_NAMES",
-    "VALIDITY",
-    "VALIDITY_SHORT",
-    "WHY_THIS_ORDER",
-    "adjustment_text",
-    "effect",
-    "engine_sentence",
-    "in_sample_text",
-    "interval",
-    "made_folder",
-    "p_text",
-    "permutations_text",
-    "permutations_used",
-    "printable",
-    "rounded",
-    "samplings",
-    "span",
-    "type_reasons",
-    "undefined_sentences",
-    "unwritable",
-]
-
 VALIDITY = {
     "free": (
         "The free null shuffles the cells of a type freely, as if they were exchangeable. In spatially autocorrelated "

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
 
-__all__ = ["SIGNIFICANCE_SCHEMA_VERSION", "write_significance"]
-
 SIGNIFICANCE_SCHEMA_VERSION = 3
 _SAMPLINGS = ("independent", "cyclic", "sequential", "gpd", "moments", "none")
 

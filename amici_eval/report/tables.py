@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from amici_eval.common.text import csv_text, from_csv_text, slugify
+from amici_eval.common.text import csv_text, from_csv_text, printable, slugify
 from amici_eval.report.page.headline import best_heads, effect_sentences, held_out_sentences, outcome_sentences
 from amici_eval.report.sentences import (
     WHY_THIS_ORDER,
@@ -19,7 +19,6 @@ from amici_eval.report.sentences import (
     interval,
     made_folder,
     p_text,
-    printable,
     undefined_sentences,
     unwritable,
 )
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.evaluation import HeadEvaluation
-
-__all__ = ["read_csv", "summary_lines", "write_comparison_tables", "write_csv", "write_tables"]
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

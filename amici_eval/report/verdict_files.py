@@ -15,16 +15,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.verdict import RuleResult, Verdict
 
-__all__ = [
-    "verdict_junit",
-    "verdict_lines",
-    "verdict_markdown",
-    "verdict_section",
-    "verdict_sentence",
-    "write_verdict",
-    "write_verdict_page",
-]
-
 _WORDS = {"pass": "passes", "fail": "is refused", "undecided": "is undecided"}
 
 

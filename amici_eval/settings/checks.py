@@ -7,8 +7,6 @@ import re
 
 from amici_eval.common.errors import InvalidSpecError
 
-__all__ = ["bytes_of", "check_alias", "require_int", "require_one_of"]
-
 _ALIAS = re.compile(r"(?!(latest|v\d+)\Z)[\w-]{1,255}", re.IGNORECASE)
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)

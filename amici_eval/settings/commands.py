@@ -22,8 +22,6 @@ from amici_eval.settings.launch import LaunchSpec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["COMMANDS", "Setting", "sentence_of", "settings_of"]
-
 _TYPED = {"None": "null", "True": "true", "False": "false"}
 _LEFT_OUT = {GateSpec: {"left_out"}, TrackingSpec: {"resume"}}
 

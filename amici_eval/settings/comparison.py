@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from amici_eval.common.errors import InvalidSpecError
 
-__all__ = ["ComparisonSpec"]
-
 _CELLS = ("auto", "held_out", "all")
 
 

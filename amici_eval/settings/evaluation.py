@@ -21,20 +21,6 @@ from amici_eval.settings.checks import bytes_of, require_int, require_one_of
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = [
-    "AblationSpec",
-    "DataSpec",
-    "EvaluationSpec",
-    "PermutationSpec",
-    "ReportSpec",
-    "SubsetSpec",
-    "TrackingSpec",
-    "TrainedOnSpec",
-    "default_n_permutations",
-    "spec_from_mapping",
-    "spec_of",
-]
-
 SAMPLINGS = ("independent", "cyclic")
 NULLS = ("free",)
 SPATIAL_NULLS = ("lag", "tile", "sample", "torus", "none")

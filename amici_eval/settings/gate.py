@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from amici_eval.settings.comparison import ComparisonSpec
     from amici_eval.settings.evaluation import EvaluationSpec
 
-__all__ = ["KINDS", "GateSpec", "Rule", "gate_key", "gate_spec_from"]
-
 _LIMITS = frozenset({"at_least", "at_most"})
 _ELEMENTS = frozenset({"types", "min_cells", "need"})
 KINDS: Mapping[str, frozenset[str]] = {

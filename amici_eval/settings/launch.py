@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from amici_eval.common.errors import DeviceError, InvalidSpecError
 from amici_eval.settings.checks import require_int, require_one_of
 
-__all__ = ["LaunchSpec"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSpec:

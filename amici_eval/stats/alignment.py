@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from amici_eval.stats.head_products import HeadContributions
 
 
-__all__ = [
-    "MIN_BLOCKS",
-    "HeadMatching",
-    "assign_heads",
-    "match_heads",
-]
-
 MIN_BLOCKS = 6
 """Signs of fewer blocks have too few patterns to reach a small p."""
 

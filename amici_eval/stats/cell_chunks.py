@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.tiles.sums import Block
 
-__all__ = ["CHUNK_CELLS", "in_chunks", "one_thread", "over_blocks", "over_cells", "to_float64", "to_tensor"]
-
 CHUNK_CELLS = 512
 """Cells that a thread works on at a time: about 8 MB of working memory at 8 heads of 32 numbers."""
 

@@ -10,8 +10,6 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64
 
-__all__ = ["MIN_CELLS_EXPLAINED_VARIANCE", "ExplainedVariance", "explained_variance"]
-
 MIN_CELLS_EXPLAINED_VARIANCE = 2
 """A variance over cells needs two of them."""
 

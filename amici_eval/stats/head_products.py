@@ -10,17 +10,6 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
-__all__ = [
-    "HeadContributions",
-    "HeadProducts",
-    "attention_divergence",
-    "contracted",
-    "head_products",
-    "linear_cka",
-    "product_scale",
-    "profile_cosine",
-]
-
 
 def product_scale(
     size: Float64[np.ndarray, " heads"], other: Float64[np.ndarray, " others"]

@@ -11,8 +11,6 @@ from scipy.stats import beta, false_discovery_control
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-__all__ = ["PValues", "adjust_p_values", "exact", "max_t_p_values", "p_values", "sequential_p_values"]
-
 
 @dataclass(frozen=True)
 class PValues:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Float64, Int64
 
-__all__ = ["Readout"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Readout:

@@ -12,19 +12,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Float64, Int64
 
-__all__ = [
-    "PENALTIES",
-    "CosineBasis",
-    "PenaltyChoice",
-    "RidgeFit",
-    "RidgeMoments",
-    "RidgeSums",
-    "choose_penalty",
-    "fit_ridge",
-    "merge_moments",
-    "ridge_explained_variance",
-]
-
 _FUNCTIONS, _FUNCTIONS_IN_ALL, _CELLS_PER_FUNCTION = 64, 512, 10
 
 

@@ -16,13 +16,11 @@ from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
-from amici_eval.common.errors import mask_secrets
+from amici_eval.common.text import mask_secrets
 from amici_eval.tracking.store.fetching import NAMED, as_local_path, fetch
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-__all__ = ["AnnDataDataset", "AnnDataEvaluationDataset", "AnnDataSource", "from_anndata"]
 
 
 class AnnDataSource(DatasetSource):

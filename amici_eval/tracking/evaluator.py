@@ -15,8 +15,6 @@ from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatErr
 from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
 from amici_eval.tracking.stored_model import FLAVOR_NAME
 
-__all__ = ["AMICIEvaluator", "settings_from_config"]
-
 _SHORTHANDS = {
     "alpha": "permutation.alpha",
     "device": "ablation.device",

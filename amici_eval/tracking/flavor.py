@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.errors import DataError, InvalidSpecError, mask_secrets
+from amici_eval.common.errors import DataError, InvalidSpecError
+from amici_eval.common.text import mask_secrets
 from amici_eval.tracking.stored_model import FLAVOR_NAME, open_stored_model
 
 if TYPE_CHECKING:

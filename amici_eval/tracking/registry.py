@@ -15,14 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from amici_eval.common.errors import (
-    DataError,
-    InvalidSpecError,
-    ModelNotFoundError,
-    TrackingError,
-    first_line,
-    mask_secrets,
-)
+from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError, first_line
+from amici_eval.common.text import mask_secrets
 from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, close_abandoned
 from amici_eval.tracking.store.errors import (
     asked_again,
@@ -37,18 +31,6 @@ from amici_eval.tracking.store.searching import all_pages, version_numbers
 if TYPE_CHECKING:
     from amici_eval.settings.evaluation import TrackingSpec
     from amici_eval.tracking.stored_model import StoredModel
-
-__all__ = [
-    "RegistryTags",
-    "ResolvedModel",
-    "check_model_name",
-    "connect",
-    "connect_to",
-    "find_dataset",
-    "keep_artifacts_in",
-    "known_model_id",
-    "resolve_model",
-]
 
 
 def _client() -> Any:

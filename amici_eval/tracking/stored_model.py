@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from amici_eval.model.checkpoint import TrainedAMICI
 
-__all__ = ["FLAVOR_NAME", "StoredModel", "open_stored_model"]
-
 FLAVOR_NAME = "amici"
 _MOST_BYTES = 2**20
 _DEEPEST = 64

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 
-from amici_eval.common.errors import first_line, mask_secrets
+from amici_eval.common.errors import first_line
+from amici_eval.common.text import mask_secrets
 from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, Heartbeat, mark_whole, start_run
 from amici_eval.tracking.store.errors import patiently
 from amici_eval.tracking.store.searching import all_pages
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-__all__ = ["ParentRun", "close_parent"]
 
 logger = logging.getLogger(__name__)
 

@@ -33,19 +33,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int64
     from mlflow.entities import Metric
 
-__all__ = [
-    "CELLS",
-    "HeadEvaluationCallback",
-    "ModelInTraining",
-    "OncePerMessage",
-    "RunInTraining",
-    "Split",
-    "TrainingCells",
-    "cells_to_evaluate",
-    "generators_untouched",
-    "split_of",
-]
-
 CELLS = ("validation", "train", "all")
 _STRATUM = "train_heads"
 

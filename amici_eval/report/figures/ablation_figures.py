@@ -9,17 +9,8 @@ import matplotlib
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.common.text import slugify
-from amici_eval.report.figures.drawing import (
-    INK,
-    UNDEFINED,
-    add_caption,
-    add_marks,
-    chosen_types,
-    drawn_label,
-    literal,
-    opened,
-)
+from amici_eval.common.text import literal, slugify
+from amici_eval.report.figures.drawing import INK, UNDEFINED, add_caption, add_marks, chosen_types, drawn_label, opened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,16 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
 
     from amici_eval.results.evaluation import HeadAblations, HeadEvaluation
-
-__all__ = [
-    "ABLATIONS_STEM",
-    "INTERACTIONS_STEM",
-    "ablations_size",
-    "has_interactions",
-    "interactions_size",
-    "plot_ablations",
-    "plot_interactions",
-]
 
 ABLATIONS_STEM = "ablations"
 INTERACTIONS_STEM = "head_interactions"

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
+from amici_eval.common.text import literal
 from amici_eval.report.figures.drawing import (
     INK,
     MUTED,
@@ -20,7 +21,6 @@ from amici_eval.report.figures.drawing import (
     drawn_label,
     forest_size,
     largest,
-    literal,
     new_axes,
 )
 from amici_eval.report.figures.saving import FORMATS, save_drawings
@@ -36,19 +36,6 @@ if TYPE_CHECKING:
 
     from amici_eval.report.figures.saving import Drawing
     from amici_eval.results.comparison import HeadComparison
-
-__all__ = [
-    "counted_changes",
-    "few_tiles",
-    "plot_differences",
-    "plot_lineage",
-    "plot_sender_differences",
-    "plot_similarity",
-    "plot_versions",
-    "save_comparison_figures",
-    "sender_changes_section",
-    "sender_differences_size",
-]
 
 _MOST_ROWS = 30
 

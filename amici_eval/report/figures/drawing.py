@@ -26,27 +26,6 @@ if TYPE_CHECKING:
     Color = str | tuple[float, float, float]
     Palette = str | Sequence[Color] | Mapping[str, Color]
 
-__all__ = [
-    "INK",
-    "MOST_ROWS",
-    "MUTED",
-    "UNDEFINED",
-    "Canvas",
-    "ForestRow",
-    "add_caption",
-    "add_legend",
-    "add_marks",
-    "chosen_types",
-    "draw_forest",
-    "drawn_label",
-    "forest_size",
-    "largest",
-    "literal",
-    "new_axes",
-    "opened",
-    "type_colours",
-]
-
 INK, MUTED, UNDEFINED = "#222222", "#666666", "#d9d9d9"
 _LONGEST_LABEL = 48
 

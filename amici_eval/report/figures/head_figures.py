@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from amici_eval.common.errors import DataError, InvalidSpecError
-from amici_eval.common.text import slugify
+from amici_eval.common.text import literal, slugify
 from amici_eval.report.figures.drawing import (
     INK,
     MUTED,
@@ -22,7 +22,6 @@ from amici_eval.report.figures.drawing import (
     add_marks,
     chosen_types,
     drawn_label,
-    literal,
     new_axes,
     opened,
     type_colours,
@@ -38,22 +37,6 @@ if TYPE_CHECKING:
 
     from amici_eval.report.figures.drawing import Palette
     from amici_eval.results.evaluation import HeadEvaluation
-
-__all__ = [
-    "BARPLOT_STEM",
-    "EFFECTS_STEM",
-    "barplot_size",
-    "check_n_top_genes",
-    "effects_size",
-    "has_effects",
-    "heatmap_size",
-    "heatmap_stem",
-    "plot_barplot",
-    "plot_effects",
-    "plot_heatmap",
-    "significance_note",
-    "top_genes",
-]
 
 BARPLOT_STEM = "expl_variance_barplot_per_head"
 

@@ -56,8 +56,6 @@ if TYPE_CHECKING:
 
     Drawing = tuple[str, tuple[float, float], Callable[[Axes], object]]
 
-__all__ = ["FORMATS", "save_drawings", "save_figures"]
-
 FORMATS = ("png", "svg")
 
 _DPI, _MARGIN_INCHES = 150, 0.12

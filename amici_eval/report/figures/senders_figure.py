@@ -11,16 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from amici_eval.common.errors import DataError
-from amici_eval.report.figures.drawing import (
-    INK,
-    MUTED,
-    UNDEFINED,
-    add_caption,
-    chosen_types,
-    drawn_label,
-    literal,
-    new_axes,
-)
+from amici_eval.common.text import literal
+from amici_eval.report.figures.drawing import INK, MUTED, UNDEFINED, add_caption, chosen_types, drawn_label, new_axes
 from amici_eval.report.senders_section import sure_links
 from amici_eval.report.sentences import effect, in_sample_text
 
@@ -32,16 +24,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.results.senders import Senders
-
-__all__ = [
-    "SENDERS_STEM",
-    "SENDER_GRAPH_STEM",
-    "graph_size",
-    "has_senders",
-    "plot_sender_graph",
-    "plot_senders",
-    "senders_size",
-]
 
 SENDERS_STEM, SENDER_GRAPH_STEM = "senders", "sender_graph"
 MOST_ARROWS = 30

@@ -10,8 +10,6 @@ from xml.etree import ElementTree
 from amici_eval.common.errors import DataError
 from amici_eval.common.text import markup, printable
 
-__all__ = ["inline_figure"]
-
 _URL = re.compile(r"url\(\s*#")
 _URL_ID = re.compile(r"url\(\s*#([^)\s]+)")
 _MATPLOTLIB_STYLE = "stroke-linejoin:round;stroke-linecap:butt"

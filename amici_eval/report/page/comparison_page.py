@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.common.text import printable
 from amici_eval.report.comparison_sentences import comparison_sentences
 from amici_eval.report.figures.comparison_figures import sender_changes_section
 from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, row, section, table, text
 from amici_eval.report.page.frame import write_page
-from amici_eval.report.sentences import effect, interval, made_folder, p_text, printable
+from amici_eval.report.sentences import effect, interval, made_folder, p_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.matches import HeadDifferences, HeadMatches
     from amici_eval.results.senders import SenderDifferences
-
-__all__ = ["write_comparison_html"]
 
 _MOST_GENES = 30
 _HOW_TO_READ = (

@@ -14,8 +14,6 @@ from amici_eval.report.sentences import unwritable
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["write_page"]
-
 _SECTION = re.compile(r'<section id="([^"]+)"><h2>(.*?)</h2>')
 _FEWEST_LISTED = 3
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.common.text import printable
 from amici_eval.report.sentences import (
     BASELINE_NAMES,
     VALIDITY,
@@ -15,7 +16,6 @@ from amici_eval.report.sentences import (
     interval,
     permutations_text,
     permutations_used,
-    printable,
     rounded,
     samplings,
     span,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.results.inference import SpatialTests
-
-__all__ = ["best_heads", "effect_sentences", "held_out_sentences", "outcome_sentences", "spatial_sentences"]
 
 
 def best_heads(evaluation: HeadEvaluation) -> pd.DataFrame:

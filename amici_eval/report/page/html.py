@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.common.text import mask_mapping, masked, slugify
+from amici_eval.common.text import mask_mapping, masked, printable, slugify
 from amici_eval.report.figures.svg import inline_figure
 from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
 from amici_eval.report.page.frame import write_page
@@ -36,7 +36,6 @@ from amici_eval.report.sentences import (
     made_folder,
     p_text,
     permutations_text,
-    printable,
     undefined_sentences,
 )
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from amici_eval.results.evaluation import HeadEvaluation
-
-__all__ = ["identity_line", "plain", "provenance_section", "write_html"]
 
 _PACKAGES = ("amici-eval", "amici-st", "torch", "numpy", "scipy", "numba", "mlflow")
 _LONGEST_IN_LINE = 80

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval.common.text import printable
 from amici_eval.report.markup import cell, cells_text, folded, row, section, table, text, yes_no
 from amici_eval.report.sentences import (
     BASELINE_MEANINGS,
@@ -15,7 +16,6 @@ from amici_eval.report.sentences import (
     in_sample_text,
     interval,
     p_text,
-    printable,
     rounded,
     span,
 )
@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.results.evaluation import HeadEvaluation
-
-__all__ = [
-    "ablations_section",
-    "genes_section",
-    "head_sections",
-    "held_out_section",
-    "scale_section",
-    "verdict_sentence",
-    "width_section",
-    "without_heads_section",
-]
 
 _N_GENES = 5
 _MOST_OPEN_ROWS = 30

@@ -20,22 +20,6 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.readout import Readout
 
-__all__ = [
-    "ABLATION_MODES",
-    "DEFAULT_RESAMPLES",
-    "DEFAULT_SAMPLED_ORDERS",
-    "MAX_EXACT_HEADS",
-    "ShapleyValues",
-    "TypeAblations",
-    "ablate",
-    "all_coalitions",
-    "antithetic_orders",
-    "interaction_index",
-    "order_coalitions",
-    "sampled_shapley_values",
-    "shapley_values",
-]
-
 MAX_EXACT_HEADS = 12
 """Up to here all coalitions (4,096) are evaluated; above, orders of the heads are sampled."""
 

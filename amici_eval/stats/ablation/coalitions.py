@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.readout import Readout
 
-__all__ = ["CoalitionMoments", "check_inputs", "coalition_moments", "coalition_values", "pair_mask"]
-
 _COALITION_BLOCK = 512
 """Coalitions that are worked on at a time within a chunk of cells."""
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from amici_eval.stats.ablation.coalitions import CoalitionMoments
     from amici_eval.stats.readout import Readout
 
-__all__ = ["SubstitutedValues", "compiled_substitution", "substituted_values"]
-
 
 @functools.cache
 def compiled_substitution() -> Callable[..., None] | None:

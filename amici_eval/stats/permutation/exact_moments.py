@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
     from torch import Tensor
 
-__all__ = [
-    "DRAWN_FOR_FEW",
-    "FEW_CELLS",
-    "PermutationMoments",
-    "StratumSums",
-    "pearson3_tail",
-    "permutation_moments",
-    "stratum_sums",
-]
-
 _ENTRIES = 2**18
 """Products held at a time on a CPU, so that they stay in its cache."""
 _ENTRIES_ELSEWHERE = 2**24

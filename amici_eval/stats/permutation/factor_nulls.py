@@ -30,19 +30,6 @@ if TYPE_CHECKING:
     from amici_eval.stats.permutation.permutations import PermutationStream
     from amici_eval.stats.permutation.statistics import PackedPair
 
-__all__ = [
-    "FactorDraw",
-    "FactorStatistics",
-    "Part",
-    "SequentialTest",
-    "check_factors",
-    "draw_from",
-    "factor_draw",
-    "factor_exceedances",
-    "part_of",
-    "sequential_exceedances",
-]
-
 _TASK_PRODUCTS = 2**27
 _INLINE_PRODUCTS = 2**22
 """Below this, handing work to threads costs more than it saves."""

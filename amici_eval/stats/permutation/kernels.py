@@ -20,19 +20,6 @@ from amici_eval.common.threads import compiled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = [
-    "IDENTITY",
-    "LANES",
-    "ROWS",
-    "block_moments",
-    "block_rows",
-    "factor_sums",
-    "gram_sums",
-    "shuffle_columns",
-    "shuffle_rows",
-    "turned",
-]
-
 IDENTITY = -1
 """Number that stands for leaving all cells where they are."""
 LANES = 16

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.permutation.permutations import PermutationStream
 
-__all__ = ["MIN_CELLS_TEST", "PermutationCounts", "permutation_exceedances"]
-
 MIN_CELLS_TEST = 3
 """Two cells have one permutation besides the identity, too few for a test at any usual level."""
 

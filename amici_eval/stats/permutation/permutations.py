@@ -14,8 +14,6 @@ from amici_eval.common import threads as compiled
 if TYPE_CHECKING:
     from jaxtyping import Int32, Int64, UInt64
 
-__all__ = ["PermutationStream"]
-
 _STORED_WORDS = 2**22
 
 

@@ -27,22 +27,6 @@ if TYPE_CHECKING:
 
     Take = Callable[[Float64[np.ndarray, "permutations alive"], Float64[np.ndarray, " alive"]], None]
 
-__all__ = [
-    "LANES",
-    "STORED_INDICES",
-    "TIE_TOLERANCE",
-    "TORCH_ENTRIES",
-    "PackedPair",
-    "compiled_statistics",
-    "cyclic_statistics",
-    "exact_statistics",
-    "exact_sums",
-    "identity_statistics",
-    "pack",
-    "torch_factor",
-    "torch_statistics",
-]
-
 STORED_INDICES = 2**26
 """Largest number of entries (permutations x cells) of the orders held at a time."""
 TORCH_ENTRIES = 2**23

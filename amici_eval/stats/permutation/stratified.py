@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Int64
 
-__all__ = ["stratified_draw", "stratified_exceedances"]
-
 _PERMUTATIONS_AT_ONCE = 1024
 
 

@@ -13,8 +13,6 @@ from amici_eval.stats.pvalues import p_values
 if TYPE_CHECKING:
     from jaxtyping import Float64
 
-__all__ = ["TailFit", "tail_p_values"]
-
 MIN_PERMUTATIONS = 500
 """With fewer permutations no tail is fitted."""
 MAX_EXCEEDANCES = 10

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Float64, Int64
 
-__all__ = ["TorusStatistics", "torus_statistics"]
-
 _LABEL = "\0torus"
 _ROUNDING = 1e-12
 """Numbers whose centred norm is at most this share of their norm are constant up to float64 rounding."""

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64, Int64
 
-__all__ = ["CellPositions", "LagGrid", "NearPairs"]
-
 _LEAST_SIDE, _LARGEST_SIDE = 16, 64
 """Pixels along the longer side of a window."""
 _PIXELS_PER_CELL = 4

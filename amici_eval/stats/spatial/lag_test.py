@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from amici_eval.stats.spatial.lag import CellPositions, LagGrid, NearPairs
 
-__all__ = ["MIN_EFFECTIVE_CELLS", "GeneSums", "LagTest", "lag_test"]
-
 MIN_EFFECTIVE_CELLS = 5.0
 """With fewer there is no p: the estimated variance is too uncertain for any reference distribution."""
 POWER = 0.8

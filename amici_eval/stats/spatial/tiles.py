@@ -9,8 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
-__all__ = ["balanced_blocks", "default_widths", "morton_codes", "square_tiles", "tile_side", "tiles_of_width"]
-
 
 def square_tiles(
     coordinates: Float64[np.ndarray, "cells dimensions"], *, n_tiles: int, samples: np.ndarray | None = None

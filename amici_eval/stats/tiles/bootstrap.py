@@ -12,16 +12,6 @@ from amici_eval.stats.permutation.permutations import PermutationStream
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-__all__ = [
-    "LEAST_ERROR",
-    "MIN_TILES_INTERVAL",
-    "TileBootstrap",
-    "TileSquares",
-    "tile_bootstrap",
-    "tile_draws",
-    "widening",
-]
-
 MIN_TILES_INTERVAL = 5
 """Fewer tiles give no interval: their spread cannot be estimated."""
 

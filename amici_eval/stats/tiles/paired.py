@@ -17,23 +17,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float64, Int64
 
-__all__ = [
-    "ROUNDING",
-    "GeneIntervals",
-    "PairedDifferences",
-    "PairedRows",
-    "ShareChanges",
-    "Studentised",
-    "flipped_p",
-    "gene_intervals",
-    "paired_differences",
-    "pooled_difference",
-    "share_changes",
-    "squares_about",
-    "studentised",
-    "verdict_of",
-]
-
 ROUNDING = 1e-12
 """Share of a total below which a difference counts as rounding error."""
 _FLIPS = "\0paired flips"

@@ -16,20 +16,6 @@ if TYPE_CHECKING:
     from amici_eval.stats.readout import Readout
     from amici_eval.stats.spatial.lag import CellPositions
 
-__all__ = [
-    "Block",
-    "HeadSums",
-    "MaskedMoments",
-    "Residuals",
-    "TypeMoments",
-    "factors_of",
-    "gather_moments",
-    "masked_moments",
-    "merge_tiles",
-    "moments_of_predictions",
-    "principal_factors",
-]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Residuals:

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from amici_eval.tracking.jobs.version_evaluations import Column, ComparedCells
     from amici_eval.tracking.registry import ResolvedModel
 
-__all__ = ["ComparisonRun", "compare_job", "comparison_params", "comparison_series", "write_comparison"]
-
 
 def comparison_params(spec: ComparisonSpec) -> dict[str, str]:
     """Return the settings as ``cfg/compare...`` params."""

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset
 
-__all__ = ["EvaluationRun", "RegisteredVersion", "evaluate_job", "register_job"]
-
 logger = logging.getLogger(__name__)
 
 

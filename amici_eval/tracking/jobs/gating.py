@@ -10,8 +10,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError, mask_secrets
-from amici_eval.common.text import markdown
+from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError
+from amici_eval.common.text import markdown, mask_secrets
 from amici_eval.comparison.gate import judge
 from amici_eval.comparison.pipeline import compare
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from amici_eval.settings.gate import GateSpec
     from amici_eval.tracking.jobs.version_evaluations import VersionEvaluations
     from amici_eval.tracking.registry import ResolvedModel
-
-__all__ = ["GateBaseline", "GateRun", "baseline_of", "gate_job"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,6 @@ from amici_eval.tracking.runs.lease import held
 if TYPE_CHECKING:
     from amici_eval.tracking.runs.lease import Lease
 
-__all__ = ["PROMOTIONS_TAG", "ROLLED_BACK_TAG", "Promotion", "promote", "promoted_over", "promotions", "rollback"]
-
 logger = logging.getLogger(__name__)
 
 PROMOTIONS_TAG = "amici_eval.promotions"

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
 
-__all__ = ["load_evaluation", "upload"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -32,16 +32,6 @@ if TYPE_CHECKING:
     from amici_eval.tracking.dataset import AnnDataDataset
     from amici_eval.tracking.registry import ResolvedModel
 
-__all__ = [
-    "Column",
-    "ComparedCells",
-    "VersionEvaluations",
-    "cells_of",
-    "columns_of",
-    "gather_evaluations",
-    "model_uris",
-]
-
 MIN_HELD_OUT = 50
 """Least number of held-out cells that some type must have, or all cells are compared."""
 _LATEST = re.compile(r"latest(?::(\d+))?")

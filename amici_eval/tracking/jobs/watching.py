@@ -25,8 +25,6 @@ from amici_eval.tracking.store.searching import all_pages
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ERROR_TAG", "VERDICT_TAG", "WatchResult", "WatchedVersion", "watch"]
-
 logger = logging.getLogger(__name__)
 
 VERDICT_TAG = "amici_eval.verdict"

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.common.errors import DataError, InvalidSpecError, OutputError, TrackingError, mask_secrets
+from amici_eval.common.errors import DataError, InvalidSpecError, OutputError, TrackingError
 from amici_eval.common.files import is_disk_full
-from amici_eval.common.text import slugify
+from amici_eval.common.text import mask_secrets, slugify
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord
 from amici_eval.tracking.runs.tracked import mark_whole
 from amici_eval.tracking.store.errors import optional, patiently, understood
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.evaluation import ReportSpec
-
-__all__ = [
-    "check_report",
-    "deliver",
-    "evaluation_metrics",
-    "evaluation_params",
-    "metric_intervals",
-    "run_tags",
-    "send",
-    "write_artifacts",
-]
 
 _LONGEST_PARAM = 6000
 

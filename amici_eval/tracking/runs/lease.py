@@ -21,8 +21,6 @@ from amici_eval.tracking.runs.tracked import undisturbed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["LEASE_TAG", "Lease", "Tags", "held", "this_process"]
-
 logger = logging.getLogger(__name__)
 
 LEASE_TAG = "amici_eval.lease"

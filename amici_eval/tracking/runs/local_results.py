@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amici_eval.common.errors import OutputError, mask_secrets
+from amici_eval.common.errors import OutputError
 from amici_eval.common.files import write_text_durably
+from amici_eval.common.text import mask_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-__all__ = ["ARTIFACTS", "RECORD_FILE", "OutputFolder", "RunRecord", "check_writable", "output_folder", "remove_local"]
 
 RECORD_FILE = "upload.json"
 ARTIFACTS = "artifacts"

@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 
     from amici_eval.settings.evaluation import TrackingSpec
 
-__all__ = [
-    "HEARTBEAT_TAG",
-    "NOTE_TAG",
-    "PARENT_RUN_VARIABLE",
-    "PARTIAL_TAG",
-    "Heartbeat",
-    "SignOfLife",
-    "close_abandoned",
-    "mark_whole",
-    "start_run",
-    "tracked_run",
-    "undisturbed",
-]
-
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_TAG = "amici_eval.heartbeat"

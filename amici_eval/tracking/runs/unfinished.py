@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from amici_eval import __version__
-from amici_eval.common.errors import TrackingError, first_line, mask_secrets
+from amici_eval.common.errors import TrackingError, first_line
 from amici_eval.common.files import FolderLock, write_text_durably
+from amici_eval.common.text import mask_secrets
 from amici_eval.evaluation.finished_parts import FinishedParts
 from amici_eval.results.evaluation import FILE_NAME, SCHEMA_VERSION
 from amici_eval.results.tile_sums import MOMENTS_FILE
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from amici_eval.settings.evaluation import EvaluationSpec, TrackingSpec
-
-__all__ = [
-    "FINGERPRINT_TAG",
-    "PARTS_FOLDER",
-    "RESUME_FILE",
-    "UnfinishedWork",
-    "download_evaluation",
-    "find_evaluation",
-    "fingerprint",
-    "forget_parts",
-    "resume_key",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -27,18 +27,6 @@ from amici_eval.common.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "Fault",
-    "asked_again",
-    "is_missing",
-    "optional",
-    "patiently",
-    "set_patience",
-    "store_errors",
-    "tracking_errors",
-    "understood",
-]
-
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")

@@ -15,8 +15,6 @@ from amici_eval.common.errors import DataError, first_line
 from amici_eval.common.untrusted import load_json
 from amici_eval.tracking.store.errors import patiently, store_errors, understood
 
-__all__ = ["NAMED", "as_local_path", "fetch"]
-
 NAMED = re.compile(r"[^/\\]*\.(h5ad|zarr(/tables?/[^/]+)?)/*$", re.IGNORECASE)
 """The end of a path or URI that names an AnnData, or a table of a SpatialData store."""
 _MLFLOW_SCHEMES = ("runs", "models", "mlflow-artifacts", "dbfs")

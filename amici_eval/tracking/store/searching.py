@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["all_pages", "runs_anywhere", "version_numbers"]
-
 _EXPERIMENTS_AT_A_TIME = 100
 
 
