@@ -27,7 +27,7 @@ class Stub:
         self.asked: list[str] = []
         self.given = 0
         self._lock = threading.Lock()
-        stub, session = self, threading.local()
+        stub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -61,10 +61,9 @@ class Stub:
                     self._pass_on(body)
 
             def _pass_on(self, body: bytes) -> None:
-                if not hasattr(session, "own"):
-                    session.own = requests.Session()
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-                got = session.own.request(
+                # no connection is kept: the server closes idle ones, and a request may come just then
+                got = requests.request(
                     self.command, stub.upstream + self.path, data=body, headers=headers, allow_redirects=False
                 )
                 kept = {name: value for name, value in got.headers.items() if name.lower() not in _HOP}
