@@ -1,4 +1,4 @@
-"""Judge a model version by rules, and against the version whose place it would take."""
+"""Judge a model version by rules, and against the version that it would replace."""
 
 from __future__ import annotations
 
@@ -21,23 +21,13 @@ if TYPE_CHECKING:
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.gate import GateSpec, Rule
 
-__all__ = ["Element", "decide", "judge", "listed", "number_of", "reason_of", "threshold_of"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Element:
-    """Something that is held against bounds.
+    """A value that is compared with bounds.
 
-    Parameters
-    ----------
-    name
-        In words.
-    value
-        NaN or ``None``: undefined.
-    low, high
-        Its confidence interval; ``None`` for what has none by nature, such as a count; NaN for one that is missing.
-    reason
-        Why it is undefined, if known.
+    ``value`` NaN or None: undefined. ``low``, ``high``: its confidence interval, None for what has none by nature, such
+    as a count, NaN if it is missing. ``reason``: why it is undefined, if known.
     """
 
     name: str
@@ -50,7 +40,7 @@ class Element:
 def reason_of(
     rule: Rule, elements: Sequence[Element], outcomes: Sequence[str], outcome: str, needed: int, shown: Element | None
 ) -> str:
-    """Return why a rule came out as it did, with the numbers of the element that decided."""
+    """Return why a rule has its outcome, with the numbers of the element that decided."""
     if shown is None:
         return f"nothing to judge: no cell type has {rule.min_cells} evaluated cells"
     counted = ""
@@ -71,7 +61,7 @@ def reason_of(
 
 
 def threshold_of(rule: Rule, *, at_least: float | None, at_most: float | None, strict: bool) -> str:
-    """Return what a rule asks for."""
+    """Return a rule's threshold in words."""
     if rule.kind == "non_inferiority":
         return f"worse by less than {-(at_least or 0.0):g}"
     if rule.kind == "superiority":
@@ -81,7 +71,7 @@ def threshold_of(rule: Rule, *, at_least: float | None, at_most: float | None, s
 
 
 def number_of(value: Any) -> float:
-    """Return a number, NaN for what is none."""
+    """Return a value as a float, NaN for booleans and for anything that is not a number."""
     if value is None or isinstance(value, (bool, np.bool_)):
         return math.nan
     try:
@@ -91,7 +81,7 @@ def number_of(value: Any) -> float:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Return names, the first of many."""
+    """Return names as text, the first ones if there are many."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -103,7 +93,7 @@ _ENDS = {
     "expl_var_in_sample": ("ci_low_in_sample", "ci_high_in_sample"),
     "expl_var_held_out": ("ci_low_held_out", "ci_high_held_out"),
 }
-"""Columns of the tables that hold the interval of another."""
+"""Columns of the tables that hold the interval of another column."""
 
 
 def decide(
@@ -111,11 +101,9 @@ def decide(
 ) -> str:
     """Return ``pass``, ``fail`` or ``undecided`` for one element.
 
-    Notes
-    -----
     It passes if the whole interval lies within the bounds, fails if the whole interval lies beyond one of them, and is
-    undecided else. Something undefined, or an interval of which an end is missing, infinite or on the wrong side of the
-    value, never passes nor fails: nothing is known.
+    undecided otherwise. An undefined value, or an interval with an end that is missing, infinite or on the wrong side
+    of the value, is undecided.
     """
     value = number_of(element.value)
     if not math.isfinite(value):
@@ -255,7 +243,7 @@ def _metric(name: str, metrics: Mapping[str, float], intervals: Mapping[str, tup
 
 
 def _cells(rule: Rule, tables: Callable[[str], pd.DataFrame]) -> list[Element]:
-    """Return the cells of a column; a number beside an interval takes that."""
+    """Return the elements of a table's column, with intervals where the table has them."""
     frame = tables(str(rule.table))
     for column in (str(rule.column), *rule.where):
         if column not in frame.columns:
@@ -279,7 +267,7 @@ def _cells(rule: Rule, tables: Callable[[str], pd.DataFrame]) -> list[Element]:
         ends = dict(zip(("low", "high"), (entry[one] for one in ends_of), strict=False))
         label = " ".join(str(entry[column]) for column in names) or str(rule.column)
         held = entry[str(rule.column)]
-        # yes and no count as 1 and 0
+        # booleans count as 1 and 0
         number = int(held) if isinstance(held, (bool, np.bool_)) else held
         elements.append(Element(name=label, value=number, reason=why, **ends))
     return elements
@@ -294,7 +282,7 @@ def _significant(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
             return Element(name=name, value=None, reason="no head could be tested")
         if rule.at_most is None or not n_untested:
             return Element(name=name, value=value)
-        # a head without a test may be one more
+        # heads without a test may be significant
         return Element(name=name, value=value, low=value, high=value + n_untested)
 
     if rule.types is None:
@@ -309,7 +297,7 @@ def _significant(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
 
 
 def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
-    """Return what the whole model explains of types, or explains more than the best predictor without heads."""
+    """Return the whole model's explained variance by type, or its gain over the best baseline."""
     found, trivial = evaluation.intervals, evaluation.trivial
     elements = []
     for name, at, why in _judged_types(rule, evaluation):
@@ -325,7 +313,7 @@ def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
                     Element(name=name, value=None, reason="baselines were not computed (ablation.baselines)")
                 )
                 continue
-            # the predictor's own uncertainty is not known: its value is taken as it is
+            # the predictor's uncertainty is not known and is ignored
             gain = float(trivial.full_gain[at])
             less = value - gain
             value, low, high = gain, low - less, high - less
@@ -334,7 +322,7 @@ def _of_types(rule: Rule, evaluation: HeadEvaluation) -> list[Element]:
 
 
 def _judged_types(rule: Rule, evaluation: HeadEvaluation) -> list[tuple[str, int | None, str]]:
-    """Return name and place of the types that a rule judges; a named one that was not evaluated has no place."""
+    """Return name and index of the types that a rule judges; the index of a type that was not evaluated is None."""
     if rule.types is not None:
         return [
             (name, evaluation.cell_types.index(name), "")
@@ -351,7 +339,7 @@ def _required(rule: Rule, evaluation: HeadEvaluation) -> RuleResult:
         known = dict(zip(evaluation.cell_types, np.isfinite(evaluation.expl_var_full).tolist(), strict=True))
     else:
         asked, what = rule.genes or (), "genes"
-        # constant genes and types too small have no explained variance
+        # constant genes and too small types have no explained variance
         some = np.isfinite(evaluation.expl_var_gene).any(axis=(0, 1)).tolist()
         known = dict(zip(evaluation.genes, some, strict=True))
     missing = [name for name in asked if name not in known]
@@ -424,7 +412,7 @@ def _differences(rule: Rule, comparison: HeadComparison, evaluation: HeadEvaluat
 
 
 def _without(result: RuleResult, genes: Sequence[str]) -> RuleResult:
-    """Return the result of a rule that says nothing about some genes of the baseline: it does not pass."""
+    """Return the result, undecided instead of passed if genes of the baseline were not compared."""
     if not genes or result.outcome != "pass" or result.kind == "stability":
         return result
     why = (
@@ -442,7 +430,7 @@ def _judged(
     at_most: float | None = None,
     strict: bool = False,
 ) -> RuleResult:
-    """Judge all elements, and say which one decided."""
+    """Return the result of a rule over all elements, with the one that decided."""
     outcomes = [decide(element, at_least=at_least, at_most=at_most, strict=strict) for element in elements]
     n_passed, n_open = outcomes.count("pass"), outcomes.count("undecided")
     needed = len(elements) if rule.need == "all" else 1 if rule.need == "any" else int(rule.need)
@@ -475,13 +463,13 @@ def _judged(
 def _deciding(
     elements: Sequence[Element], outcomes: Sequence[str], outcome: str, at_least: float | None
 ) -> Element | None:
-    """Return the element that decided: of those with the rule's outcome the one nearest to another one."""
+    """Return the element that decided: among those with the rule's outcome, the one nearest to another outcome."""
     chosen = [element for element, said in zip(elements, outcomes, strict=True) if said == outcome]
     chosen = chosen or list(elements)
     known = [element for element in chosen if math.isfinite(number_of(element.value))]
     if not known:
         return chosen[0] if chosen else None
-    # of bounds from below the smallest value is the tightest, of bounds from above the largest
+    # the smallest value is nearest to a lower bound, the largest to an upper one
     return (min if at_least is not None else max)(known, key=lambda element: number_of(element.value))
 
 

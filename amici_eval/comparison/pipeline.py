@@ -1,4 +1,4 @@
-"""Compare the heads of several versions on the same cells: who is whom, what is new, what got better or worse."""
+"""Compare the heads of several versions on the same cells: matches, new heads, and changes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from amici_eval.results.matches import FailedVersion
     from amici_eval.results.senders import SenderDifferences
     from amici_eval.results.tile_sums import Moments
-
-__all__ = ["compare", "matched_similarity"]
 
 
 def compare(
@@ -182,14 +180,14 @@ def compare(
 
 
 def matched_similarity(similarity: Float64[np.ndarray, "before after"]) -> Float64[np.ndarray, " matches"]:
-    """Return how alike matched heads are if all are matched that can be, the most alike first."""
+    """Return the similarities of heads when all possible are matched, in descending order."""
     partner = assign_heads(similarity, unmatched=-1.0)
     has = np.flatnonzero(partner >= 0)
     return np.sort(similarity[has, partner[has]])[::-1]
 
 
 def _kind(first: HeadEvaluation, second: HeadEvaluation) -> str:
-    """Tell versions on the same cells from data sets seen by one model."""
+    """Return whether two evaluations are of versions on the same cells or of one model on two data sets."""
     same_data = first.data.get("digest") == second.data.get("digest")
     names = [[one.model.get(key) for key in ("model_id", "name", "version")] for one in (first, second)]
     return "datasets" if names[0] == names[1] and any(names[0]) and not same_data else "versions"
@@ -229,7 +227,7 @@ def _compared(evaluation: HeadEvaluation, *, label: str, run_id: str | None, reu
 
 
 def _named_apart(versions: Sequence[ComparedVersion]) -> tuple[ComparedVersion, ...]:
-    """Number columns of one name."""
+    """Number versions with the same label."""
     labels = [version.label for version in versions]
     return tuple(
         replace(version, label=f"{version.label} ({labels[:position].count(version.label) + 1})")
@@ -293,7 +291,7 @@ def _cells_by_tile(moments: Moments, cell_type: str) -> Float64[np.ndarray, " ti
 
 
 def _what_differs(before: HeadEvaluation, after: HeadEvaluation, *labels: str) -> list[str]:
-    """Say what the two do not share: it is not compared."""
+    """Return notes on genes and types that only one has, which are not compared, and on numbers of heads."""
     said = []
     for what, one, other in (
         ("genes", before.genes, after.genes),
@@ -320,7 +318,7 @@ def _lineages(
     similarity: Mapping[tuple[int, int], Float64[np.ndarray, "before after"]],
     kind: str,
 ) -> tuple[Lineage, ...]:
-    """Follow heads from version to version."""
+    """Return the lineage of each head through the versions."""
     n_versions = len(versions)
     if kind == "datasets":
         return tuple(Lineage(heads=(head,) * n_versions, stability=1.0) for head in range(versions[0].n_heads))

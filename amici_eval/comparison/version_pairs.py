@@ -1,4 +1,4 @@
-"""Two versions, or one on two data sets: which head is which, and what changed."""
+"""Matches and changes of heads between two versions, or of one model on two data sets."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ if TYPE_CHECKING:
     from amici_eval.results.tile_sums import Moments
     from amici_eval.settings.comparison import ComparisonSpec
 
-__all__ = ["differences_between", "matches_between", "similarity_of", "unpaired_differences"]
-
 
 def similarity_of(before: Moments, after: Moments) -> Float64[np.ndarray, "before after"]:
-    """Return how alike the heads of two evaluations of the same cells are, shape (heads, heads)."""
+    """Return the similarity of heads of two evaluations of the same cells, shape (heads, heads)."""
     shared = shared_by(before, after)
     blocks = blocks_of(before, shared)
     return head_products(contributions(before, shared, 0, blocks), contributions(after, shared, 1, blocks)).similarity
@@ -43,7 +41,7 @@ def similarity_of(before: Moments, after: Moments) -> Float64[np.ndarray, "befor
 def matches_between(
     before: HeadEvaluation, after: HeadEvaluation, pair: tuple[int, int], spec: ComparisonSpec, *, reseeded: bool
 ) -> HeadMatches:
-    """Return which head of one version is which of the other; both hold moments of the same cells."""
+    """Return the matches of heads of two versions; both need moments of the same cells."""
     one, other = before.moments, after.moments
     assert one is not None  # noqa: S101, RUF100 - for the type checker
     assert other is not None  # noqa: S101, RUF100 - for the type checker
@@ -92,7 +90,7 @@ def _profiles(evaluation: HeadEvaluation, shared: Shared) -> Float64[np.ndarray,
 def differences_between(
     before: HeadEvaluation, after: HeadEvaluation, match: HeadMatches, spec: ComparisonSpec
 ) -> tuple[HeadDifferences, Overall]:
-    """Return what changed in matched heads and in the whole model; both hold moments of the same cells and tiles."""
+    """Return the changes in matched heads and in the whole model; both need moments of the same cells and tiles."""
     one, other = before.moments, after.moments
     assert one is not None  # noqa: S101, RUF100 - for the type checker
     assert other is not None  # noqa: S101, RUF100 - for the type checker
@@ -200,7 +198,7 @@ def differences_between(
 
 
 def _last_pair(rows: PairedRows) -> PairedRows:
-    """Return the same of the last pair alone: the whole models."""
+    """Return the rows of the last pair, the whole models."""
     names = ("before_mean", "before_m2", "after_mean", "after_m2")
     return replace(rows, **{name: getattr(rows, name)[:, -1:] for name in names})
 

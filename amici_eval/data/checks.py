@@ -1,4 +1,4 @@
-"""What an AnnData must be for a model to be evaluated on it: each check refuses, or adds a note."""
+"""Checks of an AnnData before a model is evaluated on it: each refuses it or adds a note."""
 
 from __future__ import annotations
 
@@ -22,32 +22,13 @@ if TYPE_CHECKING:
     from amici_eval.data.matrices import RowReader
     from amici_eval.settings.evaluation import SubsetSpec, TrainedOnSpec
 
-__all__ = [
-    "align_genes",
-    "cells_with",
-    "check_cell_names",
-    "check_expression",
-    "check_known",
-    "check_neighbours",
-    "check_scale",
-    "check_type",
-    "chosen_cells",
-    "compare_with_training",
-    "labels_of",
-    "n_types",
-    "obs_column",
-    "radii_of",
-    "split_cells",
-    "trained_on",
-]
-
 _SCALE_RATIO = 3.0
 # micrometres; cells of a section lie about 5 to 20 apart
 _CELL_SPACING = (1.0, 50.0)
 
 
 def check_type(adata: object) -> None:
-    """Refuse what is no AnnData, or an empty one."""
+    """Refuse anything but an AnnData, and an empty one."""
     from anndata import AnnData
 
     if not isinstance(adata, AnnData):
@@ -172,7 +153,7 @@ def check_expression(reader: RowReader, columns: np.ndarray | None, genes: tuple
     for start, block in spans(reader):
         values = stored_values(block)
         if not np.isfinite(values).all() or (integer_valued and not is_integer_valued(values)):
-            # it may be genes that the model does not know
+            # only the model's genes count
             values = as_dense(block)
             values = values if columns is None else values[:, columns]
             finite = np.isfinite(values)
@@ -188,7 +169,7 @@ def check_expression(reader: RowReader, columns: np.ndarray | None, genes: tuple
 
 
 def compare_with_training(card: ModelCard, integer_valued: bool, notes: list[str]) -> None:  # noqa: FBT001
-    """Note counts where the model was trained on transformed values, and the reverse."""
+    """Note counts where the model was trained on transformed values, and vice versa."""
     training = card.training_data
     if training is not None and integer_valued != training.integer_valued:
         here, there = ("counts", "transformed values") if integer_valued else ("transformed values", "counts")
@@ -235,7 +216,7 @@ def chosen_cells(adata: AnnData, subset: SubsetSpec) -> Bool[np.ndarray, " cells
 
 
 def cells_with(adata: AnnData, key: str, value: str, what: str) -> Bool[np.ndarray, " cells"]:
-    """Return which cells have a value, written as text, in a column of ``obs``; refuse a value that none has."""
+    """Return which cells have a value, written as text, in a column of ``obs``; refuse a value without cells."""
     column = obs_column(adata, key, what).astype(str)
     values = sorted(column.unique())
     names = meant_by(value, values)
@@ -250,7 +231,7 @@ def cells_with(adata: AnnData, key: str, value: str, what: str) -> Bool[np.ndarr
 
 
 def trained_on(adata: AnnData, spec: TrainedOnSpec) -> Int64[np.ndarray, " trained"] | None:
-    """Return the rows of the cells that the model was trained on, in their order; ``None`` if no setting says."""
+    """Return the rows of the cells that the model was trained on, in order; ``None`` if no setting names them."""
     if spec.key is not None and spec.value is not None:
         return np.flatnonzero(cells_with(adata, spec.key, spec.value, "training cells (trained_on.key)"))
     if spec.names is None:
@@ -276,7 +257,7 @@ def trained_on(adata: AnnData, spec: TrainedOnSpec) -> Int64[np.ndarray, " train
 
 
 def check_known(fitted: Bool[np.ndarray, " cells"] | None, subset: SubsetSpec) -> None:
-    """Refuse settings that need to know which cells the model was fitted on if that is not known."""
+    """Refuse settings that need the fitted cells if these are not known."""
     asked = [] if subset.held_out is None else [f"data.subset.held_out={str(subset.held_out).lower()}"]
     if subset.buffer:
         asked.append("data.subset.buffer=true")

@@ -28,7 +28,7 @@ __all__ = ["available_memory", "check_is_filled", "is_on_disk", "missing", "open
 logger = logging.getLogger(__name__)
 
 UNREAD = "amici_eval_unread"
-"""Key of ``uns``: what the file holds and could not be read, with value, rule and fix of the reason."""
+"""Key of ``uns`` with the elements that could not be read, each with value, rule and fix of its error."""
 _SHARE_OF_MEMORY = 4
 _SMALL_BYTES = _READ_ANYWAY = 2**28
 _TEXT_BYTES = 64
@@ -75,7 +75,7 @@ _CAUSES = (
         "leave its expression on disk with data.backed=true, end other programs, or take a machine with more",
     ),
 )
-"""Text in an error of another library, the cause in a sentence, what the user can do."""
+"""Pattern of another library's error, its cause in a sentence, and a fix."""
 
 
 def open_anndata(path: str | Path, *, backed: bool | None = None, table: str | None = None) -> AnnData:
@@ -212,7 +212,7 @@ def _open_zarr(root: Path, location: Path) -> tuple[Any, Path]:
             fix="where it was written, write it again after anndata.settings.zarr_write_format = 2, or with "
             "adata.write_h5ad(...)",
         )
-    # old SpatialData stores hold their only table in table/table
+    # old SpatialData stores keep their only table in table/table
     folders = [folder for name in ("tables", "table") if (folder := root / name).is_dir()]
     tables = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if (path / "obs").is_dir()}
     if location == root and tables and not (root / "obs").is_dir():
@@ -236,7 +236,7 @@ def _open_zarr(root: Path, location: Path) -> tuple[Any, Path]:
 
 
 def _check_room(sizes: Mapping[str, int], memory: int, location: Path, fix: str) -> None:
-    """Refuse what would take more than the free memory, by its declared sizes in bytes."""
+    """Refuse to read more than the free memory, by the declared sizes in bytes."""
     if sum(sizes.values()) > max(_READ_ANYWAY, memory):
         largest = max(sizes, key=lambda name: sizes[name])
         raise DataError(
@@ -248,13 +248,13 @@ def _check_room(sizes: Mapping[str, int], memory: int, location: Path, fix: str)
 
 
 def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
-    """Read an AnnData element by element; leave out those that are not needed for its shape and cannot be read."""
+    """Read an AnnData by element, leaving out optional elements that cannot be read."""
     import h5py
     from anndata import AnnData, read_h5ad
 
     memory = available_memory()
     if isinstance(store["obs"], h5py.Dataset):
-        # of anndata before 0.7
+        # written by anndata before 0.7
         _check_room({"all of it": sum(map(_unpacked, _arrays(store)))}, memory, location, _LESS)
         return read_h5ad(location)
     unread: list[list[str]] = []
@@ -287,7 +287,7 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
         elif backed:
             logger.info("%s would take %.1f GB: its expression stays on disk", location, size / 1e9)
     on_disk = {name for name in expression if backed and _stays_on_disk(nodes[name])}
-    # of what stays on disk, a chunk is unpacked at a time
+    # elements that stay on disk are unpacked one chunk at a time
     sizes |= {name: max(map(_chunk, _arrays(nodes[name])), default=0) for name in on_disk}
     columns_first = any(nodes[name].attrs.get("encoding-type") == "csc_matrix" for name in expression)
     way = "store its expression by cells (adata.X = adata.X.tocsr())" if columns_first else _ON_DISK
@@ -317,7 +317,7 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
     for name in nodes:
         group, _, key = name.partition("/")
         if group in ("layers", "obsm") and (found := matrix(name)) is not None:
-            # of another shape than the cells, it is left out too
+            # an element whose shape does not fit the cells is left out too
             attempt(name, lambda _, *, into=group, key=key, found=found: getattr(adata, into).update({key: found}))
     if unread:
         adata.uns[UNREAD] = unread
@@ -325,7 +325,7 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
 
 
 def _element(node: Any) -> Any:
-    """Read an element; two kinds of text also where anndata is too old to know them."""
+    """Read an element, including two kinds of text that older versions of anndata do not know."""
     from anndata.io import read_elem
 
     kind = node.attrs.get("encoding-type")
@@ -340,7 +340,7 @@ def _element(node: Any) -> Any:
         return pd.Categorical.from_codes(read_elem(node["codes"]), categories, ordered=ordered)
     found = read_elem(node)
     if sparse.issparse(found):
-        # scipy reads and writes wherever an index points
+        # scipy does not check indices and would access memory out of bounds
         found.check_format(full_check=True)
     return found
 
@@ -357,7 +357,7 @@ def _on_disk(node: Any) -> Any:
 
 
 def _arrays(node: Any) -> Iterator[Any]:
-    """Give all arrays at and below a node of a file."""
+    """Yield all arrays at and below a node of a file."""
     if hasattr(node, "shape"):
         yield node
     else:
@@ -366,7 +366,7 @@ def _arrays(node: Any) -> Iterator[Any]:
 
 
 def _checked(node: Any) -> Any:
-    """Return a node of a file if its arrays can be unpacked, and without running code."""
+    """Return a node of a file if its arrays can be unpacked, without running code."""
     import h5py
 
     for array in _arrays(node):
@@ -390,9 +390,9 @@ def _checked(node: Any) -> Any:
 
 
 def _warn_of_missing_chunks(array: Any, location: Path) -> None:
-    """Say how many chunks of a zarr array are not there: zarr reads them as 0, and an interrupted copy lacks some."""
+    """Warn of zarr chunks that are missing, as in an interrupted copy, because zarr reads them as 0."""
     folder = Path(array.store.path, array.path)
-    # only these names are chunks; Finder, rsync, NFS and editors leave others among them
+    # count only names of chunks: Finder, rsync, NFS and editors leave other files there
     key = re.compile(rf"\d+([./]\d+){{{max(array.ndim - 1, 0)}}}")
     lacking = array.nchunks - sum(bool(key.fullmatch(str(path.relative_to(folder)))) for path in folder.rglob("*"))
     if lacking > 0:
@@ -406,7 +406,7 @@ def _warn_of_missing_chunks(array: Any, location: Path) -> None:
 
 
 def _unpacked(array: Any) -> int:
-    """Return how many bytes an array takes in memory, by what it says of itself."""
+    """Return the bytes that an array takes in memory, by its declared shape and dtype."""
     return prod(array.shape or ()) * (_TEXT_BYTES if array.dtype.hasobject else array.dtype.itemsize)
 
 
@@ -415,7 +415,7 @@ def _chunk(array: Any) -> int:
 
 
 def _explained(error: BaseException) -> tuple[str, str, str]:
-    """Return what an error of another library says, the cause in a sentence of ours, and what helps."""
+    """Return the message of another library's error, a sentence on its cause, and a fix."""
     if isinstance(error, DataError):
         return error.value, error.rule, error.fix
     chain = [error]
@@ -434,7 +434,7 @@ def _explained(error: BaseException) -> tuple[str, str, str]:
 
 
 def _check_names(axis: str, names: list[Any], location: Path) -> None:
-    """Refuse names with control characters; that they are distinct is said, with the count, where they are used."""
+    """Refuse names with control characters; duplicates are refused with a count where names are used."""
     try:
         check_names(names, f"names of {'genes' if axis == 'var' else 'cells'}", distinct=False)
     except ValueError as error:

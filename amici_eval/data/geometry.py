@@ -1,4 +1,4 @@
-"""What positions say of a tissue: cells at one place, groups of cells laid over each other, planes in z."""
+"""Checks of cell positions: shared positions, groups of cells laid over each other, planes in z."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from jaxtyping import Float64, Int64, UInt64
 
-__all__ = ["Geometry"]
-
 _SECTION_WORDS = frozenset(
     "animal batch bregma chip core dataset donor experiment field fov image individual library mouse orig patient "
     "plane puck rep replicate roi run sample section slice slide specimen subject tile well z".split()
@@ -25,17 +23,17 @@ _SECTION_WORDS = frozenset(
 _FURTHER_WORDS = frozenset("brain id ident index key label name nr num number numeric of stack tissue view".split())
 _MOST_GROUPS, _CELLS_PER_GROUP = 1000, 10
 _MOST_QUERIES = 100_000
-"""Cells, evenly spread, whose nearest other cell is looked up."""
+"""Number of evenly spread cells whose nearest other cell is looked up."""
 _OVERLAID, _CELLS_FOR_SHARE = 0.4, 50
-"""Share of a group's cells with their nearest cell in another one; of m cells in a tile it is about .64 / sqrt(m)."""
+"""Share of a group's cells with their nearest cell in another group; about .64 / sqrt(m) for tiles of m cells."""
 _MIXED = 0.6
-"""Share of all cells with their nearest cell in another group, beside that of groups assigned at random."""
+"""Share of all cells with their nearest cell in another group, relative to that of random groups."""
 _FEW_LEVELS, _APART_IN_Z = 10, 0.9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Geometry:
-    """What checks and statistics need of the positions.
+    """Results of the checks of positions that other checks and statistics need.
 
     ``samples`` are the strata of tests, tiles and intervals: named sections, planes in z, or both. ``sections`` are the
     named ones that neighbours must not leave: ``None`` where these are stacked in z.
@@ -55,7 +53,7 @@ class Geometry:
         named: pd.Series | None,
         expression: Callable[[], UInt64[np.ndarray, " cells"]],
     ) -> Geometry:
-        """Look at the positions once; ``named`` is the column of the sections, ``expression`` returns fingerprints."""
+        """Return the geometry; ``named`` is the column of sections, ``expression`` returns fingerprints."""
         notes: list[str] = []
         order = np.lexsort(coordinates.T)
         starts = np.flatnonzero(np.append(True, np.diff(coordinates[order], axis=0).any(axis=1)))
@@ -104,7 +102,7 @@ def _shared_positions(
     sizes: Int64[np.ndarray, " cells"],
     expression: UInt64[np.ndarray, " cells"],
 ) -> str:
-    """Say how many cells share a position, and how many of them have the same expression too."""
+    """Return a note on the cells that share a position, and on those with the same expression too."""
     shared = pd.DataFrame(ordered[sizes > 1]).assign(expression=expression[sizes > 1])
     at = ", ".join(f"{value:g}" for value in ordered[sizes.argmax()])
     return (
@@ -119,7 +117,7 @@ def _shared_positions(
 def _nearest(
     coordinates: Float64[np.ndarray, "cells dimensions"], order: np.ndarray, starts: np.ndarray, sizes: np.ndarray
 ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
-    """Return evenly spread cells, the nearest other cell of each (the next one at the same place), and its distance."""
+    """Return evenly spread cells, the nearest other cell of each (the next at the same position) and its distance."""
     following = np.roll(order, -1)
     following[starts + sizes - 1] = order[starts]
     nearest = np.empty_like(order)
@@ -127,7 +125,7 @@ def _nearest(
     rows = np.arange(0, len(order), max(1, len(order) // _MOST_QUERIES))
     distance, alone = np.zeros(len(rows)), np.flatnonzero(nearest[rows] == rows)
     if len(starts) > 1:
-        # of each place one cell: many at one place would make the search slow
+        # one cell per position: many at one position would slow the search
         found, place = cKDTree(coordinates[order[starts]]).query(coordinates[rows[alone]], k=2)
         distance[alone] = found[:, 1]
         nearest[rows[alone]] = order[starts[place[:, 1]]]
@@ -135,7 +133,7 @@ def _nearest(
 
 
 def _section_columns(adata: AnnData) -> list[tuple[str, Int64[np.ndarray, " cells"]]]:
-    """Return the columns of obs that are named as sections, samples or fields of view are, as group numbers."""
+    """Return the columns of obs with the name of a section, sample or field of view, as group numbers."""
     found = []
     for name in adata.obs:
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", str(name))}
@@ -165,7 +163,7 @@ def _crossing(own: Int64[np.ndarray, " rows"], nearest: Int64[np.ndarray, " rows
 
 
 def _laid_over(overlaid: dict[str, tuple[int, int]], n_cells: int, extent: float) -> str:
-    """Say which columns have groups laid over each other, and what helps."""
+    """Return a note on columns with groups laid over each other, with a fix."""
     name = max(overlaid, key=lambda key: overlaid[key])
     columns = " and ".join(f"{key} ({n_groups} groups)" for key, (n_groups, _) in overlaid.items())
     return (
@@ -178,9 +176,9 @@ def _laid_over(overlaid: dict[str, tuple[int, int]], n_cells: int, extent: float
 
 
 def _planes(z: Float64[np.ndarray, " cells"], nn_distance: float) -> Int64[np.ndarray, " cells"] | None:
-    """Return the plane of each cell: few values of z, or wide gaps between them; ``None``: no planes."""
+    """Return the plane of each cell, by few values of z or wide gaps between them; ``None`` without planes."""
     levels, level = np.unique(z, return_inverse=True)
     gap = 0.0 if len(levels) <= _FEW_LEVELS else nn_distance / 2.0
     planes: Int64[np.ndarray, " cells"] = np.append(0, np.cumsum(np.diff(levels) > gap))[level]
-    # an outlier makes no plane
+    # a plane needs several cells, so that outliers make none
     return planes if np.count_nonzero(np.bincount(planes) >= _CELLS_PER_GROUP) > 1 else None

@@ -1,4 +1,4 @@
-"""Rows of an expression matrix, in memory or on disk, dense or CSR, without ever making more than a block dense."""
+"""Rows of an expression matrix, in memory or on disk, dense or CSR, with one block dense at a time."""
 
 from __future__ import annotations
 
@@ -20,28 +20,10 @@ if TYPE_CHECKING:
     import h5py
     from jaxtyping import Bool, Float32, Int64
 
-__all__ = [
-    "ExpressionBlock",
-    "RowReader",
-    "SentMatrix",
-    "as_dense",
-    "check_rows_can_be_read",
-    "expression_blocks",
-    "in_memory",
-    "lies_on_disk",
-    "lies_on_disk_by_columns",
-    "open_hdf5",
-    "open_rows",
-    "sent",
-    "spans",
-    "stored_values",
-    "take_expression",
-]
-
 logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 4096
-# a read call on disk takes as long as this many values in a row of it
+# a separate read call takes as long as reading this many consecutive values
 _GAP_VALUES = 2**15
 _READ_VALUES = 2**22
 _WINDOW_VALUES = 2**26
@@ -49,22 +31,14 @@ _WINDOW_VALUES = 2**26
 
 @dataclass(frozen=True, eq=False)
 class ExpressionBlock:
-    """Dense expression of some of the rows that were asked for.
-
-    Parameters
-    ----------
-    positions
-        Where these rows stand among the rows asked for, shape (block,).
-    values
-        Shape (block, genes).
-    """
+    """Dense expression of some of the requested rows; ``positions`` are their places in the request."""
 
     positions: Int64[np.ndarray, " block"]
     values: Float32[np.ndarray, "block genes"]
 
 
 class RowReader(Protocol):
-    """Rows of a matrix; safe to call from several threads, as nothing in it changes."""
+    """Rows of a matrix; safe to call from several threads, because it has no mutable state."""
 
     shape: tuple[int, int]
     dtype: np.dtype[Any]
@@ -93,7 +67,7 @@ def in_memory(matrix: Any, name: str) -> Any:
     kind = f"{type(matrix).__module__.partition('.')[0]} {type(matrix).__name__}"
     try:
         if hasattr(matrix, "compute"):
-            # dask, also as anndata opens files lazily
+            # a dask array, such as anndata's lazy reading gives
             matrix = matrix.compute()
         if _is_sparse_dataset(matrix):
             matrix = matrix.to_memory()
@@ -133,12 +107,12 @@ def lies_on_disk(matrix: Any) -> bool:
 
 
 def lies_on_disk_by_columns(matrix: Any) -> bool:
-    """Return whether a matrix is a sparse dataset of an AnnData of which no row can be read without reading all."""
+    """Return whether a matrix is a CSC dataset on disk, of which no row can be read without reading all."""
     return _is_sparse_dataset(matrix) and matrix.format == "csc"
 
 
 def check_rows_can_be_read(matrix: Any, name: str) -> None:
-    """Refuse a matrix that lies on disk by columns, by its name."""
+    """Refuse a matrix that lies on disk by columns."""
     if lies_on_disk_by_columns(matrix):
         raise DataError(
             value=f"{name} is stored by genes (CSC)",
@@ -157,21 +131,21 @@ def as_dense(block: Any) -> np.ndarray:
     """Return a block of rows as a dense array of its own type."""
     if not sparse.issparse(block):
         return np.asarray(block)
-    # NumPy asks for large pages for what is not zeroed at once: far fewer to be mapped
+    # np.empty gets large pages, which are faster to map than those of zeroed arrays
     return np.asarray(block.toarray(out=np.empty(block.shape, dtype=block.dtype)))
 
 
 def stored_values(block: Any) -> np.ndarray:
-    """Return what a block of rows stores: the values of a sparse block, all of a dense one."""
+    """Return the stored values of a block of rows: of a sparse block its data, of a dense one all."""
     return block.data if sparse.issparse(block) else np.asarray(block)
 
 
 def spans(reader: RowReader) -> Iterator[tuple[int, Any]]:
-    """Walk all rows once; yield the first row's number and the rows as they are stored."""
+    """Yield all rows in stored order, as the first row's number and the rows."""
     unit = reader.unit
     step = max(unit, _BLOCK_ROWS // unit * unit)
     for first in range(0, reader.shape[0], step):
-        # a stored unit may hold many rows: it is read once and handed out in parts
+        # a stored unit may hold many rows: read it once and yield it in parts
         whole = reader.span(first, min(first + step, reader.shape[0]))
         for start in range(0, whole.shape[0], _BLOCK_ROWS):
             yield first + start, whole[start : start + _BLOCK_ROWS]
@@ -180,7 +154,7 @@ def spans(reader: RowReader) -> Iterator[tuple[int, Any]]:
 def take_expression(
     reader: RowReader, rows: Int64[np.ndarray, " rows"], columns: Int64[np.ndarray, " genes"] | None
 ) -> Float32[np.ndarray, "rows genes"]:
-    """Return chosen columns (``None``: all) of some rows, dense, in the order asked for; never a view of the matrix."""
+    """Return chosen columns (``None``: all) of some rows, dense, in the requested order; always a copy."""
     block = reader.take(_row_numbers(reader, rows))
     if sparse.issparse(block) and columns is not None:
         block = _pick_columns(block, columns)
@@ -198,9 +172,9 @@ def expression_blocks(
     *,
     max_rows: int,
 ) -> Iterator[ExpressionBlock]:
-    """Walk rows once, in the order in which they are stored; see ``Tissue.expression_blocks``.
+    """Yield dense expression of rows, each read once in stored order; see ``Tissue.expression_blocks``.
 
-    Where memory ends, fewer rows are read at a time.
+    If memory runs out, fewer rows are read at a time.
     """
     rows = _row_numbers(reader, rows)
     order = np.argsort(rows, kind="stable").astype(np.int64)
@@ -208,7 +182,7 @@ def expression_blocks(
     while first < len(ordered):
         last = min(first + max_rows, len(ordered))
         if unit > 1 and last < len(ordered):
-            # do not end amid rows that are stored together, or they are read and unpacked twice
+            # end between stored units, or rows of one unit are read and unpacked twice
             begin = ordered[last] // unit * unit
             last = int(np.searchsorted(ordered, begin))
             if last <= first:
@@ -220,7 +194,7 @@ def expression_blocks(
                 raise
             values = None
         if values is None:
-            # not inside the except clause: there the exception keeps alive what reading had taken
+            # outside the except clause, where the exception would keep the memory of the read alive
             max_rows = max(1, min(max_rows, last - first) // 2)
             logger.warning("out of memory: going on with %d cells of expression at a time", max_rows)
             continue
@@ -243,7 +217,7 @@ def _row_numbers(reader: RowReader, rows: Any) -> Int64[np.ndarray, " rows"]:
 
 def _pick_columns(block: Any, columns: np.ndarray) -> np.ndarray:
     """Return columns of a CSR matrix, dense, without making the others dense."""
-    # columns that nobody asked for share one at the end
+    # all other columns are mapped to one at the end, which is dropped
     place = np.full(block.shape[1], len(columns), dtype=block.indices.dtype)
     place[columns] = np.arange(len(columns))
     shape = (block.shape[0], len(columns) + 1)
@@ -275,7 +249,7 @@ class _DenseOnDisk:
         self.dtype = np.dtype(array.dtype)
         _check_numbers(self.dtype, name)
         together = array.chunks[0] if array.chunks else 1
-        # chunks as long as the matrix would make all of it dense
+        # chunks of nearly all rows would make the whole matrix dense
         self.unit = together if together * self.shape[1] <= _WINDOW_VALUES else 1
 
     def take(self, rows: np.ndarray) -> np.ndarray:
@@ -337,7 +311,7 @@ class _CSROnDisk:
         return self._matrix(self._data[begin:end], self._indices[begin:end], self._indptr[start : stop + 1] - begin)
 
     def _matrix(self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> sparse.csr_matrix:
-        # scipy writes to wherever an index points
+        # scipy does not check indices and would write out of bounds
         if indices.size and not 0 <= indices.min() <= indices.max() < self.shape[1]:
             msg = f"it names column {indices.max()} (or {indices.min()}) of {self.shape[1]}"
             raise _damaged(msg)
@@ -357,7 +331,7 @@ def _is_ordered(where: np.ndarray) -> bool:
 
 
 def _runs(begin: np.ndarray, end: np.ndarray, *, unit: int) -> Iterator[tuple[int, int]]:
-    """Cut sorted stretches of storage into groups worth one read each: near each other, and of bounded length."""
+    """Yield groups of sorted stretches of storage to read at once: near each other, and of bounded length."""
     if not len(begin):
         return
     length = -(-_READ_VALUES // unit) * unit
@@ -378,17 +352,7 @@ def open_hdf5(path: str | Path) -> h5py.File:
 
 @dataclass(frozen=True)
 class SentMatrix:
-    """A matrix on disk: unpickled, it is that matrix, opened for reading.
-
-    Parameters
-    ----------
-    path
-        Of the file or folder, absolute.
-    name
-        Of the dataset or group in it.
-    in_zarr, is_sparse
-        What has to be opened.
-    """
+    """A matrix on disk that pickles as its absolute path and is opened for reading when unpickled."""
 
     path: str
     name: str
@@ -400,10 +364,10 @@ class SentMatrix:
 
 
 def sent(matrix: Any) -> Any:
-    """Return what can be pickled in place of a matrix, and becomes it when it is unpickled."""
+    """Return a picklable stand-in for a matrix, which becomes the matrix when it is unpickled."""
     if sparse.issparse(matrix):
         rows = matrix.tocsr()
-        # plain classes: what an AnnData hands out may refer to the whole of it
+        # plain classes, because views of an AnnData may refer to the whole of it
         parts = tuple(np.asarray(part) for part in (rows.data, rows.indices, rows.indptr))
         return sparse.csr_matrix(parts, shape=rows.shape, copy=False)
     if not lies_on_disk(matrix):

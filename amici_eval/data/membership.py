@@ -1,4 +1,4 @@
-"""Which cells of a tissue a model was fitted on: a name counts only if place or expression agree with it."""
+"""Which cells of a tissue a model was fitted on: a name counts only if place or expression agrees with it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,18 @@ if TYPE_CHECKING:
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.matrices import RowReader
 
-__all__ = ["expression_prints", "fitted_cells", "place_prints", "prints_from", "text_of"]
-
 _DENSE_VALUES = 2**21
 _STORED = np.dtype([("place", "<u4"), ("expression", "<u8")])
 _ROUNDED_BITS = 12
 _LATTICE = 4
-"""Cells for each value of x or y from which on they are taken to lie on a lattice."""
+"""With more cells than this per distinct value of x or y, positions count as a lattice."""
 _FEW = 0.05
-"""Names of training cells that belong to other cells here: a larger share of them is refused."""
+"""Largest accepted share of training cells whose names belong to other cells here."""
 
 
 @dataclass(frozen=True)
 class _CellKeys:
-    """Values by which cells are found again, of the training cells and of the data."""
+    """Values that identify cells, of the training cells and of the data."""
 
     trained: np.ndarray
     here: np.ndarray
@@ -45,9 +43,10 @@ class _CellKeys:
     def matches(
         self, trained: Bool[np.ndarray, " trained"], here: Bool[np.ndarray, " cells"], *, share: float
     ) -> tuple[Bool[np.ndarray, " trained"], Bool[np.ndarray, " cells"]]:
-        """Return which of the cells asked for have a value that one cell on each side has.
+        """Return which of the given cells on each side have a value that occurs on the other side.
 
-        With a ``share``, none do if fewer than that share of the cells on the smaller side are found.
+        With a ``share``, only values that are unique on each side count, and none do if they are fewer than that share
+        of the smaller side.
         """
         theirs, ours = pd.Series(self.trained[trained]), pd.Series(self.here[here])
         common = np.intersect1d(theirs.to_numpy(), ours.to_numpy())
@@ -67,11 +66,9 @@ def fitted_cells(
 ) -> Bool[np.ndarray, " cells"] | None:
     """Return which cells a model was fitted on; ``None`` if that is not known.
 
-    Notes
-    -----
-    Cells without the name of a training cell are training cells if place and expression agree; if one of both agrees,
-    for cells of which no two have the same, and if so nearly all (expression: half) of the cells are found. Where cells
-    lie on a lattice, as spots and bins do, places alone tell nothing: other sections have the same.
+    Cells without the name of a training cell are training cells if place and expression agree. One of both suffices for
+    values that no two cells share, if these find nearly all of the cells (by expression: half). Places alone do not
+    count on a lattice, such as spots or bins, which other sections share.
     """
     if card.training_cells is None:
         return None
@@ -142,7 +139,7 @@ def text_of(prints: Fingerprints) -> str:
 
 
 def prints_from(text: str, names: tuple[str, ...]) -> Fingerprints:
-    """Return what :func:`text_of` wrote; a ``ValueError`` if it is not of so many cells."""
+    """Return the fingerprints from :func:`text_of`; raise ``ValueError`` if they are not of this many cells."""
     joined = np.frombuffer(b64decode(text, validate=True), dtype=_STORED)
     if len(joined) != len(names):
         msg = f"there are fingerprints of {len(joined)} cells for {len(names)} names"
@@ -153,7 +150,7 @@ def prints_from(text: str, names: tuple[str, ...]) -> Fingerprints:
 
 
 def place_prints(coordinates: Float64[np.ndarray, "cells dimensions"]) -> UInt32[np.ndarray, " cells"]:
-    """Return a fingerprint of where each cell lies, as float32."""
+    """Return a fingerprint of each cell's position, as float32."""
     bits = (coordinates.astype(np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
     found = np.zeros(len(bits), dtype=np.uint64)
     for column in bits.T:
@@ -166,8 +163,8 @@ def expression_prints(
 ) -> UInt64[np.ndarray, " cells"]:
     """Return a fingerprint of each cell's expression: the same for sparse, dense, float and whole numbers.
 
-    Values count to three to four significant digits, so that rounding seldom changes them; the order of genes and genes
-    that the model does not know do not count.
+    Values are rounded to three to four significant digits, so that rounding errors seldom change them; the order of
+    genes and genes that the model does not know do not matter.
     """
     salts = np.zeros(reader.shape[1], dtype=np.uint64)
     digests = [hashlib.blake2b(gene.encode("utf-8", "surrogatepass"), digest_size=8).digest() for gene in genes]

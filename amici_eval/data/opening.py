@@ -50,7 +50,7 @@ _NN_SAMPLE = 5000
 
 
 def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensions"]:
-    """Return the coordinates of all cells, shape (cells, dimensions), or say what is wrong with them."""
+    """Return the coordinates of all cells, shape (cells, dimensions); refuse unusable ones."""
     if key not in adata.obsm:
         raise missing(
             adata,
@@ -64,7 +64,7 @@ def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimen
         coordinates = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         if not sparse.issparse(values) and getattr(values, "dtype", None) in (np.float32, np.float64):
-            # on a GPU: the error says how they come from there
+            # raises, with a fix, for an array on a GPU
             in_memory(values, f"adata.obsm[{key!r}]")
         raise DataError(
             value=f"adata.obsm[{key!r}] holds {getattr(values, 'dtype', type(values).__name__)}",
@@ -126,7 +126,7 @@ def median_nn_distance(coordinates: Float64[np.ndarray, "cells dimensions"]) -> 
 def describe_training_data(
     adata: AnnData, *, coord_obsm_key: str, layer: str | None, with_digest: bool = True
 ) -> TrainingData:
-    """Return the facts by which data of another kind can be noticed later."""
+    """Return facts on the training data, by which data of another kind can be noticed later."""
     matrix = expression_matrix(adata, layer)
     reader = open_rows(matrix)
     integer_valued = reader.dtype.kind in "biu" or all(
@@ -142,21 +142,19 @@ def describe_training_data(
 
 
 def digest_of_places(coordinates: Float64[np.ndarray, "cells dimensions"]) -> str:
-    """Return a fingerprint of where cells lie (as float32), whatever their order and names."""
+    """Return a fingerprint of the cells' positions (as float32), independent of their order and names."""
     rounded = coordinates.astype(np.float32) + 0.0
     ordered = rounded[np.lexsort(rounded.T[::-1])]
     return hashlib.blake2b(np.ascontiguousarray(ordered, dtype="<f4").tobytes(), digest_size=16).hexdigest()
 
 
 def content_digest(adata: AnnData) -> str:
-    """Return a fingerprint of what an AnnData contains, 32 hexadecimal digits.
+    """Return a fingerprint of the content of an AnnData, 32 hexadecimal digits.
 
-    Notes
-    -----
-    Covers cell and gene names, ``X`` and layers (as float32, whatever the storage), columns of ``obs`` and numeric
-    entries of ``obsm`` (ragged ones are left out). Names that begin with ``_`` are left out: model set-up writes such
-    columns. ``uns``, ``varm``, ``obsp`` and ``raw`` are left out. It does not depend on sparse or dense storage, file
-    format or block size. A layer that lies on disk by genes (CSC) is read into memory for it, one at a time.
+    It covers cell and gene names, ``X`` and layers (as float32), columns of ``obs`` and numeric entries of ``obsm``
+    (not ragged ones); not names that begin with ``_``, which model set-up writes, nor ``uns``, ``varm``, ``obsp`` and
+    ``raw``. It does not depend on sparse or dense storage, file format or block size. A layer on disk by genes (CSC) is
+    read into memory, one at a time.
     """
     check_is_filled(adata)
     digest = hashlib.blake2b(digest_size=16)
@@ -167,7 +165,7 @@ def content_digest(adata: AnnData) -> str:
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             digest.update(f"obs/{name}".encode() + column.to_numpy(dtype="<f8", na_value=np.nan).tobytes())
         elif isinstance(column.dtype, pd.CategoricalDtype):
-            # each category is made text once; a missing value has the code -1 and takes the last
+            # convert each category once; missing values have the code -1, which indexes the last entry
             texts = np.array([*map(str, column.cat.categories.astype(object)), "\0NA"], dtype=object)
             _hash_texts(digest, f"obs/{name}", texts[column.cat.codes.to_numpy()])
         else:
@@ -180,10 +178,10 @@ def content_digest(adata: AnnData) -> str:
         digest.update(name.encode())
         if matrix is not None:
             if name != "X" and lies_on_disk_by_columns(matrix):
-                # nobody may have asked for this layer: it must not stand in the way of one that can be read by rows
+                # a layer that the settings may not use must not cause an error
                 matrix = matrix.to_memory().tocsr()  # noqa: PLW2901, RUF100
             for _, block in spans(open_rows(matrix, name=f"adata.{name}")):
-                # + 0 makes a negative zero, which sparse storage drops, a plain one
+                # + 0 turns -0.0, which sparse storage drops, into 0.0
                 values = np.add(as_dense(block), np.float32(0), dtype="<f4", casting="unsafe", order="C")
                 digest.update(values.data)
     return digest.hexdigest()
@@ -195,10 +193,10 @@ def _hash_texts(digest: Any, name: str, values: Any) -> None:
 
 
 def _numeric_obsm(adata: AnnData) -> dict[str, np.ndarray]:
-    """Return the entries of ``obsm`` that are arrays of numbers, by name; not ragged ones, nor those on a GPU."""
+    """Return the numeric arrays of ``obsm`` by name, without ragged ones and those on a GPU."""
     found = {}
     for name in sorted(map(str, adata.obsm)):
-        # ragged arrays of the package awkward have no shape
+        # ragged arrays (awkward) have no shape
         if hasattr(adata.obsm[name], "shape"):
             with suppress(TypeError, ValueError, RuntimeError):
                 values = np.asarray(adata.obsm[name])
@@ -208,7 +206,7 @@ def _numeric_obsm(adata: AnnData) -> dict[str, np.ndarray]:
 
 
 def write_plain(adata: AnnData, path: Path) -> None:
-    """Write what an evaluation reads of an AnnData to a .h5ad that old versions of anndata read; the digest stays."""
+    """Write what an evaluation reads of an AnnData to a .h5ad for old versions of anndata; the digest is kept."""
     from anndata import AnnData
 
     def plain(matrix: Any, name: str) -> Any:

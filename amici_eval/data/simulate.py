@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Float64, Int64
 
-__all__ = ["DEMO_TISSUE", "PlantedEffect", "SimulatedTissue", "TissueSpec", "sender_exposure", "simulate_tissue"]
-
 _N_WAVES = 48
-_KERNEL_REACH = 3.0  # exp(-3**2) is .0001: what lies beyond adds nothing one could measure
+_KERNEL_REACH = 3.0  # exp(-3**2) is .0001: farther senders are negligible
 _PROPORTION_STEPS = 50
 
 
@@ -156,15 +154,11 @@ class TissueSpec:
 
 @dataclass(frozen=True)
 class SimulatedTissue:
-    """A simulated tissue and the truth behind it.
+    """A simulated tissue and its planted effects.
 
-    Parameters
-    ----------
-    adata
-        Log-normalised expression (``X``, float32), ``layers["counts"]``, ``obs["cell_type"]``, ``obs["region"]``,
-        ``obsm["spatial"]`` in micrometres, and ``uns["planted_effects"]``, a frame with one row per effect and gene.
-    effects
-        The planted effects.
+    ``adata`` has log-normalised expression (``X``, float32), ``layers["counts"]``, ``obs["cell_type"]``,
+    ``obs["region"]``, ``obsm["spatial"]`` in micrometres, and ``uns["planted_effects"]``, a frame with one row per
+    effect and gene.
     """
 
     adata: ad.AnnData
@@ -220,7 +214,7 @@ def simulate_tissue(spec: TissueSpec) -> SimulatedTissue:
 def sender_exposure(
     receivers_um: Float64[np.ndarray, "receivers 2"], senders_um: Float64[np.ndarray, "senders 2"], *, range_um: float
 ) -> Float64[np.ndarray, " receivers"]:
-    """Exposure of each receiver to the senders around it, from 0 (none near) to 1 (surrounded)."""
+    """Return the exposure of each receiver to senders around it, from 0 (none near) to 1 (surrounded)."""
     if len(senders_um) == 0:
         return np.zeros(len(receivers_um))
     pairs = cKDTree(receivers_um).sparse_distance_matrix(
@@ -273,7 +267,7 @@ def _gene_names(spec: TissueSpec) -> list[str]:
 def _baselines(spec: TissueSpec, genes: list[str], rng: np.random.Generator) -> Float64[np.ndarray, "types genes"]:
     log_rate = rng.normal(0, 0.4, size=len(genes)) + rng.normal(0, 0.2, size=(len(spec.cell_types), len(genes)))
     first = len(_planted_genes(spec.effects))
-    # all responding genes start equally low: an effect's strength, not its genes' luck, decides how well it shows
+    # equally low baselines, so that detectability depends on the effect's strength alone
     log_rate[:, :first] = -1.2
     for t in range(len(spec.cell_types)):
         start = first + t * spec.n_markers

@@ -1,4 +1,4 @@
-"""An AnnData fitted to a model: checked, seen through the model's genes and labels, never changed."""
+"""An AnnData checked against a model and read through the model's genes and labels, never changed."""
 
 from __future__ import annotations
 
@@ -51,38 +51,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Tissue:
-    """An AnnData that was checked against a model, seen through the model's genes and labels.
+    """An AnnData that was checked against a model, with the model's genes and labels.
 
-    Parameters
-    ----------
-    cell_names
-        ``obs_names`` as text, shape (cells,).
-    labels
-        Cell type of each cell as text, shape (cells,).
-    label_codes
-        The model's code of each label, shape (cells,).
-    coordinates
-        Shape (cells, dimensions), in the unit of the AnnData.
-    radii
-        Cell radii, if the model was trained with them.
-    samples, sections
-        Stratum of each cell for statistics, and the section that its neighbours must not leave; see
-        :class:`~amici_eval.data.geometry.Geometry`.
-    evaluated
-        Which cells are receivers of the evaluation; all cells are neighbours.
-    notes
-        Remarks and warnings for the report.
-    matrix
-        The AnnData's own expression matrix; not a copy.
-    gene_columns
-        Columns of ``matrix`` in the model's gene order; ``None`` if they are in order already.
-    fitted
-        Which cells the model was fitted on; ``None`` if that is not known.
-    buffer
-        Whether no evaluated cell may have a fitted one among its neighbours; :func:`keep_away_from_training` acts on it
-        once neighbours are known.
-    adata
-        What it was made of; a fetched file lasts as long as this is referred to.
+    ``coordinates`` are in the unit of the AnnData; ``samples`` are strata for statistics, ``sections`` must not be left
+    by neighbours (:class:`~amici_eval.data.geometry.Geometry`). All cells are neighbours, ``evaluated`` ones also
+    receivers. ``matrix`` is no copy; ``gene_columns`` None: in order. ``buffer``: no evaluated cell may have a fitted
+    neighbour, which :func:`keep_away_from_training` applies. ``adata`` keeps a fetched file alive.
     """
 
     cell_names: np.ndarray
@@ -110,7 +84,7 @@ class Tissue:
         return take_expression(self._reader, rows, self.gene_columns)
 
     def expression_blocks(self, rows: Int64[np.ndarray, " rows"], *, max_rows: int = 4096) -> Iterator[ExpressionBlock]:
-        """Walk the expression of some cells once, in the order in which the AnnData stores them."""
+        """Yield the expression of some cells by block, in the order in which the AnnData stores them."""
         if max_rows < 1:
             msg = f"max_rows={max_rows}: a block needs at least one row"
             raise ValueError(msg)
@@ -126,7 +100,7 @@ class Tissue:
 
     @cached_property
     def order(self) -> Int64[np.ndarray, " cells"]:
-        """All rows in canonical order: by name, whatever the order of storage."""
+        """All rows in canonical order: by name, independent of the order of storage."""
         return np.argsort(self.cell_names, kind="stable")
 
     @cached_property
@@ -170,7 +144,7 @@ def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     if fitted is not None and spec.subset.held_out is not None:
         evaluated = split_cells(evaluated, fitted, labels, held_out=spec.subset.held_out, notes=notes)
     if not evaluated.all():
-        # a buffer drops some of them once neighbours are known
+        # a buffer drops some of the chosen cells once neighbours are known
         what = "chosen" if spec.subset.buffer else "evaluated"
         notes.append(f"{int(evaluated.sum())} of {adata.n_obs} cells {what}; all cells serve as neighbours")
     return Tissue(
@@ -199,7 +173,7 @@ def _fitted(
     coordinates: Float64[np.ndarray, "cells dimensions"],
     notes: list[str],
 ) -> Bool[np.ndarray, " cells"] | None:
-    """Return which cells the model was fitted on, by what the user says or else by what the model recorded."""
+    """Return which cells the model was fitted on, by the settings or else by the model's record."""
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
     rows = trained_on(adata, spec.trained_on)
     if rows is None:
@@ -211,7 +185,7 @@ def _fitted(
         split = fitted_cells(card, names, coordinates, expression, own)
     except DataError:
         return said
-    # a split within these cells is known from the model; without one, all of them count
+    # use the model's split if it lies within these cells, else all of them
     if split is None or not split.any() or (split & ~said).any():
         return said
     notes += own
@@ -219,7 +193,7 @@ def _fitted(
 
 
 def cells_found(card: ModelCard, tissue: Tissue) -> Bool[np.ndarray, " cells"] | None:
-    """Return which cells of a tissue are those that a card names, told as training cells are; ``None``: not known."""
+    """Return which cells of a tissue are the training cells of a card; ``None`` if not known."""
     prints = partial(expression_prints, open_rows(tissue.matrix), tissue.gene_columns, card.genes)
     return fitted_cells(card, tissue.cell_names, tissue.coordinates, prints, [])
 

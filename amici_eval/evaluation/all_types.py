@@ -1,4 +1,4 @@
-"""Evaluate type after type, small ones side by side, and what is asked of all types together."""
+"""The evaluation of all receiver types, and of what needs all types together."""
 
 from __future__ import annotations
 
@@ -31,31 +31,14 @@ if TYPE_CHECKING:
     from amici_eval.results.tile_sums import Moments
     from amici_eval.settings.evaluation import EvaluationSpec
 
-__all__ = ["Types", "evaluate_types"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Types:
-    """What the evaluation of all types gives.
+    """Results of the evaluation of all types.
 
-    Parameters
-    ----------
-    evaluated
-        By type, in the order of the receivers; ``None`` stands for a type with too few cells.
-    undefined
-        What has no value, and why.
-    moments
-        From the factored engine.
-    baselines
-        If they were asked for, and it is known where cells lie.
-    senders
-        From the factored engine, if they were asked for.
-    tile_width
-        Side of the tiles, in coordinate units; ``None``: it is not known where cells lie.
-    held_out
-        By type: whether the model was fitted on none of its evaluated cells; ``None`` if that is not known.
-    notes
-        Remarks on the evaluated cells.
+    ``evaluated`` is in the order of the receivers, None for a type with too few cells. ``moments`` and ``senders`` are
+    from the factored engine; ``baselines`` and ``tile_width`` (coordinate units) need known positions. ``held_out``: by
+    type, whether the model was fitted on none of its evaluated cells, None if unknown.
     """
 
     evaluated: list[TypeEvaluation | None]
@@ -88,7 +71,7 @@ def evaluate_types(
     there = {name: part for name in usable if (part := _taken(parts, _type_part(engine, name))) is not None}
     if launcher is not None and len(there) < len(usable):
         launcher.prepare(len(usable) - len(there))
-    # work counts cells once for their way through the model; a permutation's cost beside that, roughly
+    # rough costs relative to one cell's forward pass
     cells_work = 1.0 if factors is not None else n_heads + 2.0 + (n_heads if "leave_one_out" in modes else 0)
     test_work = n_permutations / 1000 if factors is not None else float(n_heads)
     tissue = access if isinstance(access, TissueAccess) else None
@@ -96,12 +79,12 @@ def evaluate_types(
     batches: list[tuple[int, ...]] = []
     if spec.ablation.senders and factors is not None:
         batches = factors.sender_batches(len(everyone))
-    # each mask is another look at all receivers and their expression
+    # each mask takes another pass over all receivers and their expression
     mask_work = len(everyone) * sum(map(len, batches))
     meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines) + mask_work)
     sketch = Sketch.of(usable)
     senders: Senders | None = _taken(parts, _SENDERS) if batches else None
-    # senders need more of the pass than is kept of it
+    # stored outputs lack the masked ones that senders need
     outputs: HeadOutputs | None = None if batches and senders is None else _taken(parts, _ATTENTION)
     if outputs is not None:
         meter.add(len(everyone), "attention")
@@ -134,7 +117,7 @@ def evaluate_types(
             test=spec.permutation,
             progress=lambda more: meter.add(more, "senders masked out"),
         )
-        # an array of each sender type: not to be held while types are tested
+        # free the array of each sender type before types are tested
         outputs = replace(outputs, without_senders=None, by_sender=None)
         _keep(parts, _SENDERS, senders)
         _keep(parts, _ATTENTION, outputs)
@@ -249,7 +232,7 @@ def _each(
 
 
 _MOST_TIED, _TIED_SAID = 0.05, 0.001
-"""Shares of cells without one nearest neighbour: of a type whose value is then left out, of all cells to be noted."""
+"""Share of tied cells above which a type gets no value, and share of all cells from which a note is made."""
 _ATTENTION, _SENDERS, _BASELINES = "attention", "senders", "baselines"
 
 
@@ -274,7 +257,7 @@ def _tasks(
     outputs: HeadOutputs | None,
     keys: Int64[np.ndarray, " cells"],
 ) -> list[TypeTask]:
-    """Return what belongs to each type; arrays are views where they can be."""
+    """Return the task of each type; arrays are views where possible."""
     located = access if isinstance(access, LocatedAccess) and spec.permutation.spatial_null != "none" else None
     return [
         TypeTask(
@@ -324,7 +307,7 @@ def _crowded(
     fitted: Bool[np.ndarray, " all_cells"],
     spec: EvaluationSpec,
 ) -> tuple[str, ...]:
-    """Say how many held-out cells have cells of training around them: they are not as new to the model as they seem."""
+    """Return a note on held-out cells with training cells among their neighbours, which are less new than they seem."""
     held_out = rows[~fitted[rows]]
     near = int(fitted[access.neighbour_rows[held_out]].any(axis=1).sum())
     if not near or spec.data.subset.buffer:
@@ -342,7 +325,7 @@ def _crowded(
 def _without_ties(
     outputs: HeadOutputs | None, usable: Mapping[str, Int64[np.ndarray, " cells"]]
 ) -> tuple[HeadOutputs | None, tuple[str, ...]]:
-    """Give receivers without one nearest neighbour all their neighbours, and NaN to types with many of them; say so."""
+    """Replace ``without_nearest`` of tied receivers by ``whole``, and of types with many ties by NaN; return notes."""
     if outputs is None or outputs.without_nearest is None:
         return outputs, ()
     tied = np.isnan(outputs.without_nearest[:, 0]) & ~np.isnan(outputs.whole[:, 0])
@@ -366,6 +349,6 @@ def _without_ties(
 
 
 def _slices(usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> list[slice]:
-    """Return where the cells of each type stand if types follow each other."""
+    """Return the slice of each type's cells among the cells of all types, one type after the other."""
     ends = np.cumsum([0, *(len(rows) for rows in usable.values())]).tolist()
     return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""What a predictor without heads explains from position or from the cell types around."""
+"""What predictors without heads explain from position, types or expression of the neighbours."""
 
 from __future__ import annotations
 
@@ -27,27 +27,15 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.protocols import TissueAccess
 
-__all__ = [
-    "DESIGNS",
-    "FITTED",
-    "FOLD",
-    "SCORED",
-    "TypeDesigns",
-    "evaluate_baselines",
-    "gather",
-    "sections_of",
-    "those_that_fit",
-]
-
 DESIGNS = ("neighbour_types", "neighbour_expression", "position")
 FITTED, SCORED, FOLD = 1, 2, 4
-"""Roles of cells add up: to fit, to score, and the number of the fold times 4."""
+"""Roles of cells are added up: fitted, scored, and four times the number of the fold."""
 _CHUNK_ROWS, _CHUNK_VALUES = 8192, 2**22
 _CELLS_PER_TILE = 1024
 _MOST_GENES, _PROJECTED = 1000, 512
-"""Mean expression of the neighbours has a column a gene up to the first, and above that the second, of projections."""
+"""With more genes than the first, mean expression of neighbours is projected to the second number of columns."""
 _MOMENT_BYTES = 2**29
-"""Moments of several types are gathered in one pass over the tissue, as far as they find room in this."""
+"""Memory for the moments of types that are gathered in one pass over the tissue."""
 
 
 def sections_of(access: TissueAccess) -> Int64[np.ndarray, " all_cells"]:
@@ -68,24 +56,12 @@ class _NeighbourExpression:
 
 
 class TypeDesigns:
-    """One type on its way: its cells, its functions of position, and the moments of the three designs.
+    """One type: its cells, its functions of position, and the moments of the three designs.
 
-    Parameters
-    ----------
-    access, cell_type
-        The tissue, and the type.
-    index
-        Place of the type among those evaluated.
-    roles, sections
-        Of all cells of the tissue.
-    cross_fitted
-        Whether cells that are fitted and scored are predicted by the other folds.
-
-    Notes
-    -----
-    Of more than 1,000 genes, ``neighbour_expression`` takes 512 fixed random projections of the neighbours' mean
-    expression, which keep the distances between cells to about 6 % (Johnson & Lindenstrauss 1984), so that the normal
-    equations stay 512 x 512. Genes then count by how much they vary, and not all the same.
+    Over 1,000 genes, ``neighbour_expression`` takes 512 fixed random projections of the neighbours' mean expression,
+    which keep distances between cells to about 6 % (Johnson & Lindenstrauss 1984), so that the normal equations stay
+    512 x 512. Genes then count by how much they vary, and not all the same. With ``cross_fitted``, cells that are
+    fitted and scored are predicted from the other folds.
     """
 
     def __init__(
@@ -113,18 +89,18 @@ class TypeDesigns:
 
     @property
     def moment_bytes(self) -> int:
-        """Room that the moments take."""
+        """Memory of the moments in bytes."""
         return 8 * self.n_roles * sum(columns * (columns + self.n_genes) for columns in self.n_columns)
 
     def add(self, role: int, designs: Sequence[np.ndarray], targets: Float32[np.ndarray, "rows genes"]) -> None:
-        """Count some cells in that are for the same."""
+        """Add cells with the same role to the sums."""
         if role not in self._sums:
             self._sums[role] = tuple(RidgeSums(columns, self.n_genes) for columns in self.n_columns)
         for sums, design in zip(self._sums[role], designs, strict=True):
             sums.add(design, targets)
 
     def explained(self) -> list[float]:
-        """Fit each design, score it, and give the room of the moments back.
+        """Fit and score each design, then free the moments.
 
         One penalty and one level, found on all fitted cells, hold for all folds.
         """
@@ -138,7 +114,7 @@ class TypeDesigns:
             fits, scored = [], []
             for role, part in parts.items():
                 if role & SCORED:
-                    # the role of cells that are fitted and scored names their fold
+                    # cells that are fitted and scored have one role per fold
                     others = [other for name, other in fitted.items() if name != role]
                     apart = self._cross_fitted and role in fitted
                     fits.append(
@@ -151,7 +127,7 @@ class TypeDesigns:
 
 
 def those_that_fit(types: Sequence[TypeDesigns]) -> Iterator[list[TypeDesigns]]:
-    """Put as many types together as find room for their moments."""
+    """Yield batches of types whose moments fit in memory together."""
     batch: list[TypeDesigns] = []
     room = _MOMENT_BYTES
     for one in types:
@@ -171,12 +147,12 @@ def gather(
     sections: Int64[np.ndarray, " all_cells"],
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Walk once over the cells of some types, tile by tile, and count them in."""
+    """Add the cells of some types to their sums in one pass, tile by tile."""
     by_code = {one.code: one for one in types}
     n_genes, n_types = len(access.card.genes), len(access.card.cell_types)
     codes = access.label_codes
     rows = np.concatenate([one.rows for one in types])
-    # receivers that lie together share their neighbours, so that each is read about once
+    # receivers in a tile share their neighbours, so that each cell is read about once
     n_tiles = max(1, len(rows) // (_CELLS_PER_TILE * (int(sections.max()) + 1)))
     tiles = square_tiles(access.coordinates(rows), n_tiles=n_tiles, samples=sections[rows])
     rows = rows[np.lexsort((rows, tiles))]
@@ -202,7 +178,7 @@ def gather(
 
 
 def _projection(n_genes: int) -> Float32[np.ndarray, "genes columns"]:
-    """Return Gaussian weights that depend on the number of genes alone."""
+    """Return Gaussian projection weights that depend on the number of genes alone."""
     rng = np.random.Generator(np.random.Philox(key=0))
     return rng.standard_normal((n_genes, _PROJECTED), dtype=np.float32) / np.float32(np.sqrt(_PROJECTED))
 
@@ -217,7 +193,7 @@ def _count_types(codes: Int64[np.ndarray, "cells neighbours"], n_types: int) -> 
 def _expression_around(
     access: TissueAccess, rows: Int64[np.ndarray, " cells"], neighbours: Int[np.ndarray, "cells neighbours"]
 ) -> _NeighbourExpression:
-    """Return the expression of some cells, and the mean of their neighbours', reading each cell once, in blocks."""
+    """Return the expression of some cells and the mean over their neighbours, reading each cell once."""
     n_cells, n_neighbours = neighbours.shape
     needed = np.zeros(len(access.label_codes), dtype=bool)
     needed[neighbours] = True
@@ -243,7 +219,7 @@ def _expression_around(
 
 
 MIN_CELLS_FIT = 10
-"""Fewer cells to fit tell nothing about any penalty."""
+"""Fewer fitted cells do not determine a penalty."""
 N_FOLDS = 5
 
 
@@ -258,18 +234,13 @@ def evaluate_baselines(
     n_folds: int = N_FOLDS,
     progress: Callable[[int], None] | None = None,
 ) -> Baselines:
-    """Learn what composition, expression of neighbours and position explain without any head, and what heads add.
+    """Return what baselines explain without any head, and what heads explain more.
 
-    Notes
-    -----
-    Each is a ridge regression of all genes of a type, one penalty a type by generalised cross-validation. ``position``
-    takes cosines over the bounding box of the type's cells in a section, lowest frequencies first: one for ten cells to
-    fit, at most 64 a section and about 512 in all; each section has a level of its own. A model without heads explains
-    0, which counts as a baseline: no gain is larger than what the head itself explains.
-
-    A type has hundreds of weights of its own, so that a fit explains much of its own cells by chance: 19 % of 225
-    macrophages in a Xenium section, and less than 1 % of others. Hence the folds. What a model explains of its training
-    cells is flattered too, if less: only cells held out from both give a fair gain.
+    Each is a ridge regression of all genes of a type, with one penalty by generalised cross-validation. ``position``
+    takes cosines over the type's bounding box in a section, lowest frequencies first: one per ten fitted cells, at most
+    64 a section and about 512 in all, and a level per section. A model without heads explains 0 and counts as a
+    baseline. Folds are needed as a type has hundreds of weights: by chance a fit explained 19 % of the 225 macrophages
+    it saw, under 1 % of others. Only cells held out from model and baseline give a fair gain.
     """
     types = tuple(receivers)
     if expl_var.shape[1:] != (len(types),) or expl_var_full.shape != (len(types),):
@@ -324,7 +295,7 @@ def _roles(
     fitted: Bool[np.ndarray, " all_cells"] | None,
     n_folds: int,
 ) -> Int64[np.ndarray, " all_cells"]:
-    """Return what each cell is for: to fit, to score (bits 1 and 2), or both, plus four times the fold of these."""
+    """Return the role of each cell: the sum of ``FITTED``, ``SCORED`` and, if both, ``FOLD`` times its fold."""
     codes, cell_types = access.label_codes, list(access.card.cell_types)
     roles = np.zeros(len(codes), dtype=np.int64)
     for cell_type, rows in receivers.items():
@@ -332,7 +303,7 @@ def _roles(
         roles[rows] |= SCORED
         roles[rows if fitted is None else fitted & of_type] |= FITTED
         both = np.flatnonzero(of_type & (roles == (FITTED | SCORED)))
-        # by rank of the names, whatever the order of storage
+        # folds by rank of the names do not depend on the order of storage
         both = both[np.argsort(np.array(access.cell_names(both), dtype=object), kind="stable")]
         roles[both] += FOLD * (np.arange(len(both)) % n_folds)
     return roles

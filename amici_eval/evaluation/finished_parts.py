@@ -1,4 +1,4 @@
-"""Parts of an evaluation that are finished, kept in a folder as they finish, so that no interruption loses them."""
+"""Finished parts of an evaluation, kept in a folder so that an interruption does not lose them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["FinishedParts"]
-
 logger = logging.getLogger(__name__)
 
 _CLASSES = (TypeEvaluation, FreeTest, TypeSpatial, TypeAblations, TypeMoments, HeadOutputs, Senders, Baselines)
@@ -30,37 +28,27 @@ _SUFFIX = ".part"
 class FinishedParts:
     """Finished parts of one evaluation, by name.
 
-    Parameters
-    ----------
-    folder
-        Where parts are written; made when the first one is.
-    key
-        What was evaluated, on what and how: a part of anything else is not taken.
-    others
-        Folders with finished parts of the same evaluation, which others left or still work at.
-
-    Notes
-    -----
-    A part is written whole or not at all, and read back bit for bit. One that is damaged is computed again. A folder
-    that takes no more is a warning: the work goes on, and only an interruption would lose what could not be kept.
+    ``key`` says what was evaluated, on what and how; parts with another key are not used. ``others`` are folders of the
+    same evaluation that other processes left or still use. Parts are written atomically and read back bit for bit;
+    damaged ones are computed again. A folder that cannot be written to is a warning: the work goes on without it.
     """
 
     def __init__(self, folder: Path, *, key: str, others: Sequence[Path] = ()) -> None:
         self._folder, self._key, self._others = folder, key, tuple(others)
         self._full = False
         self.taken: list[str] = []
-        """Names of the parts that were there, in the order in which they were asked for."""
+        """Names of the parts that were found, in the order of the requests."""
         self.kept: list[str] = []
         """Names of the parts that were written."""
 
     @property
     def n_types(self) -> int:
-        """How many cell types were there or were written."""
+        """Number of cell types that were found or written."""
         return sum(1 for name in {*self.taken, *self.kept} if name.startswith(("factored type ", "hooked type ")))
 
     @staticmethod
     def count_in(folder: Path) -> int:
-        """Return how many parts a folder holds."""
+        """Return the number of parts in a folder."""
         return sum(1 for _ in folder.glob(f"*{_SUFFIX}"))
 
     def get(self, name: str) -> Any:
@@ -79,7 +67,7 @@ class FinishedParts:
         return None
 
     def put(self, name: str, value: Any) -> None:
-        """Keep a part."""
+        """Write a part."""
         if self._full:
             return
         path = self._folder / _file_name(name)
@@ -88,7 +76,7 @@ class FinishedParts:
                 self._folder.mkdir(parents=True, exist_ok=True)
             write_durably(path, lambda partial: write_pack(partial, value, label={"name": name, "key": self._key}))
         except OSError as error:
-            # asked again for each part, this would be said for each
+            # warn once, not for each part
             self._full = True
             logger.warning(
                 "results cannot be kept in %s as they finish (%s); the work goes on, an interruption would lose them",
@@ -99,11 +87,11 @@ class FinishedParts:
         self.kept.append(name)
 
     def sweep(self) -> None:
-        """Remove what writers that were killed left half written."""
+        """Remove partial files of writers that were killed."""
         for path in self._folder.glob(f"*{PARTIAL_SUFFIX}"):
             path.unlink(missing_ok=True)
 
 
 def _file_name(name: str) -> str:
-    # names of types are anything, names of files are not
+    # hashed because names of types may not be valid file names
     return hashlib.sha256(name.encode()).hexdigest()[:32] + _SUFFIX

@@ -1,4 +1,4 @@
-"""From what each type gives to what is inferred of all: families of tests, intervals, cells held out."""
+"""From the results of each type to adjusted p-values, intervals and held-out parts of all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.tiles import Rows
     from amici_eval.settings.evaluation import PermutationSpec
     from amici_eval.stats.tiles.bootstrap import TileBootstrap
-
-__all__ = ["adjusted_free", "held_out_parts", "intervals", "spatial_tests"]
 
 
 def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> TileBootstrap:
@@ -147,7 +145,7 @@ def spatial_tests(
         if len(one.widths):
             p_by_width[: len(one.widths), :, index] = one.p_by_width
         reasons += [(head, cell_type, why) for head, why in one.reasons.items()]
-    # without permutations shared by all there is no maxT; Holm controls the same error under any dependence
+    # maxT needs permutations shared by all types; Holm controls the same error under any dependence
     method = "holm" if test.adjustment == "maxt" else test.adjustment
     p = heads("p")
     return SpatialTests(

@@ -1,4 +1,4 @@
-"""Where receiver types are evaluated: in this process, or in others."""
+"""Choice of where receiver types are evaluated: in this process or in others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.tasks import Launcher
     from amici_eval.settings.launch import LaunchSpec
-
-__all__ = ["open_launcher"]
 
 
 @contextmanager

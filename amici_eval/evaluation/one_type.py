@@ -38,26 +38,15 @@ if TYPE_CHECKING:
     from amici_eval.stats.permutation.factor_nulls import FactorDraw, FactorStatistics
     from amici_eval.stats.spatial.lag import CellPositions
 
-__all__ = ["FreeTest", "TypeEvaluation", "counted", "evaluate_type_by_factors", "evaluate_type_by_hooks", "free_test"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FreeTest:
-    """What the free test of one cell type found.
+    """Result of the free test of one cell type.
 
-    Parameters
-    ----------
-    p, p_low, p_high
-        p-values and their Monte Carlo intervals, shape (heads,); NaN where there is no test.
-    exceedances
-        Shape (heads,); -1 where nothing was counted.
-    n_permutations
-        Drawn permutations; 0 if p follows from moments.
-    method
-        ``independent`` or ``cyclic`` permutations, ``sequential``, ``moments``, or ``gpd`` where a tail was fitted.
-    standardised, permuted
-        The statistic of the truth, shape (heads,), and of every permutation, shape (permutations, heads), standardised
-        by its exact moments; only where maxT needs them.
+    p and its Monte Carlo interval are NaN without a test; ``exceedances`` are -1 where nothing was counted;
+    ``n_permutations`` is 0 if p follows from moments. ``method``: independent, cyclic, sequential, moments, or gpd
+    where a tail was fitted. ``standardised`` and ``permuted``, kept for maxT only, are the observed and permuted
+    statistics, standardised by their exact moments.
     """
 
     p: Float64[np.ndarray, " heads"]
@@ -123,7 +112,7 @@ def free_test(
 
 
 def counted(counts: PermutationCounts, test: PermutationSpec, sampling: str) -> FreeTest:
-    """Return the test that counts of exceedances make."""
+    """Return the test from counts of exceedances."""
     exceedances = np.where(counts.dead, -1, counts.exceedances)
     raw = p_values(np.maximum(exceedances, 0), n_permutations=max(counts.n_permutations, 1), convention=test.convention)
     raw = raw.without(counts.dead)
@@ -143,7 +132,7 @@ def _sequential(
     n_permutations: int,
     progress: Callable[[int], None] | None,
 ) -> FreeTest:
-    # fewer permutations than stop_at cannot reach it: all of them are drawn
+    # with fewer permutations than stop_at all of them are drawn
     stop_at = min(test.stop_at, n_permutations)
     finished = 0
 
@@ -171,7 +160,7 @@ def _in_full(
     n_permutations: int,
     device: str,
 ) -> FreeTest:
-    """Keep every permutation's statistic: for tails and for maxT."""
+    """Return the test from the statistics of all permutations, which tails and maxT need."""
     dead = statistics.dead
     exceedances = np.count_nonzero(statistics.reached, axis=0).astype(np.int64)
     counts = PermutationCounts(exceedances=exceedances, dead=dead, n_permutations=n_permutations)
@@ -204,32 +193,12 @@ _DEAD = "the head predicts the same for all cells (dead head)"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TypeEvaluation:
-    """What the evaluation of one receiver type gives.
+    """Results of the evaluation of one receiver type.
 
-    Parameters
-    ----------
-    expl_var_gene, expl_var
-        Of each head kept alone, shape (heads, genes) and (heads,).
-    full, none
-        Of the whole model and of the model without heads, over all genes.
-    constant_genes
-        Genes that do not vary over the cells.
-    free
-        The free test; ``None`` without one.
-    dead
-        Reasons by head number.
-    no_test
-        Why no head has a test, if that is so.
-    spatial
-        The test that holds in tissue; ``None`` without one.
-    ablations
-        Explained variance by mode, shape (heads,) each.
-    catalogue
-        The same and more from the factored engine.
-    moments
-        Without what is kept per cell.
-    not_finite
-        Heads whose output is not finite in some cell, so that ablations of the whole model are undefined.
+    ``expl_var*`` are of each head kept alone, ``full`` and ``none`` of the whole model and of the model without heads.
+    ``free`` and ``spatial`` are None without a test, ``no_test`` says why; ``dead``: reasons by head. ``ablations`` are
+    by mode, ``catalogue`` is the same and more from the factored engine. ``not_finite``: heads with an output that is
+    not finite, so that ablations of the whole model are undefined.
     """
 
     expl_var_gene: Float64[np.ndarray, "heads genes"]
@@ -260,7 +229,7 @@ def evaluate_type_by_hooks(
     on_cells: Callable[[int], None],
     on_permutations: Callable[[int], None],
 ) -> TypeEvaluation:
-    """Evaluate one type from predictions of every ablation, cells x genes each."""
+    """Evaluate one type from the predictions of each ablation, an array of cells x genes each."""
     n_heads, n_cells = access.card.n_heads, len(rows)
     targets = access.expression(rows)
     everyone = range(n_heads)
@@ -288,7 +257,7 @@ def evaluate_type_by_hooks(
             )
             free, unmoving = counted(counts, test, sampling), counts.dead
         else:
-            # predictions are factors too: as many as there are genes
+            # predictions serve as factors of rank genes
             free = free_test(
                 np.nan_to_num(heads.transpose(1, 2, 0)),
                 np.repeat(targets[:, :, None], n_heads, axis=2),
@@ -355,10 +324,10 @@ def evaluate_type_by_factors(
     in_turn: AbstractContextManager[object] | None = None,
     n_threads: int | None = None,
 ) -> TypeEvaluation:
-    """Evaluate one type from what attention brought to its cells; no prediction of cells x genes is formed.
+    """Evaluate one type from its attention outputs, without forming predictions of cells x genes.
 
-    ``without_nearest`` is what it brought without the nearest neighbour of each, if what that explains is wanted.
-    Where several types are evaluated at a time, ``in_turn`` lets one test at a time run, on ``n_threads``.
+    ``without_nearest``: the outputs with each cell's nearest neighbour masked, None if not wanted. Where several types
+    are evaluated at a time, ``in_turn`` lets one test at a time run, on ``n_threads``.
     """
     n_heads, n_cells = access.card.n_heads, len(rows)
     readout = access.readout(cell_type)
@@ -379,11 +348,11 @@ def evaluate_type_by_factors(
     per_gene, overall = moments.explained_variance()
     target_ss = moments.target_ss
     catalogue = None
-    # asked this way round, a prediction that is not finite is dead
+    # a comparison with NaN is False, so that predictions that are not finite are dead
     alive = moments.predicted_ss > DEAD_TOLERANCE**2 * moments.predicted_size
     by_head = np.isfinite(outputs).all(axis=0).reshape(n_heads, -1)
     not_finite = tuple(np.flatnonzero(~by_head.all(axis=1)).tolist())
-    # keep-one is there already, gene by gene
+    # keep-one is computed above, gene by gene
     others = [mode for mode in modes if mode != "keep_one"]
     if target_ss > 0.0 and not not_finite and others:
         catalogue = ablate(
@@ -458,7 +427,7 @@ def _why_no_test(n_cells: int, constant_genes: np.ndarray) -> str | None:
 
 
 def _sampling(asked: str, n_cells: int, n_permutations: int) -> str:
-    """Return the sampling of a type: a cyclic group has no more shifts than cells, too few to reach a small p."""
+    """Return the sampling of a type; with fewer cyclic shifts (one per cell) than permutations it is independent."""
     return "independent" if n_cells < n_permutations + 1 else asked
 
 

@@ -31,24 +31,16 @@ __all__ = ["Parity", "Progress", "check_parity", "evaluate", "evaluate_access"]
 PARITY_CELLS = 2
 """Cells of each type on which both engines are compared."""
 PARITY_ROUNDING, PARITY_SHARE = 1e-5, 1e-3
-"""Of the largest prediction, and of the largest difference that heads make to one."""
+"""Tolerance as shares of the largest prediction and of the largest difference that heads make to one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the factored engine's predictions are from the hooked one's on some cells.
+    """Difference between the predictions of the factored and the hooked engine on some cells.
 
-    Parameters
-    ----------
-    largest_difference
-        Over cells, genes and ablations (each head alone, all, none); ``None`` if nothing was compared, infinite if one
-        is finite where the other is not.
-    scale
-        Largest absolute prediction among them.
-    signal
-        Largest difference that the heads make to a prediction: what explained variance is about.
-    n_cells
-        Cells compared.
+    ``largest_difference``: over cells, genes and ablations (each head alone, all, none), None if nothing was compared,
+    infinite if only one engine is finite somewhere. ``scale``: largest absolute prediction; ``signal``: largest
+    difference that the heads make to a prediction.
     """
 
     largest_difference: float | None = None
@@ -58,7 +50,7 @@ class Parity:
 
     @property
     def tolerance(self) -> float:
-        """What float32 rounding explains, and a thousandth of what the heads bring."""
+        """Allowed difference: float32 rounding plus a thousandth of the heads' signal."""
         return PARITY_ROUNDING * self.scale + PARITY_SHARE * self.signal
 
     @property
@@ -68,7 +60,7 @@ class Parity:
 
     @property
     def complaint(self) -> str:
-        """What to say if it does not hold."""
+        """The note for the result if the engines disagree."""
         return (
             f"evaluated by the hooked engine: the factored engine's predictions differ from it by up to "
             f"{self.largest_difference:.3g} on {self.n_cells} cells (tolerance {self.tolerance:.3g})"
@@ -180,9 +172,9 @@ def evaluate_access(
     """Evaluate anything that offers :class:`~amici_eval.model.engines.hooked.ModelAccess`; see :func:`evaluate`.
 
     An access that offers :class:`~amici_eval.evaluation.protocols.FactorAccess` is first checked against its own hooked
-    engine on some cells of each type; if they disagree, the hooked engine does the work. Without coordinates
+    engine on some cells of each type; if they disagree, the hooked engine is used. Without coordinates
     (:class:`~amici_eval.evaluation.protocols.LocatedAccess`) there are neither spatial tests nor intervals. With
-    ``parts``, what is finished is kept as it finishes, and what they hold already is not computed again.
+    ``parts``, finished parts are kept, and those found are not computed again.
     """
     receivers = access.receivers()
     _check_sections_known(access, spec)
@@ -259,7 +251,7 @@ def evaluate_access(
         intervals=None
         if found.tile_width is None or not test.n_bootstrap
         else intervals(types, evaluated, test=test, n_heads=n_heads, tile_width=found.tile_width),
-        # rows tell the parts apart only where tiles do
+        # moments are split into parts only if there are tiles
         parts=None
         if access.fitted is None or found.tile_width is None
         else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
@@ -281,7 +273,7 @@ def _check_sections_known(access: ModelAccess, spec: EvaluationSpec) -> None:
 
 
 def _stack(parts: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: float = np.nan) -> np.ndarray:
-    """Put what each type gave side by side along the second axis; types without a result are filled."""
+    """Stack the arrays of the types along the second axis, with a fill value for types without a result."""
     dtype = np.float64 if np.isnan(fill) else np.int64
     empty = np.full(shape, fill, dtype=dtype)
     return np.stack([empty if part is None else part for part in parts], axis=1).astype(dtype)

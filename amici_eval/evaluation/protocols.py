@@ -1,4 +1,4 @@
-"""What evaluation asks of a model on a tissue, from less to more."""
+"""Protocols for what evaluation needs of a model on a tissue, and its progress meters."""
 
 from __future__ import annotations
 
@@ -21,19 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["FactorAccess", "LocatedAccess", "Meter", "ModelAccess", "Progress", "SendableAccess", "TissueAccess"]
 
 Progress = Callable[[int, int, str], None]
-"""Called with (work done, work in all, what is being done); work counts cells, times what each has to go through."""
+"""Called with (work done, total work, description); the unit of work is one cell's forward pass."""
 
 
 class Meter:
-    """Adds up work and tells how far it is.
-
-    Parameters
-    ----------
-    progress
-        Who is told; ``None``: nobody.
-    total
-        All the work there will be.
-    """
+    """Adds up finished work and reports it to ``progress``, if any."""
 
     def __init__(self, progress: Progress | None, *, total: float) -> None:
         self._progress, self._total, self._done = progress, max(1, round(total)), 0.0
@@ -76,17 +68,17 @@ class PermutationMeter:
         self._meter.add(work, f"{self._cell_type}: {share} % of permutations")
 
     def finish(self) -> None:
-        """Count what is left: a test may end early, or there may be none."""
+        """Count the remaining pairs: a test may end early or draw no permutations."""
         self._meter.add(self._work * (self._pieces - self._finished) / self._pieces, self._cell_type)
         self._finished = self._pieces
 
 
 @runtime_checkable
 class LocatedAccess(ModelAccess, Protocol):
-    """A model on a tissue of which it is known where the cells lie."""
+    """A model on a tissue with known positions of the cells."""
 
     def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return where some cells lie."""
+        """Return the coordinates of some cells."""
         ...
 
     def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
@@ -96,7 +88,7 @@ class LocatedAccess(ModelAccess, Protocol):
 
 @runtime_checkable
 class TissueAccess(LocatedAccess, Protocol):
-    """A model on a tissue of which it is also known who lies beside whom."""
+    """A model on a tissue with known neighbours of the cells."""
 
     @property
     def neighbour_rows(self) -> Int[np.ndarray, "all_cells neighbours"]:
@@ -115,14 +107,14 @@ class TissueAccess(LocatedAccess, Protocol):
 
 @runtime_checkable
 class FactorAccess(TissueAccess, Protocol):
-    """A model on a tissue that also gives what attention brings to each receiver."""
+    """A model on a tissue that also gives the attention outputs of each receiver."""
 
     hooked: ModelAccess
 
     def head_outputs(
         self, rows: Int64[np.ndarray, " cells"], *, progress: Callable[[int], None] | None = None
     ) -> Float32[np.ndarray, "cells outputs"]:
-        """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
+        """Return the attention outputs of some receivers, shape (cells, heads * head_size)."""
         ...
 
     def attend(
@@ -134,17 +126,17 @@ class FactorAccess(TissueAccess, Protocol):
         attention_of: Int64[np.ndarray, " attended"] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
-        """Return what attention brings to some receivers, and what else is asked for."""
+        """Return the attention outputs of some receivers, and further outputs as asked for."""
         ...
 
     def sender_batches(self, n_receivers: int) -> list[tuple[int, ...]]:
-        """Return the codes of the cell types in the tissue, as many at a time as outputs without them fit in memory."""
+        """Return the codes of the cell types in the tissue, in batches whose masked outputs fit in memory."""
         ...
 
     def predict_literally(
         self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
     ) -> Float32[np.ndarray, "keeps cells genes"]:
-        """Return what ``predict`` should, through the model's own forward pass with hooks; for checks."""
+        """Return the same as ``predict``, through the model's own forward pass with hooks; for checks."""
         ...
 
     def readout(self, cell_type: str) -> Readout:
@@ -157,5 +149,5 @@ class SendableAccess(Protocol):
     """A model on a tissue that can be sent to another process."""
 
     def to_send(self) -> Any:
-        """Return what can be pickled, and unpickled is enough to evaluate a type; without names of training cells."""
+        """Return a picklable access that suffices to evaluate a type, without names of training cells."""
         ...

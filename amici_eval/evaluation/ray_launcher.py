@@ -1,4 +1,4 @@
-"""Evaluate types in worker processes of Ray: one type at a time each, again elsewhere if a worker is lost."""
+"""Evaluate types in worker processes of Ray, one type at a time each, and again if a worker is lost."""
 
 from __future__ import annotations
 
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.tasks import TypeSettings, TypeTask
     from amici_eval.settings.launch import LaunchSpec
 
-__all__ = ["RayLauncher", "TypeWorker", "check_answers", "environment", "import_ray", "own_handlers", "parts_of"]
-
 _ANSWER_S = 10.0
 _ENVIRONMENT = {
-    # nothing phones home
+    # send no usage statistics
     "RAY_USAGE_STATS_ENABLED": "0",
-    # workers compute on processors, so Ray may leave alone which accelerators they see
+    # workers use the CPU only: Ray need not change which accelerators they see
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -55,14 +53,14 @@ def import_ray() -> Any:
 
 
 def check_answers(address: str) -> None:
-    """Raise OSError if nothing listens at an address: Ray would try for minutes."""
+    """Raise OSError if nothing listens at an address, because Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
 
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """Set what Ray reads while it is imported and started; processes that it starts inherit it."""
+    """Set the environment variables that Ray reads on import and start; its child processes inherit them."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     try:
@@ -89,11 +87,11 @@ def own_handlers() -> Iterator[None]:
 
 
 _SHARED_BYTES = 2**20
-"""Arrays of at least so many bytes are shared by the workers of a machine; smaller ones are copied to each."""
+"""Arrays of at least this size are shared by the workers of a machine; smaller ones are copied to each."""
 
 
 class TypeWorker:
-    """Lives in a process of its own and evaluates one type at a time, on one thread."""
+    """Evaluates one type at a time in a process of its own, on one thread."""
 
     def __init__(self) -> None:
         import torch
@@ -105,7 +103,7 @@ class TypeWorker:
         self._access: Any = None
 
     def is_up(self) -> bool:
-        """Answer, once what is needed is imported."""
+        """Return True once the imports are done."""
         return True
 
     def evaluate(self, key: int, shared: list[Any], task_and_settings: bytes) -> TypeEvaluation:
@@ -126,11 +124,11 @@ class TypeWorker:
 
 
 def _nobody(_: int) -> None:
-    """Take no notice: progress is told by the driver, type by type."""
+    """Ignore progress, because the driver reports it type by type."""
 
 
 def parts_of(access: ModelAccess, *, dumps: Callable[..., bytes]) -> list[Any]:
-    """Return an access as bytes and the large arrays that these refer to, which processes can share."""
+    """Return the pickled access without its large arrays, then these arrays, which processes can share."""
     arrays: list[np.ndarray] = []
 
     def stays_in(buffer: pickle.PickleBuffer) -> bool:
@@ -155,31 +153,19 @@ def parts_of(access: ModelAccess, *, dumps: Callable[..., bytes]) -> list[Any]:
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 500 * 2**20
-"""What a cluster of our own may take of shared memory; Ray puts larger arrays into a file, which is slower."""
+"""Shared memory of a cluster started here; Ray puts what exceeds it into a file, which is slower."""
 _LOOK_S = 0.5
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 _PATIENCE_S = 30.0
-"""So long workers may take to come up before it is said that they wait."""
+"""Time after which workers that have not come up are logged."""
 
 
 class RayLauncher:
     """A :class:`~amici_eval.evaluation.tasks.Launcher` over Ray; use it as a context manager.
 
-    Parameters
-    ----------
-    spec
-        Cluster, number of workers, retries.
-
-    Raises
-    ------
-    LaunchError
-        On entering: if Ray is not installed, or there is no cluster at the address.
-
-    Notes
-    -----
-    A cluster of our own listens on loopback, has no dashboard, and is stopped on leaving. Of a cluster that was there,
-    only the workers started here are ended. In a process that is connected to Ray already, that connection is used and
-    stays.
+    A cluster started here listens on loopback, has no dashboard, and is stopped on leaving. In an existing cluster,
+    only the workers started here are ended. If the process is connected to Ray already, that connection is used and
+    stays open.
     """
 
     def __init__(self, spec: LaunchSpec) -> None:
@@ -198,7 +184,7 @@ class RayLauncher:
             ray = self._ray = import_ray()
             if not ray.is_initialized():
                 self._connect()
-        # a worker that is lost is replaced here, where its type is known
+        # no restarts by Ray: this class replaces lost workers and repeats their types
         self._worker_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(TypeWorker)
         return self
 
@@ -216,7 +202,7 @@ class RayLauncher:
                     shutil.rmtree(self._folder, ignore_errors=True)
 
     def prepare(self, n_tasks: int) -> None:
-        """Start as many workers as are wanted and have something to do; they import what they need meanwhile."""
+        """Start as many workers as are wanted and have something to do; they import packages meanwhile."""
         n_processors = int(self._ray.cluster_resources().get("CPU", 0))
         if self._spec.n_workers is not None and self._spec.n_workers > n_processors:
             raise LaunchError(
@@ -231,11 +217,11 @@ class RayLauncher:
     def run(
         self, access: ModelAccess, tasks: Sequence[TypeTask], settings: TypeSettings, *, heartbeat: Callable[[], None]
     ) -> Iterator[tuple[str, TypeEvaluation]]:
-        """Yield the evaluation of each type as it comes, the largest types first."""
+        """Yield the evaluation of each type as it finishes; the largest types start first."""
         self._spec.check_device(access.statistics_device)
         ray = self._ray
         self.prepare(len(tasks))
-        # not resolved by Ray for each task: a worker fetches what it does not have yet
+        # workers fetch these once themselves; as arguments Ray would resolve them for each task
         key, shared = next(self._numbers), [ray.put(part) for part in parts_of(access, dumps=ray.cloudpickle.dumps)]
         waiting = sorted(tasks, key=lambda task: len(task.rows))
         running: dict[Any, tuple[Any, TypeTask]] = {}
@@ -245,13 +231,13 @@ class RayLauncher:
             while waiting or running:
                 while waiting and self._idle:
                     worker, task = self._idle.pop(), waiting.pop()
-                    # one object each: what is unpickled from it belongs to the worker, and can be written to
+                    # pickled here, so that the worker's unpickled copy is writable
                     sent = pickle.dumps((task, settings), protocol=5)
                     running[worker.evaluate.remote(key, shared, sent)] = worker, task
                 try:
                     finished, _ = ray.wait(list(running), timeout=_LOOK_S)
                 finally:
-                    # also if interrupted: Ray makes Ctrl-C of any signal, and who is told here knows which one came
+                    # also if interrupted: Ray turns any signal into Ctrl-C, and the heartbeat knows which one came
                     heartbeat()
                 if time.monotonic() > say_at:
                     say_at = math.inf
@@ -270,7 +256,7 @@ class RayLauncher:
                     self._idle.append(worker)
                     yield task.cell_type, result
         finally:
-            # what they still do is of use to nobody
+            # end workers whose results are no longer needed
             for worker, _ in running.values():
                 self._end(worker)
 
@@ -298,10 +284,10 @@ class RayLauncher:
         self._connected = True
 
     def _start_cluster(self) -> None:
-        # not /tmp/ray, which belongs to whoever was there first; paths of sockets must be short
+        # not /tmp/ray, which may belong to another user; paths of sockets must be short
         self._folder = tempfile.mkdtemp(prefix="amici-ray-")
         self._ray.init(
-            # not the one that RAY_ADDRESS names
+            # ignore RAY_ADDRESS
             address="local",
             num_cpus=self._spec.n_workers,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -318,7 +304,7 @@ class RayLauncher:
         self._starting[worker] = worker.is_up.remote()
 
     def _say_who_waits(self) -> None:
-        """Log how many workers have not come up: in a busy cluster they may never, and Ray says nothing here."""
+        """Log how many workers have not come up: in a busy cluster they may never, and Ray does not report it."""
         up, _ = self._ray.wait(list(self._starting.values()), num_returns=len(self._starting), timeout=0)
         n_waiting = len(self._starting) - len(up)
         if n_waiting:
@@ -336,7 +322,7 @@ class RayLauncher:
         self._ray.kill(worker, no_restart=True)
 
     def _replace(self, worker: Any, cell_type: str, error: Exception, *, n_losses: int) -> None:
-        # if only its answer was lost, it is still there
+        # the worker may still run if only its answer was lost
         self._end(worker)
         if n_losses > self._spec.retries:
             raise LaunchError(

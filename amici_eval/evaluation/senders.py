@@ -1,4 +1,4 @@
-"""Who talks to whom: each head with each type of sender masked, in one evaluation and between two."""
+"""Effects of masking each type of sender, in one evaluation and between two."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from amici_eval.settings.evaluation import PermutationSpec
     from amici_eval.stats.tiles.sums import MaskedMoments
 
-__all__ = ["WHY_NOT", "evaluate_senders", "sender_differences_between", "unpaired_sender_differences"]
-
 WHY_NOT = "ablation.senders: who talks to whom needs the factored engine on cells with coordinates; not computed"
 
 _N_FLIPS = 9999
@@ -58,11 +56,9 @@ def evaluate_senders(
     test: PermutationSpec,
     progress: Callable[[int], None] | None = None,
 ) -> Senders:
-    """Learn what each head takes from each type of sender, in each type of receiver.
+    """Return what each head takes from each type of sender, in each type of receiver.
 
-    Notes
-    -----
-    What is masked and what is not are two models of the same cells: the interval and p of their difference come from
+    Masked and whole heads are compared as two models of the same cells: interval and p of their difference are from
     :func:`~amici_eval.stats.tiles.paired.paired_differences`, on the same tiles, resamples and flips for all senders.
     """
     types, n_heads = tuple(receivers), access.card.n_heads
@@ -119,7 +115,7 @@ def evaluate_senders(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _SenderLosses:
-    """Arrays that are filled type after type: over all genes, shape (H, C, S), of each gene, and of each tile."""
+    """Arrays that are filled type by type: over all genes (H, C, S), by gene, and by tile."""
 
     overall: dict[str, Any]
     genes: dict[str, Any]
@@ -142,12 +138,12 @@ class _SenderLosses:
         test: PermutationSpec,
         label: str,
     ) -> str | None:
-        """Fill in what holds for a receiver type without each of some senders; return why something has no value."""
+        """Fill in a receiver type without each of some senders; return the reason if something has no value."""
         if moments is None:
             return None
         if not moments.varies.any():
             return f"no gene varies over the {moments.n_cells.sum()} cells"
-        # where the outputs of a head are no numbers, the others keep their resamples
+        # heads that are not finite are left out; the resamples of the others do not change
         finite = np.isfinite(moments.residual_m2).all(axis=(0, 1, 3))
         heads = np.flatnonzero(finite & np.isfinite(moments.residual_mean).all(axis=(0, 1, 3)))
         reason = "the predictions of some heads are not finite" if len(heads) < len(finite) else None
@@ -192,7 +188,7 @@ class _SenderLosses:
         return reason if test.n_bootstrap else reason or "no interval: permutation.n_bootstrap=0"
 
     def result(self, *, senders: tuple[str, ...], test: PermutationSpec, **others: Any) -> Senders:
-        # without permutations shared by all there is no maxT; Holm controls the same error under any dependence
+        # maxT needs permutations shared by all types; Holm controls the same error under any dependence
         method = "holm" if test.adjustment == "maxt" else test.adjustment
         effect_gene = self.genes["effect"]
         some = ~np.isnan(effect_gene).all(axis=3)
@@ -239,14 +235,11 @@ _WORDS = {"better": "more", "worse": "less"}
 def sender_differences_between(
     before: HeadEvaluation, after: HeadEvaluation, match: HeadMatches, spec: ComparisonSpec
 ) -> SenderDifferences | None:
-    """Return what matched heads take from each type of sender; ``None`` if senders were not computed for both.
+    """Return changes in what matched heads take from each sender type; ``None`` if either lacks senders.
 
-    Notes
-    -----
-    The tile's share of a difference is that of the losses: what the masked head leaves of expression in a tile, minus
-    what the whole head leaves, each against the squares of expression of the type. It goes the way of all differences
-    (:func:`~amici_eval.stats.tiles.paired.share_changes`). Losses are kept over all genes together, so that
-    versions with other genes have differences without interval and p.
+    A tile's share is the loss (squared residuals of the masked head minus those of the whole one, over the type's
+    squares of expression) after minus before, tested by :func:`~amici_eval.stats.tiles.paired.share_changes`. Losses
+    are kept over all genes together, so that versions with other genes have differences without interval and p.
     """
     if before.senders is None or after.senders is None:
         return None
@@ -338,7 +331,7 @@ def unpaired_sender_differences(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _SharedSenders:
-    """What two evaluations say of the heads, types of receivers and of senders that they share."""
+    """Sender results of two evaluations for the heads, receiver types and sender types that they share."""
 
     heads: tuple[Int64[np.ndarray, " matched"], Int64[np.ndarray, " matched"]]
     cell_types: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The test of one cell type's heads that holds in tissue: by the null of the settings, with its scale and its reach."""
+"""The spatial test of one cell type's heads, by the null of the settings."""
 
 from __future__ import annotations
 
@@ -27,33 +27,18 @@ if TYPE_CHECKING:
     from amici_eval.stats.spatial.lag_test import LagTest
     from amici_eval.stats.tiles.sums import TypeMoments
 
-__all__ = ["TypeSpatial", "spatial_test"]
-
 _TORUS_TIES = 1e-10
-"""Of a correlation."""
+"""Correlations that differ by less are ties."""
 TILE_SHARE = 0.5
-"""Of the correlation length: the width of tiles unless it is given. Wider ones reject too often (docs/validity.md)."""
+"""Default width of tiles as a share of the correlation length; wider ones reject too often (docs/validity.md)."""
 _SAME = "predicts the same for all cells of each section"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TypeSpatial:
-    """What the spatial null says of one cell type; shapes and meanings as in :class:`SpatialTests`, without the types.
+    """Results of the spatial null for one cell type, with fields as in :class:`SpatialTests`, without the types.
 
-    Parameters
-    ----------
-    p, p_low, p_high, statistic, ess, detectable
-        Shape (heads,).
-    p_gene
-        Shape (heads, genes).
-    correlation_length, reach
-        In coordinate units.
-    method
-        How p came about.
-    widths, p_by_width
-        Tile widths, and p within tiles of each, shape (widths, heads).
-    reasons
-        Why a head has no p, by head number; -1 means all.
+    ``reasons`` are by head number; -1 means all.
     """
 
     p: Float64[np.ndarray, " heads"]
@@ -87,10 +72,8 @@ def spatial_test(
 ) -> TypeSpatial:
     """Test each head, and each head and gene, of one type with a null that respects where cells lie.
 
-    Notes
-    -----
-    Genes are tested by the lag null, whatever the null of the heads: it alone says something of single genes without a
-    second pass over the cells.
+    Genes are tested by the lag null, whatever the null of the heads: only it tests single genes without a second pass
+    over the cells.
     """
     usable = np.where(dead, 0.0, 1.0)
     asked = _SpatialQuestion(
@@ -146,7 +129,7 @@ def spatial_test(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _SpatialQuestion:
-    """What nulls are asked about: heads of one type, in a place."""
+    """Inputs of the spatial nulls: the heads and cells of one type, and the settings."""
 
     factors: Float[np.ndarray, "cells rank heads"]
     images: Float[np.ndarray, "cells rank heads"]
@@ -173,7 +156,7 @@ class _SpatialAnswer:
 
     @classmethod
     def nothing(cls, n_heads: int, reason: str, *, reach: float | None = None) -> _SpatialAnswer:
-        """Return that no head has a test, and why."""
+        """Return an answer without any test, with the reason."""
         missing = np.full(n_heads, np.nan)
         return cls(p=exact(missing), statistic=missing, method="", reach=reach, reasons={-1: reason})
 
@@ -201,7 +184,7 @@ def _by_torus(asked: _SpatialQuestion) -> _SpatialAnswer:
         progress=asked.heartbeat,
     )
     exceedances = np.count_nonzero(found.statistics >= found.observed - _TORUS_TIES, axis=0)
-    # a shift that leaves nothing to compare has no place in the spread
+    # shifts without any overlap have NaN statistics and are left out of mean and spread
     compared = np.ma.masked_invalid(found.statistics)
     statistic = np.ma.filled((found.observed - compared.mean(axis=0)) / compared.std(axis=0, ddof=1), np.nan)
     nothing = np.isnan(found.observed)
@@ -215,7 +198,7 @@ def _by_torus(asked: _SpatialQuestion) -> _SpatialAnswer:
 
 
 def _within(asked: _SpatialQuestion, correlation_length: float) -> _SpatialAnswer:
-    """Shuffle within sections, or within tiles of them."""
+    """Test by shuffling cells within sections, or within tiles of them."""
     test, n_heads = asked.test, len(asked.dead)
     if test.spatial_null != "tile":
         return _shuffled(asked, asked.place.grid.section, where="section", shared="sections")
@@ -234,13 +217,13 @@ def _shuffled_in_tiles(asked: _SpatialQuestion, width: float) -> _SpatialAnswer:
 def _shuffled(
     asked: _SpatialQuestion, strata: Int64[np.ndarray, " cells"], *, where: str, shared: str
 ) -> _SpatialAnswer:
-    """Shuffle cells within strata."""
+    """Test by shuffling cells within strata."""
     test, exchanged = asked.test, _exchanged(strata)
     if exchanged < MIN_CELLS_TEST:
         reason = f"{exchanged} of {len(strata)} cells share {shared} with others of the type; at least {MIN_CELLS_TEST}"
         return _SpatialAnswer.nothing(len(asked.dead), reason)
     moments = asked.within(strata)
-    # of few cells that change places, three moments do not tell the law
+    # with few exchangeable cells three moments do not determine the distribution
     few = exchanged < FEW_CELLS
     if test.spatial_method == "moments" and not few:
         p, method = exact(moments.p_values()), "moments"
@@ -285,7 +268,7 @@ def _widths(test: PermutationSpec, place: CellPositions, correlation_length: flo
     if test.tile_widths is not None:
         return test.tile_widths
     if test.spatial_null == "tile" and correlation_length > 0.0:
-        # the longer side of the largest section: between sections there is nothing
+        # the longest side of any section: tiles do not span sections
         sections = place.grid.section
         extent = max(
             float(np.ptp(place.coordinates[sections == number, :2], axis=0).max())
@@ -296,7 +279,7 @@ def _widths(test: PermutationSpec, place: CellPositions, correlation_length: flo
 
 
 def _by_width(asked: _SpatialQuestion, width: float, found: _SpatialAnswer) -> Float64[np.ndarray, " heads"]:
-    """Return p within tiles of a width, which the test itself may have given; NaN where too few cells share one."""
+    """Return p within tiles of a width, from the main test if it used it; NaN where too few cells share a tile."""
     if asked.test.spatial_null == "tile" and found.reach == width:
         return found.p.p
     return _shuffled_in_tiles(asked, width).p.p

@@ -1,4 +1,4 @@
-"""The evaluation of one receiver type as a task that can be done here or in another process."""
+"""The evaluation of one receiver type as a task for this or another process."""
 
 from __future__ import annotations
 
@@ -24,32 +24,18 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess, PermutationMeter
     from amici_eval.settings.evaluation import PermutationSpec
 
-__all__ = ["Launcher", "Plan", "TypeSettings", "TypeTask", "evaluate_here", "evaluate_task"]
-
 _SIDE_BY_SIDE_CELLS = 4096
-"""Types of at most so many cells are tested several at a time, on one thread each: their arrays are small."""
+"""Types of at most this many cells are tested several at a time, on one thread each, as their arrays are small."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TypeTask:
-    """What belongs to the cells of one type, besides model and expression.
+    """Data of the cells of one type, besides model and expression.
 
-    Parameters
-    ----------
-    cell_type
-        Its name.
-    rows
-        Its evaluated cells, in canonical order.
-    keys
-        Tile of each, see :class:`~amici_eval.evaluation.tiles.Tiling`.
-    outputs
-        What attention brings to each; ``None``: the hooked engine makes predictions instead.
-    without_nearest
-        The same without the nearest neighbour, if that was asked for.
-    coordinates
-        Where they lie, if that is known and a test needs it.
-    samples
-        Section of each, if a sample column was named.
+    ``rows``: evaluated cells in canonical order; ``keys``: tile and part of each
+    (:class:`~amici_eval.evaluation.tiles.Tiling`); ``outputs``: attention outputs, None with the hooked engine;
+    ``without_nearest``: the same with the nearest neighbour masked; ``coordinates`` and ``samples``: None if unknown or
+    not needed.
     """
 
     cell_type: str
@@ -63,7 +49,7 @@ class TypeTask:
 
 @dataclass(frozen=True, kw_only=True)
 class TypeSettings:
-    """What all types share: the test, the number of permutations, and how heads are taken away."""
+    """Settings that all types share: the test, the number of permutations, and the ablation modes."""
 
     test: PermutationSpec
     n_permutations: int
@@ -71,16 +57,16 @@ class TypeSettings:
 
 
 class Launcher(Protocol):
-    """Evaluates types somewhere else, with the numbers that :func:`evaluate_task` gives here on one thread."""
+    """Evaluates types elsewhere, with the same numbers as :func:`evaluate_task` gives here on one thread."""
 
     def prepare(self, n_tasks: int) -> None:
-        """Get workers ready for so many types, while this process does what spans types."""
+        """Start workers for a number of types, while this process does the work that spans types."""
         ...
 
     def run(
         self, access: ModelAccess, tasks: Sequence[TypeTask], settings: TypeSettings, *, heartbeat: Callable[[], None]
     ) -> Iterator[tuple[str, TypeEvaluation]]:
-        """Yield the evaluation of each type as it comes; ``heartbeat`` is called now and then, and may raise."""
+        """Yield the evaluation of each type as it finishes; ``heartbeat`` is called repeatedly and may raise."""
         ...
 
 
@@ -96,10 +82,8 @@ def evaluate_task(
 ) -> TypeEvaluation:
     """Evaluate one type.
 
-    Notes
-    -----
-    Permutations are seeded by the name of the type, and nothing here sees another type: so the numbers do not depend on
-    what else is evaluated, nor on where.
+    Permutations are seeded by the name of the type, and nothing here depends on other types, so that the numbers depend
+    neither on what else is evaluated nor on where.
     """
     place = None
     if task.coordinates is not None:
@@ -136,25 +120,18 @@ def evaluate_task(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which types are evaluated one by one, and which side by side on one thread each.
+    """The types that are evaluated side by side, on one thread each; the others follow one by one.
 
-    Parameters
-    ----------
-    together
-        Names of those that are evaluated side by side.
-
-    Notes
-    -----
-    It is made for all types, also where some are finished already: on how many threads a type is evaluated may change
-    its numbers by rounding.
+    It is made from all types, also where some are finished already: the number of threads may change a type's numbers
+    by rounding.
     """
 
     together: frozenset[str]
 
     @classmethod
     def of(cls, access: ModelAccess, tasks: Sequence[TypeTask]) -> Plan:
-        """Make the plan for all types of an evaluation."""
-        # a type with most of the cells would keep one thread busy while the others wait
+        """Return the plan for all types of an evaluation."""
+        # a type with many of the cells would run on one thread while the others idle
         small = max(_SIDE_BY_SIDE_CELLS, sum(len(task.rows) for task in tasks) // (2 * torch.get_num_threads()))
         if access.statistics_device != "cpu":
             return cls(together=frozenset())
@@ -172,7 +149,7 @@ def evaluate_here(
     counters: Mapping[str, PermutationMeter],
     on_cells: Mapping[str, Callable[[int], None]],
 ) -> Iterator[tuple[str, TypeEvaluation]]:
-    """Yield the evaluation of each type as it comes: large ones one by one, and small ones side by side."""
+    """Yield the evaluation of each type as it finishes: large ones one by one, then small ones side by side."""
     n_threads, turn = torch.get_num_threads(), Lock()
 
     def evaluate_one(task: TypeTask, on_permutations: Callable[[int], None]) -> TypeEvaluation:
@@ -183,8 +160,8 @@ def evaluate_here(
             settings,
             on_cells=on_cells[task.cell_type],
             on_permutations=on_permutations,
-            # the rows of a large type fill the cache, so that two such tests would be in each other's way; the
-            # transforms of the cyclic one are done in a moment
+            # two tests of large types would compete for the cache; the
+            # cyclic test is too short to matter
             in_turn=turn if large and settings.test.sampling != "cyclic" else None,
             n_threads=n_threads if large else None,
         )

@@ -1,4 +1,4 @@
-"""The evaluated cells cut into tiles of tissue, and the sums over the cells of each tile that are kept."""
+"""Tiles of tissue for the evaluated cells, and the sums over each tile's cells that are kept."""
 
 from __future__ import annotations
 
@@ -24,19 +24,6 @@ if TYPE_CHECKING:
     from amici_eval.results.senders import Senders
     from amici_eval.stats.tiles.sums import TypeMoments
 
-__all__ = [
-    "HELD_OUT",
-    "IN_SAMPLE",
-    "Rows",
-    "Sketch",
-    "Tiling",
-    "kept_moments",
-    "kept_rows",
-    "part_of",
-    "rows_of",
-    "tile_of",
-]
-
 IN_SAMPLE, HELD_OUT = 0, 1
 _FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
 
@@ -45,14 +32,8 @@ _FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
 class Tiling:
     """Tiles of some cells.
 
-    Parameters
-    ----------
-    keys
-        Of each cell, shape (cells,): its tile and its part in one number (:func:`tile_of`, :func:`part_of`).
-    centers
-        Mean position of each tile's cells, in coordinate units, shape (tiles, 2).
-    width
-        Side of a tile, in coordinate units.
+    ``keys`` hold tile and part of each cell in one number (:func:`tile_of`, :func:`part_of`); ``centers`` (mean
+    position of a tile's cells) and ``width`` are in coordinate units.
     """
 
     keys: Int64[np.ndarray, " cells"]
@@ -68,7 +49,7 @@ class Tiling:
         fitted: Bool[np.ndarray, " cells"] | None,
         n_types: int,
     ) -> Tiling:
-        """Cut cells into squares."""
+        """Return the tiling of cells into squares."""
         samples, coordinates = access.samples(rows), access.coordinates(rows)
         n_sections = 1 if samples is None else len(set(samples.tolist()))
         in_all = int(np.clip(len(rows) // (n_types * _CELLS_PER_TILE), _FEWEST_TILES, _MOST_TILES))
@@ -93,23 +74,14 @@ def part_of(keys: Int64[np.ndarray, " keys"]) -> Int64[np.ndarray, " keys"]:
 
 
 _ROUNDING = 1e-10
-"""Share of a gene's squares below which its variance is what float32 leaves of a constant."""
+"""Share of a gene's squares below which its variance is float32 rounding of a constant."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Rows:
     """Moments of one type by tile: of expression, and of the residuals of each head kept alone and the whole model.
 
-    Parameters
-    ----------
-    tiles, n_cells
-        Shape (tiles,).
-    target_mean, target_m2
-        Shape (tiles, genes).
-    residual_mean, residual_m2
-        Shape (tiles, heads + 1, genes), the whole model last.
-    varies
-        Genes that vary over all cells of the type, shape (genes,).
+    The whole model is the last of the models; ``varies`` marks genes that vary over all cells of the type.
     """
 
     tiles: Int64[np.ndarray, " tiles"]
@@ -121,7 +93,7 @@ class Rows:
     varies: Bool[np.ndarray, " genes"]
 
     def explained_variance(self) -> Float64[np.ndarray, " models"]:
-        """Return explained variance over all genes; NaN where too few cells or no variance are there.
+        """Return explained variance over all genes; NaN with too few cells or without variance.
 
         Residuals count over all genes, as in :meth:`TypeMoments.explained_variance`: a prediction that varies where
         expression does not is an error, too.
@@ -136,7 +108,7 @@ class Rows:
 
 
 def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
-    """Return the moments of a type by tile, of both parts together or of one of them."""
+    """Return the moments of a type by tile, of both parts together or of one."""
     chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else part_of(moments.tiles) == part
     return _joined(
         tile_of(moments.tiles[chosen]),
@@ -150,11 +122,9 @@ def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
 
 
 def kept_rows(moments: Moments, cell_type: str, genes: Sequence[str]) -> Rows:
-    """Return what was kept of a type by tile, of some genes in the order given, held-out cells and others together.
+    """Return the kept moments of a type by tile, of some genes in the given order, for both parts together.
 
-    Notes
-    -----
-    Kept moments are float32: a gene varies if its variance over the type is more than rounding leaves of a constant.
+    Kept moments are float32: a gene varies if its variance over the type exceeds the rounding of a constant.
     """
     chosen = np.flatnonzero(moments.row_type == moments.cell_types.index(cell_type))
     position = {name: number for number, name in enumerate(moments.genes)}
@@ -186,7 +156,7 @@ def _joined(
     residual_m2: Float64[np.ndarray, "rows models genes"],
     varies: Bool[np.ndarray, " genes"],
 ) -> Rows:
-    """Put the rows of a tile together (Chan, Golub & LeVeque 1983)."""
+    """Merge the rows of each tile (Chan, Golub & LeVeque 1983)."""
     tiles, place = np.unique(tile_of_row, return_inverse=True)
     in_tile = np.bincount(place, weights=n_cells, minlength=len(tiles)).astype(np.int64)
 
@@ -213,21 +183,15 @@ def _joined(
 
 _SKETCHED_CELLS = 256
 _EVERY_ATTENDED = 4
-"""Attention takes much room, so it is kept of every fourth sketched cell."""
+"""Attention takes much memory, so it is kept of every fourth sketched cell."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Sketch:
-    """Which cells are sketched: the same ones in every evaluation of the same cells.
+    """The sketched cells, which are the same in every evaluation of the same cells.
 
-    Parameters
-    ----------
-    types
-        Of each, by name.
-    places
-        Among all evaluated cells, type after type, shape (sketched cells,).
-    attended
-        Those whose attention is kept, as places in the sketch.
+    ``types``: name of each cell's type; ``places``: positions among all evaluated cells, one type after the other;
+    ``attended``: positions in the sketch of those whose attention is kept.
     """
 
     types: tuple[str, ...]
@@ -236,7 +200,7 @@ class Sketch:
 
     @classmethod
     def of(cls, usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> Sketch:
-        """Choose cells of each type, evenly through the canonical order."""
+        """Return the sketch: cells of each type, evenly through the canonical order."""
         start, types, places = 0, [], [np.zeros(0, dtype=np.int64)]
         for cell_type, rows in usable.items():
             chosen = np.linspace(0, len(rows) - 1, min(len(rows), _SKETCHED_CELLS)).astype(np.int64)
@@ -258,7 +222,7 @@ def kept_moments(
     tiling: Tiling,
     senders: Senders | None = None,
 ) -> Moments:
-    """Return what is kept of an evaluation for later questions."""
+    """Return the moments and the sketch that are kept of an evaluation."""
     types = tuple(receivers)
     parts = [
         (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None

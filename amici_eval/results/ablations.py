@@ -1,4 +1,4 @@
-"""What the catalogue of ablations found: heads kept, left out, replaced, and their shares."""
+"""Results of the ablations: heads kept, left out or replaced, and their Shapley values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from amici_eval.settings.evaluation import MODES
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float64
-
-__all__ = ["SHAPLEY_MODES", "HeadAblations", "array_shapes"]
 
 SHAPLEY_MODES = ("shapley", "frozen_shapley")
 """Modes that share out the explained variance of the whole model among its heads; the others change one head."""

@@ -1,4 +1,4 @@
-"""An evaluation as plain values for JSON, and back; HeadEvaluation checks and wraps both."""
+"""Conversion of an evaluation to plain values for JSON, and back; HeadEvaluation checks and wraps both."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
 
-__all__ = ["fields_of", "record_of"]
-
 _MOST = 2**63
 _MOST_HEADS = 2**16
 _ARRAYS: dict[str, tuple[type, str]] = {
@@ -34,7 +32,7 @@ _ARRAYS: dict[str, tuple[type, str]] = {
     "p_ci_low": (np.float64, "HC"),
     "p_ci_high": (np.float64, "HC"),
 }
-# what evaluations of schema version 1 did not say: all of them were hooked, with independent permutations
+# fields that schema version 1 lacks: all its evaluations were hooked, with independent permutations
 _NEW_IN_2: dict[str, Any] = {
     "engine": "hooked",
     "parity": None,
@@ -51,7 +49,7 @@ _PARTS: dict[str, Any] = {
     "senders": Senders,
 }
 _NEW_IN_4: dict[str, Any] = {"senders": None}
-# settings of now would claim that these were computed
+# today's default settings would claim that these were computed
 _OLD_SETTINGS: dict[str, dict[str, Any]] = {
     "permutation": {"spatial_null": "none", "n_bootstrap": 0},
     "ablation": {"baselines": False, "without_nearest": False},
@@ -74,7 +72,7 @@ def record_of(evaluation: HeadEvaluation) -> dict[str, Any]:
         "model": dict(evaluation.model),
         "data": dict(evaluation.data),
         "engine": evaluation.engine,
-        # a parity that is no finite number is None with cells compared: JSON has no NaN
+        # JSON has no NaN: a parity that is not finite is None although cells were compared
         "parity": None if parity is None or not math.isfinite(parity) else float(parity),
         "parity_cells": evaluation.parity_cells,
         "n_permutations_by_type": None if by_type is None else _to_lists(by_type),
@@ -91,7 +89,7 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of an evaluation from the plain values of any schema version; ``undefined`` stays plain."""
     if record["schema_version"] == 1:
         spec = record["spec"]
-        # settings of now would claim that all ablations were computed
+        # today's default settings would claim that all ablations were computed
         spec = {**spec, "ablation": {"modes": ["keep_one"], **spec["ablation"]}}
         record = {**_NEW_IN_2, **record, "spec": spec}
     if record["schema_version"] < 3:
@@ -138,7 +136,7 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_plain(record: Mapping[str, Any]) -> None:
-    """Refuse entries of other kinds than those that are written."""
+    """Refuse entries of the wrong kind."""
     for name in ("cell_types", "genes"):
         # an AnnData in memory may have any names
         check_names(record[name], name, printable=False)

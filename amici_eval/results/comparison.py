@@ -1,4 +1,4 @@
-"""What a comparison of heads holds: versions side by side, who is whom, what changed."""
+"""The results of a comparison of heads: versions side by side, matches and changes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from jaxtyping import Float64
-
-__all__ = ["COMPARISON_FILE", "HeadComparison"]
 
 COMPARISON_FILE = "comparison.json"
 SCHEMA_VERSION = 2
@@ -198,7 +196,7 @@ class HeadComparison:
             record["failed"] = tuple(FailedVersion(**one) for one in record["failed"])
             record["matches"] = tuple(HeadMatches.from_record(one, {}) for one in record["matches"])
             record["differences"] = tuple(HeadDifferences.from_record(one, {}) for one in record["differences"])
-            # new in 2
+            # new in schema version 2
             record["senders"] = tuple(SenderDifferences.from_record(one, {}) for one in record.get("senders", ()))
             record["schema_version"] = SCHEMA_VERSION
             record["overall"] = tuple(Overall(**_with_nan(one)) for one in record["overall"])

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.matches import HeadDifferences
 
-__all__ = ["differences_frame", "gene_differences_frame", "matches_frame", "versions_frame"]
-
 MATCH_COLUMNS = (
     "version_before",
     "version_after",

@@ -1,4 +1,4 @@
-"""Frozen results of an evaluation: they say everything, write themselves and read themselves back."""
+"""The results of an evaluation, written as JSON and read back."""
 
 from __future__ import annotations
 
@@ -426,7 +426,7 @@ class HeadEvaluation:
                 rule="load() takes a folder that save() or a run wrote",
                 fix="give the folder itself",
             )
-        # not read_text: bytes that are no UTF-8 are damage, which from_json tells
+        # not read_text: from_json reports bytes that are not UTF-8 as damage
         evaluation = read_named(path, cls.from_json)
         beside = path.parent / MOMENTS_FILE
         if not beside.is_file():

@@ -1,4 +1,4 @@
-"""An evaluation as data frames; HeadEvaluation offers each as a method."""
+"""The data frames of an evaluation; HeadEvaluation offers each as a method."""
 
 from __future__ import annotations
 
@@ -15,26 +15,6 @@ if TYPE_CHECKING:
 
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.results.senders import Senders
-
-__all__ = [
-    "ABLATION_COLUMNS",
-    "GENE_COLUMNS",
-    "HEAD_COLUMNS",
-    "HELD_OUT_COLUMNS",
-    "INTERACTION_COLUMNS",
-    "SCALE_COLUMNS",
-    "SENDER_COLUMNS",
-    "SENDER_GENE_COLUMNS",
-    "ablations_frame",
-    "baselines_frame",
-    "genes_frame",
-    "heads_frame",
-    "held_out_frame",
-    "interactions_frame",
-    "scales_frame",
-    "sender_genes_frame",
-    "senders_frame",
-]
 
 GENE_COLUMNS = (
     "head",
@@ -96,7 +76,7 @@ SCALE_COLUMNS = ("head", "ct_name", "tile_width", "p_value")
 ABLATION_COLUMNS = ("head", "ct_name", "mode", "expl_var", "delta_full")
 INTERACTION_COLUMNS = ("head_a", "head_b", "ct_name", "interaction", "interaction_frozen_norm")
 
-# in words of the method column: independent permutations are plain Monte Carlo
+# values of the method column: independent permutations are plain Monte Carlo
 _METHODS = {"independent": "monte_carlo", "": None}
 _NO_GENE_TEST = "no p of the gene: effective sample size below 5 under the lag null, or the prediction does not vary"
 
@@ -245,7 +225,7 @@ def held_out_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
                 if head != "full":
                     row[f"ci_low_{name}"] = float(found.low[part, head, index])
                     row[f"ci_high_{name}"] = float(found.high[part, head, index])
-                # a part that was not asked for is no shortcoming of a type
+                # a part without cells of any type was not asked for and needs no reason
                 if math.isnan(value) and found.n_cells[part].any():
                     n_cells, where = int(found.n_cells[part, index]), name.replace("_", "-")
                     whole = evaluation.expl_var_full[index] if head == "full" else evaluation.expl_var[head, index]
@@ -285,7 +265,7 @@ def ablations_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
     found = evaluation.ablations
     modes = found.modes if found is not None else ()
     values = np.zeros((0, evaluation.n_heads, len(evaluation.cell_types))) if found is None else found.expl_var
-    # a Shapley value is a share, not the explained variance of a model: there is nothing to take it from
+    # a Shapley value is a share, not the explained variance of a model, so delta_full is undefined
     is_share = np.array([mode in SHAPLEY_MODES for mode in modes], dtype=bool)
     delta = np.where(is_share[:, None, None], np.nan, evaluation.expl_var_full - values)
     mode, head, index = (positions.transpose(1, 2, 0).ravel() for positions in np.indices(values.shape))
@@ -375,7 +355,7 @@ def senders_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
             "ci_high": found.high.ravel(),
             "p_value": found.p_value.ravel(),
             "p_value_adj": found.p_value_adj.ravel(),
-            # -1 is the last one: none
+            # -1 indexes the last entry, which stands for no gene
             "best_gene": genes[found.best_gene.ravel()],
             "expl_var_lost_best_gene": found.effect_best_gene.ravel(),
             "distance_tenth": found.distance.ravel(),
@@ -389,8 +369,6 @@ def senders_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
 def sender_genes_frame(evaluation: HeadEvaluation) -> pd.DataFrame:
     """Return a row per head x receiver type x sender type x gene; see :meth:`HeadEvaluation.sender_genes_frame`.
 
-    Notes
-    -----
     Pairs of types without any value, such as senders that no receiver has as a neighbour, have no rows.
     """
     import pandas as pd

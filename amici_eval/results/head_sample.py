@@ -1,4 +1,4 @@
-"""What two evaluations of the same cells share, and the heads' contributions to the cells that both have sketched."""
+"""Cells, types and genes that two evaluations share, and the heads' contributions to the cells in both sketches."""
 
 from __future__ import annotations
 
@@ -17,26 +17,17 @@ if TYPE_CHECKING:
 
     from amici_eval.results.tile_sums import Moments
 
-__all__ = ["Shared", "attention_of_both", "blocks_of", "contributions", "outputs_of", "shared_by"]
-
 _HALVINGS = 3
-"""Eight blocks of tissue: wide enough to be about independent, enough for a p of 1/256."""
+"""Three halvings give eight blocks of tissue: nearly independent, and enough for a p of 1/256."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Shared:
     """Cells, types and genes that two evaluations have in common.
 
-    Parameters
-    ----------
-    cell_types, genes
-        That both have, in the order of the first.
-    types
-        Of each sketched cell that both have, as a position in ``cell_types``, shape (cells,).
-    weights
-        How many evaluated cells each stands for, shape (cells,).
-    places
-        Where each stands in the sketch of the first and of the second, shape (2, cells).
+    ``cell_types`` and ``genes`` are in the order of the first. Of each sketched cell that both have, ``types`` is its
+    position in ``cell_types``, ``weights`` the number of evaluated cells that it stands for, ``places`` its position in
+    the sketch of the first and of the second.
     """
 
     cell_types: tuple[str, ...]
@@ -95,11 +86,10 @@ def blocks_of(moments: Moments, shared: Shared) -> Int64[np.ndarray, " cells"]:
 def contributions(
     moments: Moments, shared: Shared, side: int, blocks: Int64[np.ndarray, " cells"]
 ) -> HeadContributions:
-    """Return what each head, kept alone, brings to the shared cells, as factors.
+    """Return the contribution of each head, kept alone, to the shared cells, as factors.
 
-    Notes
-    -----
-    Factors that are not finite become 0: such a head has no contribution, and is like no other.
+    A head with a factor that is not finite gets 0 in all cells, so that it contributes nothing and resembles no other
+    head.
     """
     places = shared.places[side]
     position = {name: number for number, name in enumerate(moments.genes)}
@@ -130,7 +120,7 @@ def contributions(
 
 
 def outputs_of(moments: Moments, shared: Shared, side: int) -> Float64[np.ndarray, "cells heads size"]:
-    """Return what attention brought to the shared cells, by head; outputs that are not finite become 0."""
+    """Return the attention outputs of the shared cells by head; outputs that are not finite become 0."""
     outputs = moments.sketch_outputs[shared.places[side]].astype(np.float64)
     return np.where(np.isfinite(outputs), outputs, 0.0).reshape(len(outputs), moments.n_heads, -1)
 
@@ -138,12 +128,10 @@ def outputs_of(moments: Moments, shared: Shared, side: int) -> Float64[np.ndarra
 def attention_of_both(
     first: Moments, second: Moments
 ) -> tuple[Float64[np.ndarray, "cells heads places"], Float64[np.ndarray, "cells others places"]] | None:
-    """Return the attention of cells of which both evaluations kept it, to the same places; ``None`` if there are none.
+    """Return the attention that both evaluations kept of the same cells, to the same places; ``None`` without any.
 
-    Notes
-    -----
-    Places are the neighbours of the first, those that only the second knows, and the dummy; a neighbour that a model
-    does not see has attention 0 there.
+    Places are the neighbours of the first, the second's neighbours that the first lacks, and the dummy; a neighbour
+    that a model does not see has attention 0.
     """
     there = {second.sketch_names[place]: row for row, place in enumerate(second.attended)}
     rows = [

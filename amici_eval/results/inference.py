@@ -1,4 +1,4 @@
-"""What is inferred beyond the free test: tests that hold in tissue, intervals, held-out cells, baselines."""
+"""Results beyond the free test: spatial tests, confidence intervals, held-out cells and baselines."""
 
 from __future__ import annotations
 
@@ -13,42 +13,16 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float64, Int64
 
-__all__ = ["Baselines", "HeldOutParts", "Intervals", "SpatialTests"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SpatialTests(NamedArrays):
     """Tests of heads whose null respects that neighbouring cells resemble each other.
 
-    Parameters
-    ----------
-    null
-        ``lag``, ``tile``, ``sample`` or ``torus``.
-    method
-        How p came about, by type: ``lag_t``, ``moments``, ``monte_carlo``; empty where there is no test.
-    p_value, p_value_adj
-        Shape (H, C); NaN where undefined.
-    p_ci_low, p_ci_high
-        Monte Carlo interval of p, shape (H, C); equal to p where no permutation was drawn.
-    statistic
-        The standardised statistic, shape (H, C): how many standard deviations the fit lies above what the null expects.
-    ess
-        Effective sample size, shape (H, C): as many independent cells would give the statistic the same variance.
-    detectable
-        Smallest explained variance that would have been detected with 80 % power at alpha, shape (H, C).
-    correlation_length
-        Distance at which the correlation of expression within the type has fallen to 1/e, in coordinate units, shape
-        (C,).
-    reach
-        Distance up to which the null takes correlation into account, in coordinate units, shape (C,): largest lag of
-        ``lag``, tile width of ``tile``.
-    p_value_gene, p_value_adj_gene
-        Shape (H, C, G); one family of all heads x types x genes.
-    widths, p_by_width
-        Tile widths of each type, ascending, shape (W, C), and p within tiles of that width, shape (W, H, C): p against
-        scale; W may be 0, and types may have fewer widths than others (NaN).
-    reasons
-        Why a (head, type name) has no test here, as ``(head, ct_name, reason)``; head -1 means all.
+    ``null``: lag, tile, sample or torus; ``method`` by type: lag_t, moments, monte_carlo, or empty without a test.
+    Without permutations the interval equals p. ``statistic``: deviations above the null's mean; ``ess``: independent
+    cells with the same variance; ``detectable``: smallest explained variance found with 80 % power at alpha;
+    ``correlation_length`` (fall to 1/e) and ``reach`` (largest lag or tile width): coordinate units. Genes: one family
+    of heads x types x genes. ``widths``: ascending, NaN-padded. ``reasons``: (head or -1 for all, ct_name, reason).
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -102,20 +76,8 @@ class SpatialTests(NamedArrays):
 class Intervals(NamedArrays):
     """Confidence intervals of explained variance by a spatial block bootstrap over tiles.
 
-    Parameters
-    ----------
-    confidence, n_resamples
-        Level, and bootstrap samples.
-    n_tiles
-        Tiles that hold cells of each type, shape (C,).
-    tile_width
-        Side of a tile in coordinate units.
-    low, high
-        Of each head kept alone, shape (H, C); NaN where a type lies in too few tiles.
-    full_low, full_high
-        Of the whole model, shape (C,).
-    reasons
-        Why a type has no interval, as ``(ct_name, reason)``.
+    ``low`` and ``high`` are of each head kept alone, NaN where a type lies in too few tiles; ``tile_width`` is in
+    coordinate units; ``reasons`` are (ct_name, reason).
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -144,16 +106,8 @@ class Intervals(NamedArrays):
 class HeldOutParts(NamedArrays):
     """Explained variance on the cells a model was fitted on and on the others, side by side.
 
-    Parameters
-    ----------
-    n_cells
-        Evaluated cells by part (in-sample, held out) and type, shape (2, C).
-    expl_var
-        Of each head kept alone over the cells of each part, shape (2, H, C); NaN where a part has too few cells.
-    full
-        Of the whole model, shape (2, C).
-    low, high
-        Interval of ``expl_var`` by the same block bootstrap, shape (2, H, C).
+    Parts are in-sample and held out, in this order; values are NaN where a part has too few cells. The intervals are
+    from the same block bootstrap as :class:`Intervals`.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -184,28 +138,13 @@ class HeldOutParts(NamedArrays):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Baselines(NamedArrays):
-    """What predictors explain that know no head, on the same cells as the heads.
+    """Explained variance of predictors without heads, on the same cells as the heads.
 
-    Parameters
-    ----------
-    names
-        ``neighbour_types``: ridge regression on how many neighbours are of each type; ``neighbour_expression``: on the
-        mean expression of the neighbours; ``position``: a smooth function of position.
-    fitted_on
-        ``training cells``, or ``all evaluated cells`` where it is not known which the model was fitted on. A cell that
-        is scored is never among those its prediction was fitted on (five folds): unlike the heads of a model that was
-        fitted on the evaluated cells, so that gains in-sample flatter the heads.
-    expl_var
-        Aggregated over genes, shape (B, C); NaN where undefined.
-    gain
-        Explained variance of a head kept alone minus that of the best baseline of the type, shape (H, C).
-    full_gain
-        The same of the whole model, shape (C,).
-    without_nearest
-        Explained variance of each head kept alone if the nearest neighbour is masked out, shape (H, C): a head that
-        reads what segmentation put into the wrong cell loses most of it; NaN where it was not computed.
-    full_without_nearest
-        The same of the whole model, shape (C,).
+    ``names``: ridge regression on counts of neighbours by type (neighbour_types) or on their mean expression
+    (neighbour_expression), or a smooth function of position. Predictions are cross-fitted in five folds; heads that
+    were fitted on the evaluated cells are not, so that in-sample gains flatter them. ``gain``: head kept alone minus
+    best baseline of the type. ``without_nearest``: explained variance with the nearest neighbour masked out; it falls
+    if a head reads transcripts that segmentation gave to the wrong cell.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {

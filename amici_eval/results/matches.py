@@ -1,4 +1,4 @@
-"""What a comparison of heads is made of: versions, matches, differences, lineages."""
+"""The parts of a comparison of heads: versions, matches, differences, lineages."""
 
 from __future__ import annotations
 
@@ -14,17 +14,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64, Int64
 
-__all__ = [
-    "WHOLE_MODEL",
-    "ComparedVersion",
-    "FailedVersion",
-    "HeadDifferences",
-    "HeadMatches",
-    "Lineage",
-    "Overall",
-    "check_settings",
-]
-
 WHOLE_MODEL = -1
 """Stands for all heads together where a head is named by its number."""
 
@@ -33,35 +22,8 @@ WHOLE_MODEL = -1
 class ComparedVersion(NamedArrays):
     """One column of a comparison: a model version on a data set.
 
-    Parameters
-    ----------
-    label
-        Short name, unique within the comparison.
-    model, data
-        What was evaluated on what, as in the evaluation.
-    run_id
-        The run that holds the evaluation, if there is one.
-    reused
-        Whether the evaluation was there already.
-    setup
-        Hash of the model's training set-up; versions that share it differ in seed and data order only. ``None``: not
-        known.
-    cell_types
-        Of the evaluated cells.
-    held_out
-        By type, as in the evaluation.
-    n_cells
-        Shape (C,).
-    expl_var, low, high
-        Explained variance of each head kept alone, with its interval, shape (H, C).
-    p_value_adj
-        Of the null that decides, shape (H, C).
-    full, full_low, full_high
-        The same of the whole model, shape (C,).
-    alpha
-        Level at which heads are significant.
-    decided_by
-        The null that decides.
+    ``setup``: hash of the training set-up, None if unknown; versions that share it differ in seed and data order only.
+    ``expl_var``: of each head kept alone; ``full``: of the whole model; ``p_value_adj``: of the null ``decided_by``.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -113,15 +75,7 @@ class ComparedVersion(NamedArrays):
 
 @dataclass(frozen=True, kw_only=True)
 class FailedVersion:
-    """A version that could not be evaluated.
-
-    Parameters
-    ----------
-    label
-        Its name.
-    reason
-        In words.
-    """
+    """A version that could not be evaluated."""
 
     label: str
     reason: str
@@ -129,39 +83,13 @@ class FailedVersion:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadMatches(NamedArrays):
-    """Which head of one version is which head of another.
+    """Which head of one version corresponds to which head of another.
 
-    Parameters
-    ----------
-    before, after
-        The two versions, as positions in the comparison.
-    cell_types, n_genes, n_cells
-        Types and genes that both have, and sketched cells: similarity is measured on these.
-    similarity
-        Correlation of contributions in output space over cells and genes, shape (A, B); A heads of ``before``, B of
-        ``after``; between -1 and 1; NaN for dead heads.
-    similarity_by_type
-        The same within each type, shape (C, A, B).
-    partner
-        Head of ``after`` that each head of ``before`` is, shape (A,); -1: gone.
-    n_permutations
-        Permutations behind ``p_value``, and flips behind ``p_value_spatial``.
-    p_value
-        That a matched similarity this large arises where cells of a type are exchangeable, matching included, shape
-        (A,).
-    p_value_spatial
-        The same where contributions are smooth in space: signs of whole tiles are flipped; shape (A,); NaN without
-        tiles enough.
-    cka
-        Linear centred kernel alignment of what heads bring, shape (A, B).
-    divergence
-        Mean Jensen-Shannon divergence of attention, in bits, shape (A, B); NaN where no attention was kept.
-    profile_cosine
-        Cosine of explained variance by gene, shape (A, B).
-    reseeded
-        Whether both were trained by one set-up.
-    reason
-        Why there is no spatial p, if that is so.
+    ``similarity``: correlation of contributions over sketched cells and shared genes, NaN for dead heads; ``partner``:
+    head of ``after``, -1 if gone. ``p_value``: similarity, matching included, where cells of a type are exchangeable;
+    ``p_value_spatial``: signs of whole tiles flipped instead, NaN (``reason``) with too few tiles. ``cka``: linear;
+    ``divergence``: Jensen-Shannon, in bits, NaN without kept attention; ``profile_cosine``: of explained variance by
+    gene; ``reseeded``: both have one training set-up.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -217,38 +145,18 @@ class HeadMatches(NamedArrays):
 
     @property
     def new(self) -> tuple[int, ...]:
-        """Heads of ``after`` that are no head of ``before``."""
+        """Heads of ``after`` without a partner in ``before``."""
         return tuple(sorted(set(range(self.similarity.shape[1])) - set(self.partner.tolist())))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadDifferences(NamedArrays):
-    """What changed from one version to the next: matched heads and the whole model, on the same cells.
+    """Changes from one version to the next of matched heads and of the whole model, on the same cells.
 
-    Parameters
-    ----------
-    before, after
-        The two versions, as positions in the comparison.
-    cell_types, genes
-        That both have.
-    head_before, head_after
-        The matched heads, shape (M,); the last is the whole model, :data:`WHOLE_MODEL` in both.
-    difference, low, high
-        Explained variance in ``after`` minus that in ``before``, with its interval over tiles, shape (M, C).
-    p_value, p_value_adj
-        Two-sided, signs of tiles flipped, shape (M, C); adjusted over all of them.
-    p_value_equivalence
-        That the difference lies outside the margin, shape (M, C): small where versions are the same for all purposes.
-    p_value_not_worse
-        That ``after`` is worse by the margin or more, shape (M, C).
-    n_tiles
-        Tiles with cells of the type, shape (C,).
-    verdict
-        ``better``, ``worse``, ``same`` or ``undecided``, one for each of M x C, row after row.
-    difference_gene, p_value_gene, p_value_adj_gene
-        Shape (M, C, G), adjusted over all of them; kept in a table of their own, not in JSON.
-    reasons
-        Why a type has no interval and no p, as ``(ct_name, reason)``.
+    The last of the matched pairs is the whole model (:data:`WHOLE_MODEL` in both). ``difference`` is ``after`` minus
+    ``before``, p is two-sided by sign flips of tiles; ``p_value_equivalence`` is small if the difference lies inside
+    the margin, ``p_value_not_worse`` if ``after`` is not worse by the margin. ``verdict`` (better, worse, same,
+    undecided) is row-major over M x C. Values per gene are kept in a table of their own, not in JSON.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -310,20 +218,9 @@ class HeadDifferences(NamedArrays):
 
 @dataclass(frozen=True, kw_only=True)
 class Overall:
-    """What changed from one version to the next in the whole model, all cell types together.
+    """Change of the whole model from one version to the next, over all cell types together.
 
-    Parameters
-    ----------
-    before, after
-        The two versions, as positions in the comparison.
-    difference, low, high
-        Of explained variance over all cells and genes, with its interval over tiles; NaN where undefined.
-    p_value, p_value_equivalence, p_value_not_worse
-        As in :class:`HeadDifferences`.
-    n_tiles
-        Tiles with cells.
-    verdict
-        ``better``, ``worse``, ``same`` or ``undecided``.
+    Fields as in :class:`HeadDifferences`; NaN where undefined.
     """
 
     before: int
@@ -342,12 +239,8 @@ class Overall:
 class Lineage:
     """One head through the versions.
 
-    Parameters
-    ----------
-    heads
-        Its number in each version of the comparison; ``None`` where it is not there.
-    stability
-        Mean similarity over all pairs of versions, a pair where it is missing counting 0; NaN with one version.
+    ``heads``: its number in each version, None where it is missing. ``stability``: mean similarity over all pairs of
+    versions, 0 for a pair where it is missing; NaN with one version.
     """
 
     heads: tuple[int | None, ...]

@@ -1,4 +1,4 @@
-"""Results with arrays that must fit each other, as plain values for JSON and back."""
+"""Results with arrays of matching shapes, as plain values for JSON and back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from amici_eval.common.untrusted import read_plain_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
-
-__all__ = ["NamedArrays", "read_named"]
 
 _MOST_BYTES = 2**32
 _Read = TypeVar("_Read")
@@ -73,7 +71,7 @@ class NamedArrays:
 
     @classmethod
     def _check_plain(cls, values: Mapping[str, Any]) -> None:
-        """Refuse entries that are no arrays and not of the type that the field has, as far as that can be told."""
+        """Refuse entries, other than arrays, that are not of the field's type, as far as that can be checked."""
         for entry in fields(cls):  # type: ignore[arg-type]
             if entry.name in cls.shapes or entry.name not in values:
                 continue

@@ -1,4 +1,4 @@
-"""Who talks to whom: what each head takes from each type of sender, in each type of receiver."""
+"""Attention to and dependence on each type of sender, by head and type of receiver."""
 
 from __future__ import annotations
 
@@ -15,50 +15,16 @@ if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float64, Int64
 
-__all__ = ["SENDER_DIFFERENCE_COLUMNS", "SenderDifferences", "Senders", "sender_differences_frame"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Senders(NamedArrays):
     """Attention to each type of sender, and what a head explains less where these senders are masked out.
 
-    Parameters
-    ----------
-    senders
-        The S cell types of the model.
-    confidence, n_resamples
-        Level of the intervals, and bootstrap samples of them.
-    n_receivers
-        Evaluated cells of each type with at least one such neighbour, shape (C, S).
-    attention
-        Mean over all evaluated cells of a type of the summed attention to such neighbours, shape (H, C, S); what lacks
-        to 1 over senders is the dummy's.
-    effect
-        Explained variance over all genes of the head kept alone minus the same with all neighbours of the sender type
-        masked out (the others and the dummy share the attention), shape (H, C, S): what the head explains less without
-        them. Below 0 the head explains more without them. It may exceed what the head explains: a masked neighbourhood
-        is not what the model was trained on, and the masked head may be worse than none.
-    low, high
-        Its interval, by resampling tiles, shape (H, C, S).
-    p_value, p_value_adj
-        That the head explains as much without these senders in every tile, two-sided, by flips of the signs of tiles;
-        adjusted over all heads x receiver types x sender types, shape (H, C, S).
-    distance
-        Distance over which attention to such a sender falls to a tenth, before it is shared with the others: ln(10)
-        over the coefficient of the distance, which is averaged over the attended senders, weighted by their attention;
-        in coordinate units, shape (H, C, S).
-    best_gene, effect_best_gene
-        The gene that loses most (position in the evaluation's genes; -1: none), and how much, shape (H, C, S).
-    effect_gene, low_gene, high_gene, p_value_gene, p_value_adj_gene
-        Of each gene, shape (H, C, S, G); the interval is linearised (:func:`~amici_eval.stats.tiles.paired.
-        gene_intervals`); adjusted over all heads x receiver types x sender types x genes. They are kept in
-        ``tables/sender_genes.parquet`` alone: ``None`` in an evaluation that was read back.
-    lost_squares
-        Squared residuals of the masked head minus those of the whole one, over all genes, about their means over all
-        tiles, by tile, shape (H, C, S, tiles); NaN where undefined. They are kept in ``moments.npz`` alone: ``None`` in
-        an evaluation that was read back.
-    reasons
-        Why something has no value, as ``(ct_name, sender, reason)``; an empty sender means all.
+    ``attention``: mean over all cells of the summed attention to such neighbours; the dummy has the rest. ``effect``:
+    explained variance of the head alone minus that with the senders masked out; it can exceed what the head explains,
+    as masked neighbourhoods are new to the model. p: two-sided sign flips of tiles. ``distance``: attention falls to a
+    tenth, before the softmax; coordinate units. Genes: one family, linearised intervals. ``lost_squares``: masked minus
+    whole squared residuals, about their means over all tiles. Genes and ``lost_squares`` are None after reading back.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {
@@ -161,30 +127,12 @@ SENDER_DIFFERENCE_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SenderDifferences(NamedArrays):
-    """What matched heads take from each type of sender, before and after.
+    """Changes in what matched heads take from each type of sender.
 
-    Parameters
-    ----------
-    before, after
-        The two versions, as positions in the comparison.
-    cell_types, senders
-        Types of receivers and of senders that both have.
-    head_before, head_after
-        The matched heads, shape (M,).
-    attention_before, attention_after, lost_before, lost_after, distance_before, distance_after
-        As in :class:`~amici_eval.results.senders.Senders`: attention, explained variance lost without such
-        senders, and distance to a tenth, shape (M, C, S).
-    difference, low, high
-        Explained variance lost in ``after`` minus that in ``before``, with its interval over tiles, shape (M, C, S).
-    p_value, p_value_adj
-        Two-sided, signs of tiles flipped, shape (M, C, S); adjusted over all of them.
-    p_value_equivalence
-        That the difference lies outside the margin, shape (M, C, S).
-    verdict
-        ``more``: the head takes more from these senders than before; ``less``, ``same``, ``undecided``; one for each of
-        M x C x S, row after row.
-    reasons
-        Why something has no interval and no p, as ``(ct_name, sender, reason)``; an empty sender means all.
+    ``lost_*`` and ``distance_*`` are ``effect`` and ``distance`` of :class:`Senders`. ``difference`` is the loss in
+    ``after`` minus that in ``before``; p is two-sided by sign flips of tiles, ``p_value_equivalence`` small if the
+    difference lies inside the margin. ``verdict`` (more: the head takes more than before; less, same, undecided) is
+    row-major over M x C x S; an empty sender in ``reasons`` means all.
     """
 
     shapes: ClassVar[Mapping[str, str]] = {

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its pass over the cells, so that later questions need no second one."""
+"""Sums by tile that an evaluation keeps, so that later questions need no second pass over the cells."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from amici_eval.common.untrusted import check_names, load_npz, parse_json
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
 
-__all__ = ["MOMENTS_FILE", "Moments"]
-
 MOMENTS_FILE = "moments.npz"
 SCHEMA_VERSION = 4
 _MOST_VALUES = 2**24
 _DAMAGE = (
     *(OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
-    # what zipfile raises of encrypted members and unknown compressions, and what absurd sizes end in
+    # zipfile raises these for encrypted members, unknown compressions and impossible sizes
     *(RuntimeError, MemoryError, OverflowError),
 )
 
@@ -269,7 +267,7 @@ class Moments:
                 shape = (texts["n_heads"], len(texts["cell_types"]), 0, len(arrays["tile_center"]))
                 arrays["lost_squares"] = np.zeros(shape, dtype=np.float32)
             for name in ("cell_types", "genes", "sketch_names", "senders"):
-                # the sketch may hold a cell of each of several runs
+                # the sketch may hold cells of several runs, so names may repeat
                 check_names(texts[name], name, distinct=name != "sketch_names", printable=False)
                 texts[name] = tuple(texts[name])
             return cls(**texts, **arrays)
@@ -284,14 +282,14 @@ class Moments:
 
 
 def _new_in_2(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what moments of schema version 1 did not hold: nothing is known of it."""
+    """Return the fields that moments of schema version 1 lack, all marked as unknown."""
     unknown = np.full(arrays["target_mean"].shape, np.nan, dtype=np.float32)
     held_out = np.full(len(arrays["row_type"]), -1, dtype=np.int64)
     return {"row_held_out": held_out, "full_mean": unknown, "full_m2": unknown}
 
 
 def _new_in_3(arrays: dict[str, np.ndarray], texts: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return what moments of schema version 2 did not hold: no tile of a sketched cell is known, no attention kept."""
+    """Return the fields that moments of schema version 2 lack: tiles are unknown and no attention is kept."""
     return {
         "sketch_tile": np.full(len(texts["sketch_names"]), -1, dtype=np.int64),
         "attended": np.zeros(0, dtype=np.int64),

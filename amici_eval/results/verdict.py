@@ -14,8 +14,6 @@ from amici_eval.common.untrusted import parse_json, read_plain_file
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["OUTCOMES", "VERDICT_FILE", "RuleResult", "Verdict", "overall_outcome"]
-
 VERDICT_FILE = "verdict.json"
 SCHEMA_VERSION = 1
 _MOST_VALUES = 10**7
@@ -25,23 +23,10 @@ OUTCOMES = ("pass", "fail", "undecided")
 
 @dataclass(frozen=True, kw_only=True)
 class RuleResult:
-    """What became of one rule.
+    """The outcome of one rule.
 
-    Parameters
-    ----------
-    rule, kind
-        Its name and kind.
-    outcome
-        ``pass``, ``fail`` or ``undecided``.
-    value, low, high
-        What was judged, with its confidence interval; ``None`` where there is none. Of several types, heads or rows,
-        the one that decided.
-    threshold
-        What was asked, in words.
-    reason
-        Why it came out so, with the numbers.
-    details
-        Of several: each one with its value, interval and outcome, as ``(name, value, low, high, outcome)``.
+    ``outcome``: pass, fail or undecided; ``value``, ``low``, ``high``: what was judged, None where missing; of several
+    types, heads or rows, the one that decided. ``details``: each of several, as (name, value, low, high, outcome).
     """
 
     rule: str
@@ -115,7 +100,7 @@ class Verdict:
 
     def to_json(self) -> str:
         """Return the verdict as JSON text."""
-        # names may hold what no encoding of text takes, such as a lone surrogate
+        # escape to ASCII: names may hold characters that cannot be encoded, such as a lone surrogate
         return json.dumps(asdict(self), allow_nan=False, indent=1)
 
     @classmethod
@@ -177,7 +162,7 @@ class Verdict:
 
 
 def _check_plain(record: Mapping[str, Any]) -> None:
-    """Refuse entries of other kinds than those that are written."""
+    """Refuse entries of the wrong kind."""
     texts: list[Any] = [record.get("cells", ""), record.get("key", ""), *record["notes"]]
     for one in record["results"]:
         texts += [one[name] for name in ("rule", "kind", "outcome", "threshold", "reason")]
@@ -206,7 +191,7 @@ def _readable(path: Path) -> bytes:
 
 
 def overall_outcome(outcomes: Iterable[str]) -> str:
-    """Return what rules say together: one that fails decides, then one that is undecided; none at all is undecided."""
+    """Return ``fail`` if a rule fails, else ``undecided`` if one is undecided or there is none, else ``pass``."""
     there = set(outcomes)
     if "fail" in there:
         return "fail"
@@ -214,7 +199,7 @@ def overall_outcome(outcomes: Iterable[str]) -> str:
 
 
 def _finite(value: Any) -> float | None:
-    """Return a number that JSON can hold; what is not finite or no number is ``None``."""
+    """Return a finite number for JSON, ``None`` for anything else."""
     if value is None:
         return None
     try:
