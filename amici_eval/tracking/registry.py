@@ -161,7 +161,7 @@ def _check_reachable(uri: str) -> None:
                 "GET",
                 timeout=None if MLFLOW_HTTP_REQUEST_TIMEOUT.is_set() else _TIMEOUTS_S,
                 # a connection that is closed once is no server that is gone, whatever the variable says
-                max_retries=max(1, MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())
+                max_retries=(MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() or 1)
                 if MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set()
                 else 1,
                 raise_on_status=False,
