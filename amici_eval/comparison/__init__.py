@@ -1,1 +1,1 @@
-"""Versions of a model against each other, and the gate that judges them."""
+"""Comparison of versions of a model, and the gate that judges them."""

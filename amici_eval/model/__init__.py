@@ -1,1 +1,1 @@
-"""The only package that knows AMICI: saves and loads it, intervenes on its heads, runs it on a tissue."""
+"""The only package that imports AMICI: saves and loads it, intervenes on its heads, runs it on a tissue."""

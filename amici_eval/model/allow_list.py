@@ -1,4 +1,4 @@
-"""Unpickle the ``model.pt`` of an AMICI without running code that the file brings along."""
+"""Unpickle the ``model.pt`` of an AMICI without running code from the file."""
 
 from __future__ import annotations
 
@@ -55,30 +55,28 @@ _ALLOWED_GLOBALS = {
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.numeric": {"_frombuffer"},
     "numpy._core.numeric": {"_frombuffer"},
-    # torch.load resolves names such as FloatStorage before it asks here
+    # torch.load resolves names such as FloatStorage itself
     "torch": {"Size", "device"},
     "torch.storage": {"TypedStorage", "UntypedStorage"},
     "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
 }
 
 
-# training curves are tables, and each version of these packages pickles them in its own way
+# packages of the training curves' tables, whose pickles differ between versions
 _INERT_PACKAGES = {"pandas", "pyarrow"}
 
 
 def load_allow_listed(path: Path) -> Any:
-    """Return what ``torch.save`` wrote, if it consists of arrays and plain containers; tables become :class:`Inert`.
+    """Return what ``torch.save`` wrote, if it is arrays and plain containers; tables become :class:`Inert`.
 
-    Notes
-    -----
     ``torch.load`` runs TorchScript, which can write files, when it finds a program in the archive, and reads older
-    formats by other rules. It is therefore handed a new archive with the records of plain ``torch.save`` alone.
+    formats by other rules. It is therefore given a new archive with the records of plain ``torch.save`` alone.
     """
     sizes: dict[str, int] = {}
     records = _plain_records(path, sizes)
-    # torch trusts what the pickle says of the size of a record
+    # torch trusts the size of a record in the pickle, so this class checks it
     own = type("_OwnUnpickler", (_AllowListUnpickler,), {"record_sizes": sizes})
-    # torch.load takes a module that looks like pickle
+    # torch.load needs a module with the interface of pickle
     module: Any = types.SimpleNamespace(
         Unpickler=own,
         load=lambda file, **options: own(file, **options).load(),
@@ -88,7 +86,7 @@ def load_allow_listed(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse an archive that unpacks to far more than it stores: ``torch.save`` packs nothing."""
+    """Refuse an archive that unpacks to far more than its size, because ``torch.save`` does not compress."""
     size = check_is_plain_file(path, links=True)
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
@@ -98,7 +96,7 @@ def check_archive(path: Path) -> None:
 
 
 def _plain_records(path: Path, sizes: dict[str, int]) -> io.BytesIO:
-    """Return an archive of the plain records; fill in their sizes by key."""
+    """Return an archive of the plain records, and fill in their sizes by key."""
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as target:
         names = sorted(set(source.namelist()))
@@ -133,7 +131,7 @@ def _plain_dtype(code: str, *options: Any) -> np.dtype[Any]:  # noqa: ARG001, RU
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Return the bytes that protocol 2 writes as text; other codecs have no place in a model."""
+    """Return the bytes that protocol 2 writes as text; refuse other codecs, which no model needs."""
     if encoding != "latin1":
         _refuse(f"_codecs.encode(..., {encoding!r})")
     return codecs.encode(text, "latin1")
@@ -143,7 +141,7 @@ _STAND_INS = {("numpy", "dtype"): _plain_dtype, ("_codecs", "encode"): _latin1}
 
 
 class Inert:
-    """Stands for an object of a package that tables are made of: keeps what it was made of, and does nothing."""
+    """Stands for an object of a table package: keeps the parts that it was built from, without any behaviour."""
 
     def __init__(self, *arguments: Any) -> None:
         self.parts: list[Any] = list(arguments)
@@ -166,7 +164,7 @@ def _makes_much_of_little(function: Any, arguments: Any) -> bool:
         one = waiting.pop()
         looked_at += 1
         if isinstance(one, range):
-            # len() takes no larger ones
+            # not len(), which fails for larger ranges
             if one and abs(one[-1] - one[0]) // abs(one.step) > _MOST_MADE:
                 return True
         elif isinstance(one, (tuple, list)):
@@ -196,7 +194,7 @@ class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can b
     record_sizes: ClassVar[dict[str, int]] = {}
 
     def load_reduce(self) -> None:
-        # a number of a few bytes must not become a list of billions
+        # a few bytes must not create billions of values
         function, arguments = self.stack[-2], self.stack[-1]  # type: ignore[attr-defined]
         if _makes_much_of_little(function, arguments):
             _refuse(f"{getattr(function, '__name__', function)} of more than {_MOST_MADE} values out of none")
@@ -211,7 +209,7 @@ class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can b
     dispatch[pickle.BINPERSID[0]] = load_binpersid
 
     def _check_storage(self, reference: Any) -> None:
-        """Refuse a reference to more values than the record holds: torch would read on behind its end."""
+        """Refuse a reference to more values than the record holds, because torch would read past its end."""
         if not isinstance(reference, tuple) or len(reference) != 5 or not isinstance(reference[2], str):
             return  # torch refuses it
         _, storage, key, _, n_values = reference
@@ -223,7 +221,7 @@ class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can b
             raise pickle.UnpicklingError(msg)
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        # protocol 2 writes Python 2's names
+        # protocol 2 writes the module names of Python 2
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module_name, module_name)
         if module.partition(".")[0] in _INERT_PACKAGES:
             return Inert
@@ -238,7 +236,7 @@ _MOST_PARTS = 10_000
 
 
 def to_plain(value: Any, where: str) -> Any:
-    """Turn a registry into JSON values; arrays become ``{"array": [...], "dtype": ...}`` so that they come back."""
+    """Return a registry as JSON values, with arrays as ``{"array": [...], "dtype": ...}`` for the way back."""
     return _plain(value, where, _ValueBudget(left=_MOST_VALUES), 0)
 
 
@@ -296,7 +294,7 @@ def values_of(stored: Any) -> list[Any]:
 
 
 def history_of(history: Any) -> dict[str, tuple[float, ...]]:
-    """Return training curves as plain numbers by name; a curve that cannot be read is left out."""
+    """Return training curves as plain numbers by name, without those that cannot be read."""
     curves = {}
     for name, table in history.items() if isinstance(history, Mapping) else ():
         values = _first_numbers(table) if isinstance(table, Inert) else np.asarray(table, dtype=np.float64)
@@ -306,7 +304,7 @@ def history_of(history: Any) -> dict[str, tuple[float, ...]]:
 
 
 def _first_numbers(table: Inert) -> np.ndarray | None:
-    """Return the first array of floating-point numbers, plain or as objects, that a table was made of."""
+    """Return the first array of floating-point numbers, plain or as objects, among the parts of a table."""
     waiting, looked_at = [table], 0
     while waiting and looked_at < _MOST_PARTS:
         one, looked_at = waiting.pop(), looked_at + 1

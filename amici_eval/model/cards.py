@@ -1,4 +1,4 @@
-"""The card of any model that can be evaluated: a saved one, or a live AMICI as scvi-tools describes it."""
+"""The card of any model that can be evaluated: a saved one or a live AMICI."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _PACKAGES = ("amici-st", "scvi-tools", "torch", "numpy", "transformer-lens", "am
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a model depends on, as installed here, and a digest of AMICI's sources.
+    """Return the installed versions of packages that a model depends on, and a digest of AMICI's sources.
 
-    AMICI's development branch has the version number of the release.
+    The digest is needed because AMICI's development branch has the version number of the release.
     """
     return {**{package: _version(package) for package in _PACKAGES}, AMICI_SOURCES: _amici_sources()}
 
@@ -60,10 +60,8 @@ def _version(package: str) -> str:
 def card_of(model: Any, *, adata: AnnData, trained_on: TrainedOnSpec | None = None) -> ModelCard:
     """Return the card of a ``TrainedAMICI`` or of a live ``amici.AMICI`` (or a subclass).
 
-    Notes
-    -----
-    scvi-tools saves splits as row numbers, which mean nothing once the model is bound to another AnnData: they count
-    only if they are a split of exactly the cells at hand.
+    scvi-tools saves splits as row numbers, which are wrong once the model is bound to another AnnData: they count only
+    if they are a split of exactly the cells at hand.
     """
     if isinstance(card := getattr(model, "card", None), ModelCard):
         return card

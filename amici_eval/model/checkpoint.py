@@ -65,7 +65,7 @@ _SPLITS = ("train", "validation", "test")
 
 @contextmanager
 def _weights_fit_setup() -> Iterator[None]:
-    """Say in our words what torch says when a module cannot be built or cannot take the weights."""
+    """Turn torch's errors about a module that cannot be built or take the weights into errors of this package."""
     try:
         with memory_errors_explained("building the model", "cpu"):
             yield
@@ -190,7 +190,7 @@ class TrainedAMICI:
         adata: AnnData | None,
         trained_on: TrainedOnSpec | None,
     ) -> TrainedAMICI:
-        """Put a model together from its parts, in the one form that everything else expects, and check all of it."""
+        """Return a model from its parts, in a uniform form and with all of it checked."""
         registry = to_plain(attributes["registry_"], "registry_")
         if registry.get("model_name") != "AMICI":
             raise ModelFormatError(
@@ -329,7 +329,7 @@ class TrainedAMICI:
         """
         from amici import AMICIModule
 
-        # the constructor draws initial weights, and the caller's random state is not ours to advance
+        # the constructor draws initial weights, which must not advance the caller's random state
         with torch.random.fork_rng(devices=[]):
             with _weights_fit_setup():
                 module = AMICIModule(
@@ -372,7 +372,7 @@ class TrainedAMICI:
             own.obs[card.cell_radius_key] = tissue.radii
         registry = with_arrays(self.registry)
         with own_data_loader(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_fit_setup():
-            # means of types that this tissue lacks are empty; the saved profiles replace them all
+            # types that this tissue lacks warn of empty means; the saved profiles replace all means
             warnings.simplefilter("ignore")
             AMICI.setup_anndata(own, source_registry=registry, **registry["setup_args"])
             model = AMICI(own, **self.init_params)
@@ -389,11 +389,11 @@ class TrainedAMICI:
         return model
 
     def _tissue(self, adata: AnnData) -> Tissue:
-        """Return a tissue as the model sees it, whichever of its cells the model was fitted on."""
+        """Return a tissue as the model sees it, ignoring which cells it was fitted on."""
         return prepare(adata, replace(self.card, training_cells=None, fingerprints=None), DataSpec())
 
     def _rows_of(self, split: str, names: tuple[str, ...], tissue: Tissue) -> Int64[np.ndarray, " rows"] | None:
-        """Return the rows of the cells of a split, in its order if they have their names; ``None`` if not known."""
+        """Return the rows of a split's cells, in its order if the names match; ``None`` if not known."""
         rows = pd.Index(tissue.cell_names).get_indexer(pd.Index(names, dtype=object))
         rows = rows[rows >= 0].astype(np.int64)
         prints = self.fingerprints.get(split)
@@ -424,7 +424,7 @@ class TrainedAMICI:
 
 
 def _with_cells(card: ModelCard, cells: Mapping[str, Fingerprints]) -> ModelCard:
-    """Return the card with the cells that the model was fitted on, if they are known."""
+    """Return the card with the fitted cells, if they are known."""
     fitted = cells.get("train")
     if fitted is None or not fitted.names:
         return card
@@ -445,7 +445,7 @@ def read_amici_directory(
 
 @contextmanager
 def _explained(source: object) -> Iterator[None]:
-    """Say of a model that cannot be taken apart where it came from and what is wrong."""
+    """Turn errors about a model that cannot be read into errors that name its source and the problem."""
     try:
         yield
     except DataError:

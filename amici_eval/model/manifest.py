@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a saved model: tells a damaged file, and is no signature."""
+"""SHA-256 of the files of a saved model, which shows damage but is no signature."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MOST_BYTES = 2**20
 
 
 def write_manifest(directory: Path) -> None:
-    """Record the SHA-256 of every file of a saved model."""
+    """Write the SHA-256 of every file of a saved model."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST)
     sums = {path.name: _sha256(path) for path in files}
     (directory / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
@@ -49,7 +49,7 @@ def _sha256(path: Path) -> str:
 
 
 def damaged(directory: Path, what: str) -> ModelFormatError:
-    """Return the error for a model whose files are not as they were logged."""
+    """Return the error for a model whose files changed since they were logged."""
     return ModelFormatError(
         value=f"the model in {directory} is damaged: {what}",
         rule="its files must be as they were logged (a SHA-256 tells damage; it is no signature)",
@@ -58,12 +58,12 @@ def damaged(directory: Path, what: str) -> ModelFormatError:
 
 
 def sums_of(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a saved model, the manifest too."""
+    """Return the SHA-256 of every file of a saved model, including the manifest."""
     return {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
 
 
 def listed_files(directory: Path) -> set[str]:
-    """Return the names of the files that the manifest of a checked folder vouches for."""
+    """Return the names of the files in the manifest of a checked folder."""
     return set(_listed(directory))
 
 
@@ -76,14 +76,14 @@ def _listed(directory: Path) -> dict[str, str]:
 
 
 def check_recorded(directory: Path, sums: Any) -> None:
-    """Refuse a folder with a file that is not the one whose SHA-256 MLmodel records."""
+    """Refuse a folder with a file whose SHA-256 differs from that in MLmodel."""
     if not isinstance(sums, dict) or not {WEIGHTS, SETUP, CELLS, MANIFEST} <= set(sums):
         raise damaged(directory, f"MLmodel does not record the SHA-256 of {MANIFEST} and the files it lists")
     _compare(directory, sums, "MLmodel", "is corrupted: it is not the file that was logged (SHA-256 differs)")
 
 
 def check_manifest(directory: Path) -> None:
-    """Refuse a folder in which a file is missing or not the one that was saved."""
+    """Refuse a folder in which a file is missing or differs from the saved one."""
     try:
         sums = _listed(directory)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Gives access to a model on a tissue, by the engine and on the device that the settings name."""
+"""Open a model on a tissue, by the engine and on the device of the settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_device(device: str) -> str:
-    """Return the torch device for a setting, or say why it cannot be had."""
+    """Return the torch device for a setting; refuse one that is not available."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -52,7 +52,7 @@ def resolve_device(device: str) -> str:
 
 
 def _other_sources(card: ModelCard) -> tuple[str, ...]:
-    """Say that AMICI itself is another one here than where the model was saved."""
+    """Return a note if AMICI's sources differ from those with which the model was saved."""
     then, now = card.versions.get(AMICI_SOURCES), package_versions()[AMICI_SOURCES]
     if then in (None, now):
         return ()
@@ -63,7 +63,7 @@ def _other_sources(card: ModelCard) -> tuple[str, ...]:
 
 
 def _own_tensors(model: Any, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
-    """Return what a live model's own loader hands its module, for classes that ask for more than AMICI's."""
+    """Return the tensors of a live model's own loader, for classes that need more than AMICI's."""
     with own_data_loader():
         loader = model._make_data_loader(adata=model.adata, indices=rows, batch_size=len(rows))
         (tensors,) = loader
@@ -72,7 +72,7 @@ def _own_tensors(model: Any, rows: Int64[np.ndarray, " cells"]) -> dict[str, tor
 
 @contextmanager
 def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[HookedAccess | FactoredAccess]:
-    """Give access to a model on a tissue by the engine of the settings; the model leaves as it came.
+    """Yield access to a model on a tissue by the engine of the settings, and restore the model's state.
 
     A model that the factored engine cannot follow (parts or hooks of its own) is opened by the hooked one, with a note.
     """

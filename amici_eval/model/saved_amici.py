@@ -28,14 +28,10 @@ _ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SavedAMICI:
-    """What a ``model.pt`` holds.
+    """The content of a ``model.pt``.
 
-    Parameters
-    ----------
-    attributes
-        The model's attributes by name: ``init_params_``, ``registry_``, ``history_``, rows of the splits.
-    weights
-        The module's state dict, on the CPU.
+    ``attributes`` are the model's by name: ``init_params_``, ``registry_``, ``history_``, rows of the splits;
+    ``weights`` is the module's state dict, on the CPU.
     """
 
     attributes: Mapping[str, Any]
@@ -44,7 +40,7 @@ class SavedAMICI:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedFiles:
-    """What ``AMICI.save`` wrote: the model, and the AnnData if ``save_anndata=True``."""
+    """The files that ``AMICI.save`` wrote: the model, and the AnnData if ``save_anndata=True``."""
 
     model: Path
     adata: Path | None
@@ -67,19 +63,19 @@ def saved_files(where: Path) -> SavedFiles:
 
 
 def split_size(attributes: Mapping[str, Any]) -> int:
-    """Return of how many cells the recorded rows are a split; 0 if they are none of the first so many rows."""
+    """Return the number of cells in the recorded split; 0 if its rows are not 0, 1, ... without gaps."""
     rows = [attributes.get(name) for name in _ROWS]
     known = np.concatenate([np.asarray([] if one is None else one, dtype=np.int64) for one in rows])
     return len(known) if np.array_equal(np.sort(known), np.arange(len(known))) else 0
 
 
 def split_covers(model: Any, n_cells: int) -> bool:
-    """Return whether the split of a live model is one of exactly so many cells."""
+    """Return whether the split of a live model covers exactly this many cells."""
     return split_size({name: getattr(model, name, None) for name in _ROWS}) == n_cells
 
 
 def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
-    """Return what a ``model.pt`` holds; this unpickles it."""
+    """Return the content of a ``model.pt``; this unpickles it."""
     _check_pickles_are_allowed(path)
     if not path.is_file():
         raise ModelFormatError(
@@ -118,12 +114,10 @@ def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
 
 
 def _check_pickles_are_allowed(path: Path) -> None:
-    """Refuse any pickle where MLflow's setting forbids them, before a byte of it is read.
+    """Refuse any pickle where MLflow's setting forbids them, before it is read.
 
-    Notes
-    -----
-    MLflow reads the variable as ``true``, ``false``, ``1`` or ``0``, whatever the case, takes it for true where it is
-    not set, and refuses other values. So does this, without MLflow.
+    As in MLflow, the variable is ``true``, ``false``, ``1`` or ``0`` in any case, true if unset; other values are
+    refused.
     """
     value = os.environ.get(_ALLOW_PICKLE)
     if value is None or value.lower() in ("true", "1"):
@@ -142,7 +136,7 @@ def _check_pickles_are_allowed(path: Path) -> None:
 
 
 def _check_tensors(weights: Mapping[str, Tensor], size: int) -> None:
-    """Refuse tensors that spread a few stored values over a large shape: copied, they would fill the memory."""
+    """Refuse tensors that spread a few stored values over a large shape, as copies would fill the memory."""
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
         msg = "its weights are no tensors by name"
         raise TypeError(msg)

@@ -13,7 +13,7 @@ __all__ = ["give_own_data_splitter", "own_data_loader"]
 
 @contextmanager
 def own_data_loader() -> Iterator[None]:
-    """Undo, after the body, what AMICI's constructor does to scvi-tools.
+    """Restore scvi-tools' data loader after the body.
 
     ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model
     would then train with AMICI's loader.

@@ -1,4 +1,4 @@
-"""The set-up and the weights of a stored model, looked at before anything is built of them."""
+"""Checks of the set-up and the weights of a stored model before a model is built from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_NEIGHBORS = 100_000
 _WIDEST = 2**20
 _MOST_CELLS = 2**40
 _HEADER_BYTES = 2**22
-# one entry is minus infinity by design
+# this tensor is minus infinity by design
 _NOT_FINITE = frozenset({"attention_layer.IGNORE"})
 _DTYPE = re.compile(r"object|bool|u?int\d{1,2}|float\d{1,3}|[<>|=]U\d{1,4}")
 _NUMBERS = {
@@ -68,7 +68,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def card_from(record: Mapping[str, Any], training_cells: frozenset[str] | None) -> ModelCard:
-    """Return the card that plain values hold."""
+    """Return a card from plain values."""
     card = dict(record)
     training = card.pop("training_data")
     for key in ("genes", "cell_types"):
@@ -84,7 +84,7 @@ def card_from(record: Mapping[str, Any], training_cells: frozenset[str] | None) 
 
 
 def check_card(card: ModelCard) -> None:
-    """Refuse a card with sizes, names or facts that are none."""
+    """Refuse a card with invalid sizes, names or facts."""
     check_names(card.genes, "genes")
     check_names(card.cell_types, "cell types")
     if not card.genes or not card.cell_types:
@@ -120,7 +120,7 @@ def check_card(card: ModelCard) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, after a look at what its header claims."""
+    """Return the tensors of a safetensors file after a check of its header."""
     size = check_is_plain_file(path)
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -130,9 +130,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], init_params: Mapping[str, Any], card: ModelCard) -> None:
-    """Refuse weights that are no finite numbers, or of other sizes than card and set-up say.
+    """Refuse weights that are not finite, or of other sizes than card and set-up say.
 
-    What the constructor of the model is told to be large is thus no larger than what is stored.
+    This bounds the sizes that the model's constructor is given by what is stored.
     """
     for name, tensor in weights.items():
         if odd_character(name) is not None:
@@ -163,7 +163,7 @@ def check_weights(weights: Mapping[str, Tensor], init_params: Mapping[str, Any],
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             _refuse(f"{name[:80]!a}={value!a:.80} is no finite number")
     known = {"ct_profiles", "ct_embed.weight", *_shapes(weights)}
-    # which of these there are depends on sizes
+    # tensors whose existence does not depend on sizes
     needed = {name for name in known if "project_nn" not in name and not name.startswith("pos_coef_mlp.nn.4")}
     for name in sorted((set(weights) - known) | (needed - set(weights))):
         _other_class(f"it {'has' if name in weights else 'lacks'} the tensor {name}")
@@ -181,7 +181,7 @@ def _size(weights: Mapping[str, Tensor], name: str, place: int) -> int:
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that the tensors of a layer owe to its first one, and those of the attention."""
+    """Return the shapes of a layer's tensors that follow from its first one, and those of the attention."""
     size, n_heads = _size(weights, "attention_layer.W_Q", 0), _size(weights, "attention_layer.W_Q", 1)
     query, key = _size(weights, "attention_layer.W_Q", 2), _size(weights, "attention_layer.W_K", 2)
     shapes: dict[str, tuple[int, ...]] = {
@@ -209,7 +209,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def plain_history(record: Any) -> dict[str, tuple[float, ...]]:
-    """Return training curves from plain values; ``NaN`` is a value of a curve."""
+    """Return training curves from plain values; NaN is allowed."""
     if not isinstance(record, dict) or not all(isinstance(values, list) for values in record.values()):
         _refuse("history is no list of numbers by name")
     numbers = [value for values in record.values() for value in values]
@@ -220,7 +220,7 @@ def plain_history(record: Any) -> dict[str, tuple[float, ...]]:
 
 
 def check_registry(registry: Any, card: ModelCard) -> None:
-    """Refuse a record of scvi-tools that names other genes, types or keys than the card."""
+    """Refuse a scvi-tools registry with other genes, types or keys than the card."""
     if not isinstance(registry, dict) or registry.get("model_name") != "AMICI":
         _refuse("registry is not that of an AMICI")
     setup, fields = registry["setup_args"], registry["field_registries"]
@@ -238,7 +238,7 @@ def check_registry(registry: Any, card: ModelCard) -> None:
 
 
 def _check_types(value: Any) -> None:
-    """Refuse stored arrays of types that no registry has: their names go to NumPy."""
+    """Refuse stored arrays of dtypes that no registry has, because their names are passed to NumPy."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

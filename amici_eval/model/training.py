@@ -1,4 +1,4 @@
-"""Train an AMICI model without leaving traces in the data, the process or the working folder."""
+"""Train an AMICI model without changing the data, the process or the working folder."""
 
 from __future__ import annotations
 
@@ -35,14 +35,10 @@ _VALIDATION_SHARE = 0.1
 
 @dataclass(frozen=True)
 class AttentionPenalty:
-    """How the penalty on the entropy of the attention rises during training.
+    """Schedule of the penalty on the entropy of the attention during training.
 
-    Parameters
-    ----------
-    start_epoch, end_epoch
-        Before `start_epoch` there is no penalty; from `end_epoch` on it stays at `end`.
-    start, end
-        Coefficients between which the penalty rises linearly.
+    It is 0 before ``start_epoch``, rises linearly from ``start`` to ``end``, and stays at ``end`` from ``end_epoch``
+    on.
     """
 
     start_epoch: int
@@ -53,13 +49,7 @@ class AttentionPenalty:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Settings of one training; ``train_amici(adata, seed=0, **recipe.kwargs())`` applies them.
-
-    Parameters
-    ----------
-    n_neighbors, max_epochs, batch_size, learning_rate, attention_penalty, model_params
-        As in `train_amici`.
-    """
+    """Settings of one training; ``train_amici(adata, seed=0, **recipe.kwargs())`` applies them."""
 
     n_neighbors: int
     max_epochs: int
@@ -98,10 +88,8 @@ def train_amici(
 ) -> AMICI:
     """Train an AMICI model on the log-normalised expression in ``adata.X``.
 
-    Notes
-    -----
     AMICI takes the mean profile of each type from all cells, so validation cells do shape that mean; explained
-    variance, which ignores constant shifts, is unaffected. scvi-tools would ignore `batch_size` and always load 128
+    variance, which ignores constant shifts, is unaffected. scvi-tools would ignore ``batch_size`` and always load 128
     cells; here it is honoured.
     """
     private = _private_copy(adata, labels_key=labels_key, coord_obsm_key=coord_obsm_key)
@@ -161,7 +149,7 @@ def _private_copy(adata: ad.AnnData, *, labels_key: str, coord_obsm_key: str) ->
     if labels.isna().any():
         value = f"{int(labels.isna().sum())} cells have no {labels_key!r}"
         raise DataError(value, rule="every cell needs a cell type", fix="label these cells or drop them")
-    # from strings, so that categories without cells (whose mean would be NaN) are gone
+    # from strings, which drops categories without cells, whose mean would be NaN
     obs = pd.DataFrame({labels_key: pd.Categorical(labels.astype(str))}, index=adata.obs_names.copy())
     x: Any = adata.X
     return ad.AnnData(
@@ -220,7 +208,7 @@ def _spatial_splitter(loader: type, *, batch_size: int) -> type[DataSplitter]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            # the base class takes batch_size out of the loader's settings and forgets it
+            # the base class drops batch_size from the loader's settings
             self.data_loader_kwargs["batch_size"] = batch_size
 
     return SpatialSplitter
@@ -235,7 +223,7 @@ def _seed_everything(seed: int) -> None:
 
 @contextmanager
 def _undisturbed_process(*, progress: bool) -> Iterator[None]:
-    """Restore what training changes for the whole process: generators, loader class, backend flags, log levels."""
+    """Restore global state that training changes: generators, loader class, backend flags, log levels."""
     loader_cls = DataSplitter.data_loader_cls
     benchmark = torch.backends.cudnn.benchmark
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -243,7 +231,7 @@ def _undisturbed_process(*, progress: bool) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
-            # about workers, small batches and deprecations inside the training stack: nothing a caller can act on
+            # warnings on workers, small batches and deprecations, on which a caller cannot act
             warnings.simplefilter("ignore")
             if not progress:
                 for logger in loggers:
@@ -279,7 +267,7 @@ DEMO_TRAINING = TrainingRecipe(
 
 
 def untrained_like(trained: TrainedAMICI, *, seed: int) -> TrainedAMICI:
-    """Return a model of the same architecture with weights as before training, drawn anew."""
+    """Return a model of the same architecture with newly drawn initial weights."""
     import torch
 
     module = trained.build_module()

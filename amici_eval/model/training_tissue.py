@@ -1,4 +1,4 @@
-"""The tissue that a model was trained on: whether it is the right one, and how its cells are told from others."""
+"""Checks of the tissue that a model was trained on, and fingerprints of its cells."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _MOST_PARTS = 100
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingTissue:
-    """The tissue that a model was trained on, or that holds the cells it was trained on: ``rows``, in their order."""
+    """A tissue that holds the training cells, and their ``rows`` in the order of training."""
 
     tissue: Tissue
     rows: Int64[np.ndarray, " trained"]
 
     def fingerprints(self, splits: Mapping[str, Any], genes: tuple[str, ...]) -> dict[str, Fingerprints]:
-        """Return names and fingerprints of the cells of each split, given as row numbers among the trained ones."""
+        """Return names and fingerprints of the cells of each split, given as positions in ``rows``."""
         tissue = self.tissue
         places = place_prints(tissue.coordinates)
         expression = expression_prints(open_rows(tissue.matrix), tissue.gene_columns, genes)
@@ -59,12 +59,12 @@ def training_tissue(
     part: Int64[np.ndarray, " trained"] | None,
     n_split: int,
 ) -> TrainingTissue:
-    """Return the tissue and the cells of training; refuse those whose number, genes or mean profiles are others.
+    """Return the tissue and cells of training; refuse another number, other genes or mean profiles.
 
     Splits are row numbers in the training AnnData: with another one they would name the wrong cells.
     """
     setup = registry["setup_args"]
-    # a live model that was bound to another AnnData records the number of that
+    # a live model that was bound to another AnnData records that one's number of cells
     n_bound = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
     rows = np.arange(adata.n_obs) if part is None else part
     n_cells = n_split or n_bound
@@ -76,7 +76,7 @@ def training_tissue(
             rule=f"the model was trained on {n_cells}",
             fix=fix + ("" if part is not None else _a_part_of(adata, n_cells)),
         )
-    # more cells than the split has may be those of another AnnData that the model was bound to
+    # cells that are not as many as in the split may be of another AnnData that the model was bound to
     tolerance = _PROFILE_TOLERANCE if len(rows) == n_cells else _SAME_PROFILE
     profiles = weights["ct_profiles"].detach().cpu().double().numpy()
     labels = [
@@ -110,7 +110,7 @@ def training_tissue(
 
 
 def _a_part_of(adata: AnnData, n_cells: int) -> str:
-    """Say how to name the part of a tissue that a model was trained on, with a column that has so many cells."""
+    """Return a hint on how to name the training part of a tissue, by a column with a value of this many cells."""
     if adata.n_obs <= n_cells:
         return ""
     key, value = "COLUMN", "VALUE"

@@ -1,1 +1,1 @@
-"""What was found, as plain arrays: saved, loaded, as tables."""
+"""Results as plain arrays: saving, loading and tables."""

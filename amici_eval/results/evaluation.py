@@ -441,7 +441,7 @@ class HeadEvaluation:
         return replace(evaluation, moments=moments)
 
     def _difference(self, moments: Moments) -> str | None:
-        """Say in what moments are not of this evaluation."""
+        """Return how moments differ from this evaluation; ``None`` if they fit."""
         if moments.n_heads != self.n_heads:
             return f"{moments.n_heads} heads, not {self.n_heads}"
         for what, theirs, ours in (
@@ -456,6 +456,6 @@ class HeadEvaluation:
 
 
 def _nan_max(values: Float64[np.ndarray, "heads genes"]) -> Float64[np.ndarray, " heads"]:
-    """Maximum over genes that is NaN, without a warning, where all are NaN."""
+    """Return the maximum over genes; NaN, without a warning, where all are NaN."""
     filled = np.where(np.isnan(values), -np.inf, values).max(axis=1)
     return np.where(np.isinf(filled), np.nan, filled)

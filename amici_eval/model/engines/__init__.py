@@ -1,1 +1,1 @@
-"""z of every head: the hooked engine, the truth, and the factored one, its fast equal."""
+"""Outputs and predictions of each head: the hooked engine (reference) and the factored one (fast)."""

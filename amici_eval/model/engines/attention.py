@@ -1,4 +1,4 @@
-"""Attention of receivers to the senders around them, over tables: fused and compiled, or in plain torch."""
+"""Attention of receivers to their senders by tables, as a compiled kernel or in plain torch."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 FAINT = 80.0
-"""A neighbour whose score lies this far below the strongest has weight 0: exp(-80) is 2e-35. Far ones would have
+"""A neighbour with a score this far below the strongest has weight 0: exp(-80) is 2e-35. Without it far neighbours have
 denormal weights, with which processors compute many times slower."""
 
-# constants of the compiled kernel, in its precision
+# constants of the compiled kernel, in float32
 FAINTEST, ZERO, HALF, ONE = np.float32(-FAINT), np.float32(0.0), np.float32(0.5), np.float32(1.0)
 LOG2_E, LN_2_HIGH, LN_2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_5, EXP_4, EXP_3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
@@ -49,7 +49,7 @@ EXP_2, EXP_1 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1)
 
 _ROWS_PER_TASK = 4096
 GATHERED_ENTRIES = 2**24
-"""Numbers that plain torch gathers at a time."""
+"""Number of values that plain torch gathers at a time."""
 
 
 def attend(
@@ -61,10 +61,8 @@ def attend(
     dummy_score: float,
     use_compiled: bool | None = None,
 ) -> Float32[np.ndarray, "receivers outputs"]:
-    """Return what attention brings to each receiver, before the output projection.
+    """Return the attention outputs of each receiver, before the output projection.
 
-    Notes
-    -----
     Softmax over neighbours and dummy of ``score - coefficient * distance``. Weights below ``exp(-80)`` of the strongest
     are 0.
     """
@@ -125,7 +123,7 @@ def attention_weights(
     *,
     dummy_score: float,
 ) -> Float32[np.ndarray, "receivers heads places"]:
-    """Return how each head's attention is shared among the neighbours and the dummy, which comes last."""
+    """Return each head's attention to the neighbours and, last, to the dummy."""
     device = tables.values.device
     weights = softmax_weights(
         tables,
@@ -143,7 +141,7 @@ def attention_weights(
 def softmax_weights(
     tables: SenderTables, slots: torch.Tensor, distances: torch.Tensor, types: torch.Tensor, dummy_score: float
 ) -> torch.Tensor:
-    """Return the weights of neighbours, shape (receivers, neighbours, heads); what lacks to 1 is the dummy's."""
+    """Return the weights of neighbours, shape (receivers, neighbours, heads); the dummy has the rest to 1."""
     pairs = tables.pairs[slots, types[:, None]]
     scores = pairs[:, :, 0] - pairs[:, :, 1] * distances[:, :, None]
     strongest = scores.amax(dim=1).clamp(min=dummy_score)[:, None]
@@ -171,7 +169,7 @@ def compiled_attention() -> Callable[..., Any] | None:
         head_size = values.shape[1] // n_heads
         n_scores = n_neighbours * n_heads
         scores = np.empty(n_scores, dtype=np.float32)
-        # a power of two is written as the exponent bits of a float
+        # powers of two are set through the exponent bits of floats
         exponents = np.empty(n_scores, dtype=np.int32)
         powers = exponents.view(np.float32)
         strongest = np.empty(n_heads, dtype=np.float32)
@@ -227,22 +225,16 @@ def compiled_attention() -> Callable[..., Any] | None:
 
 
 _TIE = np.float32(1e-5)
-"""Distances that differ by a smaller share are equal: they are rounded to float32."""
+"""Relative difference up to which distances, rounded to float32, are ties."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SenderSums:
     """Attention of some receivers, summed by type of receiver, type of sender and head.
 
-    Parameters
-    ----------
-    attention
-        Attention weights summed over receivers and their neighbours, shape (types, types, heads): receiver, sender.
-    coefficient
-        The same of weight times the coefficient of the distance (in 1 / coordinate units): how fast the attention to a
-        sender falls where the sender lies farther away.
-    n_receivers
-        Receivers with at least one such neighbour, shape (types, types).
+    ``coefficient``: sum of weight times coefficient of the distance (1 / coordinate units), which is how fast attention
+    falls with distance. ``n_receivers``: receivers with at least one such neighbour. The receiver's type is the first
+    axis.
     """
 
     attention: Float64[np.ndarray, "types types heads"]
@@ -275,12 +267,12 @@ def outputs_without_nearest(
     *,
     dummy_score: float,
 ) -> Float32[np.ndarray, "receivers outputs"]:
-    """Return what attention brings to each receiver where its nearest neighbour, the first of several, is left out."""
+    """Return the attention outputs with each receiver's nearest neighbour masked; NaN for ties."""
     if slots.shape[1] < 2:
         # with one neighbour all attention goes to the dummy, whose value is 0
         return np.zeros((len(slots), tables.values.shape[1]), dtype=np.float32)
     kept = np.ones(distances.shape, dtype=bool)
-    # with radii, distances between outlines need not rise from column to column
+    # not the first column: with cell radii, distances between outlines need not be sorted
     kept[np.arange(len(kept)), distances.argmin(axis=1)] = False
     far = slots[kept].reshape(len(slots), -1), distances[kept].reshape(len(slots), -1)
     outputs = attend(tables, *far, types, dummy_score=dummy_score)
@@ -300,7 +292,7 @@ def outputs_without_senders(
     senders: Sequence[int],
     dummy_score: float,
 ) -> Float32[np.ndarray, "senders receivers outputs"]:
-    """Return what attention brings to each receiver where all neighbours of one type are left out, type by type."""
+    """Return the attention outputs with all neighbours of a type masked, for one type after the other."""
     nobody = len(tables.values) - 1
     outputs = np.empty((len(senders), *whole.shape), dtype=np.float32)
     for position, sender in enumerate(senders):
@@ -323,7 +315,7 @@ def sums_by_sender(
     n_types: int,
     dummy_score: float,
 ) -> SenderSums:
-    """Return attention, and how fast it falls with distance, summed by type of receiver and of sender."""
+    """Return attention and its fall with distance, summed by type of receiver and of sender."""
     device, n_heads, n_neighbours = tables.values.device, tables.pairs.shape[3], slots.shape[1]
     sums = SenderSums.zeros(n_types, n_heads)
     step = max(1, GATHERED_ENTRIES // (2 * n_neighbours * n_heads))
@@ -347,20 +339,9 @@ def sums_by_sender(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SentFactors:
-    """Readouts and expression, without the model itself: whoever gets it need not import AMICI.
+    """Readouts and expression without the model itself, so that workers need not import AMICI.
 
-    Parameters
-    ----------
-    card
-        What the evaluation needs to know of the model.
-    readouts
-        By cell type.
-    matrix, gene_columns
-        Expression, and its columns in the model's gene order.
-    read_rows
-        Most rows of a block of expression.
-    statistics_device
-        Torch device that has float64.
+    ``matrix`` and ``gene_columns`` give expression in the model's gene order; ``statistics_device`` has float64.
     """
 
     card: ModelCard
@@ -371,9 +352,9 @@ class SentFactors:
     statistics_device: str
 
     def readout(self, cell_type: str) -> Readout:
-        """Return how attention outputs become predicted expression in receivers of a type."""
+        """Return the map from attention outputs to predicted expression in receivers of a type."""
         own = self.readouts[cell_type]
-        # arrays that processes share cannot be written to, and torch warns of such
+        # copies, because shared arrays are read-only, of which torch warns
         return replace(own, weights=own.weights.copy(), gram=own.gram.copy(), offset=own.offset.copy())
 
     def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:

@@ -1,7 +1,6 @@
-"""The part of an AMICI before its attention, each thing computed once: tensors in, tensors out.
+"""The part of an AMICI before its attention: senders are embedded once, pairs of sender and type computed once.
 
-Sender cells are embedded once, whoever attends to them; what depends on the sender and the type of the receiver is
-computed once per pair. Knows torch and nothing of AMICI, so that it runs wherever torch runs.
+It imports torch and nothing of AMICI, so that it runs on all devices of torch.
 """
 
 from __future__ import annotations
@@ -35,23 +34,15 @@ __all__ = [
 ]
 
 _LINEAR_FROM = np.float32(20.0)
-"""From here on softplus is its argument, as in torch."""
+"""Argument above which softplus equals its argument, as in torch."""
 
 
 class EncoderKernels(NamedTuple):
     """Compiled kernels.
 
-    Parameters
-    ----------
-    first_layer
-        ``(sender, rows, type_term, bias, deviation, out)``: ``relu(sender[rows] + type_term + bias * deviation)``.
-    norm
-        ``(values, gain, shift, epsilon, source, n_added, with_relu)``: norms rows in place, adds the first ``n_added``
-        columns of the source, and cuts at 0 if asked.
-    last_layers
-        ``(inner, rows, deviation, bias, gain, shift, epsilon, embedded, type_embedding, project, project_bias, offset,
-        unit_scale, out)``: divides by the deviation, adds the bias, norms, adds what went in, and projects to a
-        coefficient of each head.
+    ``first_layer``: ``relu(sender[rows] + type_term + bias * deviation)``. ``norm``: norms rows in place, adds the
+    first ``n_added`` columns of the source, and applies relu if asked. ``last_layers``: divides by the deviation, adds
+    the bias, norms, adds the input, and projects to a coefficient per head.
     """
 
     first_layer: Callable[..., None]
@@ -155,7 +146,7 @@ class Norm:
     epsilon: float
 
     def __call__(self, x: Tensor, *, added: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Return ``x`` normed, plus something, cut at 0 if asked; ``x`` is used up."""
+        """Return ``x`` normed, plus ``added``, with relu if asked; ``x`` may be overwritten."""
         kernels = encoder_kernels() if x.device.type == "cpu" else None
         if kernels is None:
             x = functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
@@ -176,7 +167,7 @@ class Affine:
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the image of ``x``."""
+        """Return ``x @ weight + bias``."""
         return torch.addmm(self.bias, x, self.weight)
 
 
@@ -192,16 +183,16 @@ class Block:
     project_norm: Norm | None
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Return the block's value before the projection."""
+        """Return the output of the block before the projection."""
         inner = self.first_norm(self.first(x), relu=True)
         return self.residual(x, self.second(inner))
 
     def residual(self, x: Tensor, inner: Tensor) -> Tensor:
-        """Return the block's value before the projection from that of its inner layers, which is used up."""
+        """Return the output before the projection from that of the inner layers, which is overwritten."""
         return inner.add_(x).relu_() if self.second_norm is None else self.second_norm(inner, added=x, relu=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the block's value."""
+        """Return the output of the block."""
         x = self.hidden(x)
         if self.project is not None:
             x = self.project(x)
@@ -210,45 +201,12 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class EncoderWeights:
-    """An AMICI's weights, folded for one pass over senders; on one device.
+    """An AMICI's weights on one device, folded for one pass over senders.
 
-    Parameters
-    ----------
-    n_heads, head_size, n_types, n_genes
-        Sizes.
-    dummy_score
-        Attention score of the dummy neighbour, whose value is 0.
-    gene_block
-        Embeds expression.
-    kv_block
-        Residual part of the key and value embedding.
-    kv_spread
-        What the layer norm of the key and value embedding divides by, as the norm of one affine map (``None``: there
-        is no layer norm).
-    kv_epsilon, kv_width
-        Epsilon of that layer norm, and how many numbers it averages over.
-    base_scores, values
-        Affine maps to attention scores (types x heads columns) and to values (heads x head_size columns), before the
-        division by the spread; their constants come after it.
-    base_constant, value_constant
-        Added after the division.
-    pair_sender, pair_type, pair_bias
-        First layer of the distance coefficients, split into the part of the sender, the part of the receiver type and
-        what its layer norm adds; all centred, so that its mean is 0.
-    pair_gain
-        Scale of that layer norm.
-    pair_epsilon
-        Its epsilon.
-    pair_block
-        What follows.
-    type_embedding
-        Shape (types, label dimensions).
-    coefficient_offset, unit_scale
-        Added before the softplus; distances are divided by ``unit_scale``.
-    query_weights, query_gram, offsets
-        What of a readout depends on the type: shape (types, genes), (types, 1 + outputs) and (types, genes).
-    output_weights, output_gram, norm_epsilon
-        What does not: shape (genes, outputs), (outputs, outputs), and the epsilon of the layer norm.
+    ``kv_spread`` (None without it): affine map whose norm is the divisor of the key-value layer norm; ``base_scores``
+    (types x heads columns) and ``values`` apply before that division, their constants after it. ``pair_sender``,
+    ``pair_type``, ``pair_bias`` split the first distance layer into sender, receiver type and norm, all centred.
+    ``coefficient_offset`` comes before the softplus; distances are divided by ``unit_scale``. The dummy has value 0.
     """
 
     n_heads: int
@@ -283,22 +241,22 @@ class EncoderWeights:
 
     @property
     def n_outputs(self) -> int:
-        """Numbers that attention brings to a receiver: heads x head_size."""
+        """Attention outputs of a receiver: heads x head_size."""
         return self.n_heads * self.head_size
 
     @property
     def is_usual(self) -> bool:
-        """Whether the distance network has a second norm and a projection, as it has unless sizes coincide."""
+        """Whether the distance network has a second norm and a projection, as it has unless layer sizes coincide."""
         return self.pair_block.second_norm is not None and self.pair_block.project is not None
 
     @property
     def bytes_per_sender(self) -> int:
-        """Memory of one sender in :class:`SenderTables`."""
+        """Memory of one sender in :class:`SenderTables`, in bytes."""
         return 4 * (self.n_outputs + 2 * self.n_heads * self.n_types)
 
     @property
     def bytes_per_embedding(self) -> int:
-        """Memory that one sender takes while it is embedded, about: inputs, hidden layers, a pair's layers."""
+        """Approximate bytes to embed one sender: inputs, hidden layers, a pair's layers."""
         widths = (
             3 * self.n_genes,
             2 * self.gene_block.first.bias.shape[0],
@@ -309,7 +267,7 @@ class EncoderWeights:
         return 4 * sum(widths)
 
     def readout(self, code: int) -> Readout:
-        """Return how attention outputs become predicted expression in receivers of a type code."""
+        """Return the map from attention outputs to predicted expression in receivers of a type code."""
         gram = np.empty((1 + self.n_outputs, 1 + self.n_outputs))
         gram[0], gram[:, 0] = self.query_gram[code], self.query_gram[code]
         gram[1:, 1:] = self.output_gram
@@ -324,20 +282,15 @@ class EncoderWeights:
 
 
 _NO_SCORE = -1e30
-"""Below any score by more than attention counts; not infinite, so that differences of scores stay numbers."""
+"""Score without attention; finite, so that differences of scores are not NaN."""
 
 
 @dataclass(frozen=True, eq=False)
 class SenderTables:
-    """What receivers need of the senders around them.
+    """The tables of senders from which receivers compute attention.
 
-    Parameters
-    ----------
-    values
-        Shape (senders, heads * head_size).
-    pairs
-        Shape (senders, types, 2, heads): attention score without distance, and the coefficient of the distance (in
-        coordinate units); 0 where the pair was not needed.
+    ``pairs`` holds, by receiver type, the attention score without distance and the coefficient of the distance (1 /
+    coordinate units); 0 where a pair was not needed.
     """
 
     values: Float32[Tensor, "senders outputs"]
@@ -345,21 +298,21 @@ class SenderTables:
 
     @classmethod
     def empty(cls, weights: EncoderWeights, n_senders: int, *, device: str) -> SenderTables:
-        """Return tables of a number of senders, to be filled by :func:`embed_senders`."""
+        """Return tables for a number of senders, to be filled by :func:`embed_senders`."""
         return cls(
             values=_empty((n_senders, weights.n_outputs), device=device),
             pairs=_empty((n_senders, weights.n_types, 2, weights.n_heads), device=device).zero_(),
         )
 
     def mask(self, slot: int) -> None:
-        """Make a row one that nobody attends to: neighbours that are to be left out are sent there."""
+        """Give a row no attention from any receiver; slots of masked neighbours point to it."""
         self.values[slot] = 0.0
         self.pairs[slot, :, 0] = _NO_SCORE
         self.pairs[slot, :, 1] = 0.0
 
 
 def _empty(shape: tuple[int, ...], *, device: str) -> Tensor:
-    """Return room for float32 numbers; on the CPU from NumPy, which asks for large pages: far fewer to be mapped."""
+    """Return an uninitialised float32 tensor; on the CPU from NumPy, whose large pages are faster to map."""
     if torch.device(device).type == "cpu":
         return torch.from_numpy(np.empty(shape, dtype=np.float32))
     return torch.empty(shape, dtype=torch.float32, device=device)
@@ -372,7 +325,7 @@ def embed_senders(
     slots: Int64[Tensor, " senders"],
     tables: SenderTables,
 ) -> None:
-    """Embed some senders and write what receivers need of them into the tables."""
+    """Embed some senders and write their values and pairs into the tables."""
     embedded = weights.gene_block(expression)
     hidden = weights.kv_block.hidden(embedded)
     scale = None
@@ -385,7 +338,7 @@ def embed_senders(
     tables.values[slots] = values.add_(weights.value_constant)
     scores = scores.add_(weights.base_constant).view(-1, weights.n_types, weights.n_heads)
 
-    # layer norm of sender part + type part: both are centred, so the mean is 0 and the variance three products
+    # layer norm of (sender + type): both are centred, so the mean is 0 and the variance the sum of three products
     first = embedded @ weights.pair_sender
     width = first.shape[1]
     variance = torch.addmm(weights.pair_type.square().sum(dim=1), first, weights.pair_type.T, alpha=2.0)
@@ -409,7 +362,7 @@ def _coefficients(
 ) -> Tensor:
     """Return the distance coefficients of some senders for one receiver type, shape (rows, heads)."""
     block, n_embed, std = weights.pair_block, embedded.shape[1], deviation[rows, code]
-    # relu(norm) = relu(sender + type + bias * std) / std, the division after the next product, which is narrower
+    # relu(norm) = relu(sender + type + bias * std) / std; divide after the next product, which has fewer columns
     columns = torch.stack([std, torch.ones_like(std)], dim=1)
     terms = torch.stack([weights.pair_bias, weights.pair_type[code] * weights.pair_gain])
     inner = torch.addmm(first[rows], columns, terms).relu_()
@@ -431,7 +384,7 @@ def _coefficients_compiled(
     deviation: Tensor,
     embedded: Tensor,
 ) -> Tensor:
-    """Return the same as :func:`_coefficients`, with what stands between the products fused."""
+    """Return the same as :func:`_coefficients`, by kernels that fuse the steps between matrix products."""
     block, width = weights.pair_block, first.shape[1]
     assert block.second_norm is not None  # noqa: S101, RUF100 - is_usual
     assert block.project is not None  # noqa: S101, RUF100 - is_usual

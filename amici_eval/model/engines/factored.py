@@ -1,4 +1,4 @@
-"""The fast engine: senders are embedded once, receivers attend over tables, all heads follow from one pass."""
+"""The fast engine: embeds senders once, attends over tables, and derives all heads from one pass."""
 
 from __future__ import annotations
 
@@ -46,12 +46,10 @@ _LEAST = 64 * 2**20
 
 
 def memory_budget(asked: int | None, device: str) -> int:
-    """Return the bytes that tables and chunks may take: what was asked for, or a quarter of what is free.
+    """Return the bytes for tables and chunks: what was asked for, or a quarter of the free memory.
 
-    Notes
-    -----
-    Of what is free at this moment: whoever computes beside has taken his share by then. More than is free is never
-    returned, whatever was asked for, but for the 64 MiB without which there would be no work.
+    Free memory is measured at each call, as other processes may have taken some. The result never exceeds it, apart
+    from a minimum of 64 MiB.
     """
     free = _free(device)
     if asked is not None:
@@ -60,7 +58,7 @@ def memory_budget(asked: int | None, device: str) -> int:
 
 
 def warn_of_budget(asked: int | None, device: str) -> None:
-    """Say so if more memory was asked for than is free."""
+    """Warn if more memory was asked for than is free."""
     free = _free(device)
     if asked is not None and asked > free:
         logger.warning(
@@ -72,7 +70,7 @@ def warn_of_budget(asked: int | None, device: str) -> None:
 
 
 def _free(device: str) -> int:
-    # Apple's GPUs have the machine's memory
+    # Apple's GPUs share the machine's memory
     found = free_bytes(device) if torch.device(device).type == "cuda" else None
     return available_memory() if found is None else found
 
@@ -86,28 +84,16 @@ _SHARE_OF_CHUNKS = 8
 _LARGEST_TILE = 131_072
 _LEAST_TILE = 256
 _CELLS_AROUND = 1.5
-"""Senders per receiver of a tile, for choosing its size: those inside and a rim."""
+"""Assumed senders per receiver of a tile, inside it and in a rim around it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadOutputs:
-    """What attention brings to some receivers, and more from the same pass over the senders, as asked for.
+    """Attention outputs of some receivers, and further outputs of the same pass over the senders.
 
-    Parameters
-    ----------
-    whole
-        From all neighbours, shape (cells, heads * head_size).
-    without_nearest
-        The same where attention to the nearest neighbour is masked, so that the others and the dummy share it; NaN for
-        receivers with several neighbours at the least distance.
-    attention
-        Attention to each neighbour and, last, the dummy, of the cells it was asked for, shape (attended, heads,
-        neighbours + 1).
-    without_senders
-        ``whole`` where attention to all neighbours of one type is masked, shape (sender types asked for, cells, heads *
-        head_size); the other neighbours and the dummy share it.
-    by_sender
-        Attention summed by type of receiver and of sender, if sender types were asked for.
+    ``without_nearest``: attention to the nearest neighbour masked, so that the others and the dummy share it; NaN for
+    receivers with several neighbours at the least distance. ``attention``: to each neighbour and, last, the dummy.
+    ``without_senders``: the same with all neighbours of one type masked, by sender type. None: not asked for.
     """
 
     whole: Float32[np.ndarray, "cells outputs"]
@@ -118,15 +104,9 @@ class HeadOutputs:
 
 
 class FactoredAccess:
-    """A model on a tissue as evaluation needs it, with what attention brings to each receiver besides.
+    """A model on a tissue with the attention outputs of each receiver.
 
-    Parameters
-    ----------
-    hooked
-        The literal engine on the same model and tissue.
-    memory_bytes
-        What tables and chunks may take, if so much is free; ``None``: a quarter of the device's free memory. Measured
-        when attention begins.
+    ``memory_bytes`` bounds tables and chunks; None: a quarter of the device's free memory when attention begins.
     """
 
     engine = "factored"
@@ -151,7 +131,7 @@ class FactoredAccess:
             },
             device=self._device,
         )
-        # cells that are close on the curve are close in the tissue: small rims around tiles, tables that stay in cache
+        # cells close on the curve are close in the tissue, so that tiles have small rims and tables stay in cache
         self._curve = morton_codes(self._tissue.coordinates[:, :2])
         self._asked_memory = memory_bytes
         self._memory, self._chunk, self._tile = sys.maxsize, sys.maxsize, sys.maxsize
@@ -171,7 +151,7 @@ class FactoredAccess:
 
     @property
     def memory_bytes(self) -> int:
-        """What tables and chunks may take."""
+        """Memory budget of tables and chunks."""
         return self._memory
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
@@ -183,7 +163,7 @@ class FactoredAccess:
         return self.hooked.cell_names(rows)
 
     def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return where some cells lie."""
+        """Return the coordinates of some cells."""
         return self._tissue.coordinates[rows]
 
     @property
@@ -209,7 +189,7 @@ class FactoredAccess:
         return self._tissue.expression_blocks(rows, max_rows=self._read_rows)
 
     def readout(self, cell_type: str) -> Readout:
-        """Return how attention outputs become predicted expression in receivers of a type."""
+        """Return the map from attention outputs to predicted expression in receivers of a type."""
         return self._weights.readout(self.card.cell_types.index(cell_type))
 
     def predict(
@@ -234,7 +214,7 @@ class FactoredAccess:
     def predict_literally(
         self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
     ) -> Float32[np.ndarray, "keeps cells genes"]:
-        """Return what :meth:`predict` should, through the model's own forward pass with hooks; for checks."""
+        """Return the same as :meth:`predict`, through the model's own forward pass with hooks; for checks."""
         return self.hooked.predict_side_by_side(rows, keeps=keeps)
 
     def head_outputs(
@@ -243,7 +223,7 @@ class FactoredAccess:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> Float32[np.ndarray, "cells outputs"]:
-        """Return what attention brings to some receivers, shape (cells, heads * head_size)."""
+        """Return the attention outputs of some receivers, shape (cells, heads * head_size)."""
         return self.attend(rows, progress=progress).whole
 
     def attend(
@@ -255,8 +235,8 @@ class FactoredAccess:
         attention_of: Int64[np.ndarray, " attended"] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> HeadOutputs:
-        """Return what attention brings to some receivers, and what else is asked for, in one pass over the senders."""
-        # others may have taken memory since
+        """Return the attention outputs of some receivers, and others as asked for, in one pass over the senders."""
+        # free memory may have changed
         self._plan()
         outputs = HeadOutputs(
             whole=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32),
@@ -280,7 +260,7 @@ class FactoredAccess:
         start = 0
         while start < len(order):
             part = order[start : start + self._tile]
-            # receivers that lie scattered have more senders around them than a tile of the tissue
+            # scattered receivers have more senders than a tile of the tissue
             while len(part) > 1 and np.count_nonzero(self._are_senders(rows[part])) > self._most_senders:
                 part = part[: len(part) // 2]
             asked = _TileRequest(
@@ -305,13 +285,11 @@ class FactoredAccess:
         return replace(outputs, by_sender=by_sender)
 
     def sender_batches(self, n_receivers: int) -> list[tuple[int, ...]]:
-        """Return the codes of the cell types in the tissue, as many at a time as outputs without them fit in memory.
+        """Return the codes of the cell types in the tissue, in batches whose masked outputs fit in memory.
 
-        Notes
-        -----
-        Outputs without a sender type are as large as those of the whole model, and all of a receiver type are needed
-        at once, for moments are taken in the order of storage and not of tiles. So sender types are taken in turn where
-        not all fit in as much memory as tables may take; senders are embedded again for each batch.
+        Masked outputs of a sender type are as large as those of the whole model, and all of a receiver type are needed
+        at once, as moments are taken in the order of storage and not of tiles. Senders are embedded again for each
+        batch.
         """
         codes = np.unique(self._tissue.label_codes).tolist()
         room = memory_budget(self._asked_memory, "cpu")
@@ -321,7 +299,7 @@ class FactoredAccess:
         return [tuple(codes[start : start + step]) for start in range(0, len(codes), step)]
 
     def to_send(self) -> SentFactors:
-        """Return what evaluating a type asks for, once attention is done: readouts and expression."""
+        """Return what the evaluation of a type needs after attention: readouts and expression."""
         return SentFactors(
             card=replace(self.card, training_cells=None, fingerprints=None),
             readouts={cell_type: self.readout(cell_type) for cell_type in self.card.cell_types},
@@ -332,12 +310,12 @@ class FactoredAccess:
         )
 
     def _plan(self) -> None:
-        """Choose sizes by the memory that is free now; what once was too much stays so."""
+        """Choose sizes by the memory that is free now, never larger than before."""
         self._memory = memory = min(self._memory, memory_budget(self._asked_memory, self._device))
         for_chunks = memory // _SHARE_OF_CHUNKS
         largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
         chunk = int(np.clip(for_chunks // self._weights.bytes_per_embedding, _LEAST_CHUNK, largest))
-        # float32 as read, float64 for moments, and the factors of all heads
+        # bytes: float32 as read, float64 for moments, and the factors of all heads
         per_row = 12 * self._weights.n_genes + 24 * (self._weights.n_outputs + self._weights.n_heads)
         self._read_rows = int(np.clip(for_chunks // per_row, _LEAST_READ_ROWS, _READ_ROWS))
         self._most_senders = max(_LEAST_TILE, (memory - for_chunks) // self._weights.bytes_per_sender)
@@ -345,13 +323,13 @@ class FactoredAccess:
         self._chunk, self._tile = min(chunk, self._chunk), min(tile, self._tile)
 
     def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
-        """Return which cells of the tissue some receivers attend to."""
+        """Return which cells of the tissue are neighbours of some receivers."""
         found = np.zeros(self._tissue.n_cells, dtype=bool)
         found[self.hooked.neighbour_rows[rows]] = True
         return found
 
     def _attempt(self, rows: Int64[np.ndarray, " cells"], asked: _TileRequest) -> HeadOutputs | None:
-        """Return the outputs of a tile, or ``None`` if the device has no memory for it."""
+        """Return the outputs of a tile, or ``None`` if the device runs out of memory."""
         work = partial(self._tile_outputs, rows, asked)
         if self._chunk > _LEAST_CHUNK or self._tile > _LEAST_TILE:
             return unless_memory_ends(work, device=self._device)
@@ -363,7 +341,7 @@ class FactoredAccess:
         logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
 
     def _tile_outputs(self, rows: Int64[np.ndarray, " cells"], asked: _TileRequest) -> HeadOutputs:
-        """Embed the senders around some receivers and let these attend to them."""
+        """Return the outputs of some receivers after embedding their senders."""
         weights, tissue = self._weights, self._tissue
         around = self.hooked.neighbour_rows[rows]
         senders = np.flatnonzero(self._are_senders(rows))
@@ -375,7 +353,7 @@ class FactoredAccess:
         needed = np.zeros((len(senders), weights.n_types), dtype=bool)
         needed[slots, codes[:, None]] = True
         with_senders = len(asked.senders) > 0
-        # one row more: that of neighbours that are left out
+        # one more row, for masked neighbours
         tables = SenderTables.empty(weights, len(senders) + with_senders, device=self._device)
         if with_senders:
             tables.mask(len(senders))
@@ -391,7 +369,7 @@ class FactoredAccess:
 
         def chunks() -> Iterator[Callable[[], None]]:
             for block in tissue.expression_blocks(senders, max_rows=self._read_rows):
-                # as many parts as threads can share evenly
+                # a number of parts that is a multiple of the threads
                 n_parts = -(-len(block.positions) // (self._chunk * self._n_threads)) * self._n_threads
                 step = max(1, -(-len(block.positions) // n_parts))
                 for first in range(0, len(block.positions), step):
@@ -425,7 +403,7 @@ class FactoredAccess:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _TileRequest:
-    """What is wanted of a tile besides its outputs: attention of some cells, outputs without some neighbours."""
+    """Further outputs asked of a tile: attention of some cells, outputs with masked neighbours."""
 
     attended: Int64[np.ndarray, " attended"]
     nearest: bool

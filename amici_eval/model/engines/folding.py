@@ -1,6 +1,6 @@
-"""From the state dict of an AMICI module to folded weights: what can be computed once for all senders is.
+"""Fold the state dict of an AMICI module into weights for which each sender is computed once.
 
-Knows the names of an AMICI's weights and imports nothing of it.
+The names of AMICI's weights are known here, but nothing of AMICI is imported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _fold(w: dict[str, Tensor], settings: Mapping[str, Any], device: str) -> Enc
     n_types = types.shape[0]
 
     def put(tensor: Tensor) -> Tensor:
-        # first to float32: Apple GPUs have no float64
+        # to float32 first, because Apple GPUs have no float64
         return tensor.float().contiguous().to(device)
 
     def affine(name: str) -> Affine:
@@ -58,7 +58,7 @@ def _fold(w: dict[str, Tensor], settings: Mapping[str, Any], device: str) -> Enc
         )
 
     query = _queries(w, n_heads, epsilons)  # types x heads x head_size
-    # no nonlinearity stands between the projection of the key and value embedding and W_K, W_V: one map does both
+    # the key-value projection and W_K, W_V are linear without anything between, so that they are one map
     project, project_bias = w.get("kv_embed.project_nn.0.weight"), w.get("kv_embed.project_nn.0.bias")
     width = w["kv_embed.nn.3.weight"].shape[0] if project is None else project.shape[0]
     if project is None or project_bias is None:
@@ -68,12 +68,14 @@ def _fold(w: dict[str, Tensor], settings: Mapping[str, Any], device: str) -> Enc
     if "kv_embed.project_nn.1.weight" in w:
         project, project_bias = project - project.mean(dim=0), project_bias - project_bias.mean()
         gain, shift = w["kv_embed.project_nn.1.weight"], w["kv_embed.project_nn.1.bias"]
-        # the norm of a map to 2,000 numbers is that of its triangular factor: no cancellation, an eighth of the work
+        # the norm of a map's value is that of its triangular factor R (QR): no cancellation, an eighth of the work
         triangle = torch.linalg.qr(torch.cat([project, project_bias[:, None]], dim=1), mode="r").R
         spread = Affine(put(triangle[:, :-1].T), put(triangle[:, -1]))
 
     def through(matrix: Tensor, bias: Tensor) -> tuple[Affine, Tensor]:
-        """Compose a map of heads x rows x kv numbers with the projection: before the division, and after it."""
+        """Compose a map of heads x rows x kv numbers with the projection; return its parts before and after the
+        division.
+        """
         rows = matrix.shape[1]
         per_head = (project * gain[:, None]).reshape(n_heads, -1, project.shape[1])
         weight = torch.einsum("hrk,hki->hri", matrix, per_head).reshape(n_heads * rows, -1)
@@ -85,7 +87,7 @@ def _fold(w: dict[str, Tensor], settings: Mapping[str, Any], device: str) -> Enc
     values, value_constant = through(w["attention_layer.W_V"].permute(1, 0, 2), w["attention_layer.b_V"])
     scaled = query.permute(1, 0, 2) / math.sqrt(head_size)  # heads x types x head_size
     scores, score_constant = through(scaled @ keys, torch.einsum("htd,hd->ht", scaled, w["attention_layer.b_K"]))
-    # heads innermost: a pair's scores lie side by side
+    # heads last, so that the scores of a pair are contiguous
     by_type = torch.arange(n_heads * n_types).reshape(n_heads, n_types).T.reshape(-1)
     by_type = by_type.to(device)
     scores = Affine(scores.weight[:, by_type].contiguous(), scores.bias[by_type].contiguous())

@@ -1,4 +1,4 @@
-"""The hooked engine: predictions of any set of heads through the model's own forward pass."""
+"""The hooked engine: predictions of any set of heads by the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ __all__ = [
 
 
 def is_amici_module(module: Any) -> bool:
-    """Return whether a module is of AMICI's own class, and not of a subclass or a variant."""
+    """Return whether a module is of AMICI's own class, and not of a subclass."""
     from amici import AMICIModule
 
     return type(module) is AMICIModule
 
 
 def why_not_factored(module: Any) -> str | None:
-    """Say why a module needs its own forward pass, or ``None`` if its parts are AMICI's own and free of hooks."""
+    """Return why a module needs its own forward pass; ``None`` if its parts are AMICI's own and without hooks."""
     from amici import AMICIModule
     from amici._components import AttentionBlock, ResNetMLP
     from torch import nn
@@ -77,10 +77,8 @@ def why_not_factored(module: Any) -> str | None:
 
 @contextmanager
 def added_hook(point: Any, hook: Callable[..., Any]) -> Iterator[None]:
-    """Run a body with one more forward hook on a TransformerLens ``HookPoint``.
+    """Add a forward hook to a TransformerLens ``HookPoint`` while the body runs.
 
-    Notes
-    -----
     ``HookedRootModule.hooks`` and ``run_with_hooks`` clear the hooks of the caller as well; this removes its own only,
     also when the body raises.
     """
@@ -97,10 +95,8 @@ def added_hook(point: Any, hook: Callable[..., Any]) -> Iterator[None]:
 def keep_heads(module: Any, heads: Collection[int] | None) -> Iterator[None]:
     """Zero the attention pattern of all heads but some while the body runs.
 
-    Notes
-    -----
-    Zero attention to every neighbour and to the dummy token is the same state as full attention to the dummy token,
-    whose value is 0. The layer norm behind the heads rescales, so one head kept alone is off the training distribution.
+    Zero attention to all neighbours and the dummy token equals full attention to the dummy token, whose value is 0. The
+    layer norm behind the heads rescales, so one head kept alone is off the training distribution.
     """
     if heads is None:
         yield
@@ -121,11 +117,9 @@ def keep_heads(module: Any, heads: Collection[int] | None) -> Iterator[None]:
 
 @contextmanager
 def ablations_side_by_side(module: Any, keeps: Sequence[Collection[int] | None]) -> Iterator[list[Tensor]]:
-    """Compute several ablations in one forward pass while the body runs: each gets a query position of its own.
+    """Compute several ablations in one forward pass while the body runs, each at its own query position.
 
-    Notes
-    -----
-    What lies before the attention pattern does not depend on the ablation, so it runs once.
+    Everything before the attention pattern does not depend on the ablation, so that it runs once.
     """
     kept = torch.zeros((module.n_heads, len(keeps)))
     for position, heads in enumerate(keeps):
@@ -152,13 +146,11 @@ def ablations_side_by_side(module: Any, keeps: Sequence[Collection[int] | None])
 
 @contextmanager
 def faint_attention_is_zero(module: Any) -> Iterator[None]:
-    """Give neighbours whose score lies far below the strongest no attention at all while the body runs.
+    """Set attention to neighbours with a score far below the strongest to zero while the body runs.
 
-    Notes
-    -----
     Weights below ``exp(-80)`` would be denormal floats or close to it, with which processors compute 7 to 14 times
-    slower (coordinates in pixels make nearly all weights so small). The processor's own flag that flushes them belongs
-    to the whole process; this changes no flag, and no weight by more than 2e-35.
+    slower (coordinates in pixels make nearly all weights so small). The processor's flag that flushes them belongs to
+    the whole process; this changes no flag, and no weight by more than 2e-35.
     """
 
     def cut(
@@ -173,13 +165,13 @@ def faint_attention_is_zero(module: Any) -> Iterator[None]:
 
 
 def plain_profiles(profiles: Tensor) -> Float[Tensor, "types genes"]:
-    """Return mean profiles of cell types as float32, in the shape that dense expression gives them."""
+    """Return mean profiles of cell types as float32, in the shape for dense expression."""
     return profiles.reshape(len(profiles), -1).float()
 
 
 @contextmanager
 def eval_mode_on(module: torch.nn.Module, device: str) -> Iterator[None]:
-    """Run a body with the module in eval mode on a device and without autograd; afterwards all is as before."""
+    """Run a body with the module in eval mode on a device and without autograd, and restore its state."""
     flags = [(part, part.training) for part in module.modules()]
     profiles = getattr(module, "ct_profiles", None)
     if profiles is not None:
@@ -201,7 +193,7 @@ def eval_mode_on(module: torch.nn.Module, device: str) -> Iterator[None]:
 
 
 class ModelAccess(Protocol):
-    """A model on a tissue, as evaluation needs it; anything that has these can be evaluated."""
+    """Protocol of a model on a tissue that can be evaluated."""
 
     card: ModelCard
     statistics_device: str
@@ -245,7 +237,7 @@ def neighbours(
 ) -> tuple[Int64[np.ndarray, "cells neighbours"], Float64[np.ndarray, "cells neighbours"]]:
     """Return rows and distances of each cell's neighbours, as AMICI itself finds them (nearest of other types).
 
-    Cells are sorted by name for it: between cells at equal distance AMICI decides by the order of rows.
+    Cells are sorted by name first, because AMICI breaks ties in distance by the order of rows.
     """
     import pandas as pd
     from amici import AMICI
@@ -272,16 +264,8 @@ def neighbours(
 class HookedAccess:
     """The literal engine: each ablation is a forward pass of the model with hooks on its attention pattern.
 
-    Parameters
-    ----------
-    module, card, tissue
-        The model on the tissue, which loses evaluated cells here if a buffer was asked for.
-    device
-        Torch device of the module.
-    batch_size
-        Receivers per forward pass.
-    notes
-        Remarks besides those of the tissue.
+    The tissue loses evaluated cells here if a buffer was asked for. ``batch_size``: receivers per forward pass;
+    ``notes``: besides those of the tissue.
     """
 
     engine = "hooked"
@@ -336,7 +320,7 @@ class HookedAccess:
         return self.tissue.expression_blocks(rows)
 
     def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return where some cells lie."""
+        """Return the coordinates of some cells."""
         return self.tissue.coordinates[rows]
 
     def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
@@ -364,7 +348,7 @@ class HookedAccess:
             for row, heads in enumerate(keeps):
                 done = 0
                 while done < n_own:
-                    # fewer of the batch at a time where memory ends in one of the passes
+                    # smaller batches if memory runs out in one of the passes
                     predicted = self._batch.run(partial(self._forward, tensors, heads, done))
                     predictions[row, start + done : start + done + len(predicted)] = predicted
                     done += len(predicted)
@@ -377,7 +361,7 @@ class HookedAccess:
         self, tensors: dict[str, torch.Tensor], heads: Collection[int] | None, start: int, size: int
     ) -> Float32[np.ndarray, "cells genes"]:
         part = {name: tensor[start : start + size] for name, tensor in tensors.items()}
-        # other classes may do something else with their scores than a softmax
+        # other classes may use their scores otherwise than in a softmax
         cut = faint_attention_is_zero(self.module) if is_amici_module(self.module) else nullcontext()
         try:
             with cut, keep_heads(self.module, heads):
@@ -390,7 +374,7 @@ class HookedAccess:
             ) from error
         predicted = outputs["prediction"]
         if len(self.card.genes) == 1:
-            # AMICI squeezes the profile of a lone gene to one dimension: column j has that of cell j
+            # AMICI squeezes the profile of a single gene, so that column j has the profile of cell j
             predicted = predicted.diagonal()[:, None]
         found: Float32[np.ndarray, "cells genes"] = predicted.cpu().numpy()
         return found
@@ -398,7 +382,7 @@ class HookedAccess:
     def predict_side_by_side(
         self, rows: Int64[np.ndarray, " cells"], *, keeps: Sequence[Collection[int] | None]
     ) -> Float32[np.ndarray, "keeps cells genes"]:
-        """Return what :meth:`predict` does, from one forward pass for all ablations; for checks on a few cells."""
+        """Return the same as :meth:`predict`, in one forward pass for all ablations; for checks on a few cells."""
         predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
         start = 0
         while start < len(rows):
@@ -419,7 +403,7 @@ class HookedAccess:
         return found
 
     def to_send(self) -> HookedAccess:
-        """Return the same without what only an AnnData has and without the names of training cells."""
+        """Return a copy without the AnnData and without the names of training cells."""
         other = copy(self)
         other.card = replace(self.card, training_cells=None, fingerprints=None)
         other.tissue = replace(self.tissue, matrix=sent(self.tissue.matrix), adata=None)
@@ -429,10 +413,10 @@ class HookedAccess:
         return self._tensors(rows[start : start + size])
 
     def _tensors(self, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
-        """Return what AMICI's own loader would hand the module for these receivers."""
+        """Return the tensors that AMICI's own loader would give the module for these receivers."""
         if self.own_tensors is not None:
             return {name: tensor.to(self.device) for name, tensor in self.own_tensors(rows).items()}
-        # neighbours of nearby receivers are the same cells: fetch each once
+        # nearby receivers share neighbours: fetch each once
         cells, position = np.unique(self.neighbour_rows[rows], return_inverse=True)
         around = self.tissue.expression(cells)[position.reshape(len(rows), -1)]
         tensors = {
