@@ -90,6 +90,9 @@ def _of_group(spec: Any, group: str, defaults: Mapping[str, Any]) -> Iterator[st
     for one in settings_of(spec):
         name, value = f"{group}.{one.name}", defaults.get(one.name, one.default)
         if is_dataclass(one.kind):
+            yield from textwrap.wrap(
+                f"{name}: {sentence_of(one.kind)}", _WIDTH, initial_indent="  ", subsequent_indent="    "
+            )
             yield from _of_group(one.kind, name, value if isinstance(value, Mapping) else {})
         elif isinstance(value, Mapping) and value:
             yield from _line(name, MISSING, f"{one.meaning} By default: {', '.join(value)}.")

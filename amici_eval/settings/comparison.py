@@ -26,8 +26,10 @@ class ComparisonSpec:
         Of cells, and flips of tiles, behind the p of a match.
     n_flips
         Flips of tiles behind the p of a difference.
-    n_bootstrap, confidence
-        Resamples of tiles and coverage of the intervals of differences.
+    n_bootstrap
+        Resamples of tiles behind the intervals of differences.
+    confidence
+        Coverage of these intervals.
     alpha
         Level of significance.
     adjustment

@@ -40,15 +40,16 @@ class PermutationSpec:
     n_permutations
         Permutations per cell type; ``None`` takes ``ceil(n_heads * n_types / alpha)``.
     alpha
-        Significance level, for the default number of permutations and for the marks in tables and figures.
+        Significance level of marks, counts and detectable effects, and for the default number of permutations.
     seed
-        With the cell type and the permutation's number it determines each permutation.
+        With the cell type and the permutation's number it determines each permutation; also resamples and flips.
     sampling
-        ``independent``: each permutation is drawn on its own. ``cyclic``: all shifts of the cells along one random
-        order, which form a group, so that the test is exact and costs next to nothing; a type needs more cells than
-        ``n_permutations``, else its permutations are independent.
+        Of the free null. ``independent``: each permutation is drawn on its own. ``cyclic``: all shifts of the cells
+        along one random order, which form a group, so that the test is exact and costs next to nothing; a type needs
+        more cells than ``n_permutations``, else its permutations are independent.
     convention
-        ``add_one``: p = (b+1)/(m+1), valid and never 0 (Phipson & Smyth 2010). ``reference``: p = b/m as amici-st.
+        Of the free null. ``add_one``: p = (b+1)/(m+1), valid and never 0 (Phipson & Smyth 2010). ``reference``: p = b/m
+        as amici-st.
     null
         ``free``: cells of a type are exchangeable. In spatially autocorrelated tissue this is anticonservative. It
         fills the columns that amici-st has; ``spatial_null`` fills the others.
@@ -60,17 +61,19 @@ class PermutationSpec:
     stop_at
         Exceedances at which ``sequential`` stops.
     tail
-        ``gpd``: p-values with fewer than 10 exceedances come from a generalised Pareto tail (Knijnenburg et al. 2009);
-        ``none``: from counts alone.
+        Of the free null. ``gpd``: p-values with fewer than 10 exceedances come from a generalised Pareto tail
+        (Knijnenburg et al. 2009); ``none``: from counts alone.
     adjustment
         Over all defined heads x types. ``bh``: Benjamini-Hochberg; ``by``: Benjamini-Yekutieli (any dependence);
         ``maxt``: family-wise, step-down maxT on the shared permutations of the free null (Westfall & Young 1993), and
         Holm for the spatial null and the genes.
     spatial_null
-        ``lag``: analytic, prediction and expression keep the smoothness they have; ``tile``: shuffled within tiles of
-        ``tile_width``; ``sample``: within sections; ``torus``: random shifts of whole sections; ``none``.
+        The test that decides what is significant. ``lag``: analytic, prediction and expression keep the smoothness they
+        have; ``tile``: shuffled within tiles of ``tile_width``; ``sample``: within sections; ``torus``: random shifts
+        of whole sections; ``none``: the free null decides.
     spatial_method
-        Of ``tile`` and ``sample``: ``moments`` (exact, none drawn) or ``monte_carlo``.
+        Of ``tile`` and ``sample``: ``moments`` (exact; where fewer than 50 cells change places, 100,000 permutations
+        are counted instead) or ``monte_carlo``.
     reach
         Of ``lag``: largest distance of pairs of cells, in coordinate units; ``None``: no limit.
     tile_width
@@ -79,9 +82,11 @@ class PermutationSpec:
         Widths for p against scale, ascending, beside any spatial null; ``None``: half to four times the correlation
         length with ``spatial_null=tile``, none otherwise.
     n_shifts
-        Of ``torus``.
-    confidence, n_bootstrap
-        Level and number of resamples of the intervals of explained variance; 0 resamples: none.
+        Of ``torus``: number of random shifts.
+    confidence
+        Level of the intervals of explained variance.
+    n_bootstrap
+        Resamples of tiles behind these intervals; 0: no intervals.
     """
 
     n_permutations: int | None = None
@@ -274,8 +279,10 @@ class TrainedOnSpec:
 
     Parameters
     ----------
-    key, value
-        Column of ``adata.obs`` and its value, written as text: ``key="in_test", value="false"``.
+    key
+        Column of ``adata.obs`` that tells the cells of training from the others, such as in_test.
+    value
+        Value of that column in the cells of training, written as text, such as ``"false"``.
     names
         Text file with the name of a cell in each line; instead of ``key`` and ``value``.
     """
@@ -315,12 +322,14 @@ class DataSpec:
         Column of ``adata.obs`` that names the slide or section of a cell. Given, neighbours must not cross sections,
         unless these are stacked in z.
     backed
-        Whether expression stays on disk and is read in blocks; ``None`` decides by the size of the file. Changes memory
-        and speed, not results; without meaning for an AnnData that is open already.
+        Whether expression stays on disk and is read in blocks; ``None``: if it would take more than 256 MiB and more
+        than a quarter of the free memory, and is not stored by genes (CSC). Changes memory and speed, not results;
+        without meaning for an AnnData that is open already.
     subset
         The cells to evaluate.
     trained_on
-        Which cells the model was trained on, where the model does not tell; else what the model recorded counts.
+        Which cells the model was trained on, if that was a part of the tissue. All of them count as fitted, unless the
+        split that the model recorded lies within them.
     """
 
     labels_key: str | None = None
