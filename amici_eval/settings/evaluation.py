@@ -75,7 +75,8 @@ class PermutationSpec:
         Of ``tile`` and ``sample``: ``moments`` (exact; where fewer than 50 cells change places, 100,000 permutations
         are counted instead) or ``monte_carlo``.
     reach
-        Of ``lag``: largest distance of pairs of cells, in coordinate units; ``None``: no limit.
+        Of ``lag``: largest distance of pairs of cells, in coordinate units; ``None``: the window's longer
+        side.
     tile_width
         Of ``tile``, in coordinate units; ``None``: half the correlation length of the type.
     tile_widths
@@ -364,7 +365,7 @@ class AblationSpec:
         Receiver cells per forward pass of the hooked engine. Changes speed and memory, not results.
     memory_budget
         What tables and chunks of the factored engine may take, as ``"4GB"``, ``"500MB"`` or a number of bytes; ``None``
-        takes a quarter of the device's free memory. Changes speed and memory, not results.
+        takes a quarter of the device's free memory. At least 1 MB; changes results by rounding only.
     modes
         What is computed of each head besides its explained variance when kept alone (``keep_one``, always there):
         ``leave_one_out``, ``mean_z`` (its output replaced by the mean of the type), ``resampled_z`` (by that of other

@@ -156,7 +156,7 @@ class GateSpec:
     Parameters
     ----------
     rules
-        In order; at least one.
+        In order; at least one. Each has a kind and what that takes, as ``gate.rules.NAME.margin=0.02``.
     bootstrap
         While there is no baseline yet: ``pass`` counts rules against it as passed, ``fail`` as failed.
     allow_in_sample

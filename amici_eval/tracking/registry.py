@@ -209,7 +209,7 @@ def check_model_name(setting: str, name: str, *, kind: str = "registered") -> No
             name
         )
         refused = "a model URI has the alias behind '@'" if kind == "registered" and "@" in name else ""
-        if set(name) & {"/", ":"}:  # old versions of MLflow take such a name, and then cannot find it
+        if set(name or "") & {"/", ":"}:  # old versions of MLflow take such a name, and then cannot find it
             refused = "MLflow refuses it (names cannot contain '/' or ':')"
     except MlflowException as error:
         refused = f"MLflow refuses it ({first_line(error)})"
