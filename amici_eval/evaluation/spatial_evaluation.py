@@ -107,8 +107,13 @@ def spatial_test(
         found = _by_lag(lag, dead, n_cells=len(factors))
     elif test.spatial_null == "torus":
         found = _by_torus(asked)
+    elif test.spatial_null == "tile":
+        found = _within_tiles(asked, lag.correlation_length)
+    elif test.spatial_null == "sample":
+        found = _shuffled(asked, place.grid.section, where="section", shared="sections")
     else:
-        found = _within(asked, lag.correlation_length)
+        msg = f"no test is known for the spatial null {test.spatial_null!r}"
+        raise NotImplementedError(msg)
     widths = _widths(test, place, lag.correlation_length)
     return TypeSpatial(
         p=found.p.p,
@@ -197,15 +202,12 @@ def _by_torus(asked: _SpatialQuestion) -> _SpatialAnswer:
     )
 
 
-def _within(asked: _SpatialQuestion, correlation_length: float) -> _SpatialAnswer:
-    """Test by shuffling cells within sections, or within tiles of them."""
-    test, n_heads = asked.test, len(asked.dead)
-    if test.spatial_null != "tile":
-        return _shuffled(asked, asked.place.grid.section, where="section", shared="sections")
-    width = test.tile_width or TILE_SHARE * correlation_length
+def _within_tiles(asked: _SpatialQuestion, correlation_length: float) -> _SpatialAnswer:
+    """Test by shuffling cells within tiles of the width that is set, or of a share of the correlation length."""
+    width = asked.test.tile_width or TILE_SHARE * correlation_length
     if not width > 0.0:
         reason = "expression shows no spatial correlation, so that there is no default width; set tile_width"
-        return _SpatialAnswer.nothing(n_heads, reason, reach=np.nan)
+        return _SpatialAnswer.nothing(len(asked.dead), reason, reach=np.nan)
     return _shuffled_in_tiles(asked, width)
 
 
