@@ -54,7 +54,6 @@ def as_on_a_device(trained, monkeypatch):
     # what was compiled by earlier tests is kept
     monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     monkeypatch.setattr("amici_eval.model.engines.encoder.encoder_kernels", lambda: None)
-    monkeypatch.setattr("amici_eval.model.engines.encoder.encoder_kernels", lambda: None)
     monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
