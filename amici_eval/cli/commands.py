@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
         from amici_eval.cli.help import HELP, help_of
 
         asked = next((one for one in arguments if one in COMMANDS), None)
-        print(HELP if asked is None else help_of(asked, config_directory()))  # noqa: T201, RUF100
+        _show(HELP if asked is None else help_of(asked, config_directory()))
         sys.exit(0 if arguments else EXIT_BAD_INPUT)
     if arguments[0] == "--version":
-        print(__version__)  # noqa: T201, RUF100
+        _show(__version__)
         sys.exit(0)
     command, rest = arguments[0], arguments[1:]
     forget_signals()
@@ -71,6 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         code = 143 if isinstance(interrupt, TerminatedError) else 130
         sys.stderr.write("amici-eval: interrupted; the same command again takes up what is finished\n")
     sys.exit(code)
+
+
+def _show(text: str) -> None:
+    """Print a text; a reader that has seen enough of it, such as ``head``, is no error."""
+    try:
+        print(text, flush=True)  # noqa: T201, RUF100
+    except BrokenPipeError:
+        # else the interpreter complains when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _set_up_process() -> None:

@@ -66,7 +66,7 @@ def _known_to_hydra(kind: Any) -> Any:
 def _group(spec: Any) -> type[Any]:
     """Return a class from which Hydra takes names, types and defaults of the settings in ``spec``."""
     made = []
-    for name, kind, default, _ in settings_of(spec):
+    for name, kind, default, *_ in settings_of(spec):
         # rules by name: a mapping of what a rule holds, which gate_spec checks, or nothing
         known = Dict[str, Any] if name == "rules" else _known_to_hydra(kind)
         factory: Any = next(

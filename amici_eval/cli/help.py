@@ -61,13 +61,10 @@ def help_of(command: str, configs: Path) -> str:
     lines += [sentence_of(spec), "", "settings"]
     for one in settings_of(spec):
         if is_dataclass(one.kind):
-            lines += [
-                "",
-                f"{one.name}: {sentence_of(one.kind)}",
-                *_of_group(one.kind, one.name, groups.get(one.name, {})),
-            ]
+            lines += ["", f"{one.name}: {sentence_of(one.kind)}", *_of_group(one, one.name, groups.get(one.name, {}))]
         else:
-            lines += _line(one.name, one.default, one.meaning)
+            needed = "Must be given. " if one.default is MISSING else ""
+            lines += _line(one.name, one.default, f"{needed}{one.meaning}")
     return "\n".join([*lines, "", f"as YAML: amici-eval {command} --cfg job; more: docs/settings.md"])
 
 
@@ -86,14 +83,15 @@ def _defaults(configs: Path, command: str) -> dict[str, dict[str, Any]]:
     return {group: held(group, option) for one in chosen for group, option in one.items()}
 
 
-def _of_group(spec: Any, group: str, defaults: Mapping[str, Any]) -> Iterator[str]:
-    for one in settings_of(spec):
-        name, value = f"{group}.{one.name}", defaults.get(one.name, one.default)
+def _of_group(group: Setting, path: str, defaults: Mapping[str, Any]) -> Iterator[str]:
+    for one in settings_of(group.kind):
+        name, value = f"{path}.{one.name}", defaults.get(one.name, one.default)
+        if group.reads is not None and one.name not in group.reads:
+            continue
         if is_dataclass(one.kind):
-            yield from textwrap.wrap(
-                f"{name}: {sentence_of(one.kind)}", _WIDTH, initial_indent="  ", subsequent_indent="    "
-            )
-            yield from _of_group(one.kind, name, value if isinstance(value, Mapping) else {})
+            head = f"{name}: {one.meaning or sentence_of(one.kind)}"
+            yield from textwrap.wrap(head, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+            yield from _of_group(one, name, value if isinstance(value, Mapping) else {})
         elif isinstance(value, Mapping) and value:
             yield from _line(name, MISSING, f"{one.meaning} By default: {', '.join(value)}.")
         else:
@@ -126,7 +124,8 @@ def reference() -> str:
         lines += [*_table(_rows(own, "")), ""] if own else []
         taken = [one for one in settings_of(spec) if is_dataclass(one.kind)]
         for one in taken:
-            groups.setdefault(one.name, (one.kind, []))[1].append(command)
+            part = "" if one.reads is None else f" ({', '.join(one.reads)} only)"
+            groups.setdefault(one.name, (one.kind, []))[1].append(command + part)
         lines += [f"Groups: {', '.join(f'[`{one.name}`](#{one.name})' for one in taken)}.", ""]
     for name, (kind, commands) in groups.items():
         lines += [f"## {name}", "", f"{sentence_of(kind)} Of {', '.join(commands)}.", ""]
@@ -136,12 +135,12 @@ def reference() -> str:
 
 def _rows(settings: list[Setting], group: str) -> Iterator[tuple[str, str, str]]:
     for one in settings:
-        name = f"{group}{one.name}"
+        name, meaning = f"{group}{one.name}", one.meaning.replace("|", r"\|")
         if is_dataclass(one.kind):
+            yield f"`{name}`", "", meaning or sentence_of(one.kind)
             yield from _rows(settings_of(one.kind), f"{name}.")
         else:
-            default = "" if one.default is MISSING else f"`{_written(one.default)}`"
-            yield f"`{name}`", default, one.meaning.replace("|", r"\|")
+            yield f"`{name}`", "must be given" if one.default is MISSING else f"`{_written(one.default)}`", meaning
 
 
 def _table(rows: Iterator[tuple[str, str, str]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
@@ -195,7 +195,10 @@ class Rollback:
 
     model: str
     alias: str = "champion"
-    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+    tracking: TrackingSpec = field(
+        default_factory=TrackingSpec,
+        metadata={"reads": ("uri", "retry_s")},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +215,15 @@ class Register:
 
     model_dir: str
     name: str
-    data: DataSettings = field(default_factory=DataSettings)
+    data: DataSettings = field(
+        default_factory=DataSettings,
+        metadata={"reads": ("uri", "table", "trained_on")},
+    )
     register: RegisterSettings = field(default_factory=RegisterSettings)
-    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+    tracking: TrackingSpec = field(
+        default_factory=TrackingSpec,
+        metadata={"reads": ("uri", "experiment", "run_name", "tags", "retry_s")},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +235,7 @@ class Demo:
     seed
         Of the tissue and of training.
     output_dir
-        Folder of everything that the demo writes.
+        Folder of everything that the demo writes; without ``tracking.uri`` also of its tracking store.
     n_permutations
         Permutations per cell type; null: ceil(heads x types / alpha).
     """
@@ -234,7 +243,7 @@ class Demo:
     seed: int = 0
     output_dir: str = "demo-output"
     n_permutations: int | None = None
-    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+    tracking: TrackingSpec = field(default_factory=TrackingSpec, metadata={"reads": ("uri",)})
 
 
 COMMANDS: Mapping[str, type[Any]] = {
@@ -249,12 +258,13 @@ COMMANDS: Mapping[str, type[Any]] = {
 
 
 class Setting(NamedTuple):
-    """One setting: its name, its type, its default (``MISSING``: it must be given) and what it means."""
+    """One setting: name, type, default (``MISSING``: it must be given), meaning; of a group also what is read of it."""
 
     name: str
     kind: Any
     default: Any
     meaning: str
+    reads: tuple[str, ...] | None
 
 
 def settings_of(spec: Any) -> list[Setting]:
@@ -267,10 +277,15 @@ def settings_of(spec: Any) -> list[Setting]:
     # single settings before groups
     ordered.sort(key=lambda one: is_dataclass(kinds[one.name]))
     return [
-        Setting(one.name, kinds[one.name], one.default, meanings.get(one.name, ""))
+        Setting(one.name, kinds[one.name], _default(one), meanings.get(one.name, ""), one.metadata.get("reads"))
         for one in ordered
         if one.name not in _LEFT_OUT.get(spec, ())
     ]
+
+
+def _default(one: Field[Any]) -> Any:
+    made = one.default_factory
+    return one.default if made is MISSING or is_dataclass(made) else made()
 
 
 def _parameters(docstring: str) -> dict[str, str]:

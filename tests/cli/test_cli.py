@@ -18,7 +18,7 @@ from amici_eval.cli.config import gate_spec, hydra_override
 from amici_eval.cli.help import reference
 from amici_eval.cli.project_arguments import project_overrides
 from amici_eval.common.errors import InvalidSpecError
-from amici_eval.settings.commands import COMMANDS
+from amici_eval.settings.commands import COMMANDS, settings_of
 
 
 def call(*arguments: str) -> int:
@@ -44,16 +44,27 @@ def test_help_and_version(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_tells_each_of_its_settings(command, capsys):
+def test_help_of_a_command_tells_each_setting_that_it_reads(command, capsys):
     assert call(command, "--help") == 0
     told = capsys.readouterr().out
     assert call(command, "--cfg", "job") == 0
     settings = yaml.safe_load(capsys.readouterr().out)
+    reads = {one.name: one.reads for one in settings_of(COMMANDS[command])}
     for name, value in settings.items():
         for one in value if isinstance(value, dict) else ["="]:
-            assert re.search(rf"^  {name}{'' if one == '=' else '.' + one}[=. ]", told, re.MULTILINE), (name, one)
+            shown = re.search(rf"^  {name}{'' if one == '=' else '.' + one}[=. :]", told, re.MULTILINE) is not None
+            assert shown == (reads[name] is None or one in reads[name]), (name, one)
     assert max(map(len, told.splitlines())) <= 120
     assert not re.search(r"^  [\w.]+=\S*\n(?!    )", told, re.MULTILINE), "a setting without meaning"
+
+
+def test_help_that_is_cut_off_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "amici_eval", "evaluate", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_the_page_of_settings_says_what_the_settings_say():
