@@ -312,9 +312,7 @@ def _crowded(
     near = int(fitted[access.neighbour_rows[held_out]].any(axis=1).sum())
     if not near or spec.data.subset.buffer:
         return ()
-    said = (
-        f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, as "
-    )
+    said = f"{near} of {len(held_out)} held-out cells have cells that the model was fitted on among their neighbours, "
     if near == len(held_out):
         said += "as after any random split; a region or section that was held out as a whole says more"
     else:
