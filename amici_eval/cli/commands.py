@@ -29,6 +29,7 @@ from amici_eval.cli.terminal import (
 )
 from amici_eval.common.errors import AmiciEvalError, InvalidSpecError
 from amici_eval.common.text import mask_secrets
+from amici_eval.settings.commands import COMMANDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("evaluate", "compare", "gate", "watch", "rollback", "register", "demo")
 FLAGS = {"gate": "--dry-run", "watch": "--once", "rollback": "--dry-run"}
 EXIT_CRASH, EXIT_BAD_INPUT = 1, 2
 _EXIT_CODE = "exit-code-"
@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     helped = not {"--help", "-h"}.isdisjoint(arguments)
     if not arguments or helped or arguments[0] == "help":
-        from amici_eval.cli.help import HELP, help_of
+        from amici_eval.cli.help import help_of, overview
 
         asked = next((one for one in arguments if one in COMMANDS), None)
-        _show(HELP if asked is None else help_of(asked, config_directory()))
+        _show(overview() if asked is None else help_of(asked, config_directory()))
         sys.exit(0 if arguments else EXIT_BAD_INPUT)
     if arguments[0] == "--version":
         _show(__version__)

@@ -17,20 +17,23 @@ if TYPE_CHECKING:
 
     from amici_eval.settings.commands import Setting
 
-HELP = """\
+_USAGE = {
+    "evaluate": "model_uri=models:/NAME/VERSION [data.uri=FILE]",
+    "compare": "model=NAME versions=[1,2] [data.uri=FILE]",
+    "gate": "model_uri=models:/NAME/VERSION [--dry-run]",
+    "watch": "model=NAME [--once]",
+    "rollback": "model=NAME [alias=champion] [--dry-run]",
+    "register": "model_dir=DIR name=NAME data.uri=FILE",
+    "demo": "",
+    "upload": "DIR",
+}
+_OVERVIEW = """\
 amici-eval: which attention heads of a trained AMICI model carry cell-cell communication signal, and how sure is that
 
 usage: amici-eval COMMAND [key=value ...] [hydra flags]
 
 commands
-  evaluate  model_uri=models:/NAME/VERSION [data.uri=FILE]   evaluate the heads of a registered model, log to MLflow
-  compare   model=NAME versions=[1,2] [data.uri=FILE]        which heads are which across versions, what got better
-  gate      model_uri=models:/NAME/VERSION [--dry-run]       judge it by rules and against the champion, promote it
-  watch     model=NAME [--once]                              judge each new version, as gate does, share the work
-  rollback  model=NAME [alias=champion] [--dry-run]          take the last promotion back
-  register  model_dir=DIR name=NAME data.uri=FILE            register what AMICI.save(...) wrote (unpickles model.pt)
-  upload    DIR                                              finish a run whose tracking server failed half way
-  demo                                                       simulate a tissue, train, register, evaluate
+{commands}
 
 settings of a command, with defaults and what they mean: amici-eval COMMAND --help
 
@@ -41,17 +44,18 @@ hydra flags
 
   --version, --help
 """
-
-_USAGE = {
-    "evaluate": "model_uri=models:/NAME/VERSION [data.uri=FILE]",
-    "compare": "model=NAME versions=[1,2] [data.uri=FILE]",
-    "gate": "model_uri=models:/NAME/VERSION [--dry-run]",
-    "watch": "model=NAME [--once]",
-    "rollback": "model=NAME [alias=champion] [--dry-run]",
-    "register": "model_dir=DIR name=NAME data.uri=FILE",
-    "demo": "",
-}
 _WIDTH, _TEXT_FROM = 118, 46
+
+
+def overview() -> str:
+    """Return what ``amici-eval --help`` prints."""
+    told = {command: sentence_of(spec) for command, spec in COMMANDS.items()}
+    told["upload"] = "Finish a run whose tracking server failed half way."
+    lines = []
+    for command, sentence in told.items():
+        first, *others = [one for one in (_USAGE[command], sentence) if one]
+        lines += [f"  {command:<9} {first}", *(f"  {'':<9} {other}" for other in others)]
+    return _OVERVIEW.format(commands="\n".join(lines))
 
 
 def help_of(command: str, configs: Path) -> str:
