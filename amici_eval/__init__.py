@@ -40,7 +40,7 @@ _EXPORTS = {
     "judge": "amici_eval.comparison.gate",
     "load_model": "amici_eval.tracking.flavor",
     "log_model": "amici_eval.tracking.flavor",
-    "open_anndata": "amici_eval.data.opening",
+    "open_anndata": "amici_eval.data.files",
     "open_launcher": "amici_eval.evaluation.launching",
     "plot_ablations": "amici_eval.report.figures.ablation_figures",
     "plot_barplot": "amici_eval.report.figures.head_figures",

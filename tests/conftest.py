@@ -90,7 +90,7 @@ def train_plainly(adata: AnnData, rows: np.ndarray, *, epochs: int = 4):
     import amici
     import scvi
 
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
 
     own = adata.copy()
     own.obs["cell_type"] = own.obs["cell_type"].astype(str).astype("category")
@@ -144,7 +144,7 @@ def native(amici_dir: Path, adata: AnnData):
     """The small model as AMICI itself loads it, on a copy of the tissue."""
     import amici
 
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
 
     with own_data_loader():
         return amici.AMICI.load(str(amici_dir), adata=adata.copy())

@@ -78,7 +78,7 @@ def test_results_and_errors_load_nothing_heavy():
 
 def test_the_check_of_imports_can_fail():
     assert loaded_after("import pandas") >= {"pandas"}
-    assert loaded_after("import amici_eval.data.opening") >= {"pandas"}
+    assert loaded_after("import amici_eval.data.files") >= {"pandas"}
     assert COMPILED in modules_of("stats")
     if find_spec("numba"):
         assert loaded_after(f"import {COMPILED}") == {"numba"}

@@ -1,18 +1,25 @@
-"""Checks of an AnnData before a model is evaluated on it: each refuses it or adds a note."""
+"""What an AnnData holds for a model (genes, labels, coordinates, expression), checked, and the cells chosen of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from amici_eval.common.errors import DataError, first_line
 from amici_eval.common.text import meant_by
-from amici_eval.data.files import missing
-from amici_eval.data.matrices import as_dense, spans, stored_values
-from amici_eval.data.opening import check_is_filled, is_integer_valued
+from amici_eval.data.files import check_is_filled, missing
+from amici_eval.data.matrices import (
+    as_dense,
+    check_rows_can_be_read,
+    in_memory,
+    lies_on_disk,
+    spans,
+    stored_values,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -300,3 +307,67 @@ def split_cells(
 def n_types(labels: np.ndarray) -> int:
     """Return how many cell types occur."""
     return len(pd.unique(labels))
+
+
+def coordinates_of(adata: AnnData, key: str) -> Float64[np.ndarray, "cells dimensions"]:
+    """Return the coordinates of all cells, shape (cells, dimensions); refuse unusable ones."""
+    if key not in adata.obsm:
+        raise missing(
+            adata,
+            "obsm",
+            key,
+            rule=f"it must hold the coordinates; there are {', '.join(map(str, adata.obsm)) or 'no entries'}",
+            fix="name the right entry as data.coord_obsm_key",
+        )
+    values = adata.obsm[key]
+    try:
+        coordinates = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        if not sparse.issparse(values) and getattr(values, "dtype", None) in (np.float32, np.float64):
+            # raises, with a fix, for an array on a GPU
+            in_memory(values, f"adata.obsm[{key!r}]")
+        raise DataError(
+            value=f"adata.obsm[{key!r}] holds {getattr(values, 'dtype', type(values).__name__)}",
+            rule="coordinates must be numbers",
+            fix="convert them to float",
+        ) from error
+    if coordinates.ndim != 2 or coordinates.shape[1] < 2:
+        raise DataError(
+            value=f"adata.obsm[{key!r}] has shape {coordinates.shape}",
+            rule="coordinates must have at least two columns",
+            fix="store x and y",
+        )
+    bad = ~np.isfinite(coordinates).all(axis=1)
+    if bad.any():
+        raise DataError(
+            value=f"adata.obsm[{key!r}] is not finite for {int(bad.sum())} of {len(bad)} cells (first: "
+            f"{adata.obs_names[int(np.argmax(bad))]})",
+            rule="every cell needs finite coordinates",
+            fix="drop these cells before training and evaluation",
+        )
+    return coordinates
+
+
+def expression_matrix(adata: AnnData, layer: str | None) -> Any:
+    """Return the expression of a layer (``None`` and ``"X"``: ``adata.X``), dense or CSR; no copy where possible."""
+    if layer is None or layer == "X":
+        if adata.X is None:
+            raise missing(adata, "X", None, rule="it must hold the expression", fix="name the layer as data.layer")
+        matrix, name = adata.X, "adata.X"
+    elif layer not in adata.layers:
+        raise missing(
+            adata,
+            "layers",
+            layer,
+            rule=f"it must hold the expression; there are {', '.join(adata.layers) or 'no layers'}",
+            fix="name the right layer as data.layer, or data.layer=X for adata.X",
+        )
+    else:
+        matrix, name = adata.layers[layer], f"adata.layers[{layer!r}]"
+    check_rows_can_be_read(matrix, name)
+    return matrix if lies_on_disk(matrix) else in_memory(matrix, name)
+
+
+def is_integer_valued(values: np.ndarray) -> bool:
+    """Return whether all values are whole numbers."""
+    return values.dtype.kind in "biu" or bool(np.all(values == np.rint(values)))

@@ -1,29 +1,37 @@
-"""Open an AnnData from a file: read what an evaluation needs, in memory or with its expression left on disk."""
+"""AnnData files of each format: what an evaluation reads, the digest of their content, and a plain copy to store."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from amici_eval.common.errors import DataError, first_line
 from amici_eval.common.memory import available_memory
 from amici_eval.common.untrusted import check_is_plain_file, check_names
-from amici_eval.data.matrices import lies_on_disk, open_hdf5
+from amici_eval.data.matrices import (
+    as_dense,
+    in_memory,
+    lies_on_disk,
+    lies_on_disk_by_columns,
+    open_hdf5,
+    open_rows,
+    spans,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from anndata import AnnData
-
-__all__ = ["available_memory", "check_is_filled", "is_on_disk", "missing", "open_anndata", "with_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +42,6 @@ _SMALL_BYTES = _READ_ANYWAY = 2**28
 _TEXT_BYTES = 64
 _ON_DISK = "leave its expression on disk with data.backed=true"
 _LESS = "write it without what is not needed, or take a machine with more memory"
-_SPARSE = ("csr_matrix", "csc_matrix")
 
 _CAUSES = (
     (
@@ -237,11 +244,11 @@ def _open_zarr(root: Path, location: Path) -> tuple[Any, Path]:
 
 def _check_room(sizes: Mapping[str, int], memory: int, location: Path, fix: str) -> None:
     """Refuse to read more than the free memory, by the declared sizes in bytes."""
-    if sum(sizes.values()) > max(_READ_ANYWAY, memory):
+    total = sum(sizes.values())
+    if total > max(_READ_ANYWAY, memory):
         largest = max(sizes, key=lambda name: sizes[name])
         raise DataError(
-            value=f"{location} would take {sum(sizes.values()) / 1e9:.3g} GB, of which {largest} "
-            f"{sizes[largest] / 1e9:.3g}",
+            value=f"{location} would take {total / 1e9:.3g} GB, of which {largest} {sizes[largest] / 1e9:.3g}",
             rule=f"{memory / 1e9:.3g} GB of memory are free",
             fix=fix,
         )
@@ -275,11 +282,11 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
     nodes = {name: node for name, node in nodes.items() if node is not None}
     expression = [name for name in nodes if name.split("/")[0] in ("X", "layers")]
     sizes = {name: sum(map(_unpacked, _arrays(node))) for name, node in nodes.items()}
+    by_genes = [name for name in expression if nodes[name].attrs.get("encoding-type") == "csc_matrix"]
     if backed is None:
         size = sum(sizes.values())
         backed = size > max(_SMALL_BYTES, memory // _SHARE_OF_MEMORY)
-        by_genes = [name for name in expression if backed and nodes[name].attrs.get("encoding-type") == "csc_matrix"]
-        if by_genes:
+        if backed and by_genes:
             backed = False
             logger.info(
                 "%s is read into memory (%.1f GB): %s stored by genes (CSC)", location, size / 1e9, ", ".join(by_genes)
@@ -289,8 +296,7 @@ def _read(store: Any, location: Path, *, backed: bool | None) -> AnnData:
     on_disk = {name for name in expression if backed and _stays_on_disk(nodes[name])}
     # elements that stay on disk are unpacked one chunk at a time
     sizes |= {name: max(map(_chunk, _arrays(nodes[name])), default=0) for name in on_disk}
-    columns_first = any(nodes[name].attrs.get("encoding-type") == "csc_matrix" for name in expression)
-    way = "store its expression by cells (adata.X = adata.X.tocsr())" if columns_first else _ON_DISK
+    way = "store its expression by cells (adata.X = adata.X.tocsr())" if by_genes else _ON_DISK
     _check_room(sizes, memory, location, f"{way}, {_LESS}")
 
     def frame(where: str) -> pd.DataFrame:
@@ -347,7 +353,7 @@ def _element(node: Any) -> Any:
 
 def _stays_on_disk(node: Any) -> bool:
     kind = node.attrs.get("encoding-type")
-    return kind in _SPARSE or (hasattr(node, "shape") and kind != "null")
+    return kind in ("csr_matrix", "csc_matrix") or (hasattr(node, "shape") and kind != "null")
 
 
 def _on_disk(node: Any) -> Any:
@@ -444,3 +450,91 @@ def _check_names(axis: str, names: list[Any], location: Path) -> None:
             fix=f"rename them, say by adata.{axis}_names.str.replace(r'[\\x00-\\x1f]', '_', regex=True), and write it "
             "again",
         ) from error
+
+
+def content_digest(adata: AnnData) -> str:
+    """Return a fingerprint of the content of an AnnData, 32 hexadecimal digits.
+
+    It covers cell and gene names, ``X`` and layers (as float32), columns of ``obs`` and numeric entries of ``obsm``
+    (not ragged ones); not names that begin with ``_``, which model set-up writes, nor ``uns``, ``varm``, ``obsp`` and
+    ``raw``. It does not depend on sparse or dense storage, file format or block size. A layer on disk by genes (CSC) is
+    read into memory, one at a time.
+    """
+    check_is_filled(adata)
+    digest = hashlib.blake2b(digest_size=16)
+    _hash_texts(digest, "obs_names", adata.obs_names)
+    _hash_texts(digest, "var_names", adata.var_names)
+    for name in sorted((key for key in adata.obs if not str(key).startswith("_")), key=str):
+        column = adata.obs[name]
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            digest.update(f"obs/{name}".encode() + column.to_numpy(dtype="<f8", na_value=np.nan).tobytes())
+        elif isinstance(column.dtype, pd.CategoricalDtype):
+            # convert each category once; missing values have the code -1, which indexes the last entry
+            texts = np.array([*map(str, column.cat.categories.astype(object)), "\0NA"], dtype=object)
+            _hash_texts(digest, f"obs/{name}", texts[column.cat.codes.to_numpy()])
+        else:
+            _hash_texts(digest, f"obs/{name}", column.astype(object).where(column.notna(), "\0NA"))
+    for name, values in _numeric_obsm(adata).items():
+        if not name.startswith("_"):
+            digest.update(f"obsm/{name}".encode() + np.ascontiguousarray(values, dtype="<f8").tobytes())
+    matrices = {"X": adata.X, **{f"layers/{name}": adata.layers[name] for name in sorted(adata.layers)}}
+    for name, matrix in matrices.items():
+        digest.update(name.encode())
+        if matrix is not None:
+            if name != "X" and lies_on_disk_by_columns(matrix):
+                # a layer that the settings may not use must not cause an error
+                matrix = matrix.to_memory().tocsr()  # noqa: PLW2901, RUF100
+            for _, block in spans(open_rows(matrix, name=f"adata.{name}")):
+                # + 0 turns -0.0, which sparse storage drops, into 0.0
+                values = np.add(as_dense(block), np.float32(0), dtype="<f4", casting="unsafe", order="C")
+                digest.update(values.data)
+    return digest.hexdigest()
+
+
+def _hash_texts(digest: Any, name: str, values: Any) -> None:
+    encoded = [str(value).encode("utf-8", "surrogatepass") for value in values]
+    digest.update(name.encode() + np.array([len(text) for text in encoded], dtype="<u4").tobytes() + b"".join(encoded))
+
+
+def _numeric_obsm(adata: AnnData) -> dict[str, np.ndarray]:
+    """Return the numeric arrays of ``obsm`` by name, without ragged ones and those on a GPU."""
+    found = {}
+    for name in sorted(map(str, adata.obsm)):
+        # ragged arrays (awkward) have no shape
+        if hasattr(adata.obsm[name], "shape"):
+            with suppress(TypeError, ValueError, RuntimeError):
+                values = np.asarray(adata.obsm[name])
+                if np.issubdtype(values.dtype, np.number):
+                    found[name] = values
+    return found
+
+
+def write_plain(adata: AnnData, path: Path) -> None:
+    """Write what an evaluation reads of an AnnData to a .h5ad for old versions of anndata; the digest is kept."""
+    from anndata import AnnData
+
+    def plain(matrix: Any, name: str) -> Any:
+        return matrix if matrix is None or lies_on_disk(matrix) else in_memory(matrix, name)
+
+    check_is_filled(adata)
+    cells, genes = (pd.Index(names.astype(str).to_numpy(dtype=object)) for names in (adata.obs_names, adata.var_names))
+    columns = {str(name): _plain_column(adata.obs[name]) for name in adata.obs if name != "_index"}
+    AnnData(
+        X=plain(adata.X, "adata.X"),
+        obs=pd.DataFrame(columns, index=cells),
+        var=pd.DataFrame(index=genes),
+        layers={name: plain(matrix, f"adata.layers[{name!r}]") for name, matrix in adata.layers.items()},
+        obsm=_numeric_obsm(adata),
+    ).write_h5ad(path, convert_strings_to_categoricals=False)
+
+
+def _plain_column(column: pd.Series) -> Any:
+    """Return numbers as they are (nullable ones as float64), anything else as categories of text."""
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf":
+        return column.to_numpy()
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    values = column.astype("category").cat
+    codes, texts = pd.factorize(np.array([*map(str, values.categories)], dtype=object))
+    codes = np.append(codes, -1)[values.codes.to_numpy()]
+    return pd.Categorical.from_codes(codes, pd.Index(texts), ordered=bool(values.ordered))

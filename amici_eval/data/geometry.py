@@ -1,4 +1,4 @@
-"""Checks of cell positions: shared positions, groups of cells laid over each other, planes in z."""
+"""Positions of cells: distances, shared positions, groups of cells laid over each other, planes in z."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _SECTION_WORDS = frozenset(
 )
 _FURTHER_WORDS = frozenset("brain id ident index key label name nr num number numeric of stack tissue view".split())
 _MOST_GROUPS, _CELLS_PER_GROUP = 1000, 10
+_NN_SAMPLE = 5000
 _MOST_QUERIES = 100_000
 """Number of evenly spread cells whose nearest other cell is looked up."""
 _OVERLAID, _CELLS_FOR_SHARE = 0.4, 50
@@ -182,3 +183,13 @@ def _planes(z: Float64[np.ndarray, " cells"], nn_distance: float) -> Int64[np.nd
     planes: Int64[np.ndarray, " cells"] = np.append(0, np.cumsum(np.diff(levels) > gap))[level]
     # a plane needs several cells, so that outliers make none
     return planes if np.count_nonzero(np.bincount(planes) >= _CELLS_PER_GROUP) > 1 else None
+
+
+def median_nn_distance(coordinates: Float64[np.ndarray, "cells dimensions"]) -> float:
+    """Return the median distance of a cell to the nearest other cell, over evenly spread cells."""
+    if len(coordinates) < 2:
+        return 0.0
+    # evenly spread rows, no random numbers: the same cells each time
+    step = max(1, len(coordinates) // _NN_SAMPLE)
+    distance, _ = cKDTree(coordinates).query(coordinates[::step], k=2)
+    return float(np.median(distance[:, 1]))

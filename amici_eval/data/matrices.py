@@ -155,7 +155,7 @@ def take_expression(
     reader: RowReader, rows: Int64[np.ndarray, " rows"], columns: Int64[np.ndarray, " genes"] | None
 ) -> Float32[np.ndarray, "rows genes"]:
     """Return chosen columns (``None``: all) of some rows, dense, in the requested order; always a copy."""
-    block = reader.take(_row_numbers(reader, rows))
+    block = reader.take(np.asarray(rows, dtype=np.int64))
     if sparse.issparse(block) and columns is not None:
         block = _pick_columns(block, columns)
     else:
@@ -176,7 +176,7 @@ def expression_blocks(
 
     If memory runs out, fewer rows are read at a time.
     """
-    rows = _row_numbers(reader, rows)
+    rows = np.asarray(rows, dtype=np.int64)
     order = np.argsort(rows, kind="stable").astype(np.int64)
     ordered, unit, first = rows[order], reader.unit, 0
     while first < len(ordered):
@@ -202,17 +202,6 @@ def expression_blocks(
             stop = min(start + max_rows, last)
             yield ExpressionBlock(positions=order[start:stop], values=values[start - first : stop - first])
         first = last
-
-
-def _row_numbers(reader: RowReader, rows: Any) -> Int64[np.ndarray, " rows"]:
-    numbers = np.asarray(rows)
-    if numbers.dtype.kind not in "iu" and numbers.size:
-        msg = f"rows of type {numbers.dtype}: row numbers are needed"
-        raise TypeError(msg)
-    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < reader.shape[0]:
-        msg = f"rows {numbers.min()} to {numbers.max()} of a matrix of {reader.shape[0]} rows"
-        raise IndexError(msg)
-    return numbers.astype(np.int64, copy=False)
 
 
 def _pick_columns(block: Any, columns: np.ndarray) -> np.ndarray:

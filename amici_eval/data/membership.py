@@ -1,4 +1,7 @@
-"""Which cells of a tissue a model was fitted on: a name counts only if place or expression agrees with it."""
+"""Which cells of a tissue a model was fitted on, and the facts and fingerprints of training data that tell it.
+
+The name of a cell counts only if its place or its expression agrees with that of training.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ import pandas as pd
 from scipy import sparse
 
 from amici_eval.common.errors import DataError
-from amici_eval.common.model_card import Fingerprints
-from amici_eval.data.matrices import spans
-from amici_eval.data.opening import digest_of_places
+from amici_eval.common.model_card import Fingerprints, TrainingData
+from amici_eval.data.checks import coordinates_of, expression_matrix, is_integer_valued
+from amici_eval.data.files import content_digest
+from amici_eval.data.geometry import median_nn_distance
+from amici_eval.data.matrices import open_rows, spans, stored_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from anndata import AnnData
     from jaxtyping import Bool, Float64, Int64, UInt32, UInt64
 
     from amici_eval.common.model_card import ModelCard
@@ -201,3 +207,28 @@ def _mixed(values: UInt64[np.ndarray, " values"]) -> UInt64[np.ndarray, " values
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def describe_training_data(
+    adata: AnnData, *, coord_obsm_key: str, layer: str | None, with_digest: bool = True
+) -> TrainingData:
+    """Return facts on the training data, by which data of another kind can be noticed later."""
+    matrix = expression_matrix(adata, layer)
+    reader = open_rows(matrix)
+    integer_valued = reader.dtype.kind in "biu" or all(
+        is_integer_valued(stored_values(block)) for _, block in spans(reader)
+    )
+    return TrainingData(
+        n_cells=adata.n_obs,
+        digest=content_digest(adata) if with_digest else None,
+        places=digest_of_places(coordinates_of(adata, coord_obsm_key)),
+        nn_distance=median_nn_distance(coordinates_of(adata, coord_obsm_key)),
+        integer_valued=integer_valued,
+    )
+
+
+def digest_of_places(coordinates: Float64[np.ndarray, "cells dimensions"]) -> str:
+    """Return a fingerprint of the cells' positions (as float32), independent of their order and names."""
+    rounded = coordinates.astype(np.float32) + 0.0
+    ordered = rounded[np.lexsort(rounded.T[::-1])]
+    return hashlib.blake2b(np.ascontiguousarray(ordered, dtype="<f4").tobytes(), digest_size=16).hexdigest()

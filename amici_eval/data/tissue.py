@@ -22,6 +22,8 @@ from amici_eval.data.checks import (
     check_type,
     chosen_cells,
     compare_with_training,
+    coordinates_of,
+    expression_matrix,
     labels_of,
     n_types,
     obs_column,
@@ -32,7 +34,6 @@ from amici_eval.data.checks import (
 from amici_eval.data.geometry import Geometry
 from amici_eval.data.matrices import ExpressionBlock, expression_blocks, open_rows, take_expression
 from amici_eval.data.membership import expression_prints, fitted_cells
-from amici_eval.data.opening import coordinates_of, expression_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.matrices import RowReader
     from amici_eval.settings.evaluation import DataSpec
-
-__all__ = ["ExpressionBlock", "Tissue", "cells_found", "check_sections", "keep_away_from_training", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,6 @@ class Tissue:
 
     def expression_blocks(self, rows: Int64[np.ndarray, " rows"], *, max_rows: int = 4096) -> Iterator[ExpressionBlock]:
         """Yield the expression of some cells by block, in the order in which the AnnData stores them."""
-        if max_rows < 1:
-            msg = f"max_rows={max_rows}: a block needs at least one row"
-            raise ValueError(msg)
         return expression_blocks(self._reader, rows, self.gene_columns, max_rows=max_rows)
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:

@@ -140,7 +140,7 @@ def evaluate(
     """
     from amici_eval.data.tissue import prepare
     from amici_eval.model.cards import card_of
-    from amici_eval.model.opening import open_access, resolve_device
+    from amici_eval.model.engines.opening import open_access, resolve_device
 
     spec = spec or EvaluationSpec()
     if adata is None:

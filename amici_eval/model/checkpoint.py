@@ -21,24 +21,30 @@ from amici_eval.common.memory import memory_errors_explained
 from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data.checks import trained_on as trained_rows
-from amici_eval.data.membership import prints_from, text_of
-from amici_eval.data.opening import describe_training_data, open_anndata
+from amici_eval.data.files import open_anndata
+from amici_eval.data.membership import describe_training_data, prints_from, text_of
 from amici_eval.data.tissue import cells_found, prepare
-from amici_eval.model.allow_list import history_of, to_plain, values_of, with_arrays
-from amici_eval.model.cards import package_versions
+from amici_eval.model.cards import package_versions, split_covers, split_size, training_tissue
 from amici_eval.model.engines.hooked import plain_profiles
-from amici_eval.model.manifest import CELLS, SETUP, WEIGHTS, check_manifest, damaged, write_manifest
-from amici_eval.model.saved_amici import read_saved_amici, saved_files, split_covers, split_size
-from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
-from amici_eval.model.stored_setup import (
+from amici_eval.model.manifest import (
+    CELLS,
+    SETUP,
+    WEIGHTS,
     card_from,
     check_card,
+    check_manifest,
     check_registry,
     check_weights,
+    damaged,
     plain_history,
     read_weights,
+    to_plain,
+    values_of,
+    with_arrays,
+    write_manifest,
 )
-from amici_eval.model.training_tissue import training_tissue
+from amici_eval.model.training import give_own_data_splitter, own_data_loader
+from amici_eval.model.unpickling import history_of, read_saved_amici, saved_files
 from amici_eval.settings.evaluation import DataSpec, TrainedOnSpec
 
 if TYPE_CHECKING:
@@ -415,7 +421,7 @@ class TrainedAMICI:
         DataError
             If the tissue does not fit the model.
         """
-        from amici_eval.model.opening import open_access
+        from amici_eval.model.engines.opening import open_access
         from amici_eval.settings.evaluation import AblationSpec
 
         tissue = self._tissue(adata)
@@ -458,3 +464,16 @@ def _explained(source: object) -> Iterator[None]:
             rule="it must be what AMICI.save(...) wrote",
             fix="copy or save it again",
         ) from error
+
+
+def untrained_like(trained: TrainedAMICI, *, seed: int) -> TrainedAMICI:
+    """Return a model of the same architecture with newly drawn initial weights."""
+    module = trained.build_module()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return replace(trained, weights=weights, history={})

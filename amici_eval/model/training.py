@@ -7,7 +7,7 @@ import random
 import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Int64
 
-    from amici_eval.model.checkpoint import TrainedAMICI
-
-__all__ = ["DEMO_TRAINING", "AttentionPenalty", "TrainingRecipe", "train_amici", "untrained_like"]
 
 _CHATTY_LOGGERS = ("scvi", "lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
 _VALIDATION_SHARE = 0.1
@@ -266,16 +263,23 @@ DEMO_TRAINING = TrainingRecipe(
 """A recipe with which AMICI learns `amici_eval.data.simulate.DEMO_TISSUE` in about a minute on one core."""
 
 
-def untrained_like(trained: TrainedAMICI, *, seed: int) -> TrainedAMICI:
-    """Return a model of the same architecture with newly drawn initial weights."""
-    import torch
+@contextmanager
+def own_data_loader() -> Iterator[None]:
+    """Restore scvi-tools' data loader after the body.
 
-    module = trained.build_module()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for part in module.modules():
-            reset = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
-    weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    return replace(trained, weights=weights, history={})
+    ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model
+    would then train with AMICI's loader.
+    """
+    from scvi.dataloaders import DataSplitter
+
+    before = DataSplitter.data_loader_cls
+    try:
+        yield
+    finally:
+        DataSplitter.data_loader_cls = before
+
+
+def give_own_data_splitter(model: Any) -> None:
+    """Let one model train with AMICI's loader without touching the class that all scvi-tools models share."""
+    base = type(model)._data_splitter_cls
+    model._data_splitter_cls = type(base.__name__, (base,), {"data_loader_cls": type(model)._data_loader_cls})

@@ -81,7 +81,7 @@ class AnnDataSource(DatasetSource):
 
     def open(self, *, backed: bool | None = None) -> "AnnData":
         """Read the AnnData; a fetched copy is removed as soon as nothing is read from it any more."""
-        from amici_eval.data.opening import is_on_disk, open_anndata
+        from amici_eval.data.files import is_on_disk, open_anndata
 
         with ExitStack() as stack:
             adata = open_anndata(stack.enter_context(self.local_copy()), backed=backed)
@@ -120,7 +120,7 @@ class AnnDataDataset(Dataset, PyFuncConvertibleDatasetMixin):
         return self._adata
 
     def _compute_digest(self) -> str:
-        from amici_eval.data.opening import content_digest
+        from amici_eval.data.files import content_digest
 
         return content_digest(self._adata)
 
@@ -184,7 +184,7 @@ def from_anndata(
         If a path or URI cannot be read.
     """
     if isinstance(adata, (str, Path)):
-        from amici_eval.data.opening import with_table
+        from amici_eval.data.files import with_table
 
         origin = AnnDataSource(with_table(adata, table))
         source = source if source is not None else origin

@@ -90,7 +90,7 @@ class AMICIEvaluator(ModelEvaluator):
 
         from amici_eval.data.tissue import prepare
         from amici_eval.evaluation.pipeline import evaluate_access
-        from amici_eval.model.opening import open_access, resolve_device
+        from amici_eval.model.engines.opening import open_access, resolve_device
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
         from amici_eval.tracking.registry import known_model_id
         from amici_eval.tracking.runs.delivery import (

@@ -84,7 +84,7 @@ def save_model(
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from amici_eval.data.opening import write_plain
+    from amici_eval.data.files import write_plain
     from amici_eval.model.checkpoint import BUNDLED_ADATA, TrainedAMICI
     from amici_eval.model.manifest import sums_of, write_manifest
 
@@ -259,7 +259,7 @@ class _PyFuncAMICI:
         import numpy as np
         import pandas as pd
 
-        from amici_eval.data.opening import open_anndata
+        from amici_eval.data.files import open_anndata
         from amici_eval.tracking.dataset import AnnDataSource
 
         if params:

@@ -248,7 +248,7 @@ _FAILURES = 3
 _REPEATING = (
     "amici_eval.evaluation.pipeline",
     "amici_eval.data.tissue",
-    "amici_eval.model.opening",
+    "amici_eval.model.engines.opening",
     "amici_eval.model.engines.factored",
 )
 

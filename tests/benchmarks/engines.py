@@ -80,7 +80,7 @@ class Source:
         from scipy import sparse
 
         from amici_eval.model.checkpoint import TrainedAMICI
-        from amici_eval.model.scvi_loader import own_data_loader
+        from amici_eval.model.training import own_data_loader
 
         adata = anndata.read_h5ad(self.data)
         if not self.is_amici:
@@ -122,7 +122,7 @@ class Timing:
 def time_evaluation(model: TrainedAMICI, tissue: Tissue, spec: EvaluationSpec, *, repeats: int = 1) -> Timing:
     """Evaluate some times, each time from a freshly opened model, so that nothing is left from the run before."""
     from amici_eval.evaluation.pipeline import evaluate_access
-    from amici_eval.model.opening import open_access
+    from amici_eval.model.engines.opening import open_access
 
     opening, costs, attending = [], [], []
     while len(costs) < repeats and (not costs or costs[0].wall_s < SLOW_S):

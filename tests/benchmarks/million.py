@@ -86,11 +86,11 @@ def measure_phases(
     """Open, check, find neighbours, compute: time each, and the peak memory of all."""
     import anndata
 
-    from amici_eval.data.opening import open_anndata
+    from amici_eval.data.files import open_anndata
     from amici_eval.data.tissue import prepare
     from amici_eval.evaluation.pipeline import evaluate_access
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.model.opening import open_access
+    from amici_eval.model.engines.opening import open_access
     from amici_eval.settings.evaluation import DataSpec
 
     # as by default, with all ablation modes

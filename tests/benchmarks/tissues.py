@@ -180,7 +180,7 @@ def random_model(
     from amici import AMICI
 
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
 
     own = adata.copy()
     if not isinstance(own.X, np.ndarray):

@@ -15,7 +15,8 @@ from amici_eval.common.errors import DataError
 from amici_eval.common.model_card import TrainingData
 from amici_eval.data import matrices as module
 from amici_eval.data.checks import labels_of
-from amici_eval.data.opening import content_digest, describe_training_data, digest_of_places, open_anndata
+from amici_eval.data.files import content_digest, open_anndata
+from amici_eval.data.membership import describe_training_data, digest_of_places
 from amici_eval.data.tissue import check_sections, keep_away_from_training, prepare
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.fakes import make_card
@@ -234,8 +235,6 @@ def test_expression_is_walked_in_the_order_of_the_file(adata):
         block.values[:] = -1.0
     assert adata.X.min() == 0.0
     assert list(tissue.expression_blocks(np.array([], dtype=np.int64))) == []
-    with pytest.raises(ValueError, match="max_rows=0: a block needs at least one row"):
-        tissue.expression_blocks(rows, max_rows=0)
 
 
 @pytest.mark.parametrize("layer", [None, "counts"])
@@ -881,7 +880,7 @@ def model(amici_dir, whole_tissue):
 @pytest.mark.amici
 @pytest.mark.parametrize("engine", ["factored", "hooked"])
 def test_held_out_cells_keep_all_their_neighbours_whatever_the_engine(whole_tissue, model, engine):
-    from amici_eval.model.opening import open_access
+    from amici_eval.model.engines.opening import open_access
 
     everything = AblationSpec(device="cpu", engine=engine)
     with open_access(model, prepare(whole_tissue, model.card, DataSpec()), everything) as access:

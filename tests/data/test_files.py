@@ -14,8 +14,8 @@ from scipy import sparse
 
 from amici_eval.common.errors import DataError
 from amici_eval.data import files as module
-from amici_eval.data.files import is_on_disk, open_anndata
-from amici_eval.data.opening import content_digest, describe_training_data
+from amici_eval.data.files import content_digest, is_on_disk, open_anndata
+from amici_eval.data.membership import describe_training_data
 from amici_eval.data.tissue import prepare
 from amici_eval.settings.evaluation import DataSpec, SubsetSpec
 from tests.data.test_data import CARD, make_adata

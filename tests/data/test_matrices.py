@@ -128,18 +128,6 @@ def test_values_that_a_sparse_matrix_stores_in_parts_are_added():
     assert take_expression(open_rows(matrix), np.arange(2), np.array([2, 0])).tolist() == [[3, 0], [0, 4]]
 
 
-@pytest.mark.parametrize("storage", ["dense", "csr", "h5 dense", "h5 csr"])
-def test_rows_that_do_not_exist_are_refused(stored, storage):
-    reader = open_rows(stored[storage])
-    for rows in ([-1], [3, 300]):
-        with pytest.raises(IndexError, match="of a matrix of 300 rows"):
-            take_expression(reader, np.array(rows), None)
-        with pytest.raises(IndexError, match="of a matrix of 300 rows"):
-            list(expression_blocks(reader, np.array(rows), None, max_rows=5))
-    with pytest.raises(TypeError, match="rows of type bool"):
-        take_expression(reader, np.ones(N_CELLS, dtype=bool), None)
-
-
 def test_a_matrix_that_lies_on_disk_by_genes_is_refused(tmp_path):
     ad.AnnData(X=sparse.csc_matrix(VALUES)).write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad") as file, pytest.raises(DataError) as caught:

@@ -20,8 +20,8 @@ from scipy import sparse
 from amici_eval.cli.config import SCHEMAS, data_uri
 from amici_eval.common.errors import AmiciEvalError, DataError
 from amici_eval.data import files
-from amici_eval.data.files import open_anndata
-from amici_eval.data.opening import _numeric_obsm, content_digest, coordinates_of, expression_matrix, write_plain
+from amici_eval.data.checks import coordinates_of, expression_matrix
+from amici_eval.data.files import _numeric_obsm, content_digest, open_anndata, write_plain
 from amici_eval.data.tissue import prepare
 from amici_eval.settings.evaluation import DataSpec
 from amici_eval.tracking.dataset import AnnDataSource, from_anndata

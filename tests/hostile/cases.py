@@ -65,8 +65,8 @@ def read(kind: str, target: Path) -> None:
 
         read_amici_directory(target, adata=None, trust=False)
     elif kind == "data":
+        from amici_eval.data.checks import coordinates_of, expression_matrix
         from amici_eval.data.files import open_anndata
-        from amici_eval.data.opening import coordinates_of, expression_matrix
 
         adata = open_anndata(target)
         coordinates_of(adata, "spatial")

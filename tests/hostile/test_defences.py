@@ -85,7 +85,7 @@ def test_where_pickles_are_allowed_one_is_read(base, monkeypatch, value):
 def test_the_variable_means_what_it_means_to_mlflow(base, monkeypatch, value):
     from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION
 
-    from amici_eval.model.saved_amici import read_saved_amici
+    from amici_eval.model.unpickling import read_saved_amici
 
     monkeypatch.delenv(VARIABLE, raising=False)
     if value is not None:

@@ -42,7 +42,7 @@ def make_amici() -> Callable[..., Any]:
     import torch
     from amici import AMICI
 
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
 
     def make(adata: AnnData, *, cls: type = AMICI, trained: bool = True, **setup: Any) -> Any:
         keys = {"labels_key": "cell_type", "coord_obsm_key": "spatial", "n_neighbors": 6, **setup}

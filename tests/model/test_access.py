@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DataError, DeviceError, ModelFormatError
-from amici_eval.data.opening import content_digest
+from amici_eval.data.files import content_digest
 from amici_eval.data.tissue import prepare
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.engines.hooked import neighbours
-from amici_eval.model.opening import open_access, resolve_device
+from amici_eval.model.engines.opening import open_access, resolve_device
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 
 pytestmark = pytest.mark.amici

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from amici_eval.common.errors import ModelFormatError, UnsafePickleError
-from amici_eval.model.allow_list import Inert, _AllowListUnpickler, load_allow_listed
 from amici_eval.model.checkpoint import read_amici_directory
+from amici_eval.model.unpickling import Inert, _AllowListUnpickler, load_allow_listed
 
 pytestmark = pytest.mark.amici
 
@@ -188,7 +188,7 @@ OUTSIDE = [
     ("torch.jit", "load"),
     ("torch._utils", "_rebuild_qtensor"),
     ("amici._model", "AMICI"),
-    ("amici_eval.model.allow_list", "_AllowListUnpickler"),
+    ("amici_eval.model.unpickling", "_AllowListUnpickler"),
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 
 from amici_eval.common.errors import DataError, ModelFormatError
-from amici_eval.data.opening import content_digest
+from amici_eval.data.files import content_digest
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.manifest import write_manifest
 from amici_eval.settings.evaluation import TrainedOnSpec
@@ -182,7 +182,7 @@ def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, ada
 
 def test_layer_of_the_data_can_be_named(trained, native, adata):
     from amici_eval.data.tissue import prepare
-    from amici_eval.model.opening import open_access
+    from amici_eval.model.engines.opening import open_access
     from amici_eval.settings.evaluation import AblationSpec, DataSpec
 
     adata.layers["scaled"] = adata.X.copy()
@@ -541,7 +541,7 @@ def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, capl
     import amici
 
     from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
     from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 
     part = part_of(adata)
@@ -584,7 +584,7 @@ def test_prediction_needs_no_names(trained, adata):
 def test_a_model_bound_to_all_and_saved_again_does_not_take_other_rows(make_amici, adata, tmp_path):
     import amici
 
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
 
     part = part_of(adata)
     make_amici(part).save(str(tmp_path / "part"))

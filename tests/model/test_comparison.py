@@ -12,7 +12,7 @@ from amici_eval.common.errors import DataError
 from amici_eval.comparison.pipeline import compare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.evaluation.tiles import kept_rows
-from amici_eval.model.training import untrained_like
+from amici_eval.model.checkpoint import untrained_like
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec

@@ -20,8 +20,8 @@ from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.folding import fold_encoder
 from amici_eval.model.engines.hooked import added_hook, faint_attention_is_zero, keep_heads, why_not_factored
-from amici_eval.model.opening import open_access
-from amici_eval.model.scvi_loader import own_data_loader
+from amici_eval.model.engines.opening import open_access
+from amici_eval.model.training import own_data_loader
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 

@@ -11,7 +11,7 @@ import torch
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate, evaluate_access
-from amici_eval.model.opening import open_access
+from amici_eval.model.engines.opening import open_access
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.same_numbers import FLOAT32, assert_rounded

@@ -16,8 +16,8 @@ from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
-from amici_eval.model.opening import open_access
-from amici_eval.model.scvi_loader import own_data_loader
+from amici_eval.model.engines.opening import open_access
+from amici_eval.model.training import own_data_loader
 from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,

@@ -15,7 +15,7 @@ from amici_eval.model.engines import factored
 from amici_eval.model.engines.attention import attend, compiled_attention
 from amici_eval.model.engines.encoder import SenderTables
 from amici_eval.model.engines.factored import FactoredAccess
-from amici_eval.model.opening import open_access
+from amici_eval.model.engines.opening import open_access
 from amici_eval.report.senders_section import sure_links
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec

@@ -18,7 +18,7 @@ from scipy import sparse
 import amici_eval
 from amici_eval.common.errors import DataError
 from amici_eval.data import files
-from amici_eval.data.opening import content_digest, is_on_disk
+from amici_eval.data.files import content_digest, is_on_disk
 from amici_eval.tracking.dataset import AnnDataSource
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
-from amici_eval.model.training import untrained_like
+from amici_eval.model.checkpoint import untrained_like
 from amici_eval.results.verdict import Verdict
 from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
 from amici_eval.settings.gate import GateSpec, Rule

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 import amici_eval
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, OutputError, TrackingError
 from amici_eval.common.text import slugify
-from amici_eval.data.opening import content_digest
+from amici_eval.data.files import content_digest
 from amici_eval.data.tissue import prepare
 from amici_eval.model.engines.hooked import neighbours
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS

@@ -76,7 +76,7 @@ def test_the_same_in_python(road, store):
     import amici
 
     import amici_eval
-    from amici_eval.model.scvi_loader import own_data_loader
+    from amici_eval.model.training import own_data_loader
 
     folder, adata, fitted, first = road
     with own_data_loader():

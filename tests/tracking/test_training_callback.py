@@ -73,7 +73,7 @@ def untrained(adata):
     """Return an AMICI with random weights, always the same."""
     from amici import AMICI
 
-    from amici_eval.model.scvi_loader import give_own_data_splitter, own_data_loader
+    from amici_eval.model.training import give_own_data_splitter, own_data_loader
 
     with own_data_loader(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

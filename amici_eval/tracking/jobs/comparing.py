@@ -193,7 +193,7 @@ def _floor(
 ) -> Float64[np.ndarray, " heads"] | None:
     """Return how alike the heads of two untrained models of the last version's architecture are."""
     from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.model.training import untrained_like
+    from amici_eval.model.checkpoint import untrained_like
     from amici_eval.tracking.dataset import from_anndata
 
     last = next((column for column in reversed(columns) if column.model is not None), None)

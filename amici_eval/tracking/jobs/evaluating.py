@@ -76,7 +76,7 @@ def evaluate_job(
 ) -> EvaluationRun:
     """Evaluate a registered or logged model and log everything to a run."""
     from amici_eval.evaluation.launching import open_launcher
-    from amici_eval.model.opening import resolve_device
+    from amici_eval.model.engines.opening import resolve_device
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.stored_model import open_stored_model
 
@@ -121,7 +121,7 @@ def _evaluate(
 ) -> EvaluationRun:
     from amici_eval.data.tissue import prepare
     from amici_eval.evaluation.pipeline import evaluate_access
-    from amici_eval.model.opening import open_access
+    from amici_eval.model.engines.opening import open_access
     from amici_eval.report.tables import summary_lines
     from amici_eval.tracking.dataset import AnnDataSource
 
@@ -216,7 +216,7 @@ def register_job(
     import mlflow
 
     from amici_eval.model.checkpoint import read_amici_directory
-    from amici_eval.model.saved_amici import saved_files
+    from amici_eval.model.unpickling import saved_files
     from amici_eval.tracking.dataset import AnnDataSource, from_anndata
     from amici_eval.tracking.flavor import log_model, refuse_credentials_in_uri
 

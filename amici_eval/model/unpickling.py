@@ -1,10 +1,11 @@
-"""Unpickle the ``model.pt`` of an AMICI without running code from the file."""
+"""Unpickle the ``model.pt`` that ``AMICI.save`` wrote, without running code from the file."""
 
 from __future__ import annotations
 
 import codecs
 import io
 import math
+import os
 import pickle
 import re
 import types
@@ -16,22 +17,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 import torch
 
-from amici_eval.common.errors import ModelFormatError, UnsafePickleError
+from amici_eval.common.errors import ModelFormatError, UnsafePickleError, first_line
 from amici_eval.common.untrusted import check_is_plain_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Inert", "check_archive", "history_of", "load_allow_listed", "to_plain", "values_of", "with_arrays"]
+    from torch import Tensor
 
+
+_MODEL, _ADATA = "model.pt", "adata.h5ad"
+_ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 _MOST_MADE = 10**7
 _SMALL_BYTES = 2**26
 _LARGEST_RATIO = 4
-
 _TRUST = "if you trust whoever wrote the file with running code on this machine, pass register.trust=true"
 _RECORD = re.compile(r"(?P<root>[^/]+)/(?P<name>data\.pkl|version|byteorder|data/\d+)")
 _PLAIN_DTYPE = re.compile(r"O8?|[biufc]\d{1,2}")
-
 _ALLOWED_GLOBALS = {
     "_codecs": {"encode"},
     "builtins": {
@@ -60,10 +62,117 @@ _ALLOWED_GLOBALS = {
     "torch.storage": {"TypedStorage", "UntypedStorage"},
     "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
 }
-
-
 # packages of the training curves' tables, whose pickles differ between versions
 _INERT_PACKAGES = {"pandas", "pyarrow"}
+_MOST_PARTS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SavedAMICI:
+    """The content of a ``model.pt``.
+
+    ``attributes`` are the model's by name: ``init_params_``, ``registry_``, ``history_``, rows of the splits;
+    ``weights`` is the module's state dict, on the CPU.
+    """
+
+    attributes: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedFiles:
+    """The files that ``AMICI.save`` wrote: the model, and the AnnData if ``save_anndata=True``."""
+
+    model: Path
+    adata: Path | None
+
+
+def saved_files(where: Path) -> SavedFiles:
+    """Return the files of a saved model, given its folder or its ``model.pt``, whatever prefix they have."""
+    found = [where] if where.is_file() else sorted(where.glob(f"*{_MODEL}"))
+    if (where / _MODEL) in found:
+        found = [where / _MODEL]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found)
+        raise ModelFormatError(
+            value=f"{where} holds {'several models: ' + names if found else 'no model.pt'}",
+            rule="model_dir must be a folder that AMICI.save(...) wrote, or the path of its model.pt",
+            fix=f"name one of them: model_dir={found[0]}" if found else "correct model_dir",
+        )
+    adata = found[0].with_name(found[0].name.removesuffix(_MODEL) + _ADATA)
+    return SavedFiles(model=found[0], adata=adata if adata.is_file() else None)
+
+
+def read_saved_amici(path: Path, *, trust: bool) -> SavedAMICI:
+    """Return the content of a ``model.pt``; this unpickles it."""
+    _check_pickles_are_allowed(path)
+    if not path.is_file():
+        raise ModelFormatError(
+            value=f"{path.parent} {'holds no model.pt' if path.parent.is_dir() else 'does not exist'}",
+            rule=f"{path.name} must be a plain file",
+            fix="correct model_dir",
+        )
+    if not zipfile.is_zipfile(path):
+        raise ModelFormatError(
+            value=f"{path} is no torch archive",
+            rule="it must be written by AMICI.save(...)",
+            fix="copy or save it again",
+        )
+    try:
+        check_archive(path)
+        if trust:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        else:
+            content = load_allow_listed(path)
+        attributes, weights = content["attr_dict"], content["model_state_dict"]
+        init_params = attributes["init_params_"]["kwargs"]
+        if not isinstance(init_params, Mapping) or not isinstance(weights, Mapping):
+            msg = "its parts are no mappings"
+            raise TypeError(msg)
+        _check_tensors(weights, path.stat().st_size)
+    except UnsafePickleError as error:
+        value = error.value if str(path) in error.value else f"{path}: {error.value}"
+        raise UnsafePickleError(value=value, rule=error.rule, fix=error.fix) from error
+    except Exception as error:
+        raise ModelFormatError(
+            value=f"{path} cannot be read ({first_line(error)})",
+            rule="it must be what AMICI.save(...) wrote",
+            fix="copy or save it again",
+        ) from error
+    return SavedAMICI(attributes=attributes, weights=weights)
+
+
+def _check_pickles_are_allowed(path: Path) -> None:
+    """Refuse any pickle where MLflow's setting forbids them, before it is read.
+
+    As in MLflow, the variable is ``true``, ``false``, ``1`` or ``0`` in any case, true if unset; other values are
+    refused.
+    """
+    value = os.environ.get(_ALLOW_PICKLE)
+    if value is None or value.lower() in ("true", "1"):
+        return
+    if value.lower() in ("false", "0"):
+        raise UnsafePickleError(
+            value=f"{path} is a pickle, and {_ALLOW_PICKLE}={value}",
+            rule="no pickle is read where this is false",
+            fix="log the live model with amici_eval.log_model where it is trained, or register where it is allowed",
+        )
+    raise UnsafePickleError(
+        value=f"{path} is a pickle, and {_ALLOW_PICKLE}={value[:80]!a}",
+        rule="MLflow takes true, false, 1 or 0",
+        fix=f"set {_ALLOW_PICKLE}=true to allow pickles, or false to forbid them",
+    )
+
+
+def _check_tensors(weights: Mapping[str, Tensor], size: int) -> None:
+    """Refuse tensors that spread a few stored values over a large shape, as copies would fill the memory."""
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+        msg = "its weights are no tensors by name"
+        raise TypeError(msg)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if total > 2 * size:
+        msg = f"its weights would take {total} bytes, and the file has {size}"
+        raise ValueError(msg)
 
 
 def load_allow_listed(path: Path) -> Any:
@@ -228,69 +337,6 @@ class _AllowListUnpickler(pickle._Unpickler):  # the Python one: its BUILD can b
         if global_name not in _ALLOWED_GLOBALS.get(module, ()):
             _refuse(f"{module_name}.{global_name}")
         return _STAND_INS.get((module, global_name)) or super().find_class(module, global_name)
-
-
-_MOST_VALUES = 2_000_000
-_DEEPEST = 64
-_MOST_PARTS = 10_000
-
-
-def to_plain(value: Any, where: str) -> Any:
-    """Return a registry as JSON values, with arrays as ``{"array": [...], "dtype": ...}`` for the way back."""
-    return _plain(value, where, _ValueBudget(left=_MOST_VALUES), 0)
-
-
-@dataclass
-class _ValueBudget:
-    left: int
-
-    def take(self, n: int, where: str) -> None:
-        self.left -= n
-        if self.left < 0:
-            raise ModelFormatError(
-                value=f"{where} holds more than {_MOST_VALUES} values",
-                rule="set-up must be small enough to be stored",
-                fix="train the model with plain arguments",
-            )
-
-
-def _plain(value: Any, where: str, count: _ValueBudget, depth: int) -> Any:
-    count.take(1, where)
-    if depth > _DEEPEST:
-        count.take(_MOST_VALUES + 1, f"{where[:80]}, nested more than {_DEEPEST} deep,")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}", count, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where, count, depth + 1) for item in value]
-    if isinstance(value, np.ndarray):
-        count.take(value.size, where)
-        return {
-            "array": [_plain(item, where, count, depth + 1) for item in value.tolist()],
-            "dtype": str(value.dtype),
-        }
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    raise ModelFormatError(
-        value=f"{where} holds a {type(value).__name__}",
-        rule="set-up must consist of plain values and arrays, so that it can be stored without pickle",
-        fix="train the model with plain arguments",
-    )
-
-
-def with_arrays(value: Any) -> Any:
-    """Undo :func:`to_plain`."""
-    if isinstance(value, Mapping):
-        if set(value) == {"array", "dtype"}:
-            return np.array(value["array"], dtype=value["dtype"])
-        return {key: with_arrays(item) for key, item in value.items()}
-    return value
-
-
-def values_of(stored: Any) -> list[Any]:
-    """Return the values of an array, as stored or live."""
-    return list(stored["array"]) if isinstance(stored, Mapping) else list(stored)
 
 
 def history_of(history: Any) -> dict[str, tuple[float, ...]]:

@@ -14,7 +14,7 @@ from amici_eval.common.memory import memory_errors_explained
 from amici_eval.model.cards import AMICI_SOURCES, card_of, package_versions
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.hooked import HookedAccess, eval_mode_on, is_amici_module, why_not_factored
-from amici_eval.model.scvi_loader import own_data_loader
+from amici_eval.model.training import own_data_loader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
