@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -78,25 +78,15 @@ def card_of(model: Any, *, adata: AnnData, trained_on: TrainedOnSpec | None = No
             rule="it must be an amici.AMICI or what amici_eval.load_model returns",
             fix="load it with amici_eval.load_model(model_uri)",
         )
-    setup, fields = registry["setup_args"], registry["field_registries"]
-    genes = tuple(str(gene) for gene in fields["X"]["state_registry"]["column_names"])
-    training = None
+    setup, training = registry["setup_args"], None
     if model.adata is not adata:
         training = describe_training_data(
             model.adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"], with_digest=False
         )
-    card = ModelCard(
-        n_heads=int(model.module.n_heads),
-        n_neighbors=int(setup["n_neighbors"] or model.n_neighbors),
-        genes=genes,
-        cell_types=tuple(str(label) for label in fields["labels"]["state_registry"]["categorical_mapping"]),
-        labels_key=setup["labels_key"],
-        coord_obsm_key=setup["coord_obsm_key"],
-        layer=setup["layer"],
-        cell_radius_key=setup.get("cell_radius_key"),
-        versions=package_versions(),
-        training_data=training,
+    card = card_from_registry(
+        registry, n_heads=int(model.module.n_heads), n_neighbors=int(setup["n_neighbors"] or model.n_neighbors)
     )
+    card = replace(card, training_data=training)
     source = adata if trained_on else model.adata
     part = trained_rows(adata, trained_on) if trained_on else None
     rows = np.arange(source.n_obs) if part is None else part
@@ -106,9 +96,24 @@ def card_of(model: Any, *, adata: AnnData, trained_on: TrainedOnSpec | None = No
     if source is adata:
         fitted = source.obs_names.astype(str).to_numpy()[rows[np.asarray(split, dtype=np.int64)]]
         return replace(card, training_cells=frozenset(fitted.tolist()))
-    trained = TrainingTissue(tissue=prepare(source, card, DataSpec()), rows=rows)
-    prints = trained.fingerprints({"train": split}, genes)["train"]
+    prints = fingerprints_of(prepare(source, card, DataSpec()), rows, {"train": split}, card.genes)["train"]
     return replace(card, training_cells=frozenset(prints.names), fingerprints=prints)
+
+
+def card_from_registry(registry: Mapping[str, Any], *, n_heads: int, n_neighbors: int) -> ModelCard:
+    """Return what the registry of scvi-tools, live or as plain values, says of a model."""
+    setup, fields = registry["setup_args"], registry["field_registries"]
+    return ModelCard(
+        n_heads=n_heads,
+        n_neighbors=n_neighbors,
+        genes=tuple(map(str, values_of(fields["X"]["state_registry"]["column_names"]))),
+        cell_types=tuple(map(str, values_of(fields["labels"]["state_registry"]["categorical_mapping"]))),
+        labels_key=setup["labels_key"],
+        coord_obsm_key=setup["coord_obsm_key"],
+        layer=setup["layer"],
+        cell_radius_key=setup.get("cell_radius_key"),
+        versions=package_versions(),
+    )
 
 
 def split_size(attributes: Mapping[str, Any]) -> int:
@@ -123,85 +128,62 @@ def split_covers(model: Any, n_cells: int) -> bool:
     return split_size({name: getattr(model, name, None) for name in _ROWS}) == n_cells
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingTissue:
-    """A tissue that holds the training cells, and their ``rows`` in the order of training."""
-
-    tissue: Tissue
-    rows: Int64[np.ndarray, " trained"]
-
-    def fingerprints(self, splits: Mapping[str, Any], genes: tuple[str, ...]) -> dict[str, Fingerprints]:
-        """Return names and fingerprints of the cells of each split, given as positions in ``rows``."""
-        tissue = self.tissue
-        places = place_prints(tissue.coordinates)
-        expression = expression_prints(open_rows(tissue.matrix), tissue.gene_columns, genes)
-        cells = {
-            split: self.rows[np.asarray([] if rows is None else rows, dtype=np.int64)] for split, rows in splits.items()
-        }
-        return {
-            split: Fingerprints(
-                names=tuple(map(str, tissue.cell_names[own])), places=places[own], expression=expression[own]
-            )
-            for split, own in cells.items()
-        }
-
-
-def training_tissue(
-    adata: AnnData,
-    registry: Mapping[str, Any],
-    genes: list[str],
-    weights: Mapping[str, Tensor],
-    part: Int64[np.ndarray, " trained"] | None,
-    n_split: int,
-) -> TrainingTissue:
-    """Return the tissue and cells of training; refuse another number, other genes or mean profiles.
-
-    Splits are row numbers in the training AnnData: with another one they would name the wrong cells.
-    """
-    setup = registry["setup_args"]
-    # a live model that was bound to another AnnData records that one's number of cells
-    n_bound = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
-    rows = np.arange(adata.n_obs) if part is None else part
-    n_cells = n_split or n_bound
-    fix = "give the AnnData the model was trained on, cells in the same order"
-    if len(rows) not in (n_cells, n_bound):
-        chosen = "" if part is None else ", of which trained_on chooses " + str(len(rows))
-        raise DataError(
-            value=f"the data has {adata.n_obs} cells{chosen}",
-            rule=f"the model was trained on {n_cells}",
-            fix=fix + ("" if part is not None else _a_part_of(adata, n_cells)),
+def fingerprints_of(
+    tissue: Tissue, rows: Int64[np.ndarray, " trained"], splits: Mapping[str, Any], genes: tuple[str, ...]
+) -> dict[str, Fingerprints]:
+    """Return names and fingerprints of the cells of each split, given as positions in the rows of training."""
+    places = place_prints(tissue.coordinates)
+    expression = expression_prints(open_rows(tissue.matrix), tissue.gene_columns, genes)
+    cells = {split: rows[np.asarray([] if own is None else own, dtype=np.int64)] for split, own in splits.items()}
+    return {
+        split: Fingerprints(
+            names=tuple(map(str, tissue.cell_names[own])), places=places[own], expression=expression[own]
         )
+        for split, own in cells.items()
+    }
+
+
+def check_training_tissue(
+    adata: AnnData,
+    card: ModelCard,
+    profiles: Tensor,
+    rows: Int64[np.ndarray, " trained"] | None,
+    *,
+    n_split: int,
+    n_bound: int,
+) -> Tissue:
+    """Return the tissue of training; refuse another number of cells, other genes or mean profiles.
+
+    Splits are row numbers in the training AnnData: with another one they would name the wrong cells. ``rows``: those
+    that ``trained_on`` chooses, if it does; ``n_split`` and ``n_bound``: cells of the split (0: not known) and of the
+    AnnData that the model was bound to, which may be another one.
+    """
+    n_cells, n_chosen = n_split or n_bound, adata.n_obs if rows is None else len(rows)
+
+    def refusal(value: str, rule: str) -> DataError:
+        hint = _a_part_of(adata, n_cells) if rows is None else ""
+        fix = f"give the AnnData the model was trained on, cells in the same order{hint}"
+        return DataError(value=value, rule=rule, fix=fix)
+
+    if n_chosen not in (n_cells, n_bound):
+        value = f"the data has {adata.n_obs} cells"
+        value += "" if rows is None else f", of which trained_on chooses {n_chosen}"
+        raise refusal(value, f"the model was trained on {n_cells}")
     # cells that are not as many as in the split may be of another AnnData that the model was bound to
-    tolerance = _PROFILE_TOLERANCE if len(rows) == n_cells else _SAME_PROFILE
-    profiles = weights["ct_profiles"].detach().cpu().double().numpy()
-    labels = [
-        str(label)
-        for label in values_of(registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
-    ]
-    card = ModelCard(
-        n_heads=1,
-        n_neighbors=1,
-        genes=tuple(genes),
-        cell_types=tuple(labels),
-        labels_key=setup["labels_key"],
-        coord_obsm_key=setup["coord_obsm_key"],
-        layer=setup["layer"],
-        cell_radius_key=setup.get("cell_radius_key"),
-    )
-    tissue = prepare(adata, card, DataSpec())
-    for code, label in enumerate(labels):
-        own = rows[tissue.label_codes[rows] == code]
+    tolerance = _PROFILE_TOLERANCE if n_chosen == n_cells else _SAME_PROFILE
+    expected = profiles.double().numpy()
+    # fewer cells of other types than neighbours are no matter here
+    tissue = prepare(adata, replace(card, n_neighbors=1), DataSpec())
+    rows_of_training = np.arange(adata.n_obs) if rows is None else rows
+    for code, label in enumerate(card.cell_types):
+        own = rows_of_training[tissue.label_codes[rows_of_training] == code]
         if len(own) == 0:
             continue
-        gap = np.abs(_mean_profile(tissue, own) - profiles[code])
-        if (gap > tolerance * np.maximum(1.0, np.abs(profiles[code]))).any():
-            raise DataError(
-                value=f"mean expression of type {label!r} differs by up to {gap.max():.3g} from the profile in "
-                "the model",
-                rule="the model stores the mean profiles of its training data",
-                fix=fix + ("" if part is not None else _a_part_of(adata, n_cells)),
-            )
-    return TrainingTissue(tissue=tissue, rows=rows)
+        gap = np.abs(_mean_profile(tissue, own) - expected[code])
+        if (gap > tolerance * np.maximum(1.0, np.abs(expected[code]))).any():
+            value = f"mean expression of type {label!r} differs by up to {gap.max():.3g} from the profile in the model"
+            raise refusal(value, "the model stores the mean profiles of its training data")
+    return tissue
 
 
 def _a_part_of(adata: AnnData, n_cells: int) -> str:

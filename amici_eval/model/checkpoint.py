@@ -18,13 +18,18 @@ from safetensors.torch import save_file
 
 from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
 from amici_eval.common.memory import memory_errors_explained
-from amici_eval.common.model_card import Fingerprints, ModelCard
 from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data.checks import trained_on as trained_rows
 from amici_eval.data.files import open_anndata
 from amici_eval.data.membership import describe_training_data, prints_from, text_of
 from amici_eval.data.tissue import cells_found, prepare
-from amici_eval.model.cards import package_versions, split_covers, split_size, training_tissue
+from amici_eval.model.cards import (
+    card_from_registry,
+    check_training_tissue,
+    fingerprints_of,
+    split_covers,
+    split_size,
+)
 from amici_eval.model.engines.hooked import plain_profiles
 from amici_eval.model.manifest import (
     CELLS,
@@ -43,8 +48,7 @@ from amici_eval.model.manifest import (
     with_arrays,
     write_manifest,
 )
-from amici_eval.model.training import give_own_data_splitter, own_data_loader
-from amici_eval.model.unpickling import history_of, read_saved_amici, saved_files
+from amici_eval.model.unpickling import SavedAMICI, history_of, read_saved_amici, saved_files
 from amici_eval.settings.evaluation import DataSpec, TrainedOnSpec
 
 if TYPE_CHECKING:
@@ -55,9 +59,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
     from torch import Tensor
 
+    from amici_eval.common.model_card import Fingerprints, ModelCard
     from amici_eval.data.tissue import Tissue
-
-__all__ = ["BUNDLED_ADATA", "TrainedAMICI", "read_amici_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,12 +174,10 @@ class TrainedAMICI:
             raise ModelFormatError(
                 value="the model is not trained", rule="only trained models are saved", fix="call train()"
             )
-        attributes = {
-            "init_params_": model.init_params_,
-            "registry_": model.registry_,
-            "history_": model.history_,
-            **{f"{split}_indices_": getattr(model, f"{split}_indices_", None) for split in _SPLITS},
-        }
+        names = ("init_params_", "registry_", "history_", *(f"{split}_indices_" for split in _SPLITS))
+        saved = SavedAMICI(
+            attributes={name: getattr(model, name, None) for name in names}, weights=model.module.state_dict()
+        )
         adata = model.adata if adata is None else adata
         if not trained_on and adata is model.adata and not split_covers(model, adata.n_obs):
             logger.warning(
@@ -186,17 +187,12 @@ class TrainedAMICI:
             )
             adata = None
         with _explained("the live model"):
-            return cls._assemble(attributes, model.module.state_dict(), adata, trained_on)
+            return cls._assemble(saved, adata, trained_on)
 
     @classmethod
-    def _assemble(
-        cls,
-        attributes: Mapping[str, Any],
-        weights: Mapping[str, Tensor],
-        adata: AnnData | None,
-        trained_on: TrainedOnSpec | None,
-    ) -> TrainedAMICI:
+    def _assemble(cls, saved: SavedAMICI, adata: AnnData | None, trained_on: TrainedOnSpec | None) -> TrainedAMICI:
         """Return a model from its parts, in a uniform form and with all of it checked."""
+        attributes = saved.attributes
         registry = to_plain(attributes["registry_"], "registry_")
         if registry.get("model_name") != "AMICI":
             raise ModelFormatError(
@@ -209,44 +205,30 @@ class TrainedAMICI:
             for group in attributes["init_params_"]["kwargs"].values()
             for key, value in to_plain(group, "init_params_").items()
         }
-        setup, fields = registry["setup_args"], registry["field_registries"]
-        genes = [str(gene) for gene in values_of(fields["X"]["state_registry"]["column_names"])]
-        weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+        setup = registry["setup_args"]
+        weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in saved.weights.items()}
         weights["ct_profiles"] = plain_profiles(weights["ct_profiles"])
-        heads = weights["attention_layer.W_O"].shape[1]
-        versions = package_versions()
-        versions["scvi-tools"] = str(registry.get("scvi_version", versions["scvi-tools"]))
-        card = ModelCard(
-            n_heads=int(heads),
-            n_neighbors=int(setup["n_neighbors"]),
-            genes=tuple(genes),
-            cell_types=tuple(
-                str(label) for label in values_of(fields["labels"]["state_registry"]["categorical_mapping"])
-            ),
-            labels_key=setup["labels_key"],
-            coord_obsm_key=setup["coord_obsm_key"],
-            layer=setup["layer"],
-            cell_radius_key=setup.get("cell_radius_key"),
-            versions=versions,
+        card = card_from_registry(
+            registry, n_heads=int(weights["attention_layer.W_O"].shape[1]), n_neighbors=int(setup["n_neighbors"])
         )
+        saved_by = str(registry.get("scvi_version", card.versions["scvi-tools"]))
+        card = replace(card, versions={**card.versions, "scvi-tools": saved_by})
         check_card(card)
         cells: dict[str, Fingerprints] = {}
         if adata is not None:
-            splits = {split: attributes.get(f"{split}_indices_") for split in _SPLITS}
-            part = trained_rows(adata, trained_on or TrainedOnSpec())
-            found = training_tissue(adata, registry, genes, weights, part, split_size(attributes))
-            cells = found.fingerprints(splits, card.genes)
-            card = replace(
-                _with_cells(card, cells),
-                training_data=describe_training_data(
-                    adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"]
-                ),
+            rows = trained_rows(adata, trained_on or TrainedOnSpec())
+            n_bound = registry["field_registries"]["X"]["summary_stats"]["n_cells"]
+            tissue = check_training_tissue(
+                adata, card, weights["ct_profiles"], rows, n_split=split_size(attributes), n_bound=n_bound
             )
-        check_card(card)
+            splits = {split: attributes.get(f"{split}_indices_") for split in _SPLITS}
+            cells = fingerprints_of(tissue, np.arange(adata.n_obs) if rows is None else rows, splits, card.genes)
+            facts = describe_training_data(adata, coord_obsm_key=setup["coord_obsm_key"], layer=setup["layer"])
+            card = replace(_with_cells(card, cells), training_data=facts)
         check_registry(registry, card)
         check_weights(weights, init_params, card)
         history = history_of(attributes.get("history_"))
-        plain_history({name: list(values) for name, values in history.items()})
+        check_names(list(history), "history")
         return cls(
             card=card,
             init_params=init_params,
@@ -366,6 +348,8 @@ class TrainedAMICI:
         from amici import AMICI
         from anndata import AnnData
 
+        from amici_eval.model.training import give_own_data_splitter, own_data_loader
+
         tissue, card = self._tissue(adata), self.card
         categories = values_of(self.registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
         own = AnnData(X=tissue.expression(np.arange(tissue.n_cells)))
@@ -446,7 +430,7 @@ def read_amici_directory(
     if adata is None and files.adata is not None:
         adata = open_anndata(files.adata)
     with _explained(files.model):
-        return TrainedAMICI._assemble(saved.attributes, saved.weights, adata, trained_on)
+        return TrainedAMICI._assemble(saved, adata, trained_on)
 
 
 @contextmanager

@@ -64,8 +64,7 @@ _SIZES = {
 
 def write_manifest(directory: Path) -> None:
     """Write the SHA-256 of every file of a saved model."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST)
-    sums = {path.name: _sha256(path) for path in files}
+    sums = {name: digest for name, digest in sums_of(directory).items() if name != MANIFEST}
     (directory / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
 
 

@@ -51,20 +51,13 @@ class TrainingRecipe:
     n_neighbors: int
     max_epochs: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float = 1e-3
     attention_penalty: AttentionPenalty | None = None
     model_params: Mapping[str, Any] = field(default_factory=dict)
 
     def kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for `train_amici`."""
-        return {
-            "n_neighbors": self.n_neighbors,
-            "max_epochs": self.max_epochs,
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "attention_penalty": self.attention_penalty,
-            "model_params": dict(self.model_params),
-        }
+        return dict(vars(self))
 
 
 def train_amici(
@@ -72,63 +65,55 @@ def train_amici(
     *,
     labels_key: str = "cell_type",
     coord_obsm_key: str = "spatial",
-    n_neighbors: int,
     seed: int,
-    max_epochs: int,
-    batch_size: int,
-    learning_rate: float = 1e-3,
     train_indices: Sequence[int] | Int64[np.ndarray, " train"] | None = None,
-    model_params: Mapping[str, Any] | None = None,
-    attention_penalty: AttentionPenalty | None = None,
     accelerator: str = "cpu",
-    progress: bool = False,
+    **settings: Any,
 ) -> AMICI:
-    """Train an AMICI model on the log-normalised expression in ``adata.X``.
+    """Train an AMICI model on the log-normalised expression in ``adata.X``; settings: :class:`TrainingRecipe`.
 
     AMICI takes the mean profile of each type from all cells, so validation cells do shape that mean; explained
     variance, which ignores constant shifts, is unaffected. scvi-tools would ignore ``batch_size`` and always load 128
     cells; here it is honoured.
     """
+    recipe = TrainingRecipe(**settings)
     private = _private_copy(adata, labels_key=labels_key, coord_obsm_key=coord_obsm_key)
-    _validate_settings(
-        private,
-        labels_key=labels_key,
-        n_neighbors=n_neighbors,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
+    _check_recipe(recipe, private.obs[labels_key])
+    if not 0 <= seed < 2**32:
+        value = f"seed={seed}"
+        raise InvalidSpecError(value, rule="it must be between 0 and 2**32 - 1", fix="use a seed such as 0")
     split = _split(private.n_obs, train_indices, seed=seed)
-    callbacks = []
-    if attention_penalty is not None:
+    callbacks, penalty = [], recipe.attention_penalty
+    if penalty is not None:
         callbacks.append(
             AttentionPenaltyMonitor(
-                epoch_start=attention_penalty.start_epoch,
-                epoch_end=attention_penalty.end_epoch,
-                start_val=attention_penalty.start,
-                end_val=attention_penalty.end,
+                epoch_start=penalty.start_epoch,
+                epoch_end=penalty.end_epoch,
+                start_val=penalty.start,
+                end_val=penalty.end,
                 flavor="linear",
             )
         )
-    with _undisturbed_process(progress=progress), tempfile.TemporaryDirectory() as scratch:
+    with _undisturbed_process(), tempfile.TemporaryDirectory() as scratch:
         _seed_everything(seed)
-        AMICI.setup_anndata(private, labels_key=labels_key, coord_obsm_key=coord_obsm_key, n_neighbors=n_neighbors)
-        model = AMICI(private, **(model_params or {}))
-        model._data_splitter_cls = _spatial_splitter(type(model)._data_loader_cls, batch_size=batch_size)
+        AMICI.setup_anndata(
+            private, labels_key=labels_key, coord_obsm_key=coord_obsm_key, n_neighbors=recipe.n_neighbors
+        )
+        model = AMICI(private, **recipe.model_params)
+        give_own_data_splitter(model, batch_size=recipe.batch_size)
         model.train(
-            max_epochs=max_epochs,
+            max_epochs=recipe.max_epochs,
             accelerator=accelerator,
             devices=1,
-            batch_size=batch_size,
+            batch_size=recipe.batch_size,
             external_indexing=split,
-            plan_kwargs={"lr": learning_rate},
+            plan_kwargs={"lr": recipe.learning_rate},
             callbacks=callbacks,
-            enable_progress_bar=progress,
+            enable_progress_bar=False,
             enable_checkpointing=False,
             default_root_dir=scratch,
             # scvi's default logger keeps the history in memory; per-step rows only cost time
-            log_every_n_steps=max_epochs * private.n_obs,
+            log_every_n_steps=recipe.max_epochs * private.n_obs,
         )
     # the trainer keeps the optimiser, the loaders and the removed scratch folder alive
     model.trainer = None
@@ -157,24 +142,19 @@ def _private_copy(adata: ad.AnnData, *, labels_key: str, coord_obsm_key: str) ->
     )
 
 
-def _validate_settings(
-    private: ad.AnnData, *, labels_key: str, n_neighbors: int, seed: int, learning_rate: float, **counts: int
-) -> None:
-    others = private.n_obs - int(private.obs[labels_key].value_counts().max())
-    if not 1 <= n_neighbors <= others:
-        value = f"n_neighbors={n_neighbors}"
+def _check_recipe(recipe: TrainingRecipe, labels: pd.Series) -> None:
+    others = len(labels) - int(labels.value_counts().max())
+    if not 1 <= recipe.n_neighbors <= others:
+        value = f"n_neighbors={recipe.n_neighbors}"
         rule = f"it must be between 1 and {others}, the number of cells outside the largest cell type"
         raise InvalidSpecError(value, rule=rule, fix="use fewer neighbours, at least 1")
-    for name, count in counts.items():
-        if count < 1:
-            value = f"{name}={count}"
+    for name in ("max_epochs", "batch_size"):
+        if getattr(recipe, name) < 1:
+            value = f"{name}={getattr(recipe, name)}"
             raise InvalidSpecError(value, rule="it must be at least 1", fix="use a positive number")
-    if not learning_rate > 0:
-        value = f"learning_rate={learning_rate}"
+    if not recipe.learning_rate > 0:
+        value = f"learning_rate={recipe.learning_rate}"
         raise InvalidSpecError(value, rule="it must be positive", fix="use a value such as 0.001")
-    if not 0 <= seed < 2**32:
-        value = f"seed={seed}"
-        raise InvalidSpecError(value, rule="it must be between 0 and 2**32 - 1", fix="use a seed such as 0")
 
 
 def _split(
@@ -199,18 +179,6 @@ def _split(
     return [train, validation, np.array([], dtype=int)]
 
 
-def _spatial_splitter(loader: type, *, batch_size: int) -> type[DataSplitter]:
-    class SpatialSplitter(DataSplitter):
-        data_loader_cls = loader
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            # the base class drops batch_size from the loader's settings
-            self.data_loader_kwargs["batch_size"] = batch_size
-
-    return SpatialSplitter
-
-
 def _seed_everything(seed: int) -> None:
     # not Lightning's seed_everything, which also leaves an environment variable behind
     random.seed(seed)
@@ -219,20 +187,18 @@ def _seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def _undisturbed_process(*, progress: bool) -> Iterator[None]:
+def _undisturbed_process() -> Iterator[None]:
     """Restore global state that training changes: generators, loader class, backend flags, log levels."""
-    loader_cls = DataSplitter.data_loader_cls
     benchmark = torch.backends.cudnn.benchmark
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     loggers = [logging.getLogger(name) for name in _CHATTY_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with own_data_loader(), warnings.catch_warnings(), torch.random.fork_rng():
             # warnings on workers, small batches and deprecations, on which a caller cannot act
             warnings.simplefilter("ignore")
-            if not progress:
-                for logger in loggers:
-                    logger.setLevel(logging.ERROR)
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -240,7 +206,35 @@ def _undisturbed_process(*, progress: bool) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.backends.cudnn.benchmark = benchmark
-        DataSplitter.data_loader_cls = loader_cls
+
+
+@contextmanager
+def own_data_loader() -> Iterator[None]:
+    """Restore scvi-tools' data loader after the body.
+
+    ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model
+    would then train with AMICI's loader.
+    """
+    before = DataSplitter.data_loader_cls
+    try:
+        yield
+    finally:
+        DataSplitter.data_loader_cls = before
+
+
+def give_own_data_splitter(model: Any, *, batch_size: int | None = None) -> None:
+    """Let one model train with AMICI's loader without touching the class that all scvi-tools models share."""
+
+    class SpatialSplitter(DataSplitter):
+        data_loader_cls = type(model)._data_loader_cls
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # the base class drops batch_size from the loader's settings
+            if batch_size is not None:
+                self.data_loader_kwargs["batch_size"] = batch_size
+
+    model._data_splitter_cls = SpatialSplitter
 
 
 DEMO_TRAINING = TrainingRecipe(
@@ -261,25 +255,3 @@ DEMO_TRAINING = TrainingRecipe(
     },
 )
 """A recipe with which AMICI learns `amici_eval.data.simulate.DEMO_TISSUE` in about a minute on one core."""
-
-
-@contextmanager
-def own_data_loader() -> Iterator[None]:
-    """Restore scvi-tools' data loader after the body.
-
-    ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model
-    would then train with AMICI's loader.
-    """
-    from scvi.dataloaders import DataSplitter
-
-    before = DataSplitter.data_loader_cls
-    try:
-        yield
-    finally:
-        DataSplitter.data_loader_cls = before
-
-
-def give_own_data_splitter(model: Any) -> None:
-    """Let one model train with AMICI's loader without touching the class that all scvi-tools models share."""
-    base = type(model)._data_splitter_cls
-    model._data_splitter_cls = type(base.__name__, (base,), {"data_loader_cls": type(model)._data_loader_cls})

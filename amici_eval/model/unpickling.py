@@ -69,7 +69,7 @@ _MOST_PARTS = 10_000
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SavedAMICI:
-    """The content of a ``model.pt``.
+    """The content of a ``model.pt``, or the same of a live model.
 
     ``attributes`` are the model's by name: ``init_params_``, ``registry_``, ``history_``, rows of the splits;
     ``weights`` is the module's state dict, on the CPU.

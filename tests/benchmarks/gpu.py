@@ -12,12 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from amici_eval.model.engines.attention import attend
+from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.folding import fold_encoder
 from amici_eval.stats.permutation.factor_nulls import factor_exceedances
@@ -65,14 +66,15 @@ def random_weights(size: Sizes, device: str) -> EncoderWeights:
     state = random_state(size)
     norms = {name.removesuffix(".weight") for name in state if ".nn.1." in name or ".nn.4." in name}
     norms |= {name.removesuffix(".weight") for name in state if name.endswith("project_nn.1.weight")}
-    settings = {
-        "n_heads": size.heads,
-        "attention_dummy_score": 3.0,
-        "pos_coef_offset": -2.0,
-        "distance_kernel_unit_scale": 10.0,
-        "epsilons": dict.fromkeys([*norms, "attention_layer.norm_o"], 1e-5),
-    }
-    return fold_encoder(state, settings, device=device)
+    module = SimpleNamespace(
+        n_heads=size.heads,
+        attention_layer=SimpleNamespace(dummy_attn_score=3.0),
+        pos_coef_offset=-2.0,
+        distance_kernel_unit_scale=10.0,
+        state_dict=lambda: state,
+        named_modules=lambda: [(name, torch.nn.LayerNorm(1)) for name in (*norms, "attention_layer.norm_o")],
+    )
+    return fold_encoder(module, device=device)
 
 
 def random_state(size: Sizes) -> dict[str, torch.Tensor]:
@@ -177,14 +179,8 @@ def run_small(size: Sizes, device: str, **forms: Any) -> dict[str, np.ndarray]:
     weights = random_weights(size, device)
     tables = SenderTables.empty(weights, cells.n_cells, device=device)
     cells.embed(weights, tables, device)
-    outputs = attend(
-        tables,
-        cells.slots,
-        cells.distances,
-        cells.types,
-        dummy_score=weights.dummy_score,
-        use_compiled=forms.get("compiled"),
-    )
+    compute = attend_by_torch if forms.get("compiled") is False else attend
+    outputs = compute(tables, Receivers(cells.slots, cells.distances, cells.types))
     readout = weights.readout(0)
     tiles = np.arange(cells.n_cells) * 4 // cells.n_cells
     moments = gather_moments(outputs, readout, cells.blocks(), tiles=tiles, device=device)
@@ -291,7 +287,7 @@ def time_stages(size: Sizes, n_cells: int, device: str, limits: dict[str, float]
     yield row("encoder", seconds, operations=operations)
 
     def attention() -> np.ndarray:
-        return attend(tables, part.slots, part.distances, part.types, dummy_score=weights.dummy_score)
+        return attend(tables, Receivers(part.slots, part.distances, part.types))
 
     seconds = best_seconds(attention) * n_cells / in_tables
     moved = 4.0 * n_cells * (size.neighbours * (columns + 2 * size.heads + 2) + columns)

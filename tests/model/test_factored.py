@@ -15,7 +15,7 @@ from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import Parity, check_parity, evaluate_access
 from amici_eval.model.cards import card_of
 from amici_eval.model.engines import factored
-from amici_eval.model.engines.attention import attend, compiled_attention
+from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch, compiled_attention
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.folding import fold_encoder
@@ -33,17 +33,6 @@ KEEPS = [(0,), (1,), (0, 1), None, ()]
 def opened(model, adata, **settings):
     tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
     return open_access(model, tissue, AblationSpec(device="cpu", **settings))
-
-
-def settings_of(module) -> dict:
-    norms = {name: part.eps for name, part in module.named_modules() if isinstance(part, torch.nn.LayerNorm)}
-    return {
-        "n_heads": module.n_heads,
-        "attention_dummy_score": module.attention_layer.dummy_attn_score,
-        "pos_coef_offset": module.pos_coef_offset,
-        "distance_kernel_unit_scale": module.distance_kernel_unit_scale,
-        "epsilons": norms,
-    }
 
 
 @pytest.mark.parametrize(
@@ -73,20 +62,14 @@ def test_tables_and_readout_give_the_forward_pass(sizes):
             parameter += 0.3 * torch.randn_like(parameter)
         x, index = torch.rand(n_cells, n_genes), torch.randint(0, n_cells, (n_cells, n_neighbors))
         distance, labels = 20 * torch.rand(n_cells, n_neighbors), torch.randint(0, n_types, (n_cells, 1))
-        weights = fold_encoder(module.state_dict(), settings_of(module), device="cpu")
+        weights = fold_encoder(module, device="cpu")
         tables = SenderTables.empty(weights, n_cells, device="cpu")
         needed = torch.rand(n_cells, n_types) < 0.5
         needed[index, labels] = True
         order = torch.randperm(n_cells)
         for part in order.split(13):
             embed_senders(weights, x[part], needed[part], part, tables)
-        outputs = attend(
-            tables,
-            index.numpy().astype(np.int32),
-            distance.numpy(),
-            labels[:, 0].numpy(),
-            dummy_score=weights.dummy_score,
-        )
+        outputs = attend(tables, Receivers(index.numpy().astype(np.int32), distance.numpy(), labels[:, 0].numpy()))
         for keep in [None, (), *((head,) for head in range(module.n_heads))]:
             with keep_heads(module, keep):
                 _, found = module({"X": x, "labels": labels, "nn_x": x[index], "nn_dist": distance}, compute_loss=False)
@@ -175,13 +158,14 @@ def test_compiled_and_plain_attention_agree():
     tables = SenderTables(
         values=torch.from_numpy(rng.normal(size=(50, 15)).astype(np.float32)),
         pairs=torch.from_numpy(rng.exponential(size=(50, 4, 2, 3)).astype(np.float32)),
+        dummy_score=0.5,
     )
     slots = rng.integers(0, 50, (9000, 6)).astype(np.int32)
     distances = rng.exponential(40.0, (9000, 6)).astype(np.float32)
     types = rng.integers(0, 4, 9000)
-    ours = attend(tables, slots, distances, types, dummy_score=0.5, use_compiled=True)
-    plain = attend(tables, slots, distances, types, dummy_score=0.5, use_compiled=False)
-    np.testing.assert_allclose(ours, plain, atol=1e-6, rtol=0)
+    receivers = Receivers(slots, distances, types)
+    ours = attend(tables, receivers)
+    np.testing.assert_allclose(ours, attend_by_torch(tables, receivers), atol=1e-6, rtol=0)
     by_hand = []
     for h in range(3):
         pairs = tables.pairs[slots[7], types[7], :, h].numpy()
@@ -196,15 +180,6 @@ def test_without_numba_attention_is_plain_torch(monkeypatch, trained, adata):
     whole = outputs_of(trained, adata, rows)
     monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     np.testing.assert_allclose(outputs_of(trained, adata, rows), whole, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="needs numba"):
-        attend(
-            SenderTables(torch.zeros(1, 1), torch.zeros(1, 1, 2, 1)),
-            None,
-            None,
-            None,
-            dummy_score=0.0,
-            use_compiled=True,
-        )
 
 
 def test_out_of_memory_halves_the_work_and_goes_on(trained, adata, monkeypatch, caplog):
@@ -288,7 +263,7 @@ def test_an_engine_that_disagrees_gives_way(trained, adata, caplog):
     with opened(trained, adata, engine="hooked") as access:
         literal = evaluate_access(access, quick)
     with caplog.at_level(logging.WARNING), opened(trained, adata) as access:
-        access._weights.values.bias.add_(0.05)
+        access._weights.key_values.values.bias.add_(0.05)
         fallen_back = evaluate_access(access, quick)
     assert fallen_back.engine == "hooked"
     assert fallen_back.parity > 1e-3
@@ -301,7 +276,7 @@ def test_an_engine_that_disagrees_gives_way(trained, adata, caplog):
 
 def test_predictions_that_are_numbers_in_one_engine_only_are_no_parity(trained, adata):
     with opened(trained, adata) as access:
-        access._weights.values.bias.fill_(torch.nan)
+        access._weights.key_values.values.bias.fill_(torch.nan)
         parity = check_parity(access, access.receivers())
         assert parity.largest_difference == np.inf
         assert not parity.holds

@@ -12,7 +12,7 @@ from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.model.cards import card_of
 from amici_eval.model.engines import factored
-from amici_eval.model.engines.attention import attend, compiled_attention
+from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch
 from amici_eval.model.engines.encoder import SenderTables
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.opening import open_access
@@ -56,8 +56,6 @@ def evaluation(_tissue, amici_dir):
 def test_without_a_sender_type_outputs_are_those_of_masked_scores(trained, adata, monkeypatch, use_numba):
     if not use_numba:
         monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
-    elif compiled_attention() is None:
-        pytest.skip("numba is not installed")
     rows = np.random.default_rng(0).permutation(adata.n_obs)[:90]
     with opened(trained, adata, batch_size=200) as access:
         senders = tuple(range(len(access.card.cell_types)))
@@ -75,16 +73,14 @@ def test_without_a_sender_type_outputs_are_those_of_masked_scores(trained, adata
     assert min(changed) > 1e-3
 
 
-@pytest.mark.parametrize("use_compiled", [True, False])
-def test_a_masked_row_has_no_weight_however_low_all_other_scores_are(use_compiled):
-    if use_compiled and compiled_attention() is None:
-        pytest.skip("numba is not installed")
-    tables = SenderTables(torch.full((2, 6), 5.0), torch.full((2, 3, 2, 2), 7.0))
+@pytest.mark.parametrize("compute", [attend, attend_by_torch])
+def test_a_masked_row_has_no_weight_however_low_all_other_scores_are(compute):
+    tables = SenderTables(torch.full((2, 6), 5.0), torch.full((2, 3, 2, 2), 7.0), dummy_score=3.0)
     tables.mask(1)
-    rows = np.array([[0, 1], [1, 1]], dtype=np.int32), np.full((2, 2), 3e4, dtype=np.float32), np.array([2, 0])
-    brought = attend(tables, *rows, dummy_score=3.0, use_compiled=use_compiled)
+    slots = np.array([[0, 1], [1, 1]], dtype=np.int32)
     # the first neighbour lies so far away that the dummy has all the attention
-    np.testing.assert_array_equal(brought, 0.0)
+    receivers = Receivers(slots, np.full((2, 2), 3e4, dtype=np.float32), np.array([2, 0]))
+    np.testing.assert_array_equal(compute(tables, receivers), 0.0)
 
 
 def test_all_sender_types_come_from_one_embedding_and_tiles_change_nothing(trained, adata, monkeypatch):

@@ -1,1 +1,4 @@
-"""Outputs and predictions of each head: the hooked engine (reference) and the factored one (fast)."""
+"""`opening` chooses the engine: `hooked`, the model's own forward pass, or `factored`, which computes each sender once.
+
+For `factored`, `folding` prepares the weights, `encoder` computes senders, and `attention` what receivers get of them.
+"""

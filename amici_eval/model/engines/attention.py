@@ -18,24 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from jaxtyping import Float32, Float64, Int32, Int64
+    from torch import Tensor
 
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.matrices import ExpressionBlock, RowReader
     from amici_eval.model.engines.encoder import SenderTables
     from amici_eval.stats.readout import Readout
-
-__all__ = [
-    "GATHERED_ENTRIES",
-    "SenderSums",
-    "SentFactors",
-    "attend",
-    "attention_weights",
-    "compiled_attention",
-    "outputs_without_nearest",
-    "outputs_without_senders",
-    "softmax_weights",
-    "sums_by_sender",
-]
 
 FAINT = 80.0
 """A neighbour with a score this far below the strongest has weight 0: exp(-80) is 2e-35. Without it far neighbours have
@@ -52,36 +40,46 @@ GATHERED_ENTRIES = 2**24
 """Number of values that plain torch gathers at a time."""
 
 
-def attend(
-    tables: SenderTables,
-    slots: Int32[np.ndarray, "receivers neighbours"],
-    distances: Float32[np.ndarray, "receivers neighbours"],
-    types: Int64[np.ndarray, " receivers"],
-    *,
-    dummy_score: float,
-    use_compiled: bool | None = None,
-) -> Float32[np.ndarray, "receivers outputs"]:
+@dataclass(frozen=True, eq=False)
+class Receivers:
+    """Some receivers: slots of their neighbours in the sender tables, distances to these, codes of their own types."""
+
+    slots: Int32[np.ndarray, "receivers neighbours"]
+    distances: Float32[np.ndarray, "receivers neighbours"]
+    types: Int64[np.ndarray, " receivers"]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Receivers:
+        return Receivers(self.slots[rows], self.distances[rows], self.types[rows])
+
+    def chunks(self, values_per_receiver: int) -> Iterator[slice]:
+        """Yield ranges of receivers for which plain torch gathers a bounded number of values."""
+        step = max(1, GATHERED_ENTRIES // values_per_receiver)
+        for start in range(0, len(self), step):
+            yield slice(start, start + step)
+
+
+def attend(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers outputs"]:
     """Return the attention outputs of each receiver, before the output projection.
 
     Softmax over neighbours and dummy of ``score - coefficient * distance``. Weights below ``exp(-80)`` of the strongest
     are 0.
     """
-    on_cpu = tables.values.device.type == "cpu"
-    kernel = compiled_attention() if on_cpu and use_compiled is not False else None
+    kernel = compiled_attention() if tables.values.device.type == "cpu" else None
     if kernel is None:
-        if use_compiled:
-            msg = "the compiled kernel needs numba and tables on the CPU"
-            raise ValueError(msg)
-        return _attend_torch(tables, slots, distances, types, dummy_score)
-    n_heads = tables.pairs.shape[3]
-    out = np.empty((len(slots), tables.values.shape[1]), dtype=np.float32)
+        return attend_by_torch(tables, receivers)
+    n_heads, dummy_score = tables.pairs.shape[3], np.float32(tables.dummy_score)
+    out = np.empty((len(receivers), tables.values.shape[1]), dtype=np.float32)
     values, pairs = tables.values.numpy(), tables.pairs.numpy()
 
     def task(start: int) -> None:
         rows = slice(start, start + _ROWS_PER_TASK)
-        kernel(values, pairs, slots[rows], distances[rows], types[rows], np.float32(dummy_score), n_heads, out[rows])
+        part = receivers[rows]
+        kernel(values, pairs, part.slots, part.distances, part.types, dummy_score, n_heads, out[rows])
 
-    starts = range(0, len(slots), _ROWS_PER_TASK)
+    starts = range(0, len(receivers), _ROWS_PER_TASK)
     n_threads = min(torch.get_num_threads(), len(starts))
     if n_threads <= 1:
         for start in starts:
@@ -92,61 +90,42 @@ def attend(
     return out
 
 
-def _attend_torch(
-    tables: SenderTables,
-    slots: Int32[np.ndarray, "receivers neighbours"],
-    distances: Float32[np.ndarray, "receivers neighbours"],
-    types: Int64[np.ndarray, " receivers"],
-    dummy_score: float,
-) -> Float32[np.ndarray, "receivers outputs"]:
-    device = tables.values.device
-    n_heads = tables.pairs.shape[3]
-    n_neighbours, n_outputs = slots.shape[1], tables.values.shape[1]
-    out = np.empty((len(slots), n_outputs), dtype=np.float32)
-    step = max(1, GATHERED_ENTRIES // (n_neighbours * n_outputs))
-    for start in range(0, len(slots), step):
-        rows = slice(start, start + step)
-        index = torch.from_numpy(slots[rows].astype(np.int64)).to(device)
-        codes = torch.from_numpy(types[rows]).to(device)
-        distance = torch.from_numpy(np.ascontiguousarray(distances[rows])).to(device)
-        weights = softmax_weights(tables, index, distance, codes, dummy_score)
-        values = tables.values[index].view(len(index), n_neighbours, n_heads, -1)
-        out[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(index), n_outputs).cpu().numpy()
+def attend_by_torch(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers outputs"]:
+    """Return the same as :func:`attend` on any device, without the compiled kernel."""
+    n_neighbours, n_outputs, n_heads = receivers.slots.shape[1], tables.values.shape[1], tables.pairs.shape[3]
+    out = np.empty((len(receivers), n_outputs), dtype=np.float32)
+    for rows in receivers.chunks(n_neighbours * n_outputs):
+        # only these two, so that the memory of the pairs is free
+        weights, slots = _softmax(tables, receivers[rows])[:2]
+        values = tables.values[slots].view(len(slots), n_neighbours, n_heads, -1)
+        out[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(slots), n_outputs).cpu().numpy()
     return out
 
 
-def attention_weights(
-    tables: SenderTables,
-    slots: Int32[np.ndarray, "receivers neighbours"],
-    distances: Float32[np.ndarray, "receivers neighbours"],
-    types: Int64[np.ndarray, " receivers"],
-    *,
-    dummy_score: float,
-) -> Float32[np.ndarray, "receivers heads places"]:
+def attention_weights(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers heads places"]:
     """Return each head's attention to the neighbours and, last, to the dummy."""
-    device = tables.values.device
-    weights = softmax_weights(
-        tables,
-        torch.from_numpy(slots.astype(np.int64)).to(device),
-        torch.from_numpy(np.ascontiguousarray(distances)).to(device),
-        torch.from_numpy(types).to(device),
-        dummy_score,
-    )
+    weights = _softmax(tables, receivers)[0]
     shared: Float32[np.ndarray, "receivers heads places"] = (
         torch.cat([weights, 1.0 - weights.sum(dim=1, keepdim=True)], dim=1).clamp(min=0.0).transpose(1, 2).cpu().numpy()
     )
     return shared
 
 
-def softmax_weights(
-    tables: SenderTables, slots: torch.Tensor, distances: torch.Tensor, types: torch.Tensor, dummy_score: float
-) -> torch.Tensor:
-    """Return the weights of neighbours, shape (receivers, neighbours, heads); the dummy has the rest to 1."""
-    pairs = tables.pairs[slots, types[:, None]]
-    scores = pairs[:, :, 0] - pairs[:, :, 1] * distances[:, :, None]
-    strongest = scores.amax(dim=1).clamp(min=dummy_score)[:, None]
+def _softmax(tables: SenderTables, receivers: Receivers) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of neighbours, their slots, and the coefficients of their distances.
+
+    Weights and coefficients are of shape (receivers, neighbours, heads); the dummy has the rest of the weights to 1.
+    """
+    device = tables.values.device
+    slots = torch.from_numpy(receivers.slots.astype(np.int64)).to(device)
+    distances = torch.from_numpy(np.ascontiguousarray(receivers.distances)).to(device)
+    pairs = tables.pairs[slots, torch.from_numpy(receivers.types).to(device)[:, None]]
+    coefficients = pairs[:, :, 1]
+    scores = pairs[:, :, 0] - coefficients * distances[:, :, None]
+    strongest = scores.amax(dim=1).clamp(min=tables.dummy_score)[:, None]
     weights = torch.where(scores < strongest - FAINT, 0.0, torch.exp(scores - strongest))
-    return weights / (weights.sum(dim=1, keepdim=True) + torch.exp(dummy_score - strongest))
+    weights = weights / (weights.sum(dim=1, keepdim=True) + torch.exp(tables.dummy_score - strongest))
+    return weights, slots, coefficients
 
 
 @functools.cache
@@ -259,23 +238,17 @@ class SenderSums:
         )
 
 
-def outputs_without_nearest(
-    tables: SenderTables,
-    slots: Int32[np.ndarray, "receivers neighbours"],
-    distances: Float32[np.ndarray, "receivers neighbours"],
-    types: Int64[np.ndarray, " receivers"],
-    *,
-    dummy_score: float,
-) -> Float32[np.ndarray, "receivers outputs"]:
+def outputs_without_nearest(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers outputs"]:
     """Return the attention outputs with each receiver's nearest neighbour masked; NaN for ties."""
-    if slots.shape[1] < 2:
+    n_receivers, distances = len(receivers), receivers.distances
+    if distances.shape[1] < 2:
         # with one neighbour all attention goes to the dummy, whose value is 0
-        return np.zeros((len(slots), tables.values.shape[1]), dtype=np.float32)
+        return np.zeros((n_receivers, tables.values.shape[1]), dtype=np.float32)
     kept = np.ones(distances.shape, dtype=bool)
     # not the first column: with cell radii, distances between outlines need not be sorted
-    kept[np.arange(len(kept)), distances.argmin(axis=1)] = False
-    far = slots[kept].reshape(len(slots), -1), distances[kept].reshape(len(slots), -1)
-    outputs = attend(tables, *far, types, dummy_score=dummy_score)
+    kept[np.arange(n_receivers), distances.argmin(axis=1)] = False
+    slots, far = (part[kept].reshape(n_receivers, -1) for part in (receivers.slots, distances))
+    outputs = attend(tables, Receivers(slots, far, receivers.types))
     least, second = np.partition(distances, 1, axis=1)[:, :2].T
     outputs[second - least <= _TIE * second] = np.nan
     return outputs
@@ -283,14 +256,11 @@ def outputs_without_nearest(
 
 def outputs_without_senders(
     tables: SenderTables,
-    slots: Int32[np.ndarray, "receivers neighbours"],
-    distances: Float32[np.ndarray, "receivers neighbours"],
-    types: Int64[np.ndarray, " receivers"],
+    receivers: Receivers,
     sender_types: Int64[np.ndarray, "receivers neighbours"],
     *,
     whole: Float32[np.ndarray, "receivers outputs"],
     senders: Sequence[int],
-    dummy_score: float,
 ) -> Float32[np.ndarray, "senders receivers outputs"]:
     """Return the attention outputs with all neighbours of a type masked, for one type after the other."""
     nobody = len(tables.values) - 1
@@ -300,39 +270,32 @@ def outputs_without_senders(
         rows = np.flatnonzero(masked.any(axis=1))
         outputs[position] = whole
         if len(rows):
-            others = np.where(masked[rows], np.int32(nobody), slots[rows])
-            outputs[position, rows] = attend(tables, others, distances[rows], types[rows], dummy_score=dummy_score)
+            own = receivers[rows]
+            others = np.where(masked[rows], np.int32(nobody), own.slots)
+            outputs[position, rows] = attend(tables, replace(own, slots=others))
     return outputs
 
 
 def sums_by_sender(
     tables: SenderTables,
-    slots: Int32[np.ndarray, "receivers neighbours"],
-    distances: Float32[np.ndarray, "receivers neighbours"],
-    types: Int64[np.ndarray, " receivers"],
+    receivers: Receivers,
     sender_types: Int64[np.ndarray, "receivers neighbours"],
     *,
     n_types: int,
-    dummy_score: float,
 ) -> SenderSums:
     """Return attention and its fall with distance, summed by type of receiver and of sender."""
-    device, n_heads, n_neighbours = tables.values.device, tables.pairs.shape[3], slots.shape[1]
+    n_heads = tables.pairs.shape[3]
     sums = SenderSums.zeros(n_types, n_heads)
-    step = max(1, GATHERED_ENTRIES // (2 * n_neighbours * n_heads))
-    for start in range(0, len(slots), step):
-        rows = slice(start, start + step)
-        index = torch.from_numpy(slots[rows].astype(np.int64)).to(device)
-        codes = torch.from_numpy(types[rows]).to(device)
-        distance = torch.from_numpy(np.ascontiguousarray(distances[rows])).to(device)
-        weights = softmax_weights(tables, index, distance, codes, dummy_score)
-        falling = weights * tables.pairs[index, codes[:, None]][:, :, 1]
-        pair = (types[rows, None] * n_types + sender_types[rows]).ravel()
-        for head in range(n_heads):
-            for total, values in ((sums.attention, weights), (sums.coefficient, falling)):
+    for rows in receivers.chunks(2 * sender_types.shape[1] * n_heads):
+        types, senders = receivers.types[rows], sender_types[rows]
+        weights, _, coefficients = _softmax(tables, receivers[rows])
+        pair = (types[:, None] * n_types + senders).ravel()
+        for total, values in ((sums.attention, weights), (sums.coefficient, weights * coefficients)):
+            for head in range(n_heads):
                 own = values[:, :, head].cpu().numpy().ravel()
                 total[:, :, head] += np.bincount(pair, weights=own, minlength=n_types**2).reshape(n_types, n_types)
         for sender in range(n_types):
-            near = types[rows][(sender_types[rows] == sender).any(axis=1)]
+            near = types[(senders == sender).any(axis=1)]
             sums.n_receivers[:, sender] += np.bincount(near, minlength=n_types)
     return sums
 

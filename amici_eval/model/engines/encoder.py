@@ -22,17 +22,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
     from torch import Tensor
 
-__all__ = [
-    "Affine",
-    "Block",
-    "EncoderKernels",
-    "EncoderWeights",
-    "Norm",
-    "SenderTables",
-    "embed_senders",
-    "encoder_kernels",
-]
-
 _LINEAR_FROM = np.float32(20.0)
 """Argument above which softplus equals its argument, as in torch."""
 
@@ -94,22 +83,26 @@ def _first_layer(sender: Any, rows: Any, type_term: Any, bias: Any, deviation: A
             target[c] = max(row[c] + type_term[c] + bias[c] * scale, zero)
 
 
-def _last_layers(
-    inner: Any,
-    rows: Any,
-    deviation: Any,
-    bias: Any,
-    gain: Any,
-    shift: Any,
-    epsilon: Any,
-    embedded: Any,
-    type_embedding: Any,
-    project: Any,
-    project_bias: Any,
-    offset: Any,
-    unit_scale: Any,
-    out: Any,
-) -> None:
+class LastLayers(NamedTuple):
+    """Weights after the second product of the distance network, for one receiver type, as arrays and float32.
+
+    ``bias`` to ``epsilon``: of the product and of its norm; ``project`` and ``project_bias``: to a number per head,
+    which ``offset``, softplus and ``unit_scale`` turn into a coefficient.
+    """
+
+    bias: np.ndarray
+    gain: np.ndarray
+    shift: np.ndarray
+    epsilon: np.float32
+    type_embedding: np.ndarray
+    project: np.ndarray
+    project_bias: np.ndarray
+    offset: np.float32
+    unit_scale: np.float32
+
+
+def _last_layers(inner: Any, rows: Any, deviation: Any, embedded: Any, layers: Any, out: Any) -> None:
+    bias, gain, shift, epsilon, type_embedding, project, project_bias, offset, unit_scale = layers
     zero, one = np.float32(0.0), np.float32(1.0)
     width, n_embed, n_heads = inner.shape[1], embedded.shape[1], project.shape[0]
     for i in range(rows.shape[0]):
@@ -199,14 +192,73 @@ class Block:
         return x if self.project_norm is None else self.project_norm(x)
 
 
-@dataclass(frozen=True, eq=False)
-class EncoderWeights:
-    """An AMICI's weights on one device, folded for one pass over senders.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeyValues:
+    """From a sender's embedding to its values, and to its attention scores with each receiver type.
 
-    ``kv_spread`` (None without it): affine map whose norm is the divisor of the key-value layer norm; ``base_scores``
-    (types x heads columns) and ``values`` apply before that division, their constants after it. ``pair_sender``,
-    ``pair_type``, ``pair_bias`` split the first distance layer into sender, receiver type and norm, all centred.
-    ``coefficient_offset`` comes before the softplus; distances are divided by ``unit_scale``. The dummy has value 0.
+    ``spread`` (None without it): affine map whose norm is the divisor of the key-value layer norm, with ``epsilon`` and
+    ``width``; ``scores`` (types x heads columns) and ``values`` apply before that division, their constants after it.
+    """
+
+    block: Block
+    spread: Affine | None
+    epsilon: float
+    width: int
+    scores: Affine
+    score_constant: Tensor
+    values: Affine
+    value_constant: Tensor
+
+    def __call__(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values and scores of some senders."""
+        hidden = self.block.hidden(embedded)
+        scale = None
+        if self.spread is not None:
+            spread = self.spread(hidden)
+            scale = torch.rsqrt(spread.square_().sum(dim=1) / self.width + self.epsilon)[:, None]
+        values, scores = self.values(hidden), self.scores(hidden)
+        if scale is not None:
+            values, scores = values.mul_(scale), scores.mul_(scale)
+        return values.add_(self.value_constant), scores.add_(self.score_constant)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DistanceNetwork:
+    """From a sender's embedding and a receiver's type to the coefficient of the distance per head.
+
+    ``of_sender``, ``of_type``, ``bias`` split the first layer into sender, receiver type and norm, all centred, with
+    the norm's ``gain`` and ``epsilon``. ``offset`` comes before the softplus; distances are divided by ``unit_scale``.
+    """
+
+    of_sender: Tensor
+    of_type: Tensor
+    bias: Tensor
+    gain: Tensor
+    epsilon: float
+    block: Block
+    type_embedding: Tensor
+    offset: float
+    unit_scale: float
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it has a second norm and a projection, as it has unless layer sizes coincide."""
+        return self.block.second_norm is not None and self.block.project is not None
+
+    def first_layer(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the senders' part of the first layer, times the gain, and the norm's divisor for each type."""
+        # layer norm of (sender + type): both are centred, so the mean is 0 and the variance the sum of three products
+        first = embedded @ self.of_sender
+        variance = torch.addmm(self.of_type.square().sum(dim=1), first, self.of_type.T, alpha=2.0)
+        variance = variance.add_(first.square().sum(dim=1, keepdim=True)).div_(first.shape[1]).add_(self.epsilon)
+        return first.mul_(self.gain), variance.clamp_(min=self.epsilon).sqrt_()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncoderWeights:
+    """An AMICI's weights on one device, folded for one pass over senders; the dummy has value 0.
+
+    ``query_weights`` to ``norm_epsilon`` make the :class:`~amici_eval.stats.readout.Readout` of each receiver type.
     """
 
     n_heads: int
@@ -215,23 +267,8 @@ class EncoderWeights:
     n_genes: int
     dummy_score: float
     gene_block: Block
-    kv_block: Block
-    kv_spread: Affine | None
-    kv_epsilon: float
-    kv_width: int
-    base_scores: Affine
-    values: Affine
-    base_constant: Tensor
-    value_constant: Tensor
-    pair_sender: Tensor
-    pair_type: Tensor
-    pair_bias: Tensor
-    pair_gain: Tensor
-    pair_epsilon: float
-    pair_block: Block
-    type_embedding: Tensor
-    coefficient_offset: float
-    unit_scale: float
+    key_values: KeyValues
+    distance: DistanceNetwork
     query_weights: Float64[np.ndarray, "types genes"]
     query_gram: Float64[np.ndarray, "types columns"]
     offsets: Float64[np.ndarray, "types genes"]
@@ -245,11 +282,6 @@ class EncoderWeights:
         return self.n_heads * self.head_size
 
     @property
-    def is_usual(self) -> bool:
-        """Whether the distance network has a second norm and a projection, as it has unless layer sizes coincide."""
-        return self.pair_block.second_norm is not None and self.pair_block.project is not None
-
-    @property
     def bytes_per_sender(self) -> int:
         """Memory of one sender in :class:`SenderTables`, in bytes."""
         return 4 * (self.n_outputs + 2 * self.n_heads * self.n_types)
@@ -260,11 +292,10 @@ class EncoderWeights:
         widths = (
             3 * self.n_genes,
             2 * self.gene_block.first.bias.shape[0],
-            6 * self.kv_block.first.weight.shape[0],
-            4 * self.pair_bias.shape[0],
-            self.n_outputs + 2 * self.n_heads * self.n_types,
+            6 * self.key_values.block.first.weight.shape[0],
+            4 * self.distance.bias.shape[0],
         )
-        return 4 * sum(widths)
+        return 4 * sum(widths) + self.bytes_per_sender
 
     def readout(self, code: int) -> Readout:
         """Return the map from attention outputs to predicted expression in receivers of a type code."""
@@ -290,11 +321,12 @@ class SenderTables:
     """The tables of senders from which receivers compute attention.
 
     ``pairs`` holds, by receiver type, the attention score without distance and the coefficient of the distance (1 /
-    coordinate units); 0 where a pair was not needed.
+    coordinate units); 0 where a pair was not needed. ``dummy_score`` is the attention score of the dummy.
     """
 
     values: Float32[Tensor, "senders outputs"]
     pairs: Float32[Tensor, "senders types two heads"]
+    dummy_score: float
 
     @classmethod
     def empty(cls, weights: EncoderWeights, n_senders: int, *, device: str) -> SenderTables:
@@ -302,6 +334,7 @@ class SenderTables:
         return cls(
             values=_empty((n_senders, weights.n_outputs), device=device),
             pairs=_empty((n_senders, weights.n_types, 2, weights.n_heads), device=device).zero_(),
+            dummy_score=weights.dummy_score,
         )
 
     def mask(self, slot: int) -> None:
@@ -327,57 +360,42 @@ def embed_senders(
 ) -> None:
     """Embed some senders and write their values and pairs into the tables."""
     embedded = weights.gene_block(expression)
-    hidden = weights.kv_block.hidden(embedded)
-    scale = None
-    if weights.kv_spread is not None:
-        spread = weights.kv_spread(hidden)
-        scale = torch.rsqrt(spread.square_().sum(dim=1) / weights.kv_width + weights.kv_epsilon)[:, None]
-    values, scores = weights.values(hidden), weights.base_scores(hidden)
-    if scale is not None:
-        values, scores = values.mul_(scale), scores.mul_(scale)
-    tables.values[slots] = values.add_(weights.value_constant)
-    scores = scores.add_(weights.base_constant).view(-1, weights.n_types, weights.n_heads)
-
-    # layer norm of (sender + type): both are centred, so the mean is 0 and the variance the sum of three products
-    first = embedded @ weights.pair_sender
-    width = first.shape[1]
-    variance = torch.addmm(weights.pair_type.square().sum(dim=1), first, weights.pair_type.T, alpha=2.0)
-    variance = variance.add_(first.square().sum(dim=1, keepdim=True)).div_(width).add_(weights.pair_epsilon)
-    deviation = variance.clamp_(min=weights.pair_epsilon).sqrt_()
-    first.mul_(weights.pair_gain)
-    kernels = encoder_kernels() if expression.device.type == "cpu" and weights.is_usual else None
+    values, scores = weights.key_values(embedded)
+    tables.values[slots] = values
+    scores = scores.view(-1, weights.n_types, weights.n_heads)
+    first, deviation = weights.distance.first_layer(embedded)
+    kernels = encoder_kernels() if expression.device.type == "cpu" and weights.distance.is_usual else None
     for code in range(weights.n_types):
         rows = needed[:, code].nonzero().squeeze(1)
         if len(rows) == 0:
             continue
         compute = _coefficients if kernels is None else functools.partial(_coefficients_compiled, kernels)
-        coefficients = compute(weights, code, rows, first, deviation, embedded)
         places = slots[rows]
         tables.pairs[places, code, 0] = scores[rows, code]
-        tables.pairs[places, code, 1] = coefficients
+        tables.pairs[places, code, 1] = compute(weights.distance, code, rows, first, deviation[rows, code], embedded)
 
 
 def _coefficients(
-    weights: EncoderWeights, code: int, rows: Tensor, first: Tensor, deviation: Tensor, embedded: Tensor
+    network: DistanceNetwork, code: int, rows: Tensor, first: Tensor, deviation: Tensor, embedded: Tensor
 ) -> Tensor:
     """Return the distance coefficients of some senders for one receiver type, shape (rows, heads)."""
-    block, n_embed, std = weights.pair_block, embedded.shape[1], deviation[rows, code]
+    block, n_embed = network.block, embedded.shape[1]
     # relu(norm) = relu(sender + type + bias * std) / std; divide after the next product, which has fewer columns
-    columns = torch.stack([std, torch.ones_like(std)], dim=1)
-    terms = torch.stack([weights.pair_bias, weights.pair_type[code] * weights.pair_gain])
+    columns = torch.stack([deviation, torch.ones_like(deviation)], dim=1)
+    terms = torch.stack([network.bias, network.of_type[code] * network.gain])
     inner = torch.addmm(first[rows], columns, terms).relu_()
-    inner = (inner @ block.second.weight).div_(std[:, None]).add_(block.second.bias)
+    inner = (inner @ block.second.weight).div_(deviation[:, None]).add_(block.second.bias)
     residual = inner if block.second_norm is None else block.second_norm(inner)
     residual[:, :n_embed] += embedded[rows]
-    residual[:, n_embed:] += weights.type_embedding[code]
+    residual[:, n_embed:] += network.type_embedding[code]
     residual.relu_()
     coefficients = residual if block.project is None else block.project(residual)
-    return functional.softplus(coefficients + weights.coefficient_offset) / weights.unit_scale
+    return functional.softplus(coefficients + network.offset) / network.unit_scale
 
 
 def _coefficients_compiled(
     kernels: EncoderKernels,
-    weights: EncoderWeights,
+    network: DistanceNetwork,
     code: int,
     rows: Tensor,
     first: Tensor,
@@ -385,28 +403,26 @@ def _coefficients_compiled(
     embedded: Tensor,
 ) -> Tensor:
     """Return the same as :func:`_coefficients`, by kernels that fuse the steps between matrix products."""
-    block, width = weights.pair_block, first.shape[1]
-    assert block.second_norm is not None  # noqa: S101, RUF100 - is_usual
-    assert block.project is not None  # noqa: S101, RUF100 - is_usual
-    std, taken = deviation[rows, code].numpy(), rows.numpy()
-    inner = torch.empty((len(rows), width), dtype=torch.float32)
-    type_term = (weights.pair_type[code] * weights.pair_gain).numpy()
-    kernels.first_layer(first.numpy(), taken, type_term, weights.pair_bias.numpy(), std, inner.numpy())
-    coefficients = torch.empty((len(rows), weights.n_heads), dtype=torch.float32)
+    block, norm, project = network.block, network.block.second_norm, network.block.project
+    assert norm is not None  # is_usual
+    assert project is not None  # is_usual
+    std, taken = deviation.numpy(), rows.numpy()
+    inner = torch.empty((len(rows), first.shape[1]), dtype=torch.float32)
+    type_term = (network.of_type[code] * network.gain).numpy()
+    kernels.first_layer(first.numpy(), taken, type_term, network.bias.numpy(), std, inner.numpy())
+    layers = LastLayers(
+        bias=block.second.bias.numpy(),
+        gain=norm.weight.numpy(),
+        shift=norm.bias.numpy(),
+        epsilon=np.float32(norm.epsilon),
+        type_embedding=network.type_embedding[code].numpy(),
+        project=project.weight.T.contiguous().numpy(),
+        project_bias=project.bias.numpy(),
+        offset=np.float32(network.offset),
+        unit_scale=np.float32(network.unit_scale),
+    )
+    coefficients = torch.empty((len(rows), project.bias.shape[0]), dtype=torch.float32)
     kernels.last_layers(
-        (inner @ block.second.weight).numpy(),
-        taken,
-        std,
-        block.second.bias.numpy(),
-        block.second_norm.weight.numpy(),
-        block.second_norm.bias.numpy(),
-        np.float32(block.second_norm.epsilon),
-        embedded.numpy(),
-        weights.type_embedding[code].numpy(),
-        block.project.weight.T.contiguous().numpy(),
-        block.project.bias.numpy(),
-        np.float32(weights.coefficient_offset),
-        np.float32(weights.unit_scale),
-        coefficients.numpy(),
+        (inner @ block.second.weight).numpy(), taken, std, embedded.numpy(), layers, coefficients.numpy()
     )
     return coefficients

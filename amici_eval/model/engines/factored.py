@@ -15,6 +15,7 @@ from amici_eval.common.memory import available_memory, free_bytes, memory_errors
 from amici_eval.common.threads import run_on_single_threads
 from amici_eval.data.matrices import sent
 from amici_eval.model.engines.attention import (
+    Receivers,
     SenderSums,
     SentFactors,
     attend,
@@ -25,19 +26,17 @@ from amici_eval.model.engines.attention import (
 )
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.folding import fold_encoder
+from amici_eval.model.engines.hooked import EngineAccess
 from amici_eval.stats.spatial.tiles import morton_codes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from jaxtyping import Bool, Float32, Float64, Int32, Int64
+    from jaxtyping import Bool, Float32, Int32, Int64
 
-    from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import ExpressionBlock
     from amici_eval.model.engines.hooked import HookedAccess
     from amici_eval.stats.readout import Readout
-
-__all__ = ["FactoredAccess", "HeadOutputs", "memory_budget", "warn_of_budget"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ class HeadOutputs:
     by_sender: SenderSums | None = None
 
 
-class FactoredAccess:
+class FactoredAccess(EngineAccess):
     """A model on a tissue with the attention outputs of each receiver.
 
     ``memory_bytes`` bounds tables and chunks; None: a quarter of the device's free memory when attention begins.
@@ -112,81 +111,25 @@ class FactoredAccess:
     engine = "factored"
 
     def __init__(self, hooked: HookedAccess, *, memory_bytes: int | None = None) -> None:
+        super().__init__(hooked.card, hooked.tissue, device=hooked.device, notes=hooked.notes)
         self.hooked = hooked
-        self.card: ModelCard = hooked.card
-        self.statistics_device = hooked.statistics_device
-        self._tissue = hooked.tissue
-        self._device = hooked.device
-        module = hooked.module
-        self._weights = fold_encoder(
-            module.state_dict(),
-            {
-                "n_heads": module.n_heads,
-                "attention_dummy_score": module.attention_layer.dummy_attn_score,
-                "pos_coef_offset": module.pos_coef_offset,
-                "distance_kernel_unit_scale": module.distance_kernel_unit_scale,
-                "epsilons": {
-                    name: part.eps for name, part in module.named_modules() if isinstance(part, torch.nn.LayerNorm)
-                },
-            },
-            device=self._device,
-        )
+        self._weights = fold_encoder(hooked.module, device=self.device)
         # cells close on the curve are close in the tissue, so that tiles have small rims and tables stay in cache
-        self._curve = morton_codes(self._tissue.coordinates[:, :2])
+        self._curve = morton_codes(self.tissue.coordinates[:, :2])
         self._asked_memory = memory_bytes
         self._memory, self._chunk, self._tile = sys.maxsize, sys.maxsize, sys.maxsize
-        self._n_threads = torch.get_num_threads() if torch.device(self._device).type == "cpu" else 1
-        warn_of_budget(memory_bytes, self._device)
+        self._n_threads = torch.get_num_threads() if torch.device(self.device).type == "cpu" else 1
+        warn_of_budget(memory_bytes, self.device)
         self._plan()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Remarks on model and data."""
-        return self.hooked.notes
-
-    @property
-    def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
-        """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
-        return self._tissue.fitted
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory budget of tables and chunks."""
-        return self._memory
-
-    def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
-        """Return the evaluated rows by cell type, in canonical order."""
-        return self.hooked.receivers()
-
-    def cell_names(self, rows: Int64[np.ndarray, " cells"]) -> list[str]:
-        """Return the names of some cells."""
-        return self.hooked.cell_names(rows)
-
-    def coordinates(self, rows: Int64[np.ndarray, " cells"]) -> Float64[np.ndarray, "cells dimensions"]:
-        """Return the coordinates of some cells."""
-        return self._tissue.coordinates[rows]
 
     @property
     def neighbour_rows(self) -> Int32[np.ndarray, "all_cells neighbours"]:
         """Rows of the cells that each cell of the tissue attends to."""
         return self.hooked.neighbour_rows
 
-    @property
-    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
-        """The model's code of each cell's type."""
-        return self._tissue.label_codes
-
-    def samples(self, rows: Int64[np.ndarray, " cells"]) -> np.ndarray | None:
-        """Return the section of some cells, if a sample column was named."""
-        return None if self._tissue.samples is None else self._tissue.samples[rows]
-
-    def expression(self, rows: Int64[np.ndarray, " cells"]) -> Float32[np.ndarray, "cells genes"]:
-        """Return the measured expression of some cells."""
-        return self._tissue.expression(rows)
-
     def expression_blocks(self, rows: Int64[np.ndarray, " cells"]) -> Iterator[ExpressionBlock]:
         """Yield the measured expression of some cells, block by block, in the order of storage."""
-        return self._tissue.expression_blocks(rows, max_rows=self._read_rows)
+        return self.tissue.expression_blocks(rows, max_rows=self._read_rows)
 
     def readout(self, cell_type: str) -> Readout:
         """Return the map from attention outputs to predicted expression in receivers of a type."""
@@ -202,7 +145,7 @@ class FactoredAccess:
         """Return predicted expression under each ablation; ``None`` keeps all heads, ``()`` keeps none."""
         outputs = self.head_outputs(rows)
         predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
-        codes = self._tissue.label_codes[rows]
+        codes = self.tissue.label_codes[rows]
         for position, heads in enumerate(keeps):
             for code in np.unique(codes):
                 of_type = codes == code
@@ -238,21 +181,18 @@ class FactoredAccess:
         """Return the attention outputs of some receivers, and others as asked for, in one pass over the senders."""
         # free memory may have changed
         self._plan()
+        width, n_places = self._weights.n_outputs, self.neighbour_rows.shape[1] + 1
+
+        def empty(*shape: int) -> np.ndarray:
+            return np.empty(shape, dtype=np.float32)
+
         outputs = HeadOutputs(
-            whole=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32),
-            without_nearest=np.empty((len(rows), self._weights.n_outputs), dtype=np.float32)
-            if without_nearest
-            else None,
-            attention=None
-            if attention_of is None
-            else np.empty(
-                (len(attention_of), self._weights.n_heads, self.neighbour_rows.shape[1] + 1), dtype=np.float32
-            ),
-            without_senders=np.empty((len(without_senders), len(rows), self._weights.n_outputs), dtype=np.float32)
-            if len(without_senders)
-            else None,
+            whole=empty(len(rows), width),
+            without_nearest=empty(len(rows), width) if without_nearest else None,
+            attention=None if attention_of is None else empty(len(attention_of), self._weights.n_heads, n_places),
+            without_senders=empty(len(without_senders), len(rows), width) if len(without_senders) else None,
+            by_sender=SenderSums.zeros(self._weights.n_types, self._weights.n_heads) if len(without_senders) else None,
         )
-        by_sender = SenderSums.zeros(self._weights.n_types, self._weights.n_heads) if len(without_senders) else None
         slot = np.full(len(rows), -1, dtype=np.int64)
         if attention_of is not None:
             slot[attention_of] = np.arange(len(attention_of))
@@ -270,19 +210,20 @@ class FactoredAccess:
             if found is None:
                 self._halve()
                 continue
-            outputs.whole[part] = found.whole
-            if outputs.without_nearest is not None and found.without_nearest is not None:
-                outputs.without_nearest[part] = found.without_nearest
-            if outputs.attention is not None and found.attention is not None:
-                outputs.attention[slot[part][slot[part] >= 0]] = found.attention
-            if outputs.without_senders is not None and found.without_senders is not None:
-                outputs.without_senders[:, part] = found.without_senders
-            if by_sender is not None and found.by_sender is not None:
-                by_sender = by_sender.plus(found.by_sender)
+            for whole, tile, place in (
+                (outputs.whole, found.whole, part),
+                (outputs.without_nearest, found.without_nearest, part),
+                (outputs.attention, found.attention, slot[part][asked.attended]),
+                (outputs.without_senders, found.without_senders, (slice(None), part)),
+            ):
+                if whole is not None:
+                    whole[place] = tile
+            if outputs.by_sender is not None and found.by_sender is not None:
+                outputs = replace(outputs, by_sender=outputs.by_sender.plus(found.by_sender))
             start += len(part)
             if progress is not None:
                 progress(len(part))
-        return replace(outputs, by_sender=by_sender)
+        return outputs
 
     def sender_batches(self, n_receivers: int) -> list[tuple[int, ...]]:
         """Return the codes of the cell types in the tissue, in batches whose masked outputs fit in memory.
@@ -291,9 +232,9 @@ class FactoredAccess:
         at once, as moments are taken in the order of storage and not of tiles. Senders are embedded again for each
         batch.
         """
-        codes = np.unique(self._tissue.label_codes).tolist()
+        codes = np.unique(self.tissue.label_codes).tolist()
         room = memory_budget(self._asked_memory, "cpu")
-        if torch.device(self._device).type == "cpu":
+        if torch.device(self.device).type == "cpu":
             room = min(room, self._memory)
         step = max(1, room // max(1, 4 * n_receivers * self._weights.n_outputs))
         return [tuple(codes[start : start + step]) for start in range(0, len(codes), step)]
@@ -303,17 +244,17 @@ class FactoredAccess:
         return SentFactors(
             card=replace(self.card, training_cells=None, fingerprints=None),
             readouts={cell_type: self.readout(cell_type) for cell_type in self.card.cell_types},
-            matrix=sent(self._tissue.matrix),
-            gene_columns=self._tissue.gene_columns,
+            matrix=sent(self.tissue.matrix),
+            gene_columns=self.tissue.gene_columns,
             read_rows=self._read_rows,
             statistics_device=self.statistics_device,
         )
 
     def _plan(self) -> None:
         """Choose sizes by the memory that is free now, never larger than before."""
-        self._memory = memory = min(self._memory, memory_budget(self._asked_memory, self._device))
+        self._memory = memory = min(self._memory, memory_budget(self._asked_memory, self.device))
         for_chunks = memory // _SHARE_OF_CHUNKS
-        largest = _SENDER_CHUNK.get(torch.device(self._device).type, 1024)
+        largest = _SENDER_CHUNK.get(torch.device(self.device).type, 1024)
         chunk = int(np.clip(for_chunks // self._weights.bytes_per_embedding, _LEAST_CHUNK, largest))
         # bytes: float32 as read, float64 for moments, and the factors of all heads
         per_row = 12 * self._weights.n_genes + 24 * (self._weights.n_outputs + self._weights.n_heads)
@@ -324,7 +265,7 @@ class FactoredAccess:
 
     def _are_senders(self, rows: Int64[np.ndarray, " cells"]) -> Bool[np.ndarray, " all_cells"]:
         """Return which cells of the tissue are neighbours of some receivers."""
-        found = np.zeros(self._tissue.n_cells, dtype=bool)
+        found = np.zeros(self.tissue.n_cells, dtype=bool)
         found[self.hooked.neighbour_rows[rows]] = True
         return found
 
@@ -332,17 +273,17 @@ class FactoredAccess:
         """Return the outputs of a tile, or ``None`` if the device runs out of memory."""
         work = partial(self._tile_outputs, rows, asked)
         if self._chunk > _LEAST_CHUNK or self._tile > _LEAST_TILE:
-            return unless_memory_ends(work, device=self._device)
-        with memory_errors_explained(f"attention of {len(rows)} receivers at a time", self._device):
+            return unless_memory_ends(work, device=self.device)
+        with memory_errors_explained(f"attention of {len(rows)} receivers at a time", self.device):
             return work()
 
     def _halve(self) -> None:
         self._chunk, self._tile = max(_LEAST_CHUNK, self._chunk // 2), max(_LEAST_TILE, self._tile // 2)
-        logger.warning("out of memory on %s: going on with %d receivers at a time", self._device, self._tile)
+        logger.warning("out of memory on %s: going on with %d receivers at a time", self.device, self._tile)
 
     def _tile_outputs(self, rows: Int64[np.ndarray, " cells"], asked: _TileRequest) -> HeadOutputs:
         """Return the outputs of some receivers after embedding their senders."""
-        weights, tissue = self._weights, self._tissue
+        weights, tissue = self._weights, self.tissue
         around = self.hooked.neighbour_rows[rows]
         senders = np.flatnonzero(self._are_senders(rows))
         senders = senders[np.argsort(self._curve[senders], kind="stable")]
@@ -354,16 +295,16 @@ class FactoredAccess:
         needed[slots, codes[:, None]] = True
         with_senders = len(asked.senders) > 0
         # one more row, for masked neighbours
-        tables = SenderTables.empty(weights, len(senders) + with_senders, device=self._device)
+        tables = SenderTables.empty(weights, len(senders) + with_senders, device=self.device)
         if with_senders:
             tables.mask(len(senders))
 
         def embed(places: Int64[np.ndarray, " senders"], values: Float32[np.ndarray, "senders genes"]) -> None:
             embed_senders(
                 weights,
-                torch.from_numpy(values).to(self._device),
-                torch.from_numpy(needed[places]).to(self._device),
-                torch.from_numpy(places.astype(np.int64)).to(self._device),
+                torch.from_numpy(values).to(self.device),
+                torch.from_numpy(needed[places]).to(self.device),
+                torch.from_numpy(places.astype(np.int64)).to(self.device),
                 tables,
             )
 
@@ -377,25 +318,17 @@ class FactoredAccess:
                     yield partial(embed, block.positions[part], block.values[part])
 
         run_on_single_threads(chunks(), n_threads=self._n_threads)
-        distances, score, attended = self.hooked.distances[rows], weights.dummy_score, asked.attended
-        whole = attend(tables, slots, distances, codes, dummy_score=score)
+        receivers = Receivers(slots, self.hooked.distances[rows], codes)
+        whole = attend(tables, receivers)
         without_senders = by_sender = None
         if with_senders:
             types = tissue.label_codes[around]
-            without_senders = outputs_without_senders(
-                tables, slots, distances, codes, types, whole=whole, senders=asked.senders, dummy_score=score
-            )
-            by_sender = sums_by_sender(
-                tables, slots, distances, codes, types, n_types=weights.n_types, dummy_score=score
-            )
+            without_senders = outputs_without_senders(tables, receivers, types, whole=whole, senders=asked.senders)
+            by_sender = sums_by_sender(tables, receivers, types, n_types=weights.n_types)
         return HeadOutputs(
             whole=whole,
-            without_nearest=outputs_without_nearest(tables, slots, distances, codes, dummy_score=score)
-            if asked.nearest
-            else None,
-            attention=attention_weights(
-                tables, slots[attended], distances[attended], codes[attended], dummy_score=score
-            ),
+            without_nearest=outputs_without_nearest(tables, receivers) if asked.nearest else None,
+            attention=attention_weights(tables, receivers[asked.attended]),
             without_senders=without_senders,
             by_sender=by_sender,
         )

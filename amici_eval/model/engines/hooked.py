@@ -26,20 +26,6 @@ if TYPE_CHECKING:
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import ExpressionBlock
 
-__all__ = [
-    "HookedAccess",
-    "ModelAccess",
-    "ablations_side_by_side",
-    "added_hook",
-    "eval_mode_on",
-    "faint_attention_is_zero",
-    "is_amici_module",
-    "keep_heads",
-    "neighbours",
-    "plain_profiles",
-    "why_not_factored",
-]
-
 
 def is_amici_module(module: Any) -> bool:
     """Return whether a module is of AMICI's own class, and not of a subclass."""
@@ -103,9 +89,9 @@ def keep_heads(module: Any, heads: Collection[int] | None) -> Iterator[None]:
         return
     ablated = sorted(set(range(module.n_heads)) - set(heads))
 
+    # TransformerLens passes the hook by name
     def zero_ablated(
-        pattern: Float[Tensor, "cells heads query keys"],
-        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
+        pattern: Float[Tensor, "cells heads query keys"], hook: object
     ) -> Float[Tensor, "cells heads query keys"]:
         pattern = pattern.clone()
         pattern[:, ablated] = 0.0
@@ -127,14 +113,12 @@ def ablations_side_by_side(module: Any, keeps: Sequence[Collection[int] | None])
     outputs: list[Tensor] = []
 
     def spread(
-        pattern: Float[Tensor, "cells heads query keys"],
-        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
+        pattern: Float[Tensor, "cells heads query keys"], hook: object
     ) -> Float[Tensor, "cells heads ablations keys"]:
         return pattern * kept.to(pattern.device)[None, :, :, None]
 
     def collect(
-        output: Float[Tensor, "cells ablations embedding"],
-        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
+        output: Float[Tensor, "cells ablations embedding"], hook: object
     ) -> Float[Tensor, "cells one embedding"]:
         outputs.append(output)
         return output[:, :1]
@@ -153,10 +137,7 @@ def faint_attention_is_zero(module: Any) -> Iterator[None]:
     the whole process; this changes no flag, and no weight by more than 2e-35.
     """
 
-    def cut(
-        scores: Float[Tensor, "cells heads query keys"],
-        hook: object,  # noqa: ARG001, RUF100 - TransformerLens passes it by name
-    ) -> Float[Tensor, "cells heads query keys"]:
+    def cut(scores: Float[Tensor, "cells heads query keys"], hook: object) -> Float[Tensor, "cells heads query keys"]:
         strongest = scores.amax(dim=-1, keepdim=True)
         return scores.masked_fill(scores < strongest - FAINT, -torch.inf)
 
@@ -261,47 +242,22 @@ def neighbours(
     return order[shell.obsm["index"][place]], np.asarray(shell.obsm["distance"], dtype=np.float64)[place]
 
 
-class HookedAccess:
-    """The literal engine: each ablation is a forward pass of the model with hooks on its attention pattern.
+class EngineAccess:
+    """What both engines tell of the model and its tissue; ``notes`` come after those of the tissue."""
 
-    The tissue loses evaluated cells here if a buffer was asked for. ``batch_size``: receivers per forward pass;
-    ``notes``: besides those of the tissue.
-    """
-
-    engine = "hooked"
-
-    def __init__(
-        self,
-        module: Any,
-        card: ModelCard,
-        tissue: Tissue,
-        *,
-        device: str,
-        batch_size: int,
-        notes: tuple[str, ...] = (),
-    ) -> None:
-        self.card = card
+    def __init__(self, card: ModelCard, tissue: Tissue, *, device: str, notes: tuple[str, ...]) -> None:
+        self.card, self.tissue, self.device, self.notes = card, tissue, device, notes
         self.statistics_device = "cpu" if device == "mps" else device
-        self.module = module
-        self.device = device
-        self._batch = Shrinking(batch_size, what="the model's forward pass", unit="receivers", device=device)
-        self._notes = notes
-        self.own_tensors: Callable[[Int64[np.ndarray, " cells"]], dict[str, torch.Tensor]] | None = None
-        rows, distances = neighbours(tissue, card)
-        self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
-        if tissue.sections is not None:
-            check_sections(tissue.sections, rows, tissue.coordinates)
-        self.tissue = keep_away_from_training(tissue, rows)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Remarks on model and data."""
-        return (*self.tissue.notes, *self._notes)
 
     @property
     def fitted(self) -> Bool[np.ndarray, " all_cells"] | None:
         """Which cells of the tissue the model was fitted on; ``None`` if that is not known."""
         return self.tissue.fitted
+
+    @property
+    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
+        """The model's code of each cell's type."""
+        return self.tissue.label_codes
 
     def receivers(self) -> dict[str, Int64[np.ndarray, " cells"]]:
         """Return the evaluated rows by cell type, in canonical order."""
@@ -327,10 +283,35 @@ class HookedAccess:
         """Return the section of some cells, if a sample column was named."""
         return None if self.tissue.samples is None else self.tissue.samples[rows]
 
-    @property
-    def label_codes(self) -> Int64[np.ndarray, " all_cells"]:
-        """The model's code of each cell's type."""
-        return self.tissue.label_codes
+
+class HookedAccess(EngineAccess):
+    """The literal engine: each ablation is a forward pass of the model with hooks on its attention pattern.
+
+    The tissue loses evaluated cells here if a buffer was asked for. ``batch_size``: receivers per forward pass;
+    ``notes``: besides those of the tissue.
+    """
+
+    engine = "hooked"
+
+    def __init__(
+        self,
+        module: Any,
+        card: ModelCard,
+        tissue: Tissue,
+        *,
+        device: str,
+        batch_size: int,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        rows, distances = neighbours(tissue, card)
+        if tissue.sections is not None:
+            check_sections(tissue.sections, rows, tissue.coordinates)
+        tissue = keep_away_from_training(tissue, rows)
+        super().__init__(card, tissue, device=device, notes=(*tissue.notes, *notes))
+        self.module = module
+        self.neighbour_rows, self.distances = rows.astype(np.int32), distances.astype(np.float32)
+        self._batch = Shrinking(batch_size, what="the model's forward pass", unit="receivers", device=device)
+        self.own_tensors: Callable[[Int64[np.ndarray, " cells"]], dict[str, torch.Tensor]] | None = None
 
     def predict(
         self,
@@ -343,7 +324,7 @@ class HookedAccess:
         predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
         start = 0
         while start < len(rows):
-            tensors = self._batch.run(partial(self._tensors_from, rows, start))
+            tensors = self._batch.run(partial(self._tensors, rows, start))
             n_own = len(tensors["labels"])
             for row, heads in enumerate(keeps):
                 done = 0
@@ -394,7 +375,7 @@ class HookedAccess:
     def _forward_side_by_side(
         self, rows: Int64[np.ndarray, " cells"], keeps: Sequence[Collection[int] | None], start: int, size: int
     ) -> Float32[np.ndarray, "keeps cells genes"]:
-        tensors = self._tensors(rows[start : start + size])
+        tensors = self._tensors(rows, start, size)
         with faint_attention_is_zero(self.module), ablations_side_by_side(self.module, keeps) as outputs:
             self.module(tensors, compute_loss=False)
         profile = self.module.ct_profiles[tensors["labels"].squeeze(-1)][:, None]
@@ -409,11 +390,11 @@ class HookedAccess:
         other.tissue = replace(self.tissue, matrix=sent(self.tissue.matrix), adata=None)
         return other
 
-    def _tensors_from(self, rows: Int64[np.ndarray, " cells"], start: int, size: int) -> dict[str, torch.Tensor]:
-        return self._tensors(rows[start : start + size])
-
-    def _tensors(self, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
-        """Return the tensors that AMICI's own loader would give the module for these receivers."""
+    def _tensors(
+        self, rows: Int64[np.ndarray, " cells"], start: int = 0, size: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors that AMICI's own loader would give the module for some of these receivers."""
+        rows = rows[start:][:size]
         if self.own_tensors is not None:
             return {name: tensor.to(self.device) for name, tensor in self.own_tensors(rows).items()}
         # nearby receivers share neighbours: fetch each once

@@ -14,7 +14,6 @@ from amici_eval.common.memory import memory_errors_explained
 from amici_eval.model.cards import AMICI_SOURCES, card_of, package_versions
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.hooked import HookedAccess, eval_mode_on, is_amici_module, why_not_factored
-from amici_eval.model.training import own_data_loader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from amici_eval.common.model_card import ModelCard
     from amici_eval.data.tissue import Tissue
     from amici_eval.settings.evaluation import AblationSpec
-
-__all__ = ["open_access", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +61,8 @@ def _other_sources(card: ModelCard) -> tuple[str, ...]:
 
 def _own_tensors(model: Any, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
     """Return the tensors of a live model's own loader, for classes that need more than AMICI's."""
+    from amici_eval.model.training import own_data_loader
+
     with own_data_loader():
         loader = model._make_data_loader(adata=model.adata, indices=rows, batch_size=len(rows))
         (tensors,) = loader
