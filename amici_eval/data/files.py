@@ -483,7 +483,7 @@ def content_digest(adata: AnnData) -> str:
         if matrix is not None:
             if name != "X" and lies_on_disk_by_columns(matrix):
                 # a layer that the settings may not use must not cause an error
-                matrix = matrix.to_memory().tocsr()  # noqa: PLW2901, RUF100
+                matrix = matrix.to_memory().tocsr()
             for _, block in spans(open_rows(matrix, name=f"adata.{name}")):
                 # + 0 turns -0.0, which sparse storage drops, into 0.0
                 values = np.add(as_dense(block), np.float32(0), dtype="<f4", casting="unsafe", order="C")

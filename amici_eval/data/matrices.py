@@ -335,7 +335,7 @@ def open_hdf5(path: str | Path) -> h5py.File:
     import h5py
 
     with suppress(ImportError):
-        import hdf5plugin  # noqa: F401, RUF100 - its import brings the filters
+        import hdf5plugin  # noqa: F401 - its import brings the filters
     return h5py.File(path, mode="r")
 
 

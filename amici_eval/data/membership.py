@@ -180,7 +180,7 @@ def expression_prints(
     for start, block in spans(reader):
         if sparse.issparse(block):
             if not block.has_canonical_format:
-                block = block.copy()  # noqa: PLW2901, RUF100 - the matrix of the AnnData stays as it is
+                block = block.copy()  # the matrix of the AnnData stays as it is
                 block.sum_duplicates()
             ends = np.concatenate([[np.uint64(0)], np.cumsum(_salted(block.data, salts[block.indices]))])
             found[start : start + block.shape[0]] = ends[block.indptr[1:]] - ends[block.indptr[:-1]]

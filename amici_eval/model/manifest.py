@@ -99,7 +99,7 @@ def _listed(directory: Path) -> dict[str, str]:
     sums = load_json(directory / MANIFEST, limit=_MOST_BYTES, max_values=_MOST_BYTES)["sha256"]
     if not isinstance(sums, dict):
         msg = "sha256 is no mapping"
-        raise ValueError(msg)  # noqa: TRY004, RUF100 - readers catch one kind
+        raise ValueError(msg)
     return sums
 
 

@@ -36,21 +36,7 @@ _RECORD = re.compile(r"(?P<root>[^/]+)/(?P<name>data\.pkl|version|byteorder|data
 _PLAIN_DTYPE = re.compile(r"O8?|[biufc]\d{1,2}")
 _ALLOWED_GLOBALS = {
     "_codecs": {"encode"},
-    "builtins": {
-        "bytes",
-        "bytearray",
-        "complex",
-        "dict",
-        "float",
-        "frozenset",
-        "int",
-        "list",
-        "range",
-        "set",
-        "slice",
-        "str",
-        "tuple",
-    },
+    "builtins": set("bytes bytearray complex dict float frozenset int list range set slice str tuple".split()),
     "collections": {"OrderedDict", "defaultdict"},
     "numpy": {"dtype", "ndarray"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -229,10 +215,11 @@ def _plain_records(path: Path, sizes: dict[str, int]) -> io.BytesIO:
     return copy
 
 
-def _plain_dtype(code: str, *options: Any) -> np.dtype[Any]:  # noqa: ARG001, RUF100 - numpy's pickles pass align and copy
+def _plain_dtype(code: str, *options: Any) -> np.dtype[Any]:
     """Return NumPy's own instance of a dtype, on which the ``__setstate__`` that a pickle calls has no effect.
 
-    A copy would take flags from the pickle, and an object array could then be filled with raw addresses.
+    NumPy's pickles pass align and copy as options. A copy would take flags from the pickle, and an object array could
+    then be filled with raw addresses.
     """
     if not _PLAIN_DTYPE.fullmatch(code):
         _refuse(f"numpy.dtype({code!r})")

@@ -17,6 +17,9 @@ from amici_eval.data.checks import labels_of
 from amici_eval.data.files import content_digest, open_anndata
 from amici_eval.data.membership import describe_training_data, digest_of_places
 from amici_eval.data.tissue import check_sections, keep_away_from_training, prepare
+from amici_eval.evaluation.pipeline import evaluate
+from amici_eval.model.checkpoint import read_amici_directory
+from amici_eval.model.engines.opening import open_access
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from tests.fakes import make_card
 
@@ -115,9 +118,10 @@ NO_HDF5 = ("it is not an HDF5 file", "write it with adata.write_h5ad(...)")
 def test_a_damaged_file_is_refused(adata, tmp_path, how, cause):
     path = tmp_path / "a.h5ad"
     damage(path, adata, how)
-    value, rule, fix = refusal(open_anndata, path)
-    assert value.startswith(f"{path} cannot be read (")
-    assert (rule, fix) == cause
+    for backed in (None, True):
+        value, rule, fix = refusal(open_anndata, path, backed=backed)
+        assert value.startswith(f"{path} cannot be read (")
+        assert (rule, fix) == cause
 
 
 def test_a_folder_that_is_no_zarr_is_refused(tmp_path):
@@ -159,134 +163,113 @@ def with_column(name, at, value, dtype=object):
     return change
 
 
-NO_ANNDATA = ("data must be an AnnData", "read the file with anndata.read_h5ad(...) or give its path as data.uri")
-LACKS_GENES = (
-    "every gene of the model must be among var_names",
-    "take the AnnData before gene filtering, or train on the genes you have",
+ANNDATA = "data must be an AnnData; read the file with anndata.read_h5ad(...) or give its path as data.uri"
+EVERY_GENE = (
+    "every gene of the model must be among var_names; "
+    "take the AnnData before gene filtering, or train on the genes you have"
 )
-LABELS_RULE = "it must hold the cell types (data.labels_key names another column); there are "
+LABELS_RULE = "it must hold the cell types (data.labels_key names another column); there are"
 LAYER_FIX = "name the right layer as data.layer, or data.layer=X for adata.X"
-NUMBERS = ("coordinates must be numbers", "convert them to float")
-NOT_FINITE = ("every cell needs finite coordinates", "drop these cells before training and evaluation")
+NAME_COORDINATES = "name the right entry as data.coord_obsm_key"
+FILL = "fill the values or drop these cells before training"
 RADII = {"card": make_card(cell_radius_key="radius")}
 COLUMNS = "cell_type, region, slide, radius, kept"
+NO_COORDINATES = {
+    "<U4": lambda names: np.full((40, 2), "left"),
+    "object": lambda names: np.full((40, 2), "left", dtype=object),
+    "DataFrame": lambda names: pd.DataFrame({"x": ["a"] * 40, "y": [1.0] * 40}, index=names),
+    "float64": lambda names: sparse.csr_matrix(np.ones((40, 2))),
+}
 
-# a change of the AnnData (or what is given in its place), settings, the refusal's value, rule and fix
+# a change of the AnnData (or what is given in its place), settings, and what is said: value, rule and fix
 REFUSED = [
-    (lambda a: ["none"], {}, ("data is a list", *NO_ANNDATA)),
-    (lambda a: a.X, {}, ("data is a ndarray", *NO_ANNDATA)),
+    (lambda a: ["none"], {}, f"data is a list: {ANNDATA}"),
+    (lambda a: a.X, {}, f"data is a ndarray: {ANNDATA}"),
     (
         lambda a: setattr(a, "obs_names", ["twice", "twice", *a.obs_names[2:]]),
         {},
-        (
-            "cell name 'twice' occurs more than once",
-            "obs_names must be unique: the order of permutations and training membership go by name",
-            "call adata.obs_names_make_unique()",
-        ),
+        "cell name 'twice' occurs more than once: obs_names must be unique: the order of permutations and training "
+        "membership go by name; call adata.obs_names_make_unique()",
     ),
     (
         lambda a: setattr(a, "var_names", ["g0", "g1", "g2", "g3", "g4", "g1"]),
         {},
+        "gene 'g1' occurs more than once: genes are matched by name, so var_names must be unique; call "
+        "adata.var_names_make_unique() or drop one of them",
+    ),
+    *(
         (
-            "gene 'g1' occurs more than once",
-            "genes are matched by name, so var_names must be unique",
-            "call adata.var_names_make_unique() or drop one of them",
-        ),
-    ),
-    (
-        lambda a: a[:, ["g0", "g2", "g3", "g4", "g5"]].copy(),
-        {},
-        ("the model has 6 genes and the data lacks 1 of them (g1)", *LACKS_GENES),
-    ),
-    (
-        lambda a: a[:, ["g5", "g1"]].copy(),
-        {},
-        ("the model has 6 genes and the data lacks 4 of them (g0, g2, g3, ...)", *LACKS_GENES),
+            lambda a, kept=kept: a[:, kept].copy(),
+            {},
+            f"the model has 6 genes and the data lacks {lacking}: {EVERY_GENE}",
+        )
+        for kept, lacking in (
+            (["g0", "g2", "g3", "g4", "g5"], "1 of them (g1)"),
+            (["g5", "g1"], "4 of them (g0, g2, g3, ...)"),
+        )
     ),
     (
         None,
         {"labels_key": "celltype"},
-        ("adata.obs has no column 'celltype'", LABELS_RULE + COLUMNS, "name the right column"),
+        f"adata.obs has no column 'celltype': {LABELS_RULE} {COLUMNS}; name the right column",
     ),
     (
         lambda a: ad.AnnData(X=a.X, var=a.var, obs=pd.DataFrame(index=a.obs_names)),
         {},
-        ("adata.obs has no column 'cell_type'", LABELS_RULE + "no columns", "name the right column"),
+        f"adata.obs has no column 'cell_type': {LABELS_RULE} no columns; name the right column",
     ),
     *(
         (
             with_column("cell_type", [3, 17], np.nan, dtype),
             {},
-            (
-                "adata.obs['cell_type'] is missing in 2 of 40 cells",
-                "every cell needs a value for the cell types (data.labels_key names another column)",
-                "fill the values or drop these cells before training",
-            ),
+            "adata.obs['cell_type'] is missing in 2 of 40 cells: every cell needs a value for the cell types "
+            f"(data.labels_key names another column); {FILL}",
         )
         for dtype in ("category", object)
     ),
     (
         with_column("cell_type", slice(0, 7), ["new", "new", "α", "new", "δ", "ε", "new"]),
         {},
-        (
-            "adata.obs['cell_type'] has 4 labels the model has not seen: 'new' (4 cells), 'α' (1 cells), 'δ' (1 cells)",
-            f"the model knows {', '.join(LABELS)}",
-            "rename the labels to the model's, or drop these cells",
-        ),
+        "adata.obs['cell_type'] has 4 labels the model has not seen: 'new' (4 cells), 'α' (1 cells), 'δ' (1 cells): "
+        f"the model knows {', '.join(LABELS)}; rename the labels to the model's, or drop these cells",
     ),
     (
         lambda a: put(a.obsm, "X_pca", np.ones((40, 3))),
         {"coord_obsm_key": "xy"},
-        (
-            "adata.obsm has no 'xy'",
-            "it must hold the coordinates; there are spatial, X_pca",
-            "name the right entry as data.coord_obsm_key",
-        ),
+        f"adata.obsm has no 'xy': it must hold the coordinates; there are spatial, X_pca; {NAME_COORDINATES}",
     ),
     (
         lambda a: a.obsm.clear(),
         {},
-        (
-            "adata.obsm has no 'spatial'",
-            "it must hold the coordinates; there are no entries",
-            "name the right entry as data.coord_obsm_key",
-        ),
+        f"adata.obsm has no 'spatial': it must hold the coordinates; there are no entries; {NAME_COORDINATES}",
     ),
     *(
         (
             lambda a, bad=bad: put(a.obsm["spatial"], ([6, 22], [1, 0]), bad),
             {},
-            ("adata.obsm['spatial'] is not finite for 2 of 40 cells (first: {cells[6]})", *NOT_FINITE),
+            "adata.obsm['spatial'] is not finite for 2 of 40 cells (first: {cell 6}): every cell needs finite "
+            "coordinates; drop these cells before training and evaluation",
         )
         for bad in (np.nan, np.inf, -np.inf)
     ),
     (
         lambda a: put(a.obsm, "spatial", a.obsm["spatial"][:, :1]),
         {},
-        ("adata.obsm['spatial'] has shape (40, 1)", "coordinates must have at least two columns", "store x and y"),
+        "adata.obsm['spatial'] has shape (40, 1): coordinates must have at least two columns; store x and y",
     ),
     *(
         (
-            lambda a, of=of: put(a.obsm, "spatial", of(a.obs_names)),
+            lambda a, made=made: put(a.obsm, "spatial", made(a.obs_names)),
             {},
-            (f"adata.obsm['spatial'] holds {shown}", *NUMBERS),
+            f"adata.obsm['spatial'] holds {shown}: coordinates must be numbers; convert them to float",
         )
-        for of, shown in (
-            (lambda names: np.full((40, 2), "left"), "<U4"),
-            (lambda names: np.full((40, 2), "left", dtype=object), "object"),
-            (lambda names: pd.DataFrame({"x": ["a"] * 40, "y": [1.0] * 40}, index=names), "DataFrame"),
-            (lambda names: sparse.csr_matrix(np.ones((40, 2))), "float64"),
-        )
+        for shown, made in NO_COORDINATES.items()
     ),
     *(
         (
-            with_column("radius", 8, bad, dtype),
+            with_column("radius", 6, bad, dtype),
             RADII,
-            (
-                f"adata.obs['radius'] is {bad!r} in cell {{cells[8]}}",
-                "cell radii must be finite numbers",
-                "correct the column",
-            ),
+            f"adata.obs['radius'] is {bad!r} in cell {{cell 6}}: cell radii must be finite numbers; correct the column",
         )
         for bad in ("wide", np.inf)
         for dtype in ("category", object)
@@ -294,60 +277,52 @@ REFUSED = [
     (
         with_column("radius", slice(0, 3), np.nan, float),
         RADII,
-        (
-            "adata.obs['radius'] is missing in 3 of 40 cells",
-            "every cell needs a value for the cell radii",
-            "fill the values or drop these cells before training",
-        ),
+        f"adata.obs['radius'] is missing in 3 of 40 cells: every cell needs a value for the cell radii; {FILL}",
     ),
     *(
         (
-            None,
+            change,
             settings,
-            ("adata.layers has no 'lognorm'", "it must hold the expression; there are counts", LAYER_FIX),
+            f"adata.layers has no 'lognorm': it must hold the expression; there are {there}; {LAYER_FIX}",
         )
-        for settings in ({"layer": "lognorm"}, {"card": make_card(layer="lognorm")})
-    ),
-    (
-        lambda a: a.layers.clear(),
-        {"layer": "lognorm"},
-        ("adata.layers has no 'lognorm'", "it must hold the expression; there are no layers", LAYER_FIX),
+        for change, settings, there in (
+            (None, {"layer": "lognorm"}, "counts"),
+            (None, {"card": make_card(layer="lognorm")}, "counts"),
+            (lambda a: a.layers.clear(), {"layer": "lognorm"}, "no layers"),
+        )
     ),
     (
         None,
         {"subset": SubsetSpec(key="region", value="right")},
-        ("no cell has region = 'right'", "its values are left, rest", "choose one of these"),
+        "no cell has region = 'right': its values are left, rest; choose one of these",
     ),
     (
         None,
         {"subset": SubsetSpec(key="area", value="left")},
-        (
-            "adata.obs has no column 'area'",
-            f"it must hold the subset (data.subset.key); there are {COLUMNS}",
-            "name the right column",
-        ),
+        f"adata.obs has no column 'area': it must hold the subset (data.subset.key); there are {COLUMNS}; "
+        "name the right column",
     ),
     (
         None,
         {"sample_key": "batch"},
-        ("adata.obs has no column 'batch'", f"it must hold the samples; there are {COLUMNS}", "name the right column"),
+        f"adata.obs has no column 'batch': it must hold the samples; there are {COLUMNS}; name the right column",
     ),
     (
         None,
         {"subset": SubsetSpec(indices=(3, 40))},
-        ("data.subset.indices names row 40", "the data has rows 0 to 39", "give row numbers of this AnnData"),
+        "data.subset.indices names row 40: the data has rows 0 to 39; give row numbers of this AnnData",
     ),
 ]
 
 
 @pytest.mark.filterwarnings("ignore")  # AnnData warns of names that occur twice, too
 @pytest.mark.parametrize(("change", "settings", "said"), REFUSED)
-def test_what_cannot_be_evaluated_is_refused_with_value_rule_and_fix(adata, change, settings, said):
+def test_what_cannot_be_evaluated_is_refused(adata, change, settings, said):
     given = None if change is None else change(adata)
-    expected = tuple(
-        text.replace("{cells[6]}", adata.obs_names[6]).replace("{cells[8]}", adata.obs_names[8]) for text in said
-    )
-    assert refused(adata if given is None else given, **settings) == expected
+    expected = said.replace("{cell 6}", adata.obs_names[6])
+    with pytest.raises(DataError) as caught:
+        prepared(adata if given is None else given, **settings)
+    assert str(caught.value) == expected
 
 
 def test_of_many_values_of_a_column_some_are_named(adata):
@@ -873,16 +848,12 @@ def whole_tissue(_tissue):
 
 @pytest.fixture
 def model(amici_dir, whole_tissue):
-    from amici_eval.model.checkpoint import read_amici_directory
-
     return read_amici_directory(amici_dir, adata=whole_tissue, trust=False)
 
 
 @pytest.mark.amici
 @pytest.mark.parametrize("engine", ["factored", "hooked"])
 def test_held_out_cells_keep_all_their_neighbours_whatever_the_engine(whole_tissue, model, engine):
-    from amici_eval.model.engines.opening import open_access
-
     everything = AblationSpec(device="cpu", engine=engine)
     with open_access(model, prepare(whole_tissue, model.card, DataSpec()), everything) as access:
         predicted = access.predict(np.arange(500), keeps=[None, (0,)])
@@ -903,8 +874,6 @@ def test_held_out_cells_keep_all_their_neighbours_whatever_the_engine(whole_tiss
 
 @pytest.mark.amici
 def test_the_cells_that_a_buffer_drops_are_evaluated_by_nobody(whole_tissue, model):
-    from amici_eval.evaluation.pipeline import evaluate
-
     subset = SubsetSpec(held_out=True, buffer=True)
     spec = EvaluationSpec(
         data=DataSpec(subset=subset),

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from amici_eval.data.tissue import prepare
+from amici_eval.model.cards import card_of
+from amici_eval.model.engines.opening import open_access
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -23,6 +28,19 @@ SMALL = {
     "n_pos_coef_mlp_hidden": 8,
     "distance_kernel_unit_scale": 10.0,
 }
+
+
+def opened(model: Any, adata: AnnData, **settings: Any) -> Any:
+    """Return access to a model on a tissue."""
+    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
+    return open_access(model, tissue, AblationSpec(device="cpu", **settings))
+
+
+def on_cpu(n_permutations: int, **settings: Any) -> EvaluationSpec:
+    """Return the settings of an evaluation on the CPU."""
+    return EvaluationSpec(
+        permutation=PermutationSpec(n_permutations=n_permutations, **settings), ablation=AblationSpec(device="cpu")
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,15 +10,17 @@ import torch
 from amici_eval.common.errors import DataError, DeviceError, ModelFormatError
 from amici_eval.data.files import content_digest
 from amici_eval.data.tissue import prepare
+from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.engines.hooked import neighbours
 from amici_eval.model.engines.opening import open_access, resolve_device
-from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.settings.evaluation import AblationSpec, DataSpec, SubsetSpec
+from tests.model.conftest import on_cpu, opened
 
 pytestmark = pytest.mark.amici
 
-QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
+QUICK = on_cpu(19)
 
 
 def everything(adata):
@@ -53,19 +55,18 @@ def test_neighbours_with_cell_radii_are_those_of_amici(make_amici, adata):
 
 
 def test_unablated_predictions_are_those_of_amici(trained, native, adata):
-    with open_access(trained, prepare(adata, trained.card, DataSpec()), AblationSpec(device="cpu")) as access:
+    with opened(trained, adata) as access:
         ours = access.predict(np.arange(adata.n_obs), keeps=[None])[0]
     np.testing.assert_allclose(ours, native.get_predictions(prog_bar=False), atol=1e-6, rtol=0)
 
 
 def test_batch_size_changes_nothing(trained, adata):
-    tissue = prepare(adata, trained.card, DataSpec())
     rows = np.random.default_rng(0).permutation(adata.n_obs)[:60]
     keeps = [(0,), (1,), (0, 1), None, ()]
     results = {}
     for size in (1, 7, 512):
         done = []
-        with open_access(trained, tissue, AblationSpec(device="cpu", batch_size=size)) as access:
+        with opened(trained, adata, batch_size=size) as access:
             results[size] = access.predict(rows, keeps=keeps, progress=done.append)
         assert sum(done) == len(rows) * len(keeps)
     np.testing.assert_allclose(results[1], results[512], atol=1e-6, rtol=0)
@@ -95,25 +96,19 @@ def test_cell_order_changes_nothing(trained, adata):
 
 
 @pytest.mark.parametrize(
-    ("device", "there", "count", "message"),
+    ("device", "there", "message"),
     [
-        ("cuda", False, 0, "ablation.device=cuda: PyTorch .* finds 0 CUDA devices here; set ablation.device"),
-        ("cuda:7", True, 2, "ablation.device=cuda:7: PyTorch .* finds 2 CUDA devices"),
+        ("cuda", False, "ablation.device=cuda: PyTorch .* finds 0 CUDA devices here; set ablation.device"),
+        ("cuda:7", True, "ablation.device=cuda:7: PyTorch .* finds 2 CUDA devices"),
+        ("mps", False, "ablation.device=mps: PyTorch finds no Apple GPU here; set ablation.device=auto"),
     ],
 )
-def test_absent_cuda_devices_are_refused(monkeypatch, device, there, count, message):
+def test_absent_devices_are_refused(monkeypatch, device, there, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=message):
         resolve_device(device)
-
-
-def test_absent_apple_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(
-        DeviceError, match=r"ablation.device=mps: PyTorch finds no Apple GPU here; set ablation.device=auto"
-    ):
-        resolve_device("mps")
 
 
 def test_devices_that_are_there_are_taken(monkeypatch):
@@ -126,16 +121,12 @@ def test_devices_that_are_there_are_taken(monkeypatch):
 
 
 def test_absent_device_stops_an_evaluation_before_the_data_is_looked_at(monkeypatch, trained):
-    from amici_eval.evaluation.pipeline import evaluate
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="0 CUDA devices"):
         evaluate(trained, "no AnnData", replace(QUICK, ablation=AblationSpec(device="cuda")))
 
 
 def test_touching_sections_are_refused(trained, adata):
-    from amici_eval.evaluation.pipeline import evaluate
-
     left = adata.obsm["spatial"][:, 0] < np.median(adata.obsm["spatial"][:, 0])
     adata.obs["slide"] = np.where(left, "slide 1", "slide 2")
     spec = replace(QUICK, data=DataSpec(sample_key="slide"))
@@ -148,20 +139,16 @@ def test_touching_sections_are_refused(trained, adata):
 
 
 def test_live_model_stays_where_it_is(native, adata):
-    model = native
-    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
-    storages = {name: value.data_ptr() for name, value in model.module.state_dict().items()}
-    with open_access(model, tissue, AblationSpec(device="cpu")) as access:
+    storages = {name: value.data_ptr() for name, value in native.module.state_dict().items()}
+    with opened(native, adata) as access:
         access.predict(np.arange(5), keeps=[(0,)])
-    assert {parameter.device.type for parameter in model.module.parameters()} == {"cpu"}
-    assert {name: value.data_ptr() for name, value in model.module.state_dict().items()} == storages
+    assert {parameter.device.type for parameter in native.module.parameters()} == {"cpu"}
+    assert {name: value.data_ptr() for name, value in native.module.state_dict().items()} == storages
 
 
 def test_evaluation_leaves_a_live_model_and_all_else_as_it_was(native, adata):
     import amici
     from scvi.dataloaders import DataSplitter
-
-    from amici_eval.evaluation.pipeline import evaluate
 
     calls = []
     native.module.train()
@@ -195,8 +182,6 @@ def test_evaluation_leaves_a_live_model_and_all_else_as_it_was(native, adata):
 
 
 def test_live_and_saved_model_give_the_same_evaluation(native, trained, adata):
-    from amici_eval.evaluation.pipeline import evaluate
-
     live, saved = evaluate(native, adata, QUICK), evaluate(trained, adata, QUICK)
     np.testing.assert_array_equal(live.expl_var_gene, saved.expl_var_gene)
     np.testing.assert_array_equal(live.exceedances, saved.exceedances)
@@ -204,8 +189,6 @@ def test_live_and_saved_model_give_the_same_evaluation(native, trained, adata):
 
 
 def test_held_out_cells_are_told_from_training_cells(trained, adata):
-    from amici_eval.evaluation.pipeline import evaluate
-
     region = sorted(set(adata.obs["region"]) - {"rest"})[0]
     fresh = evaluate(trained, adata, replace(QUICK, data=DataSpec(subset=SubsetSpec(key="region", value=region))))
     seen = evaluate(trained, adata, replace(QUICK, data=DataSpec(subset=SubsetSpec(key="region", value="rest"))))
@@ -214,16 +197,12 @@ def test_held_out_cells_are_told_from_training_cells(trained, adata):
 
 
 def test_evaluation_without_any_data_is_refused(trained):
-    from amici_eval.evaluation.pipeline import evaluate
-
     with pytest.raises(DataError, match=r"no data was given: .* call evaluate\(model, adata\)"):
         evaluate(trained)
 
 
 def test_subclass_of_amici_can_be_evaluated(make_amici, adata):
     from amici import AMICI
-
-    from amici_eval.evaluation.pipeline import evaluate
 
     class Mine(AMICI):
         pass
@@ -254,8 +233,6 @@ def variant(*, asks_for: str = "X"):
 
 
 def test_a_variant_runs_through_its_own_forward_pass(make_amici, adata):
-    from amici_eval.evaluation.pipeline import evaluate
-
     model = make_amici(adata, cls=variant())
     found = evaluate(model, adata, replace(QUICK, ablation=AblationSpec(device="cpu", engine="factored")))
     assert found.engine == "hooked"
@@ -267,8 +244,6 @@ def test_a_variant_runs_through_its_own_forward_pass(make_amici, adata):
 
 
 def test_a_variant_gets_what_its_own_loader_gives(make_amici, adata):
-    from amici_eval.evaluation.pipeline import evaluate
-
     model = make_amici(adata, cls=variant(asks_for="coordinates"))
     assert np.isfinite(evaluate(model, adata, QUICK).expl_var).all()
     with pytest.raises(ModelFormatError, match=r"AMICIUnimodalAttentionModule asks for 'coordinates'.*model\.adata"):
@@ -299,8 +274,6 @@ def test_a_fork_that_keeps_the_names_is_not_registered(make_amici, adata, tmp_pa
 
 
 def test_other_sources_of_amici_are_said(trained, adata):
-    from amici_eval.evaluation.pipeline import evaluate
-
     assert not any("sources of amici-st" in note for note in evaluate(trained, adata, QUICK).notes)
     versions = {**trained.card.versions, "amici-st sources": "0123456789abcdef"}
     other = replace(trained, card=replace(trained.card, versions=versions))

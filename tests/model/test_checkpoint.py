@@ -13,9 +13,20 @@ from scipy import sparse
 
 from amici_eval.common.errors import DataError, ModelFormatError
 from amici_eval.data.files import content_digest
+from amici_eval.data.tissue import prepare
+from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
+from amici_eval.model.engines.opening import open_access
 from amici_eval.model.manifest import write_manifest
-from amici_eval.settings.evaluation import TrainedOnSpec
+from amici_eval.model.training import own_data_loader
+from amici_eval.settings.evaluation import (
+    AblationSpec,
+    DataSpec,
+    EvaluationSpec,
+    PermutationSpec,
+    SubsetSpec,
+    TrainedOnSpec,
+)
 
 pytestmark = pytest.mark.amici
 
@@ -181,10 +192,6 @@ def test_genes_are_aligned_by_name_and_cells_keep_their_order(saved, native, ada
 
 
 def test_layer_of_the_data_can_be_named(trained, native, adata):
-    from amici_eval.data.tissue import prepare
-    from amici_eval.model.engines.opening import open_access
-    from amici_eval.settings.evaluation import AblationSpec, DataSpec
-
     adata.layers["scaled"] = adata.X.copy()
     adata.X = adata.X * 0.5
     tissue = prepare(adata, trained.card, DataSpec(layer="scaled"))
@@ -282,8 +289,6 @@ def test_subclass_of_the_same_name_is_refused(make_amici, adata):
 def test_another_model_of_scvi_tools_is_refused(adata):
     from scvi.model import SCVI
 
-    from amici_eval.evaluation.pipeline import evaluate
-
     adata.X = adata.X.astype(np.float32).rint()
     SCVI.setup_anndata(adata)
     model = SCVI(adata, n_hidden=4, n_latent=2)
@@ -330,29 +335,17 @@ def test_data_with_other_genes_or_labels_is_refused(amici_dir, adata):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_file_is_named(saved, name):
-    (saved / name).unlink()
-    with pytest.raises(ModelFormatError, match=rf"is damaged: {name} (is missing|cannot be read)"):
-        TrainedAMICI.load(saved)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_truncated_file_is_named(saved, name):
+def test_damaged_file_is_named(saved, name):
     content = (saved / name).read_bytes()
-    for size in (0, len(content) // 2, len(content) - 1):
-        (saved / name).write_bytes(content[:size])
+    damages = [content[:0], content[: len(content) // 2], content[:-1]]
+    if name != "manifest.json":
+        damages.append(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    for damage in damages:
+        (saved / name).write_bytes(damage)
         with pytest.raises(ModelFormatError, match=rf"is damaged: {name} (is not the file that was|cannot be read)"):
             TrainedAMICI.load(saved)
-
-
-@pytest.mark.parametrize("name", FILES[:3])
-def test_altered_file_is_named(saved, name):
-    content = bytearray((saved / name).read_bytes())
-    content[-20] ^= 1
-    (saved / name).write_bytes(bytes(content))
-    with pytest.raises(
-        ModelFormatError, match=rf"is damaged: {name} is not the file that was logged \(SHA-256 differs\)"
-    ):
+    (saved / name).unlink()
+    with pytest.raises(ModelFormatError, match=rf"is damaged: {name} (is missing|cannot be read)"):
         TrainedAMICI.load(saved)
 
 
@@ -467,9 +460,6 @@ def test_a_model_is_found_under_any_prefix_with_its_data(native, trained, tmp_pa
     "form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray, np.float64, lambda x: sparse.csr_matrix(np.int64(x))]
 )
 def test_the_form_of_the_training_data_does_not_reach_the_model(make_amici, adata, tmp_path, form):
-    from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec
-
     x = np.expm1(adata.X.toarray()).round().astype(np.float32)
     adata.X = form(x)
     native = make_amici(adata.copy())
@@ -489,8 +479,6 @@ def test_the_form_of_the_training_data_does_not_reach_the_model(make_amici, adat
 
 
 def test_a_model_of_doubled_genes_is_refused_in_the_same_words_everywhere(make_amici, adata, tmp_path):
-    from amici_eval.evaluation.pipeline import evaluate
-
     distinct = adata.copy()
     adata.var_names = ["A", "A", *adata.var_names[2:]]
     native = make_amici(adata)
@@ -540,10 +528,6 @@ def test_a_model_of_a_part_is_registered_with_the_whole_tissue(make_amici, adata
 def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, caplog):
     import amici
 
-    from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.model.training import own_data_loader
-    from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
-
     part = part_of(adata)
     native = make_amici(part)
     native.save(str(tmp_path), overwrite=True)
@@ -583,8 +567,6 @@ def test_prediction_needs_no_names(trained, adata):
 
 def test_a_model_bound_to_all_and_saved_again_does_not_take_other_rows(make_amici, adata, tmp_path):
     import amici
-
-    from amici_eval.model.training import own_data_loader
 
     part = part_of(adata)
     make_amici(part).save(str(tmp_path / "part"))

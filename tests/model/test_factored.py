@@ -12,8 +12,8 @@ import torch
 
 from amici_eval.common.errors import DeviceMemoryError
 from amici_eval.data.tissue import prepare
+from amici_eval.evaluation.baselines import evaluate_baselines
 from amici_eval.evaluation.pipeline import Parity, check_parity, evaluate_access
-from amici_eval.model.cards import card_of
 from amici_eval.model.engines import factored
 from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch, compiled_attention
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
@@ -23,16 +23,15 @@ from amici_eval.model.engines.hooked import added_hook, faint_attention_is_zero,
 from amici_eval.model.engines.opening import open_access
 from amici_eval.model.training import own_data_loader
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.stats.explained_variance import explained_variance
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.tiles.sums import gather_moments
+from tests.model.conftest import on_cpu, opened
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 
 pytestmark = pytest.mark.amici
 
 KEEPS = [(0,), (1,), (0, 1), None, ()]
-
-
-def opened(model, adata, **settings):
-    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
-    return open_access(model, tissue, AblationSpec(device="cpu", **settings))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_a_model_with_hooks_of_its_own_is_evaluated_through_them(native, adata, 
     def louder(z, hook):
         return 3.0 * z
 
-    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=5), ablation=AblationSpec(device="cpu"))
+    quick = on_cpu(5)
     with opened(native, adata) as access:
         plain = evaluate_access(access, quick)
     with added_hook(native.module.attention_layer.hook_z, louder):
@@ -259,7 +258,7 @@ def test_a_model_with_hooks_of_its_own_is_evaluated_through_them(native, adata, 
 
 
 def test_an_engine_that_disagrees_gives_way(trained, adata, caplog):
-    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
+    quick = on_cpu(19)
     with opened(trained, adata, engine="hooked") as access:
         literal = evaluate_access(access, quick)
     with caplog.at_level(logging.WARNING), opened(trained, adata) as access:
@@ -293,7 +292,7 @@ def test_outputs_that_are_no_numbers_in_one_head_leave_the_others(trained, adata
         return outputs
 
     monkeypatch.setattr(FactoredAccess, "attend", broken)
-    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=19), ablation=AblationSpec(device="cpu"))
+    quick = on_cpu(19)
     with opened(trained, adata) as access:
         found = evaluate_access(access, quick)
     first = found.cell_types[0]
@@ -317,7 +316,7 @@ def test_parity_is_asked_relative_to_what_heads_bring():
 
 def test_a_fallback_says_which_ablations_are_missing(native, adata):
     with added_hook(native.module.attention_layer.hook_z, lambda z, hook: z), opened(native, adata) as access:
-        quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=5), ablation=AblationSpec(device="cpu"))
+        quick = on_cpu(5)
         found = evaluate_access(access, quick)
     assert found.ablations is None
     assert any("needs the factored engine: leave_one_out, mean_z" in note for note in found.notes)
@@ -371,7 +370,7 @@ def test_both_engines_give_the_same_evaluation(trained, adata, sampling):
 
 
 def test_tiles_of_the_moments_lie_where_their_cells_lie(trained, adata):
-    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
+    spec = on_cpu(3)
     with opened(trained, adata) as access:
         moments = evaluate_access(access, spec).moments
     assert len(moments.tile_center) == moments.row_tile.max() + 1 >= 9
@@ -385,7 +384,7 @@ def test_tiles_of_the_moments_lie_where_their_cells_lie(trained, adata):
 
 
 def test_the_sketch_holds_outputs_and_attention_of_the_cells_that_it_names(trained, adata):
-    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
+    spec = on_cpu(3)
     with opened(trained, adata) as access:
         moments = evaluate_access(access, spec).moments
         rows = adata.obs_names.get_indexer(list(moments.sketch_names))
@@ -401,8 +400,7 @@ def test_the_sketch_holds_outputs_and_attention_of_the_cells_that_it_names(train
 
 @pytest.mark.parametrize("sampling", ["independent", "cyclic"])
 def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata, monkeypatch, sampling):
-    test = PermutationSpec(n_permutations=59, sampling=sampling)
-    spec = EvaluationSpec(permutation=test, ablation=AblationSpec(device="cpu"))
+    spec = on_cpu(59, sampling=sampling)
     found = []
     threads = torch.get_num_threads()
     # types one after another, side by side on one thread each, and side by side with their tests in turn
@@ -445,10 +443,7 @@ def test_cuda_gives_the_same_counts(trained, adata):
 
 def test_the_catalogue_is_what_hooks_on_the_model_give(trained, adata):
     """Mean z, resampled z and frozen norm, done to the model itself by hooks."""
-    from amici_eval.stats.explained_variance import explained_variance
-    from amici_eval.stats.permutation.permutations import PermutationStream
-
-    spec = EvaluationSpec(permutation=PermutationSpec(n_permutations=3), ablation=AblationSpec(device="cpu"))
+    spec = on_cpu(3)
     with opened(trained, adata) as access:
         found = evaluate_access(access, spec)
         module, literal = access.hooked.module, access.hooked
@@ -548,7 +543,7 @@ def test_hooks_on_scores_leave_when_the_body_raises(native):
 def test_nothing_handed_in_changes(native, adata):
     before = {name: tensor.clone() for name, tensor in native.module.state_dict().items()}
     state = torch.get_rng_state()
-    quick = EvaluationSpec(permutation=PermutationSpec(n_permutations=5), ablation=AblationSpec(device="cpu"))
+    quick = on_cpu(5)
     native.module.train()
     with own_data_loader(), opened(native, adata) as access:
         evaluate_access(access, quick)
@@ -652,9 +647,6 @@ def test_with_one_neighbour_nothing_is_left_without_it(make_amici, adata, monkey
 
 
 def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(trained, adata):
-    from amici_eval.stats.explained_variance import explained_variance
-    from amici_eval.stats.tiles.sums import gather_moments
-
     with opened(trained, adata, batch_size=10**6) as access:
         receivers, hooked = access.receivers(), access.hooked
         changed = []
@@ -678,8 +670,6 @@ def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(tr
 
 @pytest.mark.parametrize("engine", ["factored", "hooked"])
 def test_baselines_need_no_head_of_either_engine(trained, adata, engine):
-    from amici_eval.evaluation.baselines import evaluate_baselines
-
     with opened(trained, adata, engine=engine) as access:
         receivers = access.receivers()
         zeros = np.zeros((2, len(receivers)))

@@ -14,6 +14,7 @@ from amici_eval.evaluation.pipeline import evaluate, evaluate_access
 from amici_eval.model.engines.opening import open_access
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
+from amici_eval.stats.pvalues import adjust_p_values
 from tests.same_numbers import FLOAT32, assert_rounded
 
 pytestmark = pytest.mark.amici
@@ -86,8 +87,6 @@ def test_significance_follows_the_spatial_test_where_there_is_one(trained, adata
 
 
 def test_genes_are_one_family_of_all_heads_and_types(trained, adata):
-    from amici_eval.stats.pvalues import adjust_p_values
-
     found = evaluate(trained, adata, spec_of())
     frame = found.to_frame()
     p = frame["p_value_gene"].to_numpy()

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+
+from amici_eval.model.engines.hooked import added_hook, eval_mode_on, keep_heads
 
 pytestmark = pytest.mark.amici
 
@@ -41,8 +45,6 @@ class Counter:
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_only_its_own_hook_is_removed(module, tensors, raises):
-    from amici_eval.model.engines.hooked import added_hook
-
     point = module.attention_layer.hook_pattern
     normal, permanent, own, meanwhile = Counter(), Counter(), Counter(), Counter()
     point.add_hook(normal)
@@ -55,13 +57,9 @@ def test_only_its_own_hook_is_removed(module, tensors, raises):
             predict(module, tensors)
             point.add_hook(meanwhile)
             if raises:
-                message = "the body failed"
-                raise ZeroDivisionError(message)
+                raise ZeroDivisionError("the body failed")
 
-    if raises:
-        with pytest.raises(ZeroDivisionError, match="the body failed"):
-            body()
-    else:
+    with pytest.raises(ZeroDivisionError, match="the body failed") if raises else nullcontext():
         body()
     assert point.fwd_hooks[:2] == handles
     assert len(point.fwd_hooks) == len(point._forward_hooks) == 3
@@ -70,8 +68,6 @@ def test_only_its_own_hook_is_removed(module, tensors, raises):
 
 
 def test_nested_hooks_leave_in_any_order(module, tensors):
-    from amici_eval.model.engines.hooked import added_hook
-
     point = module.attention_layer.hook_pattern
     outer, inner = Counter(), Counter()
     first, second = added_hook(point, outer), added_hook(point, inner)
@@ -87,8 +83,6 @@ def test_nested_hooks_leave_in_any_order(module, tensors):
 
 
 def test_a_body_that_clears_all_hooks_does_no_harm(module):
-    from amici_eval.model.engines.hooked import added_hook
-
     point = module.attention_layer.hook_pattern
     with added_hook(point, Counter()):
         module.reset_hooks()
@@ -97,8 +91,6 @@ def test_a_body_that_clears_all_hooks_does_no_harm(module):
 
 
 def test_callers_hook_works_on_the_pattern_before_the_ablation(module, tensors):
-    from amici_eval.model.engines.hooked import keep_heads
-
     seen = []
     module.attention_layer.hook_pattern.add_hook(lambda pattern, hook: seen.append(pattern.clone()))
     full = predict(module, tensors)
@@ -110,8 +102,6 @@ def test_callers_hook_works_on_the_pattern_before_the_ablation(module, tensors):
 
 
 def test_no_head_is_the_same_as_a_pattern_of_zeros(module, tensors):
-    from amici_eval.model.engines.hooked import keep_heads
-
     def zeros(pattern, hook):
         return torch.zeros_like(pattern)
 
@@ -135,8 +125,6 @@ def test_no_head_is_the_same_as_a_pattern_of_zeros(module, tensors):
 
 
 def test_all_heads_by_none_or_by_name(module, tensors):
-    from amici_eval.model.engines.hooked import keep_heads
-
     full = predict(module, tensors)
     with keep_heads(module, None):
         assert not module.attention_layer.hook_pattern.fwd_hooks
@@ -146,8 +134,6 @@ def test_all_heads_by_none_or_by_name(module, tensors):
 
 
 def test_kept_head_keeps_its_pattern_and_the_others_are_zero(module, tensors):
-    from amici_eval.model.engines.hooked import keep_heads
-
     cache = {}
 
     def look(values, hook):
@@ -167,8 +153,6 @@ def test_kept_head_keeps_its_pattern_and_the_others_are_zero(module, tensors):
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_training_flags_are_restored_one_by_one(module, raises):
-    from amici_eval.model.engines.hooked import eval_mode_on
-
     module.train()
     module.nn_embed.eval()
     module.attention_layer.hook_pattern.training = False
@@ -179,20 +163,14 @@ def test_training_flags_are_restored_one_by_one(module, raises):
         with eval_mode_on(module, "cpu"):
             assert not any(part.training for part in module.modules())
             if raises:
-                message = "the body failed"
-                raise ZeroDivisionError(message)
+                raise ZeroDivisionError("the body failed")
 
-    if raises:
-        with pytest.raises(ZeroDivisionError, match="the body failed"):
-            body()
-    else:
+    with pytest.raises(ZeroDivisionError, match="the body failed") if raises else nullcontext():
         body()
     assert {name: part.training for name, part in module.named_modules()} == flags
 
 
 def test_no_autograd_graph_is_built(module, tensors):
-    from amici_eval.model.engines.hooked import eval_mode_on
-
     assert module(tensors, compute_loss=False)[1]["prediction"].requires_grad
     with eval_mode_on(module, "cpu"):
         assert not module(tensors, compute_loss=False)[1]["prediction"].requires_grad
@@ -202,8 +180,6 @@ def test_no_autograd_graph_is_built(module, tensors):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_module_returns_to_its_device(module):
-    from amici_eval.model.engines.hooked import eval_mode_on
-
     with eval_mode_on(module, "cuda"):
         assert {parameter.device.type for parameter in module.parameters()} == {"cuda"}
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}

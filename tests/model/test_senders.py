@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
 from amici_eval.data.tissue import prepare
-from amici_eval.evaluation.pipeline import evaluate_access
-from amici_eval.model.cards import card_of
+from amici_eval.evaluation.pipeline import evaluate, evaluate_access
+from amici_eval.model.checkpoint import read_amici_directory
 from amici_eval.model.engines import factored
 from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch
 from amici_eval.model.engines.encoder import SenderTables
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.opening import open_access
+from amici_eval.model.training import DEMO_TRAINING, train_amici
 from amici_eval.report.senders_section import sure_links
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.explained_variance import explained_variance
+from tests.model.conftest import opened
 from tests.model.test_factored import attention_patterns
 from tests.oracles.masked import predictions_without
 from tests.same_numbers import FLOAT32, assert_rounded
@@ -27,11 +30,6 @@ from tests.same_numbers import FLOAT32, assert_rounded
 pytestmark = pytest.mark.amici
 
 KEEPS = [(0,), (1,), None]
-
-
-def opened(model, adata, **settings):
-    tissue = prepare(adata, card_of(model, adata=adata), DataSpec())
-    return open_access(model, tissue, AblationSpec(device="cpu", **settings))
 
 
 def asked(**settings):
@@ -42,8 +40,6 @@ def asked(**settings):
 
 @pytest.fixture(scope="module")
 def evaluation(_tissue, amici_dir):
-    from amici_eval.model.checkpoint import read_amici_directory
-
     adata = _tissue.copy()
     with opened(read_amici_directory(amici_dir, adata=adata, trust=False), adata) as access:
         return evaluate_access(access, asked())
@@ -155,10 +151,6 @@ def test_sender_types_are_taken_in_turn_where_memory_is_scarce(trained, adata, e
 
 
 def test_a_planted_effect_is_found_for_its_sender_its_receiver_and_its_genes():
-    from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
-    from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.model.training import DEMO_TRAINING, train_amici
-
     planted = PlantedEffect("B", "A", ("X1", "X2", "X3"), range_um=20.0, strength=2.2)
     tissue = TissueSpec(
         n_cells=1000,

@@ -9,20 +9,11 @@ import pytest
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
+from tests.model.conftest import SMALL
 
 pytestmark = pytest.mark.amici
 
-MODEL_PARAMS = {
-    "n_heads": 2,
-    "n_head_size": 4,
-    "n_query_dim": 8,
-    "n_kv_dim": 8,
-    "n_nn_embed": 8,
-    "n_nn_embed_hidden": 8,
-    "n_query_embed_hidden": 8,
-    "n_pos_coef_mlp_hidden": 8,
-}
-SETTINGS = {"n_neighbors": 5, "seed": 1, "max_epochs": 2, "batch_size": 100, "model_params": MODEL_PARAMS}
+SETTINGS = {"n_neighbors": 5, "seed": 1, "max_epochs": 2, "batch_size": 100, "model_params": SMALL}
 
 
 @pytest.fixture(scope="module")

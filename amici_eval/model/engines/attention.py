@@ -62,7 +62,7 @@ class Receivers:
 
 
 def attend(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers outputs"]:
-    """Return the attention outputs of each receiver, before the output projection.
+    """Return z, the attention outputs of each receiver, before the output projection.
 
     Softmax over neighbours and dummy of ``score - coefficient * distance``. Weights below ``exp(-80)`` of the strongest
     are 0.
@@ -71,13 +71,13 @@ def attend(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "r
     if kernel is None:
         return attend_by_torch(tables, receivers)
     n_heads, dummy_score = tables.pairs.shape[3], np.float32(tables.dummy_score)
-    out = np.empty((len(receivers), tables.values.shape[1]), dtype=np.float32)
+    z = np.empty((len(receivers), tables.values.shape[1]), dtype=np.float32)
     values, pairs = tables.values.numpy(), tables.pairs.numpy()
 
     def task(start: int) -> None:
         rows = slice(start, start + _ROWS_PER_TASK)
         part = receivers[rows]
-        kernel(values, pairs, part.slots, part.distances, part.types, dummy_score, n_heads, out[rows])
+        kernel(values, pairs, part.slots, part.distances, part.types, dummy_score, n_heads, z[rows])
 
     starts = range(0, len(receivers), _ROWS_PER_TASK)
     n_threads = min(torch.get_num_threads(), len(starts))
@@ -87,19 +87,19 @@ def attend(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "r
     else:
         with ThreadPoolExecutor(n_threads) as pool:
             list(pool.map(task, starts))
-    return out
+    return z
 
 
 def attend_by_torch(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers outputs"]:
     """Return the same as :func:`attend` on any device, without the compiled kernel."""
     n_neighbours, n_outputs, n_heads = receivers.slots.shape[1], tables.values.shape[1], tables.pairs.shape[3]
-    out = np.empty((len(receivers), n_outputs), dtype=np.float32)
+    z = np.empty((len(receivers), n_outputs), dtype=np.float32)
     for rows in receivers.chunks(n_neighbours * n_outputs):
         # only these two, so that the memory of the pairs is free
         weights, slots = _softmax(tables, receivers[rows])[:2]
         values = tables.values[slots].view(len(slots), n_neighbours, n_heads, -1)
-        out[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(slots), n_outputs).cpu().numpy()
-    return out
+        z[rows] = torch.einsum("rkh,rkhd->rhd", weights, values).reshape(len(slots), n_outputs).cpu().numpy()
+    return z
 
 
 def attention_weights(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers heads places"]:
@@ -239,7 +239,7 @@ class SenderSums:
 
 
 def outputs_without_nearest(tables: SenderTables, receivers: Receivers) -> Float32[np.ndarray, "receivers outputs"]:
-    """Return the attention outputs with each receiver's nearest neighbour masked; NaN for ties."""
+    """Return z with each receiver's nearest neighbour masked; NaN for ties."""
     n_receivers, distances = len(receivers), receivers.distances
     if distances.shape[1] < 2:
         # with one neighbour all attention goes to the dummy, whose value is 0
@@ -248,10 +248,10 @@ def outputs_without_nearest(tables: SenderTables, receivers: Receivers) -> Float
     # not the first column: with cell radii, distances between outlines need not be sorted
     kept[np.arange(n_receivers), distances.argmin(axis=1)] = False
     slots, far = (part[kept].reshape(n_receivers, -1) for part in (receivers.slots, distances))
-    outputs = attend(tables, Receivers(slots, far, receivers.types))
+    z = attend(tables, Receivers(slots, far, receivers.types))
     least, second = np.partition(distances, 1, axis=1)[:, :2].T
-    outputs[second - least <= _TIE * second] = np.nan
-    return outputs
+    z[second - least <= _TIE * second] = np.nan
+    return z
 
 
 def outputs_without_senders(
@@ -259,16 +259,16 @@ def outputs_without_senders(
     receivers: Receivers,
     sender_types: Int64[np.ndarray, "receivers neighbours"],
     *,
-    whole: Float32[np.ndarray, "receivers outputs"],
+    z: Float32[np.ndarray, "receivers outputs"],
     senders: Sequence[int],
 ) -> Float32[np.ndarray, "senders receivers outputs"]:
-    """Return the attention outputs with all neighbours of a type masked, for one type after the other."""
+    """Return z with all neighbours of a type masked, for one type after the other."""
     nobody = len(tables.values) - 1
-    outputs = np.empty((len(senders), *whole.shape), dtype=np.float32)
+    outputs = np.empty((len(senders), *z.shape), dtype=np.float32)
     for position, sender in enumerate(senders):
         masked = sender_types == sender
         rows = np.flatnonzero(masked.any(axis=1))
-        outputs[position] = whole
+        outputs[position] = z
         if len(rows):
             own = receivers[rows]
             others = np.where(masked[rows], np.int32(nobody), own.slots)

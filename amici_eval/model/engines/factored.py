@@ -88,7 +88,7 @@ _CELLS_AROUND = 1.5
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadOutputs:
-    """Attention outputs of some receivers, and further outputs of the same pass over the senders.
+    """Attention outputs of some receivers (``whole``: z), and further outputs of the same pass over the senders.
 
     ``without_nearest``: attention to the nearest neighbour masked, so that the others and the dummy share it; NaN for
     receivers with several neighbours at the least distance. ``attention``: to each neighbour and, last, the dummy.
@@ -143,13 +143,13 @@ class FactoredAccess(EngineAccess):
         progress: Callable[[int], None] | None = None,
     ) -> Float32[np.ndarray, "keeps cells genes"]:
         """Return predicted expression under each ablation; ``None`` keeps all heads, ``()`` keeps none."""
-        outputs = self.head_outputs(rows)
+        z = self.head_outputs(rows)
         predictions = np.empty((len(keeps), len(rows), len(self.card.genes)), dtype=np.float32)
         codes = self.tissue.label_codes[rows]
         for position, heads in enumerate(keeps):
             for code in np.unique(codes):
                 of_type = codes == code
-                predictions[position, of_type] = self._weights.readout(int(code)).predict(outputs[of_type], heads)
+                predictions[position, of_type] = self._weights.readout(int(code)).predict(z[of_type], heads)
             if progress is not None:
                 progress(len(rows))
         return predictions
@@ -166,7 +166,7 @@ class FactoredAccess(EngineAccess):
         *,
         progress: Callable[[int], None] | None = None,
     ) -> Float32[np.ndarray, "cells outputs"]:
-        """Return the attention outputs of some receivers, shape (cells, heads * head_size)."""
+        """Return z, the attention outputs of some receivers, shape (cells, heads * head_size)."""
         return self.attend(rows, progress=progress).whole
 
     def attend(
@@ -319,14 +319,14 @@ class FactoredAccess(EngineAccess):
 
         run_on_single_threads(chunks(), n_threads=self._n_threads)
         receivers = Receivers(slots, self.hooked.distances[rows], codes)
-        whole = attend(tables, receivers)
+        z = attend(tables, receivers)
         without_senders = by_sender = None
         if with_senders:
             types = tissue.label_codes[around]
-            without_senders = outputs_without_senders(tables, receivers, types, whole=whole, senders=asked.senders)
+            without_senders = outputs_without_senders(tables, receivers, types, z=z, senders=asked.senders)
             by_sender = sums_by_sender(tables, receivers, types, n_types=weights.n_types)
         return HeadOutputs(
-            whole=whole,
+            whole=z,
             without_nearest=outputs_without_nearest(tables, receivers) if asked.nearest else None,
             attention=attention_weights(tables, receivers[asked.attended]),
             without_senders=without_senders,
