@@ -12,7 +12,7 @@ from amici_eval.common.errors import DataError
 from amici_eval.comparison.pipeline import compare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.evaluation.tiles import kept_rows
-from amici_eval.model.checkpoint import untrained_like
+from amici_eval.model.checkpoint import read_amici_directory, untrained_like
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
@@ -23,6 +23,7 @@ SPEC = EvaluationSpec(
     ablation=AblationSpec(device="cpu", modes=("keep_one",), baselines=False),
     permutation=PermutationSpec(n_permutations=19, n_bootstrap=99),
 )
+TALKING = replace(SPEC, ablation=replace(SPEC.ablation, senders=True))
 QUICK = ComparisonSpec(n_permutations=99, n_flips=99, n_bootstrap=99)
 
 
@@ -73,9 +74,17 @@ def named(evaluation, version):
     )
 
 
-@pytest.fixture
-def evaluated(trained, adata):
-    return named(evaluate(trained, adata, SPEC), "1")
+@pytest.fixture(scope="module")
+def evaluated(amici_dir, _tissue):
+    adata = _tissue.copy()
+    return named(evaluate(read_amici_directory(amici_dir, adata=adata, trust=False), adata, SPEC), "1")
+
+
+@pytest.fixture(scope="module")
+def talking(amici_dir, _tissue):
+    """The same with senders."""
+    adata = _tissue.copy()
+    return named(evaluate(read_amici_directory(amici_dir, adata=adata, trust=False), adata, TALKING), "1")
 
 
 def test_a_version_with_its_heads_in_another_order_is_the_same(trained, adata, evaluated):
@@ -212,11 +221,8 @@ def test_what_cannot_be_compared_is_refused(trained, adata, evaluated):
         compare([evaluated, named(evaluate(trained, adata, spec), "2")], QUICK)
 
 
-TALKING = replace(SPEC, ablation=replace(SPEC.ablation, senders=True))
-
-
-def test_who_talks_to_whom_is_compared_head_by_head(trained, adata, tmp_path):
-    one = named(evaluate(trained, adata, TALKING), "1")
+def test_who_talks_to_whom_is_compared_head_by_head(trained, adata, talking, tmp_path):
+    one = talking
     same = named(evaluate(relabelled(trained, [1, 0]), adata, TALKING), "2")
     # what tiles lose adds up to what the type loses
     for evaluation in (one, same):
@@ -324,8 +330,8 @@ def reordered(evaluation):
     )
 
 
-def test_the_order_of_types_and_senders_does_not_matter(trained, adata):
-    one = named(evaluate(trained, adata, TALKING), "1")
+def test_the_order_of_types_and_senders_does_not_matter(trained, adata, talking):
+    one = talking
     fresh = named(evaluate(untrained_like(trained, seed=1), adata, TALKING), "3")
     spec = replace(QUICK, unmatched=0.0)
     key = ["head_before", "head_after", "ct_name", "sender"]
@@ -336,9 +342,8 @@ def test_the_order_of_types_and_senders_does_not_matter(trained, adata):
         np.testing.assert_allclose(frame[numbers], expected[numbers], atol=1e-6)
 
 
-def test_cells_of_other_types_are_not_compared_tile_by_tile(trained, adata):
-    one = named(evaluate(trained, adata, SPEC), "1")
-    moments = one.moments
+def test_cells_of_other_types_are_not_compared_tile_by_tile(evaluated):
+    one, moments = evaluated, evaluated.moments
     own = np.flatnonzero(moments.row_type == moments.row_type[0])
     rows = [own[0], own[moments.row_tile[own] != moments.row_tile[own[0]]][0]]
     n_cells = moments.n_cells.copy()
@@ -348,9 +353,8 @@ def test_cells_of_other_types_are_not_compared_tile_by_tile(trained, adata):
         compare([one, other], QUICK)
 
 
-def test_losses_are_compared_on_the_same_genes_only_and_where_both_were_computed(trained, adata):
-    one = named(evaluate(trained, adata, TALKING), "1")
-    plain = named(evaluate(trained, adata, SPEC), "2")
+def test_losses_are_compared_on_the_same_genes_only_and_where_both_were_computed(evaluated, talking):
+    one, plain = talking, named(evaluated, "2")
     assert compare([one, plain], QUICK).senders == ()
     assert compare([one, plain], QUICK).senders_frame().empty
     # from an evaluation whose moments hold no losses
@@ -368,8 +372,8 @@ def test_losses_are_compared_on_the_same_genes_only_and_where_both_were_computed
     assert "the versions have other genes" in talk.reason(one.cell_types[0], talk.senders[0])
 
 
-def test_on_other_data_losses_have_independent_intervals(trained, adata):
-    one = replace(named(evaluate(trained, adata, TALKING), "1"), data={"name": "a", "digest": "a"})
+def test_on_other_data_losses_have_independent_intervals(trained, adata, talking):
+    one = replace(talking, data={"name": "a", "digest": "a"})
     half = replace(TALKING, data=DataSpec(subset=SubsetSpec(indices=tuple(range(0, adata.n_obs, 2)))))
     other = replace(named(evaluate(trained, adata, half), "1"), data={"name": "b", "digest": "b"})
     (talk,) = compare([one, other], QUICK).senders

@@ -177,11 +177,7 @@ class Block:
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return the output of the block before the projection."""
-        inner = self.first_norm(self.first(x), relu=True)
-        return self.residual(x, self.second(inner))
-
-    def residual(self, x: Tensor, inner: Tensor) -> Tensor:
-        """Return the output before the projection from that of the inner layers, which is overwritten."""
+        inner = self.second(self.first_norm(self.first(x), relu=True))
         return inner.add_(x).relu_() if self.second_norm is None else self.second_norm(inner, added=x, relu=True)
 
     def __call__(self, x: Tensor) -> Tensor:
