@@ -12,6 +12,8 @@ from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, Spa
 from amici_eval.results.senders import Senders
 from amici_eval.results.tile_sums import Moments
 from amici_eval.settings.evaluation import MODES, EvaluationSpec, PermutationSpec
+from amici_eval.stats.explained_variance import TileSums
+from amici_eval.stats.permutation.statistics import HeadFactors
 from amici_eval.stats.pvalues import adjust_p_values
 
 if TYPE_CHECKING:
@@ -506,3 +508,32 @@ def make_comparison(
         in_sample=True,
         notes=("1 genes of <a> left out",),
     )
+
+
+def make_tile_sums(tiles, expression, residuals) -> TileSums:
+    """Return the sums by tile of some cells; residuals have shape (cells, models, genes)."""
+    present, place, counts = np.unique(tiles, return_inverse=True, return_counts=True)
+    member = (place == np.arange(len(present))[:, None]).astype(np.float64)
+
+    def sums(values):
+        flat = values.reshape(len(values), -1)
+        mean = member @ flat / counts[:, None]
+        shape = (len(present), *values.shape[1:])
+        return mean.reshape(shape), (member @ np.square(flat - mean[place])).reshape(shape)
+
+    target, residual = sums(expression), sums(residuals)
+    return TileSums(
+        tiles=present,
+        n_cells=counts,
+        target_mean=target[0],
+        target_m2=target[1],
+        residual_mean=residual[0],
+        residual_m2=residual[1],
+        varies=np.ptp(expression, axis=0) > 0.0,
+    )
+
+
+def heads_of(factors, images, dead=None) -> HeadFactors:
+    """Return heads of which none is dead, unless told."""
+    dead = np.zeros(factors.shape[2], dtype=bool) if dead is None else dead
+    return HeadFactors(factors=factors, images=images, dead=dead)

@@ -21,7 +21,7 @@ from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.results.matches import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
 from amici_eval.settings.comparison import ComparisonSpec
-from amici_eval.stats.alignment import assign_heads
+from amici_eval.stats.matching import assign_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

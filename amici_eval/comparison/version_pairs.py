@@ -10,12 +10,18 @@ import numpy as np
 from amici_eval.evaluation.tiles import kept_rows
 from amici_eval.results.head_sample import attention_of_both, blocks_of, contributions, outputs_of, shared_by
 from amici_eval.results.matches import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
-from amici_eval.stats.alignment import match_heads
-from amici_eval.stats.head_products import attention_divergence, head_products, linear_cka, profile_cosine
+from amici_eval.stats.matching import (
+    attention_divergence,
+    head_products,
+    linear_cka,
+    match_heads,
+    profile_cosine,
+)
 from amici_eval.stats.pvalues import adjust_p_values
-from amici_eval.stats.tiles.paired import (
-    PairedDifferences,
-    PairedRows,
+from amici_eval.stats.tile_tests import (
+    ChangeTest,
+    Pair,
+    TileChanges,
     paired_differences,
     pooled_difference,
     verdict_of,
@@ -97,35 +103,22 @@ def differences_between(
     shared = shared_by(one, other)
     kept = np.flatnonzero(match.partner >= 0)
     heads = np.append(kept, WHOLE_MODEL), np.append(match.partner[kept], WHOLE_MODEL)
-    parts: list[PairedRows] = []
-    found: list[PairedDifferences] = []
+    test = ChangeTest(
+        confidence=spec.confidence,
+        n_resamples=spec.n_bootstrap,
+        n_flips=spec.n_flips,
+        margin=spec.margin,
+        seed=spec.seed,
+    )
+    parts: list[Pair] = []
+    found: list[TileChanges] = []
     reasons: list[tuple[str, str]] = []
     for cell_type in shared.cell_types:
         rows = [kept_rows(moments, cell_type, shared.genes) for moments in (one, other)]
-        paired = PairedRows(
-            tiles=rows[0].tiles,
-            n_cells=rows[0].n_cells,
-            target_mean=rows[0].target_mean,
-            target_m2=rows[0].target_m2,
-            before_mean=rows[0].residual_mean[:, heads[0]],
-            before_m2=rows[0].residual_m2[:, heads[0]],
-            after_mean=rows[1].residual_mean[:, heads[1]],
-            after_m2=rows[1].residual_m2[:, heads[1]],
-            varies=rows[0].varies,
-        )
-        parts.append(paired)
-        found.append(
-            paired_differences(
-                paired,
-                confidence=spec.confidence,
-                n_resamples=spec.n_bootstrap,
-                n_flips=spec.n_flips,
-                margin=spec.margin,
-                by_gene=spec.genes,
-                seed=spec.seed,
-                label=cell_type,
-            )
-        )
+        pair = rows[0].of_models(heads[0]), rows[1].of_models(heads[1])
+        # the last pair: the whole models
+        parts.append((pair[0].of_models([-1]), pair[1].of_models([-1])))
+        found.append(paired_differences(*pair, replace(test, label=cell_type), by_gene=spec.genes))
         if found[-1].reason is not None:
             reasons.append((cell_type, found[-1].reason))
 
@@ -134,14 +127,7 @@ def differences_between(
 
     p = adjust_p_values(stacked("p_value"), method=spec.adjustment)
     p_gene = stacked("p_value_gene") if spec.genes else None
-    whole = pooled_difference(
-        [_last_pair(part) for part in parts],
-        confidence=spec.confidence,
-        n_resamples=spec.n_bootstrap,
-        n_flips=spec.n_flips,
-        margin=spec.margin,
-        seed=spec.seed,
-    )
+    whole = pooled_difference(parts, test)
     return (
         HeadDifferences(
             before=match.before,
@@ -195,12 +181,6 @@ def differences_between(
             ),
         ),
     )
-
-
-def _last_pair(rows: PairedRows) -> PairedRows:
-    """Return the rows of the last pair, the whole models."""
-    names = ("before_mean", "before_m2", "after_mean", "after_m2")
-    return replace(rows, **{name: getattr(rows, name)[:, -1:] for name in names})
 
 
 def unpaired_differences(

@@ -13,7 +13,8 @@ from amici_eval.model.engines.factored import HeadOutputs
 from amici_eval.results.inference import Baselines
 from amici_eval.results.senders import Senders
 from amici_eval.stats.ablation.ablations import TypeAblations
-from amici_eval.stats.tiles.sums import TypeMoments
+from amici_eval.stats.explained_variance import TileSums
+from amici_eval.stats.type_sums import TypeSums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = (TypeEvaluation, FreeTest, TypeSpatial, TypeAblations, TypeMoments, HeadOutputs, Senders, Baselines)
+_CLASSES = (TypeEvaluation, FreeTest, TypeSpatial, TypeAblations, TypeSums, TileSums, HeadOutputs, Senders, Baselines)
 _SUFFIX = ".part"
 
 

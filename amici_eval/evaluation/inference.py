@@ -9,7 +9,7 @@ import numpy as np
 from amici_eval.evaluation.tiles import HELD_OUT, IN_SAMPLE, rows_of
 from amici_eval.results.inference import HeldOutParts, Intervals, SpatialTests
 from amici_eval.stats.pvalues import adjust_p_values, max_t_p_values
-from amici_eval.stats.tiles.bootstrap import tile_bootstrap
+from amici_eval.stats.tile_tests import tile_bootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,19 +17,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.tiles import Rows
     from amici_eval.settings.evaluation import PermutationSpec
-    from amici_eval.stats.tiles.bootstrap import TileBootstrap
+    from amici_eval.stats.explained_variance import TileSums
+    from amici_eval.stats.tile_tests import TileBootstrap
 
 
-def _interval(rows: Rows, test: PermutationSpec, cell_type: str) -> TileBootstrap:
+def _interval(rows: TileSums, test: PermutationSpec, cell_type: str) -> TileBootstrap:
     return tile_bootstrap(
-        n_cells=rows.n_cells,
-        target_mean=rows.target_mean,
-        target_m2=rows.target_m2,
-        residual_mean=rows.residual_mean,
-        residual_m2=rows.residual_m2,
-        varies=rows.varies,
+        rows,
         confidence=test.confidence,
         n_resamples=test.n_bootstrap,
         seed=test.seed,
@@ -87,7 +82,7 @@ def held_out_parts(
         for part in (IN_SAMPLE, HELD_OUT):
             rows = rows_of(item.moments, part)
             n_cells[part, index] = rows.n_cells.sum()
-            values[part, :, index] = rows.explained_variance() if len(rows.tiles) else np.nan
+            values[part, :, index] = rows.explained_variance if len(rows.tiles) else np.nan
             if test.n_bootstrap and len(rows.tiles):
                 found = _interval(rows, test, cell_type)
                 low[part, :, index], high[part, :, index] = found.low, found.high

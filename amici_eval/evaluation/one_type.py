@@ -10,21 +10,21 @@ import numpy as np
 
 from amici_eval.evaluation.spatial_evaluation import spatial_test
 from amici_eval.stats.ablation.ablations import TypeAblations, ablate
+from amici_eval.stats.ablation.values import AblatedCells
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.permutation.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
-from amici_eval.stats.permutation.factor_nulls import factor_draw, factor_exceedances, sequential_exceedances
-from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST, PermutationCounts, permutation_exceedances
-from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.permutation.tails import MAX_EXCEEDANCES, tail_p_values
-from amici_eval.stats.pvalues import p_values
-from amici_eval.stats.tiles.sums import (
-    TypeMoments,
-    factors_of,
-    gather_moments,
-    moments_of_predictions,
-    principal_factors,
+from amici_eval.stats.permutation.nulls import (
+    MIN_CELLS_TEST,
+    PermutationCounts,
+    factor_draw,
+    factor_exceedances,
+    permutation_exceedances,
 )
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.statistics import HeadFactors
+from amici_eval.stats.pvalues import MAX_EXCEEDANCES, p_values, sequential_exceedances, tail_p_values
+from amici_eval.stats.type_sums import TypeSums, factors_of, gather_sums, principal_factors, sums_of_predictions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.evaluation.spatial_evaluation import TypeSpatial
     from amici_eval.settings.evaluation import PermutationSpec
-    from amici_eval.stats.permutation.factor_nulls import FactorDraw, FactorStatistics
+    from amici_eval.stats.permutation.nulls import FactorDraw, FactorStatistics
     from amici_eval.stats.spatial.lag import CellPositions
 
 
@@ -78,9 +78,10 @@ def free_test(
     """
     n_cells, _, n_heads = factors.shape
     stream = PermutationStream(seed=test.seed, cell_type=cell_type, n_cells=n_cells)
+    heads = HeadFactors(factors=factors, images=images, dead=dead)
     if test.method == "moments" and n_cells < FEW_CELLS:
         counts = factor_exceedances(
-            factors, images, stream=stream, n_permutations=DRAWN_FOR_FEW, dead=dead, device=device, n_threads=n_threads
+            heads, stream=stream, n_permutations=DRAWN_FOR_FEW, device=device, n_threads=n_threads
         )
         return counted(counts, test, "independent")
     if test.method == "moments":
@@ -91,18 +92,16 @@ def free_test(
         return FreeTest(p=p, p_low=p, p_high=p, exceedances=np.full(n_heads, -1), n_permutations=0, method="moments")
     if test.method == "monte_carlo" and test.tail == "none" and test.adjustment != "maxt":
         counts = factor_exceedances(
-            factors,
-            images,
+            heads,
             stream=stream,
             n_permutations=n_permutations,
             sampling=sampling,
-            dead=dead,
             device=device,
             n_threads=n_threads,
             progress=progress,
         )
         return counted(counts, test, sampling)
-    draw = factor_draw(factors, images, stream=stream, dead=dead, device=device, n_threads=n_threads)
+    draw = factor_draw(heads, stream=stream, device=device, n_threads=n_threads)
     if test.method == "sequential":
         return _sequential(draw, test, n_permutations, progress)
     statistics = draw(0, n_permutations)
@@ -212,7 +211,7 @@ class TypeEvaluation:
     spatial: TypeSpatial | None = None
     ablations: dict[str, Float64[np.ndarray, " heads"]] = field(default_factory=dict)
     catalogue: TypeAblations | None = None
-    moments: TypeMoments | None = None
+    moments: TypeSums | None = None
     not_finite: tuple[int, ...] = ()
 
 
@@ -269,7 +268,7 @@ def evaluate_type_by_hooks(
                 device=access.statistics_device,
                 progress=on_permutations,
             )
-    moments = moments_of_predictions(
+    moments = sums_of_predictions(
         heads,
         predictions[n_heads],
         targets,
@@ -332,7 +331,7 @@ def evaluate_type_by_factors(
     n_heads, n_cells = access.card.n_heads, len(rows)
     readout = access.readout(cell_type)
     moments = over_blocks(
-        lambda blocks: gather_moments(
+        lambda blocks: gather_sums(
             outputs,
             readout,
             blocks,
@@ -345,8 +344,8 @@ def evaluate_type_by_factors(
         what="moments",
         device=access.statistics_device,
     )
-    per_gene, overall = moments.explained_variance()
-    target_ss = moments.target_ss
+    explained = moments.by_tile.explained_variance
+    overall, target_ss, constant_genes = explained[:-1], moments.by_tile.target_ss, ~moments.by_tile.varies
     catalogue = None
     # a comparison with NaN is False, so that predictions that are not finite are dead
     alive = moments.predicted_ss > DEAD_TOLERANCE**2 * moments.predicted_size
@@ -356,16 +355,13 @@ def evaluate_type_by_factors(
     others = [mode for mode in modes if mode != "keep_one"]
     if target_ss > 0.0 and not not_finite and others:
         catalogue = ablate(
-            outputs,
-            moments.projected,
-            target_ss,
-            readout,
+            AblatedCells(z=outputs, projected=moments.projected, target_ss=target_ss, readout=readout),
             modes=others,
             seed=test.seed,
             cell_type=cell_type,
             device=access.statistics_device,
         )
-    no_test = _why_no_test(n_cells, moments.constant_genes)
+    no_test = _why_no_test(n_cells, constant_genes)
     free = spatial = None
     if no_test is None:
         factors, images = factors_of(outputs, moments, readout)
@@ -399,12 +395,12 @@ def evaluate_type_by_factors(
             )
     finite = np.isfinite(moments.predicted_ss)
     return TypeEvaluation(
-        expl_var_gene=per_gene,
+        expl_var_gene=moments.by_tile.explained_variance_gene[:-1],
         expl_var=overall,
-        full=float("nan") if not_finite else moments.explained_by_all,
+        full=float("nan") if not_finite else float(explained[-1]),
         # without heads a prediction is the same for all cells, so it explains nothing
         none=catalogue.none if catalogue is not None else 0.0 if target_ss > 0.0 else float("nan"),
-        constant_genes=moments.constant_genes,
+        constant_genes=constant_genes,
         free=free,
         dead={}
         if no_test is not None

@@ -11,17 +11,10 @@ import numpy as np
 from amici_eval.evaluation.tiles import kept_rows
 from amici_eval.results.senders import SenderDifferences, Senders
 from amici_eval.stats.cell_chunks import over_blocks
-from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE, TileSums
 from amici_eval.stats.pvalues import adjust_p_values
-from amici_eval.stats.tiles.paired import (
-    PairedRows,
-    gene_intervals,
-    paired_differences,
-    share_changes,
-    squares_about,
-    verdict_of,
-)
-from amici_eval.stats.tiles.sums import masked_moments
+from amici_eval.stats.tile_tests import ChangeTest, gene_intervals, paired_differences, share_changes, verdict_of
+from amici_eval.stats.type_sums import masked_sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +27,6 @@ if TYPE_CHECKING:
     from amici_eval.results.matches import HeadMatches
     from amici_eval.settings.comparison import ComparisonSpec
     from amici_eval.settings.evaluation import PermutationSpec
-    from amici_eval.stats.tiles.sums import MaskedMoments
 
 WHY_NOT = "ablation.senders: who talks to whom needs the factored engine on cells with coordinates; not computed"
 
@@ -59,7 +51,7 @@ def evaluate_senders(
     """Return what each head takes from each type of sender, in each type of receiver.
 
     Masked and whole heads are compared as two models of the same cells: interval and p of their difference are from
-    :func:`~amici_eval.stats.tiles.paired.paired_differences`, on the same tiles, resamples and flips for all senders.
+    :func:`~amici_eval.stats.tile_tests.paired_differences`, on the same tiles, resamples and flips for all senders.
     """
     types, n_heads = tuple(receivers), access.card.n_heads
     found = _SenderLosses.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes), n_tiles)
@@ -80,7 +72,7 @@ def evaluate_senders(
             reason = found.fill(
                 types.index(cell_type),
                 [batch[place] for place in near],
-                _moments(access, cell_type, rows, of_type, tiles[own]) if near else None,
+                _moments(access, cell_type, rows, of_type, tiles[own]) if near else [],
                 test=test,
                 label=cell_type,
             )
@@ -133,55 +125,42 @@ class _SenderLosses:
         self,
         at: int,
         senders: Sequence[int],
-        moments: MaskedMoments | None,
+        moments: list[TileSums],
         *,
         test: PermutationSpec,
         label: str,
     ) -> str | None:
         """Fill in a receiver type without each of some senders; return the reason if something has no value."""
-        if moments is None:
+        if not moments:
             return None
-        if not moments.varies.any():
-            return f"no gene varies over the {moments.n_cells.sum()} cells"
+        if not moments[0].varies.any():
+            return f"no gene varies over the {moments[0].n_cells.sum()} cells"
         # heads that are not finite are left out; the resamples of the others do not change
-        finite = np.isfinite(moments.residual_m2).all(axis=(0, 1, 3))
-        heads = np.flatnonzero(finite & np.isfinite(moments.residual_mean).all(axis=(0, 1, 3)))
+        finite = np.all([np.isfinite(one.residual_m2).all(axis=(0, 2)) for one in moments], axis=0)
+        heads = np.flatnonzero(
+            np.all([finite, *(np.isfinite(one.residual_mean).all(axis=(0, 2)) for one in moments)], axis=0)
+        )
         reason = "the predictions of some heads are not finite" if len(heads) < len(finite) else None
-        cells = moments.n_cells.astype(np.float64)
-        squares = [
-            squares_about(cells, mean[:, heads], m2[:, heads]).sum(axis=2).T
-            for mean, m2 in zip(moments.residual_mean, moments.residual_m2, strict=True)
-        ]
-        for model, sender in enumerate(senders, start=1):
-            pair = PairedRows(
-                tiles=moments.tiles,
-                n_cells=moments.n_cells,
-                target_mean=moments.target_mean,
-                target_m2=moments.target_m2,
-                before_mean=moments.residual_mean[model][:, heads],
-                before_m2=moments.residual_m2[model][:, heads],
-                after_mean=moments.residual_mean[0][:, heads],
-                after_m2=moments.residual_m2[0][:, heads],
-                varies=moments.varies,
-            )
-            difference = paired_differences(
-                pair,
-                confidence=test.confidence,
-                n_resamples=max(1, test.n_bootstrap),
-                n_flips=_N_FLIPS,
-                seed=test.seed,
-                label=label,
-            )
+        whole, *masked = (one.of_models(heads) for one in moments)
+        change = ChangeTest(
+            confidence=test.confidence,
+            n_resamples=max(1, test.n_bootstrap),
+            n_flips=_N_FLIPS,
+            seed=test.seed,
+            label=label,
+        )
+        for sender, without in zip(senders, masked, strict=True):
+            difference = paired_differences(without, whole, change)
             place = (heads, at, sender)
             lost = np.zeros((len(heads), self.lost_squares.shape[-1]))
-            lost[:, moments.tiles] = squares[model] - squares[0]
+            lost[:, whole.tiles] = (without.residual_squares.sum(axis=2) - whole.residual_squares.sum(axis=2)).T
             self.lost_squares[place] = lost
             self.overall["effect"][place] = difference.difference
             self.overall["p_value"][place] = difference.p_value
             self.genes["effect"][place] = difference.difference_gene
             self.genes["p_value"][place] = difference.p_value_gene
             if test.n_bootstrap:
-                between = gene_intervals(pair, confidence=test.confidence)
+                between = gene_intervals(without, whole, confidence=test.confidence)
                 self.overall["low"][place], self.overall["high"][place] = difference.low, difference.high
                 self.genes["low"][place], self.genes["high"][place] = between.low, between.high
             reason = difference.reason or reason
@@ -215,9 +194,9 @@ def _moments(
     rows: Int64[np.ndarray, " cells"],
     outputs: Sequence[Float32[np.ndarray, "cells outputs"]],
     tiles: Int64[np.ndarray, " cells"],
-) -> MaskedMoments:
+) -> list[TileSums]:
     return over_blocks(
-        lambda blocks: masked_moments(
+        lambda blocks: masked_sums(
             outputs, access.readout(cell_type), blocks, tiles=tiles, device=access.statistics_device
         ),
         lambda: access.expression_blocks(rows),
@@ -238,7 +217,7 @@ def sender_differences_between(
     """Return changes in what matched heads take from each sender type; ``None`` if either lacks senders.
 
     A tile's share is the loss (squared residuals of the masked head minus those of the whole one, over the type's
-    squares of expression) after minus before, tested by :func:`~amici_eval.stats.tiles.paired.share_changes`. Losses
+    squares of expression) after minus before, tested by :func:`~amici_eval.stats.tile_tests.share_changes`. Losses
     are kept over all genes together, so that versions with other genes have differences without interval and p.
     """
     if before.senders is None or after.senders is None:
@@ -260,7 +239,7 @@ def sender_differences_between(
             continue
         rows = kept_rows(one, cell_type, before.genes)
         cells = rows.n_cells.astype(np.float64)
-        target = squares_about(cells, rows.target_mean, rows.target_m2)[:, rows.varies].sum(axis=1)
+        target = rows.target_squares[:, rows.varies].sum(axis=1)
         losses = [
             moments.lost_squares[own, moments.cell_types.index(cell_type)][:, columns][:, :, rows.tiles]
             for moments, own, columns in ((one, heads[0], found.columns[0]), (other, heads[1], found.columns[1]))
@@ -270,12 +249,14 @@ def sender_differences_between(
             change.reshape(-1, len(cells)),
             target,
             cells,
-            confidence=spec.confidence,
-            n_resamples=spec.n_bootstrap,
-            n_flips=spec.n_flips,
-            margin=spec.margin,
-            seed=spec.seed,
-            label=cell_type,
+            ChangeTest(
+                confidence=spec.confidence,
+                n_resamples=spec.n_bootstrap,
+                n_flips=spec.n_flips,
+                margin=spec.margin,
+                seed=spec.seed,
+                label=cell_type,
+            ),
         )
         shape = change.shape[:2]
         low[:, at], high[:, at] = told.low.reshape(shape), told.high.reshape(shape)

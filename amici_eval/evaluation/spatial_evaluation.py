@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.stats.permutation.exact_moments import DRAWN_FOR_FEW, FEW_CELLS, permutation_moments
-from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
-from amici_eval.stats.permutation.stratified import stratified_exceedances
-from amici_eval.stats.permutation.torus import torus_statistics
+from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST, stratified_exceedances
+from amici_eval.stats.permutation.statistics import HeadFactors
 from amici_eval.stats.pvalues import exact, p_values
 from amici_eval.stats.spatial.lag_test import MIN_EFFECTIVE_CELLS, GeneSums, lag_test
 from amici_eval.stats.spatial.tiles import default_widths, tiles_of_width
+from amici_eval.stats.spatial.torus import torus_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from amici_eval.stats.pvalues import PValues
     from amici_eval.stats.spatial.lag import CellPositions
     from amici_eval.stats.spatial.lag_test import LagTest
-    from amici_eval.stats.tiles.sums import TypeMoments
+    from amici_eval.stats.type_sums import TypeSums
 
 _TORUS_TIES = 1e-10
 """Correlations that differ by less are ties."""
@@ -59,7 +59,7 @@ class TypeSpatial:
 def spatial_test(
     factors: Float[np.ndarray, "cells rank heads"],
     images: Float[np.ndarray, "cells rank heads"],
-    moments: TypeMoments,
+    moments: TypeSums,
     *,
     weights: Float64[np.ndarray, "heads genes rank"],
     place: CellPositions,
@@ -91,8 +91,8 @@ def spatial_test(
         asked.factors * usable,
         images,
         place=place,
-        weights=weights,
         genes=GeneSums(
+            weights=weights,
             pixel_sums=moments.pixel_sums,
             near=moments.kept_values,
             target_ss=moments.target_ss_gene,
@@ -122,7 +122,7 @@ def spatial_test(
         statistic=found.statistic,
         ess=lag.ess,
         detectable=lag.detectable,
-        p_gene=np.where(moments.constant_genes, np.nan, lag.p_gene),
+        p_gene=np.where(moments.by_tile.varies, lag.p_gene, np.nan),
         correlation_length=lag.correlation_length,
         reach=lag.reach if found.reach is None else found.reach,
         method=found.method,
@@ -232,14 +232,12 @@ def _shuffled(
     else:
         n_permutations = asked.n_permutations
         counts = stratified_exceedances(
-            asked.factors,
-            asked.images,
+            HeadFactors(factors=asked.factors, images=asked.images, dead=asked.dead),
             strata=strata,
-            labels=[f"{where} {number}" for number in range(int(strata.max()) + 1)],
+            where=where,
             seed=test.seed,
             cell_type=asked.cell_type,
             n_permutations=max(n_permutations, DRAWN_FOR_FEW) if test.spatial_method == "moments" else n_permutations,
-            dead=asked.dead,
             device=asked.device,
             progress=asked.heartbeat,
         )

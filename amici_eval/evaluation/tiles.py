@@ -9,9 +9,8 @@ from zlib import crc32
 import numpy as np
 
 from amici_eval.results.tile_sums import Moments
-from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.explained_variance import TileSums, squares_about
 from amici_eval.stats.spatial.tiles import square_tiles, tile_side
-from amici_eval.stats.tiles.sums import merge_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess
     from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.results.senders import Senders
-    from amici_eval.stats.tiles.sums import TypeMoments
+    from amici_eval.stats.type_sums import TypeSums
 
 IN_SAMPLE, HELD_OUT = 0, 1
 _FEWEST_TILES, _MOST_TILES, _CELLS_PER_TILE = 9, 36, 100
@@ -77,51 +76,14 @@ _ROUNDING = 1e-10
 """Share of a gene's squares below which its variance is float32 rounding of a constant."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Rows:
-    """Moments of one type by tile: of expression, and of the residuals of each head kept alone and the whole model.
-
-    The whole model is the last of the models; ``varies`` marks genes that vary over all cells of the type.
-    """
-
-    tiles: Int64[np.ndarray, " tiles"]
-    n_cells: Int64[np.ndarray, " tiles"]
-    target_mean: Float64[np.ndarray, "tiles genes"]
-    target_m2: Float64[np.ndarray, "tiles genes"]
-    residual_mean: Float64[np.ndarray, "tiles models genes"]
-    residual_m2: Float64[np.ndarray, "tiles models genes"]
-    varies: Bool[np.ndarray, " genes"]
-
-    def explained_variance(self) -> Float64[np.ndarray, " models"]:
-        """Return explained variance over all genes; NaN with too few cells or without variance.
-
-        Residuals count over all genes, as in :meth:`TypeMoments.explained_variance`: a prediction that varies where
-        expression does not is an error, too.
-        """
-        n_models = self.residual_mean.shape[1]
-        if self.n_cells.sum() < MIN_CELLS_EXPLAINED_VARIANCE:
-            return np.full(n_models, np.nan)
-        target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)[self.varies].sum()
-        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2).sum(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(target > 0.0, 1.0 - residual / target, np.nan)
+def rows_of(moments: TypeSums, part: int | None = None) -> TileSums:
+    """Return the sums of a type by tile, of both parts together or of one; the whole model is the last."""
+    sums = moments.by_tile
+    chosen = np.ones(len(sums.tiles), dtype=bool) if part is None else part_of(sums.tiles) == part
+    return sums.merged(tile_of(sums.tiles), chosen)
 
 
-def rows_of(moments: TypeMoments, part: int | None = None) -> Rows:
-    """Return the moments of a type by tile, of both parts together or of one."""
-    chosen = np.ones(len(moments.tiles), dtype=bool) if part is None else part_of(moments.tiles) == part
-    return _joined(
-        tile_of(moments.tiles[chosen]),
-        moments.n_cells[chosen],
-        moments.target_mean[chosen],
-        moments.target_m2[chosen],
-        np.concatenate([moments.residual_mean, moments.full_mean[:, None]], axis=1)[chosen],
-        np.concatenate([moments.residual_m2, moments.full_m2[:, None]], axis=1)[chosen],
-        ~moments.constant_genes,
-    )
-
-
-def kept_rows(moments: Moments, cell_type: str, genes: Sequence[str]) -> Rows:
+def kept_rows(moments: Moments, cell_type: str, genes: Sequence[str]) -> TileSums:
     """Return the kept moments of a type by tile, of some genes in the given order, for both parts together.
 
     Kept moments are float32: a gene varies if its variance over the type exceeds the rounding of a constant.
@@ -135,50 +97,17 @@ def kept_rows(moments: Moments, cell_type: str, genes: Sequence[str]) -> Rows:
 
     n_cells, mean, m2 = moments.n_cells[chosen], of(moments.target_mean), of(moments.target_m2)
     size = m2.sum(axis=0) + (n_cells[:, None] * mean**2).sum(axis=0)
-    spread = merge_tiles(n_cells, mean, m2) if len(chosen) else np.zeros(len(columns))
-    return _joined(
-        moments.row_tile[chosen],
-        n_cells,
-        mean,
-        m2,
-        np.concatenate([of(moments.residual_mean), of(moments.full_mean)[:, None]], axis=1),
-        np.concatenate([of(moments.residual_m2), of(moments.full_m2)[:, None]], axis=1),
-        spread > _ROUNDING * size,
+    spread = squares_about(n_cells, mean, m2).sum(axis=0) if len(chosen) else np.zeros(len(columns))
+    rows = TileSums(
+        tiles=moments.row_tile[chosen],
+        n_cells=n_cells,
+        target_mean=mean,
+        target_m2=m2,
+        residual_mean=np.concatenate([of(moments.residual_mean), of(moments.full_mean)[:, None]], axis=1),
+        residual_m2=np.concatenate([of(moments.residual_m2), of(moments.full_m2)[:, None]], axis=1),
+        varies=spread > _ROUNDING * size,
     )
-
-
-def _joined(
-    tile_of_row: Int64[np.ndarray, " rows"],
-    n_cells: Int64[np.ndarray, " rows"],
-    target_mean: Float64[np.ndarray, "rows genes"],
-    target_m2: Float64[np.ndarray, "rows genes"],
-    residual_mean: Float64[np.ndarray, "rows models genes"],
-    residual_m2: Float64[np.ndarray, "rows models genes"],
-    varies: Bool[np.ndarray, " genes"],
-) -> Rows:
-    """Merge the rows of each tile (Chan, Golub & LeVeque 1983)."""
-    tiles, place = np.unique(tile_of_row, return_inverse=True)
-    in_tile = np.bincount(place, weights=n_cells, minlength=len(tiles)).astype(np.int64)
-
-    def joined(mean: np.ndarray, m2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weight = n_cells.astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
-        total = np.zeros((len(tiles), *mean.shape[1:]))
-        np.add.at(total, place, weight * mean)
-        total /= in_tile.reshape(-1, *(1,) * (mean.ndim - 1))
-        spread = np.zeros_like(total)
-        np.add.at(spread, place, m2 + weight * (mean - total[place]) ** 2)
-        return total, spread
-
-    target, residual = joined(target_mean, target_m2), joined(residual_mean, residual_m2)
-    return Rows(
-        tiles=tiles,
-        n_cells=in_tile,
-        target_mean=target[0],
-        target_m2=target[1],
-        residual_mean=residual[0],
-        residual_m2=residual[1],
-        varies=varies,
-    )
+    return rows.merged(rows.tiles, np.ones(len(chosen), dtype=bool))
 
 
 _SKETCHED_CELLS = 256
@@ -225,7 +154,9 @@ def kept_moments(
     """Return the moments and the sketch that are kept of an evaluation."""
     types = tuple(receivers)
     parts = [
-        (index, item.moments) for index, item in enumerate(evaluated) if item is not None and item.moments is not None
+        (index, item.moments.by_tile)
+        for index, item in enumerate(evaluated)
+        if item is not None and item.moments is not None
     ]
     rows = everyone[sketch.places]
     neighbours = access.neighbour_rows[rows[sketch.attended]]
@@ -246,10 +177,10 @@ def kept_moments(
         n_cells=joined("n_cells"),
         target_mean=joined("target_mean").astype(np.float32),
         target_m2=joined("target_m2").astype(np.float32),
-        residual_mean=joined("residual_mean").astype(np.float32),
-        residual_m2=joined("residual_m2").astype(np.float32),
-        full_mean=joined("full_mean").astype(np.float32),
-        full_m2=joined("full_m2").astype(np.float32),
+        residual_mean=joined("residual_mean")[:, :-1].astype(np.float32),
+        residual_m2=joined("residual_m2")[:, :-1].astype(np.float32),
+        full_mean=joined("residual_mean")[:, -1].astype(np.float32),
+        full_m2=joined("residual_m2")[:, -1].astype(np.float32),
         sketch_type=np.array([types.index(name) for name in sketch.types], dtype=np.int64),
         sketch_names=tuple(access.cell_names(rows)),
         sketch_outputs=outputs.whole[sketch.places],

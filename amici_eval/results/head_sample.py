@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.stats.head_products import HeadContributions
+from amici_eval.stats.matching import HeadContributions
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.spatial.tiles import balanced_blocks
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.untrusted import check_names, load_npz, parse_json
+from amici_eval.stats.explained_variance import squares_about
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
@@ -305,8 +306,5 @@ def _merged(
     m2: Float32[np.ndarray, "rows ..."],
 ) -> Float64[np.ndarray, ...]:
     """Return the centred sum of squares over rows that count several times."""
-    shape = (-1, *(1,) * (mean.ndim - 1))
-    times, weight, wide = times.reshape(shape), weight.reshape(shape), mean.astype(np.float64)
-    overall = (weight * wide).sum(axis=0) / weight.sum()
-    merged: Float64[np.ndarray, ...] = (times * m2 + weight * (wide - overall) ** 2).sum(axis=0)
+    merged: Float64[np.ndarray, ...] = squares_about(weight, mean.astype(np.float64), (times * m2.T).T).sum(axis=0)
     return merged

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Float32, Int, Int64
 
-    from amici_eval.stats.tiles.sums import Block
+    from amici_eval.stats.type_sums import Block
 
 CHUNK_CELLS = 512
 """Cells that a thread works on at a time: about 8 MB of working memory at 8 heads of 32 numbers."""

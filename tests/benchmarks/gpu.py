@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ import torch
 from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.folding import fold_encoder
-from amici_eval.stats.permutation.factor_nulls import factor_exceedances
+from amici_eval.stats.permutation import statistics
+from amici_eval.stats.permutation.nulls import factor_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.tiles.sums import TypeMoments, factors_of, gather_moments
+from amici_eval.stats.type_sums import TypeSums, factors_of, gather_sums
 from tests.benchmarks.common import say, write_table
+from tests.builders import heads_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,7 +124,7 @@ def random_state(size: Sizes) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Block:
-    """Expression of some cells, as ``gather_moments`` takes it."""
+    """Expression of some cells, as ``gather_sums`` takes it."""
 
     positions: np.ndarray
     values: np.ndarray
@@ -173,53 +176,52 @@ class Cells:
             yield Block(positions, self.expression[positions % len(self.expression)])
 
 
-def run_small(size: Sizes, device: str, **forms: Any) -> dict[str, np.ndarray]:
+def run_small(size: Sizes, device: str, *, gram: bool, use_compiled: bool | None = None) -> dict[str, np.ndarray]:
     """Return what every kernel gives on a small case: values, and counts of permutations."""
     cells = Cells.random(size, 600)
     weights = random_weights(size, device)
     tables = SenderTables.empty(weights, cells.n_cells, device=device)
     cells.embed(weights, tables, device)
-    compute = attend_by_torch if forms.get("compiled") is False else attend
+    compute = attend_by_torch if use_compiled is False else attend
     outputs = compute(tables, Receivers(cells.slots, cells.distances, cells.types))
     readout = weights.readout(0)
     tiles = np.arange(cells.n_cells) * 4 // cells.n_cells
-    moments = gather_moments(outputs, readout, cells.blocks(), tiles=tiles, device=device)
-    per_gene, overall = moments.explained_variance()
+    moments = gather_sums(outputs, readout, cells.blocks(), tiles=tiles, device=device)
     # the test gets the same numbers on every device: those of fixed outputs, so that counts must be equal
     fixed = np.random.default_rng(1).standard_normal(outputs.shape).astype(np.float32)
     factors, images = factors_of(fixed, _fixed_moments(cells, fixed, readout, tiles), readout)
     stream = PermutationStream(seed=0, cell_type="check", n_cells=cells.n_cells)
-    counts = {
-        sampling: factor_exceedances(
-            factors,
-            images,
-            stream=stream,
-            n_permutations=200,
-            sampling=sampling,
-            device=device,
-            form=forms.get("form", "auto"),
-        ).exceedances
-        for sampling in ("independent", "cyclic")
-    }
+    cells_per_permutation = np.inf if gram else 0
+    with patch.multiple(
+        statistics,
+        _GRAM_CELLS_PER_PERMUTATION=cells_per_permutation,
+        _TORCH_GRAM_CELLS_PER_PERMUTATION=cells_per_permutation,
+    ):
+        counts = {
+            sampling: factor_exceedances(
+                heads_of(factors, images), stream=stream, n_permutations=200, sampling=sampling, device=device
+            ).exceedances
+            for sampling in ("independent", "cyclic")
+        }
     return {
         "values of senders": tables.values.cpu().numpy(),
         "pairs of sender and receiver type": tables.pairs.cpu().numpy(),
         "attention outputs": outputs,
-        "explained variance per gene": per_gene,
-        "explained variance": overall,
+        "explained variance per gene": moments.by_tile.explained_variance_gene,
+        "explained variance": moments.by_tile.explained_variance,
         "counts, independent": counts["independent"],
         "counts, cyclic": counts["cyclic"],
     }
 
 
-def _fixed_moments(cells: Cells, outputs: np.ndarray, readout: Any, tiles: np.ndarray) -> TypeMoments:
-    return gather_moments(outputs, readout, cells.blocks(), tiles=tiles, device="cpu")
+def _fixed_moments(cells: Cells, outputs: np.ndarray, readout: Any, tiles: np.ndarray) -> TypeSums:
+    return gather_sums(outputs, readout, cells.blocks(), tiles=tiles, device="cpu")
 
 
 def check(device: str) -> list[Row]:
     """Compare a small case on the device with the CPU's; on the CPU, its compiled kernels with plain torch."""
-    expected = run_small(SMALL, "cpu", form="factor")
-    found = run_small(SMALL, device, form="gram", compiled=False)
+    expected = run_small(SMALL, "cpu", gram=False)
+    found = run_small(SMALL, device, gram=True, use_compiled=False)
     rows = []
     for name, value in expected.items():
         difference = float(np.abs(np.asarray(value, dtype=np.float64) - found[name]).max())
@@ -297,8 +299,8 @@ def time_stages(size: Sizes, n_cells: int, device: str, limits: dict[str, float]
     readout = weights.readout(0)
     tiles = np.arange(n_cells) * 64 // n_cells
 
-    def gather() -> TypeMoments:
-        return gather_moments(outputs, readout, cells.blocks(), tiles=tiles, device=device)
+    def gather() -> TypeSums:
+        return gather_sums(outputs, readout, cells.blocks(), tiles=tiles, device=device)
 
     seconds = best_seconds(gather, repeats=1)
     rank = size.head_size + 1
@@ -312,7 +314,7 @@ def time_stages(size: Sizes, n_cells: int, device: str, limits: dict[str, float]
     for sampling, moved in (("independent", 8.0 * permutations * entries), ("cyclic", 40.0 * entries)):
         seconds = best_seconds(
             lambda sampling=sampling: factor_exceedances(
-                factors, images, stream=stream, n_permutations=permutations, sampling=sampling, device=device
+                heads_of(factors, images), stream=stream, n_permutations=permutations, sampling=sampling, device=device
             ),
             repeats=1,
         )

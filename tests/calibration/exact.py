@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.stats.permutation.exact_moments import pearson3_tail, permutation_moments
-from amici_eval.stats.permutation.factor_nulls import factor_draw
+from amici_eval.stats.permutation.nulls import factor_draw
 from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.benchmarks.common import write_table
+from tests.builders import heads_of
 from tests.oracles.exact_moments import all_statistics
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ def run(options: Options) -> None:
         # the moments belong to the same rounded numbers that the stream permutes
         exact = permutation_moments(factors.astype(np.float32), images)
         stream = PermutationStream(seed=options.seed, cell_type=name, n_cells=_N_CELLS)
-        found = factor_draw(factors, images, stream=stream, n_threads=1)(0, n_permutations)
+        found = factor_draw(
+            heads_of(factors, images),
+            stream=stream,
+            n_threads=1,
+        )(0, n_permutations)
         statistics = found.statistics[:, 0] / np.sqrt(exact.variance[0])
         drawn.append({"law": name, "permutations": n_permutations, **_moments(statistics, exact)})
         tail += [{"law": name, **row} for row in _tail(statistics, exact)]

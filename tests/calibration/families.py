@@ -8,11 +8,17 @@ import numpy as np
 from scipy.stats import norm
 
 from amici_eval.stats.permutation.exact_moments import pearson3_tail, permutation_moments
-from amici_eval.stats.permutation.factor_nulls import factor_draw, sequential_exceedances
+from amici_eval.stats.permutation.nulls import factor_draw
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.permutation.tails import tail_p_values
-from amici_eval.stats.pvalues import adjust_p_values, max_t_p_values, p_values
+from amici_eval.stats.pvalues import (
+    adjust_p_values,
+    max_t_p_values,
+    p_values,
+    sequential_exceedances,
+    tail_p_values,
+)
 from tests.benchmarks.common import write_table
+from tests.builders import heads_of
 from tests.calibration.common import spread
 
 if TYPE_CHECKING:
@@ -62,7 +68,11 @@ def family_wise(*, first: int, last: int, seed: int) -> list[Row]:
         for index in range(_N_TYPES):
             factors, images = _heads(rng, shared=0.7)
             stream = PermutationStream(seed=number, cell_type=f"type {index}", n_cells=_N_CELLS)
-            found = factor_draw(factors, images, stream=stream, n_threads=1)(0, n_permutations)
+            found = factor_draw(
+                heads_of(factors, images),
+                stream=stream,
+                n_threads=1,
+            )(0, n_permutations)
             deviation = np.sqrt(permutation_moments(factors, images).variance)
             observed[:, index], permuted[:, :, index] = found.observed / deviation, found.statistics / deviation
             p[:, index] = p_values(np.count_nonzero(found.reached, axis=0), n_permutations=n_permutations).p
@@ -103,7 +113,11 @@ def _sequential(options: Options) -> list[Row]:
             rng = np.random.default_rng([options.seed, 9, number])
             factors, images = _heads(rng, shared=0.5, effect=effect)
             stream = PermutationStream(seed=number, cell_type="T", n_cells=_N_CELLS)
-            draw = factor_draw(factors, images, stream=stream, n_threads=1)
+            draw = factor_draw(
+                heads_of(factors, images),
+                stream=stream,
+                n_threads=1,
+            )
             whole = np.count_nonzero(draw(0, n_permutations).reached, axis=0)
             fixed.append(p_values(whole, n_permutations=n_permutations).p)
             found = sequential_exceedances(draw, max_permutations=n_permutations)
@@ -138,9 +152,17 @@ def _tails(options: Options) -> list[Row]:
         factors, images = draw(size=(60, _RANK, 1)), draw(size=(60, _RANK, 1)).astype(np.float32)
         stream = PermutationStream(seed=options.seed, cell_type=name, n_cells=60)
         # other permutations than those that are fitted
-        far = factor_draw(factors, images, stream=stream, n_threads=1)(10**6, 10**6 + n_truth).statistics
+        far = factor_draw(
+            heads_of(factors, images),
+            stream=stream,
+            n_threads=1,
+        )(10**6, 10**6 + n_truth).statistics
         at = float(np.quantile(far[:, 0], 1.0 - target))
-        own = factor_draw(factors, images, stream=stream, n_threads=1)(0, per_fit * repeats)
+        own = factor_draw(
+            heads_of(factors, images),
+            stream=stream,
+            n_threads=1,
+        )(0, per_fit * repeats)
         exact = permutation_moments(factors.astype(np.float32), images)
         by_moments = pearson3_tail(at / np.sqrt(exact.variance), exact.skewness)
         fits = [tail_p_values(at, own.statistics[i * per_fit : (i + 1) * per_fit, 0]) for i in range(repeats)]

@@ -149,7 +149,6 @@ class Data:
 
     factors: np.ndarray
     images: np.ndarray
-    weights: np.ndarray
     genes: GeneSums
 
 
@@ -174,8 +173,8 @@ def simulate(
     return Data(
         factors=factors,
         images=np.einsum("ig,hga->iah", y, weights).astype(np.float32),
-        weights=weights,
         genes=GeneSums(
+            weights=weights,
             pixel_sums=place.cells.grid.sums(torch.from_numpy(y)).numpy(),
             near=y[place.cells.near.cells],
             target_ss=np.square(centred).sum(axis=0),

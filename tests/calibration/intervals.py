@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.tiles.bootstrap import tile_bootstrap
+from amici_eval.stats.tile_tests import tile_bootstrap
 from tests.benchmarks.common import write_table
+from tests.builders import make_tile_sums
 from tests.calibration.common import spread
 from tests.calibration.fields import CellPositions, Smooth, fields
 
@@ -51,18 +52,8 @@ def one_setting(*, side: int, length: float, even: bool, n: int, seed: int) -> l
         explained, left = SHARE * prediction.variance.sum(), (1.0 - SHARE) * other.variance.sum()
         truth = explained / (explained + left)
         tiles = np.floor(np.minimum(xy, side - 1e-9)).astype(np.int64) @ np.array([side, 1])
-        target, residual = (_by_tile(values, tiles, side * side) for values in (predicted + rest, -rest))
-        found = tile_bootstrap(
-            n_cells=np.bincount(tiles, minlength=side * side),
-            target_mean=target[0],
-            target_m2=target[1],
-            residual_mean=residual[0][:, None],
-            residual_m2=residual[1][:, None],
-            varies=np.ones(_N_GENES, dtype=bool),
-            n_resamples=_N_RESAMPLES,
-            seed=number,
-            cell_type="T",
-        )
+        sums = make_tile_sums(tiles, predicted + rest, -rest[:, None])
+        found = tile_bootstrap(sums, n_resamples=_N_RESAMPLES, seed=number, cell_type="T")
         covered.append(bool(found.low[0] <= truth <= found.high[0]))
         widths.append(float(found.high[0] - found.low[0]))
     rate = float(np.mean(covered))
@@ -77,12 +68,3 @@ def one_setting(*, side: int, length: float, even: bool, n: int, seed: int) -> l
             "median_width": float(np.median(widths)),
         }
     ]
-
-
-def _by_tile(values: np.ndarray, tiles: np.ndarray, n_tiles: int) -> tuple[np.ndarray, np.ndarray]:
-    n_cells = np.maximum(np.bincount(tiles, minlength=n_tiles), 1)[:, None]
-    mean, m2 = np.zeros((2, n_tiles, values.shape[1]))
-    np.add.at(mean, tiles, values)
-    mean /= n_cells
-    np.add.at(m2, tiles, np.square(values - mean[tiles]))
-    return mean, m2

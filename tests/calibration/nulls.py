@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.stats.permutation.exact_moments import permutation_moments
-from amici_eval.stats.permutation.torus import torus_statistics
 from amici_eval.stats.pvalues import p_values
 from amici_eval.stats.spatial.lag_test import lag_test
 from amici_eval.stats.spatial.tiles import tiles_of_width
+from amici_eval.stats.spatial.torus import torus_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ def apply_nulls(
     number: int = 0,
 ) -> Tested:
     """Test the heads of one simulated tissue with each null; tile widths are given in correlation lengths."""
-    lag = lag_test(data.factors, data.images, place=place.cells, weights=data.weights, genes=data.genes)
+    lag = lag_test(data.factors, data.images, place=place.cells, genes=data.genes)
     p = {"lag": lag.p, "lag, genes": lag.p_gene}
     p["free"] = permutation_moments(data.factors, data.images).p_values()
     if place.samples is not None:

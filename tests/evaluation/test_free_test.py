@@ -5,7 +5,7 @@ import pytest
 
 from amici_eval.evaluation.one_type import free_test
 from amici_eval.settings.evaluation import PermutationSpec
-from amici_eval.stats.permutation import factor_nulls
+from amici_eval.stats.permutation import nulls
 
 
 def free(*, n_permutations, signal=0.0, progress=None, **settings):
@@ -32,13 +32,13 @@ def test_fewer_permutations_than_exceedances_to_stop_at_are_all_drawn():
 
 @pytest.mark.parametrize("settings", [{"method": "sequential"}, {"tail": "gpd"}, {"adjustment": "maxt"}])
 def test_factors_are_packed_once_and_progress_ends_at_its_total(settings, monkeypatch):
-    packed, done, pack = [], [], factor_nulls.pack
+    packed, done, pack = [], [], nulls.pack
 
     def counted(*args, **more):
         packed.append(1)
         return pack(*args, **more)
 
-    monkeypatch.setattr(factor_nulls, "pack", counted)
+    monkeypatch.setattr(nulls, "pack", counted)
     free(**settings, n_permutations=999, signal=0.5, progress=done.append)
     assert len(packed) == 1
     assert sum(done) == 4 * 999

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 
 import numpy as np
 import pytest
@@ -25,9 +24,9 @@ STAGES = {
         lambda weights, expression, *_: len(expression),
         70,
     ),
-    "ablations": ("amici_eval.stats.ablation.coalitions", "_coalition_moments", lambda *a, **_: a[4], 20),
+    "ablations": ("amici_eval.stats.ablation.values", "_coalition_sums", lambda *a, **_: a[2], 20),
     "substitutions": (
-        "amici_eval.stats.ablation.substitutions",
+        "amici_eval.stats.ablation.values",
         "_substituted_values",
         lambda *_, chunk_cells, **__: chunk_cells,
         20,
@@ -47,14 +46,12 @@ def settings(engine: str, **test) -> EvaluationSpec:
 
 @pytest.fixture
 def as_on_a_device(trained, monkeypatch):
-    """Without numba, torch does all the work, as it does on a GPU; on one thread, for what fails is of this one."""
-    import amici  # noqa: F401, RUF100 - imports numba itself
-
-    monkeypatch.setitem(sys.modules, "numba", None)
-    # what was compiled by earlier tests is kept
+    """Torch does all the work, as it does on a GPU; on one thread, for what fails is of this one."""
+    for module in ("nulls", "statistics"):
+        monkeypatch.setattr(f"amici_eval.stats.permutation.{module}.cpu_kernels", lambda _: None)
     monkeypatch.setattr("amici_eval.model.engines.attention.compiled_attention", lambda: None)
     monkeypatch.setattr("amici_eval.model.engines.encoder.encoder_kernels", lambda: None)
-    monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
+    monkeypatch.setattr("amici_eval.stats.ablation.values.cpu_substitution", lambda _: None)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -7,7 +7,7 @@ from amici_eval.evaluation import spatial_evaluation
 from amici_eval.evaluation.spatial_evaluation import spatial_test
 from amici_eval.settings.evaluation import PermutationSpec
 from amici_eval.stats.spatial.lag import CellPositions
-from amici_eval.stats.tiles.sums import moments_of_predictions, principal_factors
+from amici_eval.stats.type_sums import principal_factors, sums_of_predictions
 
 SAME = "predicts the same for all cells of each section"
 
@@ -21,7 +21,7 @@ def spatial_by(null, *, n_cells=90, **settings):
     heads[1] = np.repeat(rng.normal(size=(3, 6)), n_cells // 3, axis=0)
     heads[2] = 1.0
     place = CellPositions.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples=samples, n_genes=6)
-    moments = moments_of_predictions(
+    moments = sums_of_predictions(
         heads,
         heads[0],
         targets,

@@ -25,7 +25,7 @@ from amici_eval.model.training import own_data_loader
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.tiles.sums import gather_moments
+from amici_eval.stats.type_sums import gather_sums
 from tests.model.conftest import on_cpu, opened
 from tests.same_numbers import FLOAT32, assert_counts, assert_rounded
 
@@ -652,7 +652,7 @@ def test_explained_variance_without_the_nearest_is_that_of_masked_predictions(tr
         changed = []
         for label, rows in receivers.items():
             both = access.attend(rows, without_nearest=True)
-            moments = gather_moments(
+            moments = gather_sums(
                 both.whole,
                 access.readout(label),
                 access.expression_blocks(rows),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64, Int64
 
-    from amici_eval.stats.head_products import HeadContributions
+    from amici_eval.stats.matching import HeadContributions
 
 
 def deviations(of: HeadContributions) -> Float64[np.ndarray, "heads cells genes"]:

@@ -10,9 +10,10 @@ import pytest
 
 from amici_eval.common.errors import DataError
 from amici_eval.results.tile_sums import Moments
+from amici_eval.stats.explained_variance import squares_about
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.spatial.tiles import square_tiles
-from amici_eval.stats.tiles.sums import factors_of, gather_moments, merge_tiles
+from amici_eval.stats.type_sums import factors_of, gather_sums
 from tests.builders import make_moments
 from tests.oracles import reference
 
@@ -47,43 +48,45 @@ def pieces(targets, order, length):
 def test_explained_variance_is_its_definition():
     outputs, targets, readout, tiles = make_case()
     targets[:, 2] = 0.7
-    found = gather_moments(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
-    per_gene, overall = found.explained_variance()
+    found = gather_sums(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
+    per_gene, overall = found.by_tile.explained_variance_gene, found.by_tile.explained_variance
     for head in range(3):
         genes, total = reference.explained_variance(readout.predict(outputs, (head,)), targets)
         np.testing.assert_allclose(per_gene[head], genes, atol=1e-12)
         assert overall[head] == pytest.approx(total, abs=1e-12)
-    assert found.constant_genes.tolist() == [False, False, True, False, False]
+    assert found.by_tile.varies.tolist() == [True, True, False, True, True]
     assert np.isnan(per_gene[:, 2]).all()
 
 
 def test_without_a_gene_that_varies_nothing_is_explained():
     outputs, targets, readout, tiles = make_case()
     targets[:] = 1.5
-    found = gather_moments(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
-    assert found.target_ss == 0.0
-    assert all(np.isnan(values).all() for values in found.explained_variance())
+    found = gather_sums(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
+    assert found.by_tile.target_ss == 0.0
+    assert np.isnan(found.by_tile.explained_variance).all()
+    assert np.isnan(found.by_tile.explained_variance_gene).all()
 
 
 def test_blocks_and_tiles_change_nothing():
     outputs, targets, readout, tiles = make_case()
-    base = gather_moments(outputs, readout, pieces(targets, np.arange(60), 60), tiles=np.zeros(60, dtype=np.int64))
+    base = gather_sums(outputs, readout, pieces(targets, np.arange(60), 60), tiles=np.zeros(60, dtype=np.int64))
     order = np.random.default_rng(1).permutation(60)
     for length in (1, 7, 60):
-        found = gather_moments(outputs, readout, pieces(targets, order, length), tiles=tiles)
-        for ours, expected in zip(found.explained_variance(), base.explained_variance(), strict=True):
+        found = gather_sums(outputs, readout, pieces(targets, order, length), tiles=tiles)
+        for name in ("explained_variance", "explained_variance_gene"):
+            ours, expected = (getattr(one.by_tile, name) for one in (found, base))
             np.testing.assert_allclose(ours, expected, atol=1e-12)
         np.testing.assert_allclose(found.projected, base.projected, atol=1e-5)
         np.testing.assert_allclose(found.scale, base.scale, rtol=1e-12)
         np.testing.assert_allclose(found.predicted_ss, base.predicted_ss, rtol=1e-10)
         np.testing.assert_allclose(found.predicted_size, base.predicted_size, rtol=1e-10)
-        assert found.target_ss == pytest.approx(base.target_ss, rel=1e-12)
+        assert found.by_tile.target_ss == pytest.approx(base.by_tile.target_ss, rel=1e-12)
 
 
 def test_every_tile_has_its_own_moments():
     outputs, targets, readout, tiles = make_case()
     tiles = tiles * 10 + 3  # numbers with gaps
-    found = gather_moments(outputs, readout, pieces(targets, np.arange(60), 13), tiles=tiles)
+    found = gather_sums(outputs, readout, pieces(targets, np.arange(60), 13), tiles=tiles).by_tile
     assert found.tiles.tolist() == [3, 13, 23, 33]
     for row, tile in enumerate(found.tiles):
         own = tiles == tile
@@ -99,7 +102,7 @@ def test_every_tile_has_its_own_moments():
 def test_size_and_spread_of_predictions_tell_dead_heads():
     outputs, targets, readout, tiles = make_case()
     outputs[:, 2:4] = 0.25  # head 1 brings the same to all cells
-    found = gather_moments(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
+    found = gather_sums(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
     for head in range(3):
         prediction = readout.predict(outputs, (head,))
         spread = ((prediction - prediction.mean(axis=0)) ** 2).sum()
@@ -110,7 +113,7 @@ def test_size_and_spread_of_predictions_tell_dead_heads():
 
 def test_factors_and_images_stand_for_predictions_and_expression():
     outputs, targets, readout, tiles = make_case()
-    found = gather_moments(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
+    found = gather_sums(outputs, readout, pieces(targets, np.arange(60), 60), tiles=tiles)
     factors, images = factors_of(outputs, found, readout)
     centred = targets - targets.mean(axis=0, dtype=np.float64)
     for head in range(3):
@@ -121,11 +124,11 @@ def test_factors_and_images_stand_for_predictions_and_expression():
 def test_merged_tiles_are_one_group():
     values = np.random.default_rng(0).normal(3.0, 1.0, (40, 2))
     parts = np.split(values, [3, 4, 30])
-    merged = merge_tiles(
+    merged = squares_about(
         np.array([len(part) for part in parts]),
         np.array([part.mean(axis=0) for part in parts]),
         np.array([((part - part.mean(axis=0)) ** 2).sum(axis=0) for part in parts]),
-    )
+    ).sum(axis=0)
     np.testing.assert_allclose(merged, values.var(axis=0) * 40)
 
 
@@ -230,7 +233,8 @@ def test_rows_of_no_type_or_tile_are_refused(name, value):
 def test_tiles_drawn_with_replacement_are_cells_drawn_with_their_tiles():
     rng = np.random.default_rng(3)
     outputs, targets, readout, tiles = make_case(n_cells=80)
-    found = gather_moments(outputs, readout, pieces(targets, np.arange(80), 80), tiles=tiles)
+    found = gather_sums(outputs, readout, pieces(targets, np.arange(80), 80), tiles=tiles).by_tile
+    of_heads = found.of_models([0, 1, 2])
     moments = Moments(
         **{
             **{entry.name: getattr(make_moments(3, 1, 5), entry.name) for entry in fields(Moments)},
@@ -241,11 +245,11 @@ def test_tiles_drawn_with_replacement_are_cells_drawn_with_their_tiles():
             "n_cells": found.n_cells,
             "target_mean": found.target_mean.astype(np.float32),
             "target_m2": found.target_m2.astype(np.float32),
-            "residual_mean": found.residual_mean.astype(np.float32),
-            "residual_m2": found.residual_m2.astype(np.float32),
+            "residual_mean": of_heads.residual_mean.astype(np.float32),
+            "residual_m2": of_heads.residual_m2.astype(np.float32),
         }
     )
-    np.testing.assert_allclose(moments.explained_variance()[:, 0], found.explained_variance()[1], atol=1e-6)
+    np.testing.assert_allclose(moments.explained_variance()[:, 0], of_heads.explained_variance, atol=1e-6)
     for _ in range(3):
         drawn = rng.integers(0, 4, 4)
         rows = np.concatenate([np.flatnonzero(tiles == tile) for tile in drawn])

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from amici_eval.stats.ablation.ablations import ABLATION_MODES, ablate, all_coalitions
-from amici_eval.stats.ablation.coalitions import coalition_moments, coalition_values
-from amici_eval.stats.ablation.substitutions import compiled_substitution, substituted_values
+from amici_eval.settings.evaluation import MODES
+from amici_eval.stats.ablation import ablations, values
+from amici_eval.stats.ablation.ablations import Sampling, ablate, all_coalitions
+from amici_eval.stats.ablation.values import coalition_sums
 from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import coalitions as oracle
-from tests.stats.test_coalitions import Case, draw, members
+from tests.stats.test_coalitions import Case, draw, members, values_of
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 
-def catalogue(case, modes=ABLATION_MODES, *, seed=0, **options):
-    return ablate(*case.arguments, modes=modes, seed=seed, cell_type="T", **options)
+def catalogue(case, modes=MODES, *, seed=0, cell_type="T", device="cpu", **sampling):
+    return ablate(case.cells, modes=modes, seed=seed, cell_type=cell_type, sampling=Sampling(**sampling), device=device)
 
 
 def worth(case, *, frozen=False):
@@ -62,7 +63,7 @@ def test_every_ablation_equals_its_definition(n_cells, n_heads, head_size):
 def test_the_values_of_an_example_differ_from_each_other():
     # so that a field filled with another's numbers cannot pass the test above
     result = catalogue(draw(22, n_cells=19))
-    columns = np.concatenate([getattr(result, mode) for mode in ABLATION_MODES])
+    columns = np.concatenate([getattr(result, mode) for mode in MODES])
     assert len(np.unique(np.round(columns, 6))) == columns.size
 
 
@@ -98,20 +99,20 @@ def test_a_silent_head_gets_nothing_and_equal_heads_get_equal_shares():
 def test_sampled_shares_lie_about_the_exact_ones(seed):
     case = draw(3, n_cells=60, n_heads=6)
     exact = catalogue(case, ["shapley"])
-    sampled = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_sampled_orders=128)
+    sampled = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_orders=128)
     assert (sampled.shapley_standard_error > 0).all()
     assert (np.abs(sampled.shapley - exact.shapley) < 4 * sampled.shapley_standard_error).all()
     assert (sampled.shapley != exact.shapley).all()
     np.testing.assert_allclose(sampled.shapley.sum(), exact.full - exact.none, rtol=1e-11)
     assert np.isnan(sampled.interaction).all()
     assert sampled.interaction_reason == "6 heads; all coalitions are evaluated up to 3"
-    again = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_sampled_orders=128)
+    again = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_orders=128)
     np.testing.assert_array_equal(again.shapley, sampled.shapley)
 
 
 def test_more_heads_than_all_coalitions_allow():
     case = draw(4, n_cells=30, n_heads=13, head_size=1)
-    result = catalogue(case, n_sampled_orders=40)
+    result = catalogue(case, n_orders=40)
     assert "13 heads" in result.interaction_reason
     np.testing.assert_allclose(result.shapley.sum(), result.full - result.none, rtol=1e-11)
     np.testing.assert_allclose(result.frozen_shapley.sum(), result.full - result.frozen_none, rtol=1e-11)
@@ -135,19 +136,19 @@ def assert_same(left, right, *, but=()):
 
 
 @pytest.mark.parametrize("chunk_cells", [1, 7, 23, 4096])
-def test_chunks_change_nothing_but_rounding(chunk_cells):
+def test_chunks_change_nothing_but_rounding(chunk_cells, monkeypatch):
     case = draw(5, n_cells=23)
-    assert_same(catalogue(case, chunk_cells=chunk_cells), catalogue(case))
+    whole = catalogue(case)
+    monkeypatch.setattr(values, "CHUNK_CELLS", chunk_cells)
+    assert_same(catalogue(case), whole)
 
 
 @pytest.mark.parametrize(("n_cells", "n_heads", "head_size"), [(3, 1, 5), (40, 3, 2), (600, 4, 16)])
 def test_the_compiled_kernel_and_torch_agree(n_cells, n_heads, head_size, monkeypatch):
-    if compiled_substitution() is None:
-        pytest.skip("needs numba")
     case = draw(12, n_cells=n_cells, n_heads=n_heads, head_size=head_size)
     compiled = catalogue(case)
     called = []
-    monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: called.append(1))
+    monkeypatch.setattr(values, "cpu_substitution", called.append)
     assert_same(catalogue(case), compiled)
     assert called
 
@@ -155,7 +156,7 @@ def test_the_compiled_kernel_and_torch_agree(n_cells, n_heads, head_size, monkey
 @pytest.mark.parametrize("compiled", [True, False])
 def test_threads_change_nothing_but_rounding(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr("amici_eval.stats.ablation.substitutions.compiled_substitution", lambda: None)
+        monkeypatch.setattr(values, "cpu_substitution", lambda _: None)
     case = draw(13, n_cells=1500, n_heads=4, head_size=8)
     results, before = [], torch.get_num_threads()
     try:
@@ -174,7 +175,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_device_changes_nothing_but_rounding(device):
     case = draw(14, n_cells=70)
-    assert_same(catalogue(case, device=device, chunk_cells=32), catalogue(case))
+    assert_same(catalogue(case, device=device), catalogue(case))
 
 
 def test_the_device_asked_for_does_the_work():
@@ -187,15 +188,15 @@ def test_the_device_asked_for_does_the_work():
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     rows = []
 
-    def counted(*arguments, coalitions, **options):
+    def counted(cells, coalitions, **options):
         rows.append(len(coalitions))
-        return coalition_moments(*arguments, coalitions=coalitions, **options)
+        return coalition_sums(cells, coalitions, **options)
 
     def refused(*arguments, **options):
         raise AssertionError
 
-    monkeypatch.setattr("amici_eval.stats.ablation.ablations.coalition_moments", counted)
-    monkeypatch.setattr("amici_eval.stats.ablation.ablations.substituted_values", refused)
+    monkeypatch.setattr(ablations, "coalition_sums", counted)
+    monkeypatch.setattr(ablations, "substituted_values", refused)
     case = draw(15, n_heads=6)
     for mode in ("frozen_norm", "keep_one", "leave_one_out", "shapley"):
         catalogue(case, [mode])
@@ -204,20 +205,11 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
         catalogue(case, ["mean_z"])
 
 
-def test_substitutions_need_the_heads_own_forms():
-    case = draw(16)
-    moments = coalition_moments(case.z, case.arguments[1], case.readout, coalitions=[[1, 1, 1]])
-    with pytest.raises(ValueError, match="moments lack the heads' own forms; gather them with keep_own_forms=True"):
-        substituted_values(*case.arguments, permutations=np.zeros((0, 17), dtype=np.int32), moments=moments)
-
-
 def test_read_only_and_strided_inputs_will_do():
-    case = draw(17)
-    z, projected, total, readout = case.arguments
-    wide = np.repeat(z, 2, axis=1)[:, ::2]
-    z.flags.writeable = projected.flags.writeable = False
-    options = {"modes": ABLATION_MODES, "seed": 0, "cell_type": "T"}
-    assert_same(ablate(z, projected, total, readout, **options), ablate(wide, projected, total, readout, **options))
+    cells = draw(17).cells
+    wide = replace(cells, z=np.repeat(cells.z, 2, axis=1)[:, ::2])
+    cells.z.flags.writeable = cells.projected.flags.writeable = False
+    assert_same(*(ablate(own, modes=MODES, seed=0, cell_type="T") for own in (cells, wide)))
 
 
 def test_the_order_of_cells_matters_to_permutations_alone():
@@ -243,11 +235,9 @@ def test_results_follow_the_heads_when_these_change_places():
 
 def test_seed_type_and_number_decide_the_permutations():
     case = draw(8, n_cells=30)
-    z, projected, total, readout = case.arguments
 
-    def resampled(seed=0, cell_type="T", n_resamples=2):
-        options = {"seed": seed, "cell_type": cell_type, "n_resamples": n_resamples}
-        return ablate(z, projected, total, readout, modes=["resampled_z"], **options).resampled_z
+    def resampled(n_resamples=2, **options):
+        return catalogue(case, ["resampled_z"], n_resamples=n_resamples, **options).resampled_z
 
     np.testing.assert_array_equal(resampled(), resampled())
     for other in (resampled(seed=1), resampled(cell_type="U"), resampled(n_resamples=3)):
@@ -255,12 +245,12 @@ def test_seed_type_and_number_decide_the_permutations():
     assert np.isnan(catalogue(case, n_resamples=1).resampled_z_standard_error).all()
 
 
-@pytest.mark.parametrize("mode", ABLATION_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_what_was_not_asked_for_is_nan(mode):
     case = draw(9)
     result, everything = catalogue(case, [mode]), catalogue(case)
     assert result.modes == (mode,)
-    assert everything.modes == ABLATION_MODES
+    assert everything.modes == MODES
     belongs = {
         "shapley": ("shapley_standard_error", "interaction"),
         "frozen_shapley": ("frozen_interaction",),
@@ -276,18 +266,17 @@ def test_what_was_not_asked_for_is_nan(mode):
 
 
 def test_global_randomness_and_inputs_are_left_alone():
-    case = draw(10)
-    z, projected, total, readout = case.arguments
-    before = np.random.get_state()[1].copy(), z.copy(), projected.copy()  # noqa: NPY002
-    ablate(z, projected, total, readout, modes=ABLATION_MODES, seed=0, cell_type="T", max_exact_heads=1)
-    after = np.random.get_state()[1], z, projected  # noqa: NPY002
+    cells = draw(10).cells
+    before = np.random.get_state()[1].copy(), cells.z.copy(), cells.projected.copy()  # noqa: NPY002
+    ablate(cells, modes=MODES, seed=0, cell_type="T", sampling=Sampling(max_exact_heads=1))
+    after = np.random.get_state()[1], cells.z, cells.projected  # noqa: NPY002
     for left, right in zip(before, after, strict=True):
         np.testing.assert_array_equal(left, right)
 
 
 def test_full_agrees_with_the_values_of_coalitions():
     case = draw(11, n_cells=500, n_heads=8, head_size=8)
-    values = coalition_values(*case.arguments, coalitions=all_coalitions(8))
+    values = values_of(case.cells, all_coalitions(8))
     result = catalogue(case, ["leave_one_out", "frozen_shapley"])
     np.testing.assert_allclose([result.none, result.full], values[[0, -1]], rtol=1e-12)
     assert [members(all_coalitions(8)[255 - (1 << h)]) for h in range(2)] == [
@@ -295,22 +284,3 @@ def test_full_agrees_with_the_values_of_coalitions():
         [0, 2, 3, 4, 5, 6, 7],
     ]
     np.testing.assert_allclose(result.leave_one_out, [values[255 - (1 << h)] for h in range(8)], rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"modes": ["keep_one", "zap"]}, "unknown ablation modes 'zap'; choose from keep_one, leave_one_out"),
-        ({"n_resamples": 0}, "n_resamples is 0; at least 1 permutation is needed"),
-        ({"max_exact_heads": 2, "n_sampled_orders": 3}, "3 sampled orders of heads; an even number of at least 4"),
-    ],
-)
-def test_wrong_settings_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        catalogue(draw(0), **{"modes": ABLATION_MODES, **options})
-
-
-def test_expression_that_does_not_vary_has_no_explained_variance():
-    case = draw(0)
-    with pytest.raises(ValueError, match="explained variance is undefined"):
-        catalogue(replace(case, targets=np.ones_like(case.targets)))

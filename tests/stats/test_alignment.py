@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from scipy.stats import binom, kstest, ortho_group
 
-from amici_eval.stats import alignment
-from amici_eval.stats.alignment import assign_heads, match_heads
-from amici_eval.stats.head_products import (
+from amici_eval.stats import matching
+from amici_eval.stats.matching import (
     HeadContributions,
+    assign_heads,
     attention_divergence,
     head_products,
     linear_cka,
+    match_heads,
     profile_cosine,
 )
+from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.spatial.tiles import balanced_blocks
 
 
@@ -79,14 +81,14 @@ def test_similarity_is_the_correlation_of_contributions():
 def test_permutations_are_shifts_of_the_other_models_cells(monkeypatch):
     rng = np.random.default_rng(1)
     one, other = contributions(rng), contributions(rng)
-    found = alignment._shifted(one, other, 6, 3) / head_products(one, other).scale
+    found = matching._shifted(one, other, 6, 3) / head_products(one, other).scale
     for index in range(6):
         moved = np.arange(len(one.types))
         for code in range(3):
             rows = np.flatnonzero(one.types == code)
-            stream = alignment.PermutationStream(seed=3, cell_type=str(code), stratum=alignment._ORDER, n_cells=40)
+            stream = PermutationStream(seed=3, cell_type=str(code), stratum=matching._ORDER, n_cells=40)
             order = rows[stream.batch(0, 1)[0]]
-            shift = int(alignment._words(6, 3, str(code), alignment._SHIFTS)[index] % np.uint64(40))
+            shift = int(matching._words(6, 3, str(code), matching._SHIFTS)[index] % np.uint64(40))
             moved[order] = np.roll(order, -shift)
         permuted = replace(other, factors=other.factors[moved])
         np.testing.assert_allclose(found[index], literal_similarity(one, permuted), atol=1e-10)
@@ -240,20 +242,3 @@ def test_profiles_are_compared_where_both_are_known():
     one = np.array([[1.0, 0.0, np.nan], [0.0, 0.0, 0.0]])
     other = np.array([[2.0, 0.0, 5.0], [1.0, 1.0, np.nan]])
     np.testing.assert_allclose(profile_cosine(one, other), [[1.0, np.sqrt(0.5)], [np.nan, np.nan]])
-
-
-def test_what_does_not_fit_is_refused():
-    rng = np.random.default_rng(10)
-    one, other = contributions(rng), contributions(rng)
-    with pytest.raises(ValueError, match=r"^blocks has shape \(3,\); the factors and query weights ask for \(120,\)$"):
-        replace(one, blocks=np.zeros(3, dtype=np.int64))
-    with pytest.raises(ValueError, match=r"^types run from 0 to 2; query_weights has 2 types$"):
-        replace(one, query_weights=one.query_weights[:2])
-    with pytest.raises(ValueError, match=r"^weights of type 0 run from 1.0 to 2.0; they must be one number above 0$"):
-        replace(one, weights=np.where(np.arange(120) == 3, 2.0, one.weights))
-    with pytest.raises(ValueError, match=r"^types of cells differ: both must be of the same cells in the same order$"):
-        head_products(one, replace(other, types=one.types[::-1].copy(), weights=np.ones(120)))
-    with pytest.raises(ValueError, match=r"query_weights have shapes \(3, 11\) and \(3, 4\)"):
-        head_products(one, contributions(rng, n_genes=4))
-    with pytest.raises(ValueError, match=r"^n_permutations is 0; at least 1 is needed$"):
-        match_heads(one, other, n_permutations=0)

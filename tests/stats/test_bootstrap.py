@@ -5,36 +5,15 @@ import pytest
 from scipy.stats import binomtest
 
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.tiles.bootstrap import tile_bootstrap
+from amici_eval.stats.tile_tests import tile_bootstrap
+from tests.builders import make_tile_sums
 from tests.oracles import tiles as oracle
 from tests.oracles.reference import explained_variance
 
 
-def moments(predictions, targets, tiles, n_tiles=None):
+def kept_of(predictions, targets, tiles):
     """What is kept of each tile; predictions have shape (models, cells, genes)."""
-    n_tiles = tiles.max() + 1 if n_tiles is None else n_tiles
-    own = [np.flatnonzero(tiles == tile) for tile in range(n_tiles)]
-    residuals = (predictions - targets).transpose(1, 0, 2)
-
-    def means(values):
-        return np.array([values[rows].mean(axis=0) if len(rows) else np.full(values.shape[1:], np.nan) for rows in own])
-
-    def m2(values):
-        return np.array([np.square(values[rows] - values[rows].mean(axis=0)).sum(axis=0) for rows in own if len(rows)])
-
-    def with_empty(values):
-        full = np.zeros((n_tiles, *values.shape[1:]))
-        full[[len(rows) > 0 for rows in own]] = values
-        return full
-
-    return {
-        "n_cells": np.array([len(rows) for rows in own]),
-        "target_mean": means(targets),
-        "target_m2": with_empty(m2(targets)),
-        "residual_mean": means(residuals),
-        "residual_m2": with_empty(m2(residuals)),
-        "varies": np.ptp(targets, axis=0) > 0.0,
-    }
+    return make_tile_sums(tiles, targets, (predictions - targets).transpose(1, 0, 2))
 
 
 def draw(seed=0, *, sizes=(4, 1, 7, 5, 1, 9, 3), n_genes=3, n_models=2):
@@ -48,7 +27,7 @@ def draw(seed=0, *, sizes=(4, 1, 7, 5, 1, 9, 3), n_genes=3, n_models=2):
 
 
 def bootstrap(kept, **changes):
-    return tile_bootstrap(**{**kept, "n_resamples": 50, "seed": 0, "cell_type": "T", **changes})
+    return tile_bootstrap(kept, **{"n_resamples": 50, "seed": 0, "cell_type": "T", **changes})
 
 
 def covered(number, *, n_tiles, independent_cells=False):
@@ -60,7 +39,7 @@ def covered(number, *, n_tiles, independent_cells=False):
     if independent_cells:
         tiles = np.arange(len(tiles))
     tiles = np.unique(tiles, return_inverse=True)[1]
-    found = bootstrap(moments(part[None], targets, tiles), n_resamples=199, seed=number)
+    found = bootstrap(kept_of(part[None], targets, tiles), n_resamples=199, seed=number)
     return bool(found.low[0] <= 0.5 <= found.high[0])
 
 
@@ -79,7 +58,7 @@ def test_intervals_from_cells_drawn_one_by_one_are_too_narrow():
 def test_ends_equal_those_of_cells_put_together_anew(confidence):
     predictions, targets, tiles = draw()
     targets[:, 2] = 4.0
-    found = bootstrap(moments(predictions, targets, tiles), confidence=confidence, seed=3)
+    found = bootstrap(kept_of(predictions, targets, tiles), confidence=confidence, seed=3)
     key = PermutationStream(seed=3, cell_type="T", stratum="\0bootstrap", n_cells=0).key()
     drawn = oracle.drawn_tiles(np.random.Philox(key=key).random_raw(50 * 7).tolist(), 7)
     for model in range(2):
@@ -93,7 +72,7 @@ def test_ends_equal_those_of_cells_put_together_anew(confidence):
 @pytest.mark.parametrize("n_genes", [3, 40])
 def test_explained_variance_lies_between_the_ends_and_more_confidence_widens_them(n_genes):
     predictions, targets, tiles = draw(n_genes=n_genes)
-    kept = moments(predictions, targets, tiles)
+    kept = kept_of(predictions, targets, tiles)
     narrow, wide = bootstrap(kept, confidence=0.5), bootstrap(kept, confidence=0.95)
     here = np.array([explained_variance(own, targets)[1] for own in predictions])
     assert np.all((wide.low < narrow.low) & (narrow.low < here) & (here < narrow.high) & (narrow.high < wide.high))
@@ -102,25 +81,22 @@ def test_explained_variance_lies_between_the_ends_and_more_confidence_widens_the
 
 def test_more_genes_than_tiles_make_no_difference():
     predictions, targets, tiles = draw(n_genes=3)
-    few = bootstrap(moments(predictions, targets, tiles))
-    many = bootstrap(moments(np.tile(predictions, 10), np.tile(targets, 10), tiles))
+    few = bootstrap(kept_of(predictions, targets, tiles))
+    many = bootstrap(kept_of(np.tile(predictions, 10), np.tile(targets, 10), tiles))
     np.testing.assert_allclose([many.low, many.high], [few.low, few.high], atol=1e-10)
 
 
-def test_models_beside_a_model_empty_tiles_and_the_level_of_expression_do_not_matter():
+def test_models_beside_a_model_and_the_level_of_expression_do_not_matter():
     predictions, targets, tiles = draw()
-    plain = bootstrap(moments(predictions, targets, tiles))
-    alone = bootstrap(moments(predictions[1:], targets, tiles))
-    empty = bootstrap(moments(predictions, targets, 2 * tiles + 1, n_tiles=20))
-    moved = bootstrap(moments(predictions + 3e5, targets + 1e6, tiles))
+    plain = bootstrap(kept_of(predictions, targets, tiles))
+    alone = bootstrap(kept_of(predictions[1:], targets, tiles))
+    moved = bootstrap(kept_of(predictions + 3e5, targets + 1e6, tiles))
     np.testing.assert_array_equal([alone.low[0], alone.high[0]], [plain.low[1], plain.high[1]])
-    np.testing.assert_array_equal([empty.low, empty.high], [plain.low, plain.high])
-    assert empty.n_tiles == plain.n_tiles
     np.testing.assert_allclose([moved.low, moved.high], [plain.low, plain.high], atol=1e-6)
 
 
 def test_draws_depend_on_seed_and_type_and_on_no_global_state():
-    kept = moments(*draw())
+    kept = kept_of(*draw())
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     plain = bootstrap(kept)
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
@@ -132,13 +108,13 @@ def test_draws_depend_on_seed_and_type_and_on_no_global_state():
 def test_five_tiles_of_one_cell_have_an_interval():
     predictions, targets, _ = draw(sizes=(1,) * 5)
     # far more resamples than the 3125 there are: some hold one cell five times
-    found = bootstrap(moments(predictions, targets, np.arange(5)), n_resamples=20000)
+    found = bootstrap(kept_of(predictions, targets, np.arange(5)), n_resamples=20000)
     assert np.isfinite([found.low, found.high]).all()
 
 
 def test_resamples_of_one_cell_alone_give_a_reason():
     predictions, targets, _ = draw(sizes=(1,) * 5)
-    kept = moments(predictions, targets, np.arange(5))
+    kept = kept_of(predictions, targets, np.arange(5))
     found = [bootstrap(kept, n_resamples=1, seed=seed) for seed in range(3000)]
     reasons = {one.reason for one in found if np.isnan(one.low).all()}
     assert reasons == {"expression varies in none of 1 resamples of 5 tiles"}
@@ -146,23 +122,23 @@ def test_resamples_of_one_cell_alone_give_a_reason():
 
 def test_predictions_that_are_constant_or_perfect_have_an_interval_of_one_point():
     _, targets, tiles = draw()
-    found = bootstrap(moments(np.stack([np.full_like(targets, 1.0 / 3.0), targets]), targets, tiles))
+    found = bootstrap(kept_of(np.stack([np.full_like(targets, 1.0 / 3.0), targets]), targets, tiles))
     np.testing.assert_allclose(found.low, [0.0, 1.0], atol=1e-9)
     np.testing.assert_allclose(found.high, [0.0, 1.0], atol=1e-9)
 
 
 def test_a_model_whose_numbers_are_not_finite_has_no_interval_and_the_others_keep_theirs():
     predictions, targets, tiles = draw()
-    plain = bootstrap(moments(predictions, targets, tiles))
+    plain = bootstrap(kept_of(predictions, targets, tiles))
     predictions[0] = np.nan
-    found = bootstrap(moments(predictions, targets, tiles))
+    found = bootstrap(kept_of(predictions, targets, tiles))
     assert np.isnan([found.low[0], found.high[0]]).all()
     assert [found.low[1], found.high[1]] == [plain.low[1], plain.high[1]]
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (3,)])
 def test_few_tiles_give_a_reason_in_place_of_an_interval(sizes):
-    found = bootstrap(moments(*draw(sizes=sizes)))
+    found = bootstrap(kept_of(*draw(sizes=sizes)))
     assert np.isnan([found.low, found.high]).all()
     assert found.n_tiles == len(sizes)
     assert found.reason == f"cells in {len(sizes)} tiles; at least 5 are needed for an interval"
@@ -170,24 +146,6 @@ def test_few_tiles_give_a_reason_in_place_of_an_interval(sizes):
 
 def test_expression_that_does_not_vary_gives_a_reason():
     predictions, targets, tiles = draw()
-    found = bootstrap(moments(predictions, np.ones_like(targets), tiles))
+    found = bootstrap(kept_of(predictions, np.ones_like(targets), tiles))
     assert np.isnan([found.low, found.high]).all()
     assert found.reason == "expression does not vary; there is nothing to explain"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"confidence": 1.0}, "confidence is 1.0; it must lie between 0 and 1"),
-        ({"n_resamples": 0}, "n_resamples is 0; at least 1 is needed"),
-        ({"n_cells": np.array([4, -1, 7, 5, 1, 9, 3])}, "n_cells holds -1; a tile has at least 0 cells"),
-        ({"n_cells": np.ones(6)}, r"n_cells has shape \(6,\); residual_mean \(7, 2, 3\) asks for \(7,\)"),
-        ({"target_mean": np.ones((7, 2))}, r"target_mean has shape \(7, 2\); .* asks for \(7, 3\)"),
-        ({"target_m2": np.ones((7, 2))}, r"target_m2 has shape \(7, 2\); .* asks for \(7, 3\)"),
-        ({"residual_m2": np.ones((7, 3))}, r"residual_m2 has shape \(7, 3\); .* asks for \(7, 2, 3\)"),
-        ({"varies": np.ones(2, dtype=bool)}, r"varies has shape \(2,\); .* asks for \(3,\)"),
-    ],
-)
-def test_what_does_not_fit_together_is_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap(moments(*draw()), **changes)

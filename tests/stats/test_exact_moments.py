@@ -207,23 +207,6 @@ def test_what_is_handed_in_may_be_read_only_and_laid_out_in_any_way():
         np.testing.assert_array_equal(array, copy)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"images": np.ones((5, 3, 2))}, r"^factors \(6, 3, 2\), images \(5, 3, 2\) and strata \(6,\) disagree$"),
-        ({"strata": np.zeros(5)}, r"^factors \(6, 3, 2\), images \(6, 3, 2\) and strata \(5,\) disagree$"),
-        (
-            {"factors": np.ones((2, 3, 2)), "images": np.ones((2, 3, 2))},
-            r"^2 cells; at least 3 are needed for a test$",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused(arguments, text):
-    arguments = {"factors": np.ones((6, 3, 2)), "images": np.ones((6, 3, 2))} | arguments
-    with pytest.raises(ValueError, match=text):
-        permutation_moments(**arguments)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.usefixtures("form")
 def test_cuda_finds_what_the_cpu_finds():

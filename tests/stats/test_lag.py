@@ -28,6 +28,7 @@ def ask(factors, targets, weights, xy, *, samples=None, **arguments):
     predictions = predictions - predictions.mean(axis=1, keepdims=True)
     centred = targets - targets.mean(axis=0)
     genes = GeneSums(
+        weights=weights,
         pixel_sums=place.grid.sums(torch.from_numpy(targets)).numpy(),
         near=targets[place.near.cells],
         target_ss=(centred**2).sum(axis=0),
@@ -35,7 +36,7 @@ def ask(factors, targets, weights, xy, *, samples=None, **arguments):
         common=(predictions * centred).sum(axis=1),
     )
     images = np.einsum("ng,hgr->nrh", targets, weights)
-    return lag_test(factors, images, place=place, weights=weights, genes=genes, **arguments)
+    return lag_test(factors, images, place=place, genes=genes, **arguments)
 
 
 def draw(seed, *, n_cells=300, length=0.1, n_heads=2, n_genes=4, rank=3, effect=0.0):

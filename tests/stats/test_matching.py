@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from amici_eval.stats import alignment
-from amici_eval.stats.alignment import match_heads
-from amici_eval.stats.head_products import HeadContributions, head_products
+from amici_eval.stats import matching
+from amici_eval.stats.matching import HeadContributions, head_products, match_heads
 from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import alignment as oracle
 
@@ -43,13 +42,13 @@ def test_both_p_are_those_of_a_slow_oracle(n_heads, n_others):
     def stream(code, stratum):
         return PermutationStream(seed=seed, cell_type=str(code), stratum=stratum, n_cells=N_CELLS)
 
-    orders = {code: stream(code, alignment._ORDER).batch(0, 1)[0] for code in range(N_TYPES)}
-    words = [alignment._words(drawn, seed, str(code), alignment._SHIFTS) for code in range(N_TYPES)]
+    orders = {code: stream(code, matching._ORDER).batch(0, 1)[0] for code in range(N_TYPES)}
+    words = [matching._words(drawn, seed, str(code), matching._SHIFTS) for code in range(N_TYPES)]
     moved = [
         oracle.shifted_rows(one.types, orders, {code: int(words[code][index]) % N_CELLS for code in range(N_TYPES)})
         for index in range(drawn)
     ]
-    signs = alignment._signs(drawn, 8, seed)
+    signs = matching._signs(drawn, 8, seed)
     assert set(signs.ravel().tolist()) == {-1.0, 1.0}
     found = match_heads(one, other, n_permutations=drawn, seed=seed)
     expected = oracle.p_of(

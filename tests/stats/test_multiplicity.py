@@ -83,7 +83,6 @@ def test_max_t_of_a_single_test_is_its_p():
 def test_max_t_counts_what_is_equal_up_to_rounding():
     permuted = np.array([1.0, 2.0 - 1e-9, 0.0]).reshape(3, 1, 1)
     np.testing.assert_array_equal(max_t_p_values(np.array([[2.0]]), permuted), [[0.5]])
-    np.testing.assert_array_equal(max_t_p_values(np.array([[2.0]]), permuted, tolerance=0.0), [[0.25]])
 
 
 def test_max_t_without_a_defined_test_is_undefined():
@@ -115,20 +114,3 @@ def test_stepping_down_finds_more_than_a_single_step():
         wrong += bool((found[:, 3] <= 0.05).any())
     assert stepped > 1.1 * single
     assert binomtest(wrong, 200, 0.05, alternative="greater").pvalue > 0.01
-
-
-def test_max_t_names_shapes_that_disagree():
-    with pytest.raises(
-        ValueError,
-        match=r"^observed \(2, 3\) and permuted \(9, 2, 2\) disagree; \(permutations, \*observed\) is needed$",
-    ):
-        max_t_p_values(np.zeros((2, 3)), np.zeros((9, 2, 2)))
-    with pytest.raises(ValueError, match="disagree"):
-        max_t_p_values(np.zeros((2, 3)), np.zeros((0, 2, 3)))
-
-
-def test_max_t_names_a_permutation_that_is_undefined():
-    permuted = np.zeros((9, 2, 3))
-    permuted[4, 1, 2] = np.nan
-    with pytest.raises(ValueError, match=r"^permutations of the defined test of head 1 and type 2 are NaN$"):
-        max_t_p_values(np.zeros((2, 3)), permuted)

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
-import pytest
 
-from amici_eval.stats.tiles.paired import PairedRows, paired_differences, pooled_difference, verdict_of
-
-
-def by_tile(tiles, values):
-    present = np.unique(tiles)
-    mean = np.stack([values[tiles == t].mean(axis=0) for t in present])
-    m2 = np.stack([np.square(values[tiles == t] - values[tiles == t].mean(axis=0)).sum(axis=0) for t in present])
-    return mean, m2
+from amici_eval.stats.tile_tests import ChangeTest, paired_differences, pooled_difference, verdict_of
+from tests.builders import make_tile_sums
 
 
-def rows_of(tiles, expression, before, after):
-    """Return the moments of cells; residuals have shape (cells, pairs, genes)."""
-    target, first, second = (by_tile(tiles, values) for values in (expression, before, after))
-    present, counts = np.unique(tiles, return_counts=True)
-    return PairedRows(
-        tiles=present,
-        n_cells=counts,
-        target_mean=target[0],
-        target_m2=target[1],
-        before_mean=first[0],
-        before_m2=first[1],
-        after_mean=second[0],
-        after_m2=second[1],
-        varies=target[1].sum(axis=0) > 0,
-    )
+def pair_of(tiles, expression, before, after):
+    """Return the sums of two models over the same cells; residuals have shape (cells, pairs, genes)."""
+    return make_tile_sums(tiles, expression, before), make_tile_sums(tiles, expression, after)
+
+
+def compare(pair, *, by_gene=True, **test):
+    return paired_differences(*pair, ChangeTest(**test), by_gene=by_gene)
 
 
 def made(rng, *, n_cells=200, n_tiles=7, n_pairs=2, n_genes=4, better=0.0):
@@ -49,7 +33,7 @@ def explained(expression, residual):
 
 def test_the_difference_is_that_of_explained_variance():
     cells = made(np.random.default_rng(0))
-    found = paired_differences(rows_of(*cells), n_resamples=50, n_flips=49)
+    found = compare(pair_of(*cells), n_resamples=50, n_flips=49)
     _, expression, before, after = cells
     np.testing.assert_allclose(found.difference, explained(expression, after) - explained(expression, before))
     per_gene = (np.var(before, axis=0) - np.var(after, axis=0)) / np.var(expression, axis=0)
@@ -60,7 +44,7 @@ def test_the_difference_is_that_of_explained_variance():
 
 def test_p_counts_all_sign_patterns_of_the_tiles():
     tiles, expression, before, after = made(np.random.default_rng(1))
-    found = paired_differences(rows_of(tiles, expression, before, after))
+    found = compare(pair_of(tiles, expression, before, after))
     squares = [np.square(residual - residual.mean(axis=0)) for residual in (before, after)]
     change = np.stack([(squares[0] - squares[1])[tiles == t].sum(axis=0) for t in np.unique(tiles)])
     patterns = np.array(list(product([1.0, -1.0], repeat=7)))
@@ -72,22 +56,15 @@ def test_p_counts_all_sign_patterns_of_the_tiles():
 
 
 def test_drawn_flips_agree_with_all_of_them():
-    rows = rows_of(*made(np.random.default_rng(2), n_tiles=13, better=0.02))
-    every, drawn = (paired_differences(rows, n_flips=n, n_resamples=50).p_value_gene for n in (4095, 4094))
+    rows = pair_of(*made(np.random.default_rng(2), n_tiles=13, better=0.02))
+    every, drawn = (compare(rows, n_flips=n, n_resamples=50).p_value_gene for n in (4095, 4094))
     assert not np.array_equal(every, drawn)
     np.testing.assert_allclose(drawn, every, atol=0.035)
 
 
 def test_the_other_way_round_everything_changes_sign():
-    rows = rows_of(*made(np.random.default_rng(3), n_tiles=20, better=0.05))
-    swapped = replace(
-        rows,
-        before_mean=rows.after_mean,
-        before_m2=rows.after_m2,
-        after_mean=rows.before_mean,
-        after_m2=rows.before_m2,
-    )
-    one, other = paired_differences(rows), paired_differences(swapped)
+    rows = pair_of(*made(np.random.default_rng(3), n_tiles=20, better=0.05))
+    one, other = compare(rows), compare(rows[::-1])
     np.testing.assert_allclose(one.difference, -other.difference)
     np.testing.assert_allclose([one.low, one.high], [-other.high, -other.low])
     for name in ("p_value", "p_value_gene", "p_equivalence"):
@@ -96,7 +73,7 @@ def test_the_other_way_round_everything_changes_sign():
 
 def test_models_that_are_the_same_are_the_same():
     tiles, expression, before, _ = made(np.random.default_rng(4), n_tiles=9)
-    found = paired_differences(rows_of(tiles, expression, before, before))
+    found = compare(pair_of(tiles, expression, before, before))
     np.testing.assert_array_equal(found.difference, 0.0)
     np.testing.assert_array_equal(found.p_value, 1.0)
     assert (found.p_equivalence < 0.01).all()
@@ -107,19 +84,19 @@ def test_types_together_are_one_type_where_means_agree():
     rng = np.random.default_rng(5)
     parts = [made(rng, n_cells=n, n_pairs=1) for n in (150, 90)]
     parts[1][0][:] = np.where(parts[1][0] > 6, parts[1][0], 3)  # a type that is not in all tiles
-    found = pooled_difference([rows_of(*part) for part in parts], n_resamples=200)
+    found = pooled_difference([pair_of(*part) for part in parts], ChangeTest(n_resamples=200))
     centred = [(tiles, *(values - values.mean(axis=0) for values in others)) for tiles, *others in parts]
-    together = paired_differences(rows_of(*(np.concatenate(both) for both in zip(*centred, strict=True))))
+    together = compare(pair_of(*(np.concatenate(both) for both in zip(*centred, strict=True))))
     np.testing.assert_allclose(found.difference, together.difference)
     np.testing.assert_allclose(found.p_value, together.p_value)
     assert found.n_tiles == 7
     assert found.low[0] < found.difference[0] < found.high[0]
-    alone = pooled_difference([rows_of(*parts[0])], label="x"), paired_differences(rows_of(*parts[0]), label="x")
+    alone = pooled_difference([pair_of(*parts[0])], ChangeTest(label="x")), compare(pair_of(*parts[0]), label="x")
     np.testing.assert_array_equal([alone[0].low, alone[0].high], [alone[1].low, alone[1].high])
 
 
 def test_in_few_tiles_only_the_difference_is_known():
-    found = paired_differences(rows_of(*made(np.random.default_rng(6), n_tiles=4)))
+    found = compare(pair_of(*made(np.random.default_rng(6), n_tiles=4)))
     assert found.reason == "cells in 4 tiles; at least 5 are needed to tell differences"
     assert np.isfinite(found.difference).all()
     for name in ("low", "high", "p_value", "p_equivalence", "p_not_worse", "p_value_gene"):
@@ -129,11 +106,11 @@ def test_in_few_tiles_only_the_difference_is_known():
 def test_genes_that_do_not_vary_have_no_difference_and_nothing_can_be_said_without_variance():
     tiles, expression, before, after = made(np.random.default_rng(7))
     expression[:, 1] = 2.0
-    found = paired_differences(rows_of(tiles, expression, before, after))
+    found = compare(pair_of(tiles, expression, before, after))
     assert np.isnan(found.difference_gene[:, 1]).all()
     assert np.isnan(found.p_value_gene[:, 1]).all()
     assert np.isfinite(np.delete(found.p_value_gene, 1, axis=1)).all()
-    nothing = paired_differences(rows_of(tiles, np.full_like(expression, 2.0), before, after))
+    nothing = compare(pair_of(tiles, np.full_like(expression, 2.0), before, after))
     assert np.isnan(nothing.difference).all()
     assert nothing.reason == "expression does not vary; there is nothing to explain"
 
@@ -151,11 +128,11 @@ def in_tissue(seed, *, n_side, worse=0.0):
     before = shared + 0.7 * smooth(rng, xy, 3, 0.03)
     after = shared + np.sqrt(0.49 + worse) * smooth(rng, xy, 3, 0.03)
     tiles = (xy * n_side).astype(np.int64) @ [n_side, 1]
-    return rows_of(tiles, expression, before[:, None], after[:, None])
+    return pair_of(tiles, expression, before[:, None], after[:, None])
 
 
 def test_what_is_better_is_found_better():
-    found = [paired_differences(in_tissue(i, n_side=5, worse=0.6), n_resamples=199, by_gene=False) for i in range(30)]
+    found = [compare(in_tissue(i, n_side=5, worse=0.6), n_resamples=199, by_gene=False) for i in range(30)]
     assert sum(one.p_value[0] <= 0.05 and one.high[0] < 0 for one in found) >= 24
 
 
@@ -169,25 +146,3 @@ def test_verdicts():
         alpha=0.05,
     )
     assert verdict.tolist() == ["better", "worse", "same", "undecided", "same", "undecided", "undecided"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"confidence": 1.0}, "confidence is 1.0; it must lie between 0 and 1"),
-        ({"n_resamples": 0}, "n_resamples is 0; at least 1 is needed"),
-        ({"n_flips": 0}, "n_flips is 0; at least 1 is needed"),
-        ({"margin": 0.0}, "margin is 0.0; it must be above 0"),
-    ],
-)
-def test_settings_out_of_range_are_refused(change, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        paired_differences(rows_of(*made(np.random.default_rng(8))), **change)
-
-
-def test_shapes_that_disagree_are_refused():
-    rows = rows_of(*made(np.random.default_rng(9)))
-    with pytest.raises(
-        ValueError, match=r"^after_m2 has shape \(7, 1, 4\); before_mean \(7, 2, 4\) asks for \(7, 2, 4\)$"
-    ):
-        replace(rows, after_m2=rows.after_m2[:, :1])

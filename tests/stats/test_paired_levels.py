@@ -10,38 +10,14 @@ import pytest
 from scipy.stats import binomtest
 
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.tiles.paired import PairedRows, paired_differences, pooled_difference
+from amici_eval.stats.tile_tests import ChangeTest, pooled_difference
 from tests.oracles import paired as oracle
 from tests.oracles.tiles import drawn_tiles
+from tests.stats.test_paired import compare, pair_of
 
 N_TISSUES = 300
 GRID = 40
 POINTS = (np.arange(GRID) + 0.5) / GRID
-
-
-def rows_of(tiles, expression, before, after):
-    """Moments of cells by tile; residuals have shape (cells, pairs, genes)."""
-    present, place, counts = np.unique(tiles, return_inverse=True, return_counts=True)
-    member = (place == np.arange(len(present))[:, None]).astype(np.float64)
-
-    def moments(values):
-        flat = values.reshape(len(values), -1)
-        mean = member @ flat / counts[:, None]
-        shape = (len(present), *values.shape[1:])
-        return mean.reshape(shape), (member @ np.square(flat - mean[place])).reshape(shape)
-
-    target, first, second = (moments(values) for values in (expression, before, after))
-    return PairedRows(
-        tiles=present,
-        n_cells=counts,
-        target_mean=target[0],
-        target_m2=target[1],
-        before_mean=first[0],
-        before_m2=first[1],
-        after_mean=second[0],
-        after_m2=second[1],
-        varies=np.ptp(expression, axis=0) > 0.0,
-    )
 
 
 def made(seed=0, *, n_cells=60, n_tiles=7, n_pairs=2, n_genes=3):
@@ -70,21 +46,20 @@ def tissue(seed, *, n_side, worse=0.0, width=0.02, error=0.49):
     column, row = own // GRID, own % GRID
     tiles = np.arange(400) if n_side is None else column * n_side // GRID * n_side + row * n_side // GRID
     before, after = shared + np.sqrt(error) * first, shared + np.sqrt(error + worse) * second
-    return rows_of(tiles, expression, before[:, None], after[:, None])
+    return pair_of(tiles, expression, before[:, None], after[:, None])
 
 
 @cache
 def exchangeable(n_side):
     return [
-        paired_differences(tissue(i, n_side=n_side), n_resamples=199, n_flips=499, by_gene=False, seed=i)
-        for i in range(N_TISSUES)
+        compare(tissue(i, n_side=n_side), n_resamples=199, n_flips=499, by_gene=False, seed=i) for i in range(N_TISSUES)
     ]
 
 
 @cache
 def at_the_margin(n_side):
     return [
-        paired_differences(
+        compare(
             tissue(i, n_side=n_side, worse=0.05, error=0.09),
             n_resamples=199,
             n_flips=19,
@@ -123,9 +98,7 @@ def test_models_apart_by_the_margin_are_seldom_called_equivalent_or_not_worse(n_
 
 def test_cells_taken_for_replicates_find_differences_where_there_are_none():
     hits = sum(
-        paired_differences(
-            tissue(i, n_side=None, width=0.06), n_resamples=1, n_flips=199, by_gene=False, seed=i
-        ).p_value[0]
+        compare(tissue(i, n_side=None, width=0.06), n_resamples=1, n_flips=199, by_gene=False, seed=i).p_value[0]
         <= 0.05
         for i in range(60)
     )
@@ -136,9 +109,7 @@ def test_cells_taken_for_replicates_find_differences_where_there_are_none():
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_interval_and_equivalence_equal_those_of_cells_put_together_anew(confidence, margin):
     cells = made()
-    found = paired_differences(
-        rows_of(*cells), confidence=confidence, margin=margin, n_resamples=39, n_flips=9, seed=3, label="T"
-    )
+    found = compare(pair_of(*cells), confidence=confidence, margin=margin, n_resamples=39, n_flips=9, seed=3, label="T")
     drawn = drawn_tiles(words("\0bootstrap", seed=3, label="T", n=39 * 7), 7)
     for pair in range(2):
         assert_same(found, pair, oracle.interval([of_pair(cells, pair)], drawn, confidence=confidence, margin=margin))
@@ -148,7 +119,7 @@ def test_types_in_different_tiles_are_put_together_tile_by_tile():
     types = [made(1, n_pairs=1), made(2, n_cells=25, n_tiles=4, n_pairs=1, n_genes=5)]
     # the second type lives in tile 2, where the first has no cell, and in three others
     types[1][0][types[1][0] == 1] = 2
-    found = pooled_difference([rows_of(*cells) for cells in types], margin=0.4, n_resamples=39, seed=5)
+    found = pooled_difference([pair_of(*cells) for cells in types], ChangeTest(margin=0.4, n_resamples=39, seed=5))
     one_pair = [of_pair(cells, 0) for cells in types]
     drawn = drawn_tiles(words("\0bootstrap", seed=5, label="", n=39 * 8), 8)
     assert_same(found, 0, oracle.interval(one_pair, drawn, confidence=0.95, margin=0.4))
@@ -161,7 +132,7 @@ def test_types_in_different_tiles_are_put_together_tile_by_tile():
 @pytest.mark.parametrize("n_flips", [63, 62])
 def test_p_equals_a_literal_loop_over_all_sign_patterns_or_over_those_drawn(n_flips):
     cells = made(4)
-    found = paired_differences(rows_of(*cells), n_resamples=1, n_flips=n_flips, seed=7, label="T")
+    found = compare(pair_of(*cells), n_resamples=1, n_flips=n_flips, seed=7, label="T")
     signs = None
     if n_flips < 63:
         bits = [1 - 2 * (word >> 63) for word in words("\0paired flips", seed=7, label="T", n=n_flips * 7)]
@@ -176,39 +147,19 @@ def test_p_equals_a_literal_loop_over_all_sign_patterns_or_over_those_drawn(n_fl
             assert found.p_value_gene[pair, gene] == pytest.approx(oracle.flipped_p(less, signs))
 
 
-def test_pairs_beside_a_pair_tiles_without_cells_and_their_order_do_not_matter():
-    rows = rows_of(*made(5))
-    plain = paired_differences(rows, n_resamples=99, n_flips=49)
-    by_pair = ("before_mean", "before_m2", "after_mean", "after_m2")
-    by_tile = ("n_cells", "target_mean", "target_m2", *by_pair)
-    alone = replace(rows, **{name: getattr(rows, name)[:, 1:] for name in by_pair})
-    empty = {name: np.full((2, *getattr(rows, name).shape[1:]), np.nan) for name in by_tile} | {
-        "n_cells": np.zeros(2, int)
-    }
-    more = {name: np.concatenate([getattr(rows, name), empty[name]])[::-1] for name in by_tile}
-    longer = replace(rows, tiles=np.append(rows.tiles, [0, 50])[::-1], **more)
-    for other, pair in ((alone, 0), (longer, 1)):
-        found = paired_differences(other, n_resamples=99, n_flips=49)
-        assert found.n_tiles == 7
-        for name in ("difference", "low", "high", "p_value", "p_equivalence", "p_not_worse", "p_value_gene"):
-            np.testing.assert_allclose(getattr(found, name)[pair], getattr(plain, name)[1], rtol=1e-9, atol=1e-12)
-
-
-def test_tiles_without_cells_do_not_make_few_tiles_enough():
-    tiles, *others = made(6)
-    rows = rows_of(tiles, *others)
-    found = paired_differences(replace(rows, n_cells=np.where(np.arange(7) < 4, rows.n_cells, 0)))
-    assert found.n_tiles == 4
-    assert found.reason == "cells in 4 tiles; at least 5 are needed to tell differences"
-    assert np.isnan([found.low, found.p_value, found.p_equivalence]).all()
+def test_pairs_beside_a_pair_do_not_matter():
+    pair = pair_of(*made(5))
+    plain = compare(pair, n_resamples=99, n_flips=49)
+    found = compare([sums.of_models([1]) for sums in pair], n_resamples=99, n_flips=49)
+    for name in ("difference", "low", "high", "p_value", "p_equivalence", "p_not_worse", "p_value_gene"):
+        np.testing.assert_allclose(getattr(found, name)[0], getattr(plain, name)[1], rtol=1e-9, atol=1e-12)
 
 
 def test_draws_depend_on_seed_and_label_and_on_no_global_state():
-    rows = rows_of(*made(7, n_tiles=12))
+    rows = pair_of(*made(7, n_tiles=12))
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     plain, again, seed, label = (
-        paired_differences(rows, n_resamples=99, n_flips=499, **change)
-        for change in ({}, {}, {"seed": 1}, {"label": "U"})
+        compare(rows, n_resamples=99, n_flips=499, **change) for change in ({}, {}, {"seed": 1}, {"label": "U"})
     )
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
     for name in ("low", "p_value_gene"):
@@ -218,35 +169,25 @@ def test_draws_depend_on_seed_and_label_and_on_no_global_state():
 
 
 def test_a_model_whose_numbers_are_not_finite_has_no_p_and_the_others_keep_theirs():
-    rows = rows_of(*made(8))
-    plain = paired_differences(rows, n_resamples=49)
-    broken = rows.before_mean.copy()
+    before, after = pair_of(*made(8))
+    plain = compare((before, after), n_resamples=49)
+    broken = before.residual_mean.copy()
     broken[2, 0] = np.nan
-    found = paired_differences(replace(rows, before_mean=broken), n_resamples=49)
+    found = compare((replace(before, residual_mean=broken), after), n_resamples=49)
     for name in ("difference", "low", "high", "p_value", "p_equivalence", "p_not_worse", "p_value_gene"):
         assert np.isnan(getattr(found, name)[0]).all()
         np.testing.assert_array_equal(getattr(found, name)[1], getattr(plain, name)[1])
 
 
 def test_resamples_of_one_cell_alone_give_a_reason():
-    rows = rows_of(*made(9, n_cells=5, n_tiles=5))
+    rows = pair_of(*made(9, n_cells=5, n_tiles=5))
     seed = next(
         i for i in range(10**5) if len(set(drawn_tiles(words("\0bootstrap", seed=i, label="", n=5), 5)[0])) == 1
     )
-    found = paired_differences(rows, n_resamples=1, seed=seed)
+    found = compare(rows, n_resamples=1, seed=seed)
     assert found.reason == "expression varies in none of 1 resamples of 5 tiles"
     assert np.isfinite([found.difference, *found.difference_gene.T]).all()
     assert np.isnan([found.low, found.high, found.p_value, found.p_equivalence, found.p_not_worse]).all()
-
-
-def test_what_does_not_fit_together_is_named():
-    rows = rows_of(*made(10))
-    with pytest.raises(ValueError, match=r"^n_cells holds -2; a tile has at least 0 cells$"):
-        replace(rows, n_cells=np.array([4, -2, 1, 1, 1, 1, 1]))
-    with pytest.raises(ValueError, match=r"^tile 4 occurs 2 times; a tile has one row$"):
-        replace(rows, tiles=np.array([1, 4, 4, 7, 8, 9, 10]))
-    with pytest.raises(ValueError, match=r"^types have \[1, 2\] pairs; the same pairs are summed over all types$"):
-        pooled_difference([rows, rows_of(*made(10, n_pairs=1))])
 
 
 def words(stratum, *, seed, label, n):

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from amici_eval.common import threads as compiled
-from amici_eval.stats.permutation import permutations
-from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.permutations import PermutationStream, compiled_kernels
 from tests.oracles.permutations import fisher_yates
 
 FROZEN = [[2, 4, 0, 5, 7, 6, 3, 1], [6, 3, 1, 5, 4, 7, 0, 2], [4, 0, 6, 7, 3, 5, 2, 1]]
@@ -24,20 +22,6 @@ def stream(**changes):
 
 def words_of(chosen, index, n_words):
     return np.random.Philox(key=chosen.key(), counter=[0, index, 0, 0]).random_raw(n_words)
-
-
-@pytest.fixture
-def without_numba(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    assert compiled.kernels() is None
-
-
-@pytest.fixture
-def kernels():
-    found = compiled.kernels()
-    if found is None:
-        pytest.skip("numba is not installed")
-    return found
 
 
 def chi_square(observed, n_possible):
@@ -65,68 +49,35 @@ def test_a_permutation_is_a_fisher_yates_shuffle_by_the_words_of_its_number(n_ce
     chosen = stream(n_cells=n_cells, seed=3)
     expected = fisher_yates(words_of(chosen, index, n_cells), n_cells)
     assert chosen.batch(index, index + 1)[0].tolist() == expected
-    assert chosen._batch_of_numpy(index, index + 1)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("index", [0, 1, 2**32, 2**62 + 12345])
-def test_compiled_words_are_those_of_numpy(kernels, index):
+def test_compiled_words_are_those_of_numpy(index):
     for seed in range(5):
         chosen = stream(seed=seed)
-        words = [kernels._philox(np.uint64(block), np.uint64(index), chosen.key()) for block in range(1, 6)]
+        words = [compiled_kernels()._philox(np.uint64(block), np.uint64(index), chosen.key()) for block in range(1, 6)]
         np.testing.assert_array_equal(np.ravel(words), words_of(chosen, index, 20))
 
 
-@pytest.mark.parametrize("stored", [2**22, 300, 1])
-@pytest.mark.parametrize("n_cells", [1, 2, 3, 97, 1000])
-def test_numpy_alone_gives_the_same_permutations(n_cells, stored, without_numba, monkeypatch):
-    alone = stream(n_cells=n_cells, seed=9).batch(7, 30)
-    monkeypatch.undo()
-    monkeypatch.setattr(permutations, "_STORED_WORDS", stored)
-    np.testing.assert_array_equal(stream(n_cells=n_cells, seed=9)._batch_of_numpy(7, 30), alone)
-    assert compiled.kernels() is not None
-    both = stream(n_cells=n_cells, seed=9).batch(7, 30)
-    np.testing.assert_array_equal(both, alone)
-    assert both.dtype == alone.dtype == np.int64
-
-
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-@pytest.mark.parametrize("numba", [True, False])
-def test_narrow_batches_hold_the_same_permutations(n_threads, numba, monkeypatch):
+def test_narrow_batches_hold_the_same_permutations(n_threads):
     expected = stream(n_cells=97).batch(5, 42)
-    if not numba:
-        monkeypatch.setitem(sys.modules, "numba", None)
     found = stream(n_cells=97).narrow_batch(5, 42, n_threads=n_threads)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, expected)
     assert stream().narrow_batch(3, 3, n_threads=n_threads).shape == (0, 8)
 
 
-def test_the_high_half_of_a_product_is_exact():
-    rng = np.random.default_rng(0)
-    words = np.concatenate(
-        [rng.integers(0, 2**64, 500, dtype=np.uint64), np.array([0, 1, 2**64 - 1, 2**32 - 1, 2**32], "u8")]
-    )
-    for factor in (1, 2, 3, 60_000, 2**31 + 11, 2**32 - 1):
-        found = permutations._high_product(words[:, None], np.array([[factor]], dtype=np.uint64))
-        assert found[:, 0].tolist() == [int(word) * factor // 2**64 for word in words]
-
-
-def test_columns_of_permutations_are_the_rows(kernels):
+def test_columns_of_permutations_are_the_rows():
     orders = np.full((41, 37), 99, dtype=np.uint32)
-    kernels.shuffle_columns(stream().key(), 5, 16, 37, 39, orders)
+    compiled_kernels().shuffle_columns(stream().key(), 5, 16, 37, 39, orders)
     np.testing.assert_array_equal(orders[:39, 16:].T, stream(n_cells=39).batch(21, 42))
     assert np.all(orders[:, :16] == 99)
     assert np.all(orders[39:] == 99)
 
 
-def test_a_compiler_that_is_switched_off_counts_as_absent(monkeypatch):
-    numba = pytest.importorskip("numba")
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    assert compiled.kernels() is None
-
-
-def test_kernels_compile_where_nothing_can_be_cached(kernels, monkeypatch):
-    numba = pytest.importorskip("numba")
+def test_kernels_compile_where_nothing_can_be_cached(monkeypatch):
+    numba = importlib.import_module("numba")
     plain = numba.njit
     tried = []
 
@@ -138,7 +89,7 @@ def test_kernels_compile_where_nothing_can_be_cached(kernels, monkeypatch):
         return plain(**options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert kernels._compiled(lambda x: x + 1)(2) == 3
+    assert compiled_kernels()._compiled(lambda x: x + 1)(2) == 3
     assert tried == [True, False]
 
 

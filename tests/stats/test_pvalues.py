@@ -29,13 +29,12 @@ def test_interval_does_not_depend_on_the_convention():
     np.testing.assert_array_equal(one.ci_high, other.ci_high)
 
 
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
 @pytest.mark.parametrize("n_permutations", [1, 2, 99, 960])
-def test_interval_is_clopper_pearson(n_permutations, confidence):
+def test_interval_is_clopper_pearson(n_permutations):
     counts = np.unique(np.linspace(0, n_permutations, 12).astype(np.int64))
-    found = p_values(counts, n_permutations=n_permutations, confidence=confidence)
+    found = p_values(counts, n_permutations=n_permutations)
     for count, low, high in zip(counts.tolist(), found.ci_low, found.ci_high, strict=True):
-        exact = binomtest(count, n_permutations).proportion_ci(confidence_level=confidence, method="exact")
+        exact = binomtest(count, n_permutations).proportion_ci(confidence_level=0.95, method="exact")
         assert low == pytest.approx(exact.low, abs=1e-12)
         assert high == pytest.approx(exact.high, abs=1e-12)
 

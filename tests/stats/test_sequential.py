@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from amici_eval.stats.permutation.factor_nulls import FactorStatistics, factor_draw, sequential_exceedances
+from amici_eval.stats.permutation.nulls import FactorStatistics, factor_draw
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.pvalues import p_values, sequential_p_values
+from amici_eval.stats.pvalues import p_values, sequential_exceedances, sequential_p_values
+from tests.builders import heads_of
 
 
 def give(reached, dead=None):
@@ -103,7 +104,7 @@ def test_factors_are_tested_as_without_stopping():
     images = rng.normal(size=(40, 3, 4)).astype(np.float32)
     factors = rng.normal(size=images.shape) + images * np.array([0.0, 0.0, 0.1, 1.0])
     factors[..., 1] = 1.0
-    draw = factor_draw(factors, images, stream=PermutationStream(seed=0, cell_type="T", n_cells=40))
+    draw = factor_draw(heads_of(factors, images), stream=PermutationStream(seed=0, cell_type="T", n_cells=40))
     found = sequential_exceedances(draw, max_permutations=499, stop_at=10, batch=16)
     reached = draw(0, 499).reached
     for head in (0, 2, 3):
@@ -121,22 +122,16 @@ def test_without_a_living_head_nothing_goes_on():
     assert asked == [(0, 64)]
 
 
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_limits_of_the_interval_are_those_where_an_outcome_becomes_unlikely(confidence):
+def test_limits_of_the_interval_are_those_where_an_outcome_becomes_unlikely():
     used = np.array([10, 11, 25, 300, 500])
-    found = sequential_p_values(
-        np.full(5, 10), n_permutations=used, max_permutations=500, stop_at=10, confidence=confidence
-    )
-    tail = (1.0 - confidence) / 2.0
-    np.testing.assert_allclose(binom.sf(9, used, found.ci_low), tail)
-    np.testing.assert_allclose(binom.cdf(9, used[1:] - 1, found.ci_high[1:]), tail)
+    found = sequential_p_values(np.full(5, 10), n_permutations=used, stop_at=10)
+    np.testing.assert_allclose(binom.sf(9, used, found.ci_low), 0.025)
+    np.testing.assert_allclose(binom.cdf(9, used[1:] - 1, found.ci_high[1:]), 0.025)
     assert found.ci_high[0] == 1.0
     np.testing.assert_array_equal(found.p, 10 / used)
     assert np.all((found.ci_low < found.p) & (found.p <= found.ci_high))
     # one more permutation, or one fewer exceedance, is less: the order of outcomes is that of p
-    rest = sequential_p_values(
-        np.arange(10), n_permutations=np.array(500), max_permutations=500, stop_at=10, confidence=confidence
-    )
+    rest = sequential_p_values(np.arange(10), n_permutations=np.full(10, 500), stop_at=10)
     for limits in ("p", "ci_low", "ci_high"):
         assert np.all(np.diff([*getattr(rest, limits), *getattr(found, limits)[::-1]]) >= 0.0)
 
@@ -149,33 +144,3 @@ def test_interval_covers_the_truth():
         covered = int(np.count_nonzero((found.ci_low <= chance) & (chance <= found.ci_high)))
         assert binomtest(covered, 1500, 0.95, alternative="less").pvalue > 0.01
         assert covered < 1500
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"stop_at": 0}, r"stop_at is 0; it must lie in \[1, max_permutations=99\]"),
-        ({"stop_at": 100}, r"stop_at is 100; it must lie in \[1, max_permutations=99\]"),
-        ({"batch": 0}, r"batch is 0; at least 1 permutation is drawn at once"),
-    ],
-)
-def test_settings_out_of_range_are_named(arguments, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        sequential_exceedances(give(null(2))[0], max_permutations=99, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("counts", "used", "message"),
-    [
-        ([5.0], [99], r"exceedances have dtype float64; counts are whole numbers"),
-        ([5], [99.0], r"n_permutations have dtype float64; counts are whole numbers"),
-        ([11], [99], r"exceedances must lie in \[0, stop_at=10\]"),
-        ([-1], [99], r"exceedances must lie in \[0, stop_at=10\]"),
-        ([9], [50], r"a test ends with exceedance 10 or permutation 99, but some ended in between"),
-        ([10], [9], r"a test ends with exceedance 10 or permutation 99, but some ended in between"),
-        ([10], [100], r"a test ends with exceedance 10 or permutation 99, but some ended in between"),
-    ],
-)
-def test_counts_that_contradict_the_rule_are_refused(counts, used, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        sequential_p_values(np.array(counts), n_permutations=np.array(used), max_permutations=99, stop_at=10)

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import binomtest
 
 from amici_eval.stats.permutation.permutations import PermutationStream
-from amici_eval.stats.permutation.torus import torus_statistics
 from amici_eval.stats.pvalues import p_values
+from amici_eval.stats.spatial.torus import torus_statistics
 from tests.oracles import tiles as oracle
 
 N_TISSUES, N_CELLS, N_SHIFTS, N_HEADS = 60, 150, 59, 4
@@ -183,26 +183,3 @@ def test_nothing_handed_in_is_changed():
     statistics(*handed[:3], samples=handed[3])
     for values, copy in zip(handed, before, strict=True):
         np.testing.assert_array_equal(values, copy)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"images": np.zeros((30, 3, 1))}, r"factors \(30, 3, 2\), images \(30, 3, 1\) and 30 positions disagree"),
-        ({"coordinates": np.zeros((29, 2))}, "and 29 positions disagree"),
-        ({"coordinates": np.full((30, 2), np.nan)}, "30 cells have no finite position"),
-        ({"samples": np.array(["a"])}, "1 sample labels and 30 cells disagree"),
-        ({"n_shifts": -1}, "n_shifts is -1"),
-    ],
-)
-def test_what_does_not_fit_together_is_named(changes, message):
-    factors, images, xy, _ = draw()
-    arguments = {"factors": factors, "images": images, "coordinates": xy, "n_shifts": 1, "seed": 0, "cell_type": "T"}
-    with pytest.raises(ValueError, match=message):
-        torus_statistics(**{**arguments, **changes})
-
-
-def test_two_cells_are_too_few():
-    factors, images, xy, _ = draw(n_cells=2)
-    with pytest.raises(ValueError, match="2 cells; at least 3 are needed for a test"):
-        statistics(factors, images, xy)

@@ -8,22 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.stats.ablation.coalitions import CoalitionMoments, check_inputs, coalition_moments
-from amici_eval.stats.ablation.substitutions import substituted_values
-from amici_eval.stats.cell_chunks import CHUNK_CELLS
+from amici_eval.settings.evaluation import MODES
+from amici_eval.stats.ablation.values import coalition_sums, substituted_values
 from amici_eval.stats.permutation.permutations import PermutationStream
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from jaxtyping import Bool, Float, Float64, Int32, Int64
+    from jaxtyping import Bool, Float64, Int32, Int64
 
-    from amici_eval.stats.readout import Readout
-
-MAX_EXACT_HEADS = 12
-"""Up to here all coalitions (4,096) are evaluated; above, orders of the heads are sampled."""
-
-_MIN_PAIRS_OF_ORDERS = 2
+    from amici_eval.stats.ablation.values import AblatedCells, CoalitionSums
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +38,7 @@ def all_coalitions(n_heads: int) -> Bool[np.ndarray, "coalitions heads"]:
 
 def shapley_values(values: Float64[np.ndarray, " coalitions"]) -> ShapleyValues:
     """Return the exact Shapley values (Shapley 1953) from the values of :func:`all_coalitions`, in its order."""
-    n_heads = _n_heads(values)
+    n_heads = len(values).bit_length() - 1
     codes = np.arange(len(values))
     sizes = all_coalitions(n_heads).sum(axis=1)
     weights = np.array([1 / (n_heads * comb(n_heads - 1, size)) for size in range(n_heads)])
@@ -61,7 +55,7 @@ def interaction_index(values: Float64[np.ndarray, " coalitions"]) -> Float64[np.
     ``values`` are those of :func:`all_coalitions`, in its order. The index is a mean over sets S of the other heads of
     ``v(S+h+k) - v(S+h) - v(S+k) + v(S)``; below 0, the two heads are redundant or harm each other.
     """
-    n_heads = _n_heads(values)
+    n_heads = len(values).bit_length() - 1
     codes = np.arange(len(values))
     sizes = all_coalitions(n_heads).sum(axis=1)
     weights = np.array([1 / ((n_heads - 1) * comb(n_heads - 2, size)) for size in range(n_heads - 1)])
@@ -80,10 +74,7 @@ def antithetic_orders(n_heads: int, *, n_orders: int, seed: int, cell_type: str)
 
     Orders 2k and 2k + 1 depend on seed, cell type, k and the number of heads alone.
     """
-    n_pairs, odd = divmod(n_orders, 2)
-    if odd or n_pairs < _MIN_PAIRS_OF_ORDERS:
-        msg = f"{n_orders} sampled orders of heads; an even number of at least {2 * _MIN_PAIRS_OF_ORDERS} is needed"
-        raise ValueError(msg)
+    n_pairs = n_orders // 2
     stream = PermutationStream(seed=seed, cell_type=cell_type, n_cells=n_heads, stratum="orders of heads")
     forward = stream.batch(0, n_pairs)
     return np.asarray(np.stack([forward, forward[:, ::-1]], axis=1).reshape(n_orders, n_heads))
@@ -108,32 +99,6 @@ def sampled_shapley_values(
     np.put_along_axis(added, orders, np.diff(values, axis=1), axis=1)
     pairs = added.reshape(n_orders // 2, 2, n_heads).mean(axis=1)
     return ShapleyValues(values=pairs.mean(axis=0), standard_error=pairs.std(axis=0, ddof=1) / np.sqrt(len(pairs)))
-
-
-def _n_heads(values: Float64[np.ndarray, " coalitions"]) -> int:
-    n_heads = len(values).bit_length() - 1
-    if values.ndim != 1 or n_heads < 1 or len(values) != 2**n_heads:
-        msg = f"values have shape {values.shape}; one value for each of the 2**heads sets of heads is needed"
-        raise ValueError(msg)
-    return n_heads
-
-
-ABLATION_MODES = (
-    "keep_one",
-    "leave_one_out",
-    "mean_z",
-    "resampled_z",
-    "frozen_norm",
-    "shapley",
-    "frozen_shapley",
-)
-"""Names of the ablations, which are also the fields of :class:`TypeAblations`."""
-
-DEFAULT_RESAMPLES = 8
-"""Permutations that "resampled_z" is averaged over."""
-
-DEFAULT_SAMPLED_ORDERS = 512
-"""Orders of the heads that Shapley values are estimated from above ``MAX_EXACT_HEADS``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,107 +129,88 @@ class TypeAblations:
     interaction_reason: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much is sampled: permutations that "resampled_z" is averaged over, and orders of heads.
+
+    Shapley values come from all coalitions up to ``max_exact_heads`` heads, and from ``n_orders`` orders above.
+    """
+
+    n_resamples: int = 8
+    n_orders: int = 512
+    max_exact_heads: int = 12
+
+
 def ablate(
-    z: Float[np.ndarray, "cells outputs"],
-    projected: Float[np.ndarray, "cells columns"],
-    target_ss: float,
-    readout: Readout,
+    cells: AblatedCells,
     *,
     modes: Collection[str],
     seed: int,
     cell_type: str,
-    n_resamples: int = DEFAULT_RESAMPLES,
-    n_sampled_orders: int = DEFAULT_SAMPLED_ORDERS,
-    max_exact_heads: int = MAX_EXACT_HEADS,
-    chunk_cells: int = CHUNK_CELLS,
+    sampling: Sampling = Sampling(),
     device: str = "cpu",
 ) -> TypeAblations:
     """Return the explained variance of one cell type under each ablation that is asked for.
 
     Cells come in canonical order (by name): the permutations of "resampled_z", shared by all heads, are of positions.
-    ``projected``: expression, centred over the cells, times ``readout.weights``. Above ``max_exact_heads``: sampled
-    orders, no interactions. Under a frozen layer norm contributions add, so that whatever the number of heads a share
-    is ``tr Cov(P_h, 2 Y - P_full - P_0) / V_Y`` and an interaction ``-2 tr Cov(P_h, P_k) / V_Y``. ``chunk_cells`` and
-    ``device``, which must have float64, change the last bits.
+    With more heads than are exact, Shapley values come from sampled orders, without interactions. Under a frozen layer
+    norm contributions add, so that whatever the number of heads a share is ``tr Cov(P_h, 2 Y - P_full - P_0) / V_Y``
+    and an interaction ``-2 tr Cov(P_h, P_k) / V_Y``. ``device``, which must have float64, changes the last bits.
     """
-    unknown = sorted(set(modes) - set(ABLATION_MODES))
-    if unknown:
-        msg = f"unknown ablation modes {', '.join(map(repr, unknown))}; choose from {', '.join(ABLATION_MODES)}"
-        raise ValueError(msg)
-    if n_resamples < 1:
-        msg = f"n_resamples is {n_resamples}; at least 1 permutation is needed"
-        raise ValueError(msg)
-    check_inputs(z, projected, target_ss, readout)
-    n_heads = readout.n_heads
-    exact = n_heads <= max_exact_heads
-    orders = np.zeros((0, n_heads), dtype=np.int64)
-    if "shapley" in modes and not exact:
-        orders = antithetic_orders(n_heads, n_orders=n_sampled_orders, seed=seed, cell_type=cell_type)
+    n_heads = cells.readout.n_heads
+    nothing, no_pairs = np.full(n_heads, np.nan), np.full((n_heads, n_heads), np.nan)
+    orders = None
+    if "shapley" in modes and n_heads > sampling.max_exact_heads:
+        orders = antithetic_orders(n_heads, n_orders=sampling.n_orders, seed=seed, cell_type=cell_type)
     # in this order: whole model, no head, keep one, leave one out, coalitions for Shapley values
     single = np.eye(n_heads, dtype=bool)
     wanted = [np.ones((1, n_heads), dtype=bool), np.zeros((1, n_heads), dtype=bool)]
     wanted += [single if "keep_one" in modes else single[:0], ~single if "leave_one_out" in modes else single[:0]]
     if "shapley" in modes:
-        wanted.append(all_coalitions(n_heads) if exact else order_coalitions(orders).reshape(-1, n_heads))
+        every = all_coalitions(n_heads) if orders is None else order_coalitions(orders).reshape(-1, n_heads)
+        wanted.append(every)
     distinct, where = np.unique(np.concatenate(wanted), axis=0, return_inverse=True)
     where = where.reshape(-1)
     substitutes = "mean_z" in modes or "resampled_z" in modes
-    moments = coalition_moments(
-        z,
-        projected,
-        readout,
-        coalitions=distinct,
-        chunk_cells=chunk_cells,
-        device=device,
-        keep_own_forms=substitutes,
-    )
-    values = moments.values(target_ss)[where]
+    sums = coalition_sums(cells, distinct, device=device, keep_own_forms=substitutes)
+    values = sums.values(cells.target_ss)[where]
     full, none, keep_one, leave_one_out, rest = np.split(values, np.cumsum([len(part) for part in wanted[:4]]))
 
-    shapley = ShapleyValues(values=_missing(n_heads), standard_error=_missing(n_heads))
-    interaction, reason = _missing(n_heads, n_heads), None
-    if "shapley" in modes and exact:
+    shapley, interaction, reason = ShapleyValues(values=nothing, standard_error=nothing), no_pairs, None
+    if "shapley" in modes and orders is None:
         shapley, interaction = shapley_values(rest), interaction_index(rest)
-    elif "shapley" in modes:
+    elif orders is not None:
         shapley = sampled_shapley_values(rest.reshape(len(orders), n_heads + 1), orders)
-        reason = f"{n_heads} heads; all coalitions are evaluated up to {max_exact_heads}"
+        reason = f"{n_heads} heads; all coalitions are evaluated up to {sampling.max_exact_heads}"
 
-    mean_z, resampled_z, resampling_error = _missing(n_heads), _missing(n_heads), _missing(n_heads)
+    mean_z, resampled_z, resampling_error = nothing, nothing, nothing
     if substitutes:
-        permutations = _permutations(seed, cell_type, len(z), n_resamples if "resampled_z" in modes else 0)
-        substituted = substituted_values(
-            z,
-            projected,
-            target_ss,
-            readout,
-            permutations=permutations,
-            moments=moments,
-            chunk_cells=chunk_cells,
-            device=device,
-        )
+        n_resamples = sampling.n_resamples if "resampled_z" in modes else 0
+        permutations = _permutations(seed, cell_type, len(cells.z), n_resamples)
+        substituted = substituted_values(cells, permutations, sums, device=device)
         if "mean_z" in modes:
             mean_z = substituted.mean
-        if "resampled_z" in modes:
+        if n_resamples:
             resampled_z = substituted.permuted.mean(axis=1)
-        if "resampled_z" in modes and n_resamples > 1:
+        if n_resamples > 1:
             resampling_error = substituted.permuted.std(axis=1, ddof=1) / np.sqrt(n_resamples)
-    frozen = _frozen(moments, int(where[0]), target_ss)
+    frozen = _frozen(sums, int(where[0]), cells.target_ss)
     return TypeAblations(
-        modes=tuple(mode for mode in ABLATION_MODES if mode in modes),
+        modes=tuple(mode for mode in MODES if mode in modes),
         full=float(full[0]),
         none=float(none[0]),
         frozen_none=frozen.none,
-        keep_one=keep_one if "keep_one" in modes else _missing(n_heads),
-        leave_one_out=leave_one_out if "leave_one_out" in modes else _missing(n_heads),
+        keep_one=keep_one if "keep_one" in modes else nothing,
+        leave_one_out=leave_one_out if "leave_one_out" in modes else nothing,
         mean_z=mean_z,
         resampled_z=resampled_z,
         resampled_z_standard_error=resampling_error,
-        frozen_norm=frozen.keep_one if "frozen_norm" in modes else _missing(n_heads),
+        frozen_norm=frozen.keep_one if "frozen_norm" in modes else nothing,
         shapley=shapley.values,
         shapley_standard_error=shapley.standard_error,
-        frozen_shapley=frozen.shapley if "frozen_shapley" in modes else _missing(n_heads),
+        frozen_shapley=frozen.shapley if "frozen_shapley" in modes else nothing,
         interaction=interaction,
-        frozen_interaction=frozen.interaction if "frozen_shapley" in modes else _missing(n_heads, n_heads),
+        frozen_interaction=frozen.interaction if "frozen_shapley" in modes else no_pairs,
         interaction_reason=reason,
     )
 
@@ -277,10 +223,10 @@ class _FrozenNormValues:
     interaction: Float64[np.ndarray, "heads heads"]
 
 
-def _frozen(moments: CoalitionMoments, full: int, target_ss: float) -> _FrozenNormValues:
+def _frozen(sums: CoalitionSums, full: int, target_ss: float) -> _FrozenNormValues:
     """Return the ablations under the whole model's layer norm: a quadratic game of the blocks' covariances."""
-    covariance = moments.block_covariances(full) / target_ss
-    common = moments.cross[full] / target_ss
+    covariance = sums.block_covariances(full) / target_ss
+    common = sums.cross[full] / target_ss
     floor, with_floor, own = covariance[0, 0], covariance[0, 1:], np.diag(covariance)[1:]
     interaction = -2 * covariance[1:, 1:]
     np.fill_diagonal(interaction, np.nan)
@@ -290,10 +236,6 @@ def _frozen(moments: CoalitionMoments, full: int, target_ss: float) -> _FrozenNo
         shapley=2 * common[1:] - covariance[1:].sum(axis=1) - with_floor,
         interaction=interaction,
     )
-
-
-def _missing(*shape: int) -> Float64[np.ndarray, ...]:
-    return np.full(shape, np.nan)
 
 
 def _permutations(seed: int, cell_type: str, n_cells: int, n_resamples: int) -> Int32[np.ndarray, "resamples cells"]:

@@ -1,1 +1,1 @@
-"""Permutation nulls of explained variance: drawn, compiled, by FFT, by exact moments."""
+"""Permutation tests: ``nulls`` say what is shuffled, ``statistics`` compute T, ``exact_moments`` its null moments."""

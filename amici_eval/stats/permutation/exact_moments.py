@@ -10,7 +10,7 @@ import torch
 from scipy.special import gammainc, gammaincc, gammaln, ndtr
 
 from amici_eval.common.memory import Shrinking
-from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
+from amici_eval.stats.permutation.statistics import ROUNDING, float64_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,10 +60,9 @@ def stratum_sums(
 ) -> StratumSums:
     """Return the sums from which each head's moments over permutations within strata follow.
 
-    See ``permutation_moments``; factors need not be centred, and ``"mps"``, which has no float64, is taken as
-    ``"cpu"``.
+    See ``permutation_moments``; factors need not be centred.
     """
-    device = _with_float64(device)
+    device = float64_device(device)
     room = Shrinking(
         _room(device), floor=min(_room(device), _LEAST_ENTRIES), what="exact moments", unit="products", device=device
     )
@@ -107,10 +106,6 @@ def _stratum_sums(
 def _largest_batched(rank: int) -> int:
     """Return the largest stratum for which D = f z^T costs less than the third moments of F and Z."""
     return max(_ALWAYS_BATCHED, 2 * rank * (rank + 1) ** 2 // (2 * rank + _ENTRY_COST))
-
-
-def _with_float64(device: str) -> str:
-    return "cpu" if torch.device(device).type == "mps" else device
 
 
 def _room(device: str) -> int:
@@ -329,8 +324,6 @@ def _nearly_normal_tail(t: Float64[np.ndarray, " n"], skew: Float64[np.ndarray, 
     return np.asarray(ndtr(-u) + density * skew / 2.0 * k / (stretch * (stretch + 1.0)))
 
 
-_ROUNDING = 1e-12
-"""Numbers whose centred norm is at most this share of their norm are constant up to float64 rounding."""
 _VARIANCE_ROUNDING = 1e-13
 """A variance of at most this share of ``StratumSums.aligned`` is rounding noise and set to zero."""
 FEW_CELLS = 50
@@ -367,7 +360,8 @@ class PermutationMoments:
 
         It comes from Pearson III with the exact moments and is at least 1 / (number of permutations), for the identity.
         """
-        return _at_least_one(pearson3_tail(self.standardised, self.skewness), self.log_permutations)
+        p = pearson3_tail(self.standardised, self.skewness)
+        return np.asarray(np.maximum(p, np.exp(-self.log_permutations)))
 
 
 def permutation_moments(
@@ -385,16 +379,10 @@ def permutation_moments(
     added over strata (Hoeffding 1951; Mantel 1967); if large, sum D^3 = sum_abc M^F_abc M^Z_abc, M_abc = sum_i f_ia
     f_ib f_ic. Head h predicts ``constant + F_h @ A_h.T``, Z_h is ``Y @ A_h``; neither need be centred.
     """
-    n_cells = len(factors)
-    labels = np.zeros(n_cells, dtype=np.int64) if strata is None else np.asarray(strata)
-    if images.shape != factors.shape or labels.shape != (n_cells,):
-        msg = f"factors {factors.shape}, images {images.shape} and strata {labels.shape} disagree"
-        raise ValueError(msg)
-    _check_cells(n_cells)
-
+    labels = np.zeros(len(factors), dtype=np.int64) if strata is None else strata
     sums = stratum_sums(factors, images, labels, device=device)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        constant = (sums.f_ss <= _ROUNDING**2 * sums.f_size) | (sums.z_ss <= _ROUNDING**2 * sums.z_size)
+        constant = (sums.f_ss <= ROUNDING**2 * sums.f_size) | (sums.z_ss <= ROUNDING**2 * sums.z_size)
         variance = np.where(constant | (sums.variance <= _VARIANCE_ROUNDING * sums.aligned), 0.0, sums.variance)
         skewness = np.where(variance > 0.0, sums.cumulant / variance**1.5, np.nan)
         # NaN for heads with values that are not finite (all their numbers become NaN), else 0
@@ -408,13 +396,3 @@ def permutation_moments(
         n_strata=int(np.count_nonzero(sums.n_cells > 1)),
         log_permutations=float(gammaln(sums.n_cells + 1.0).sum()),
     )
-
-
-def _at_least_one(p: Float64[np.ndarray, ...], log_permutations: float) -> Float64[np.ndarray, ...]:
-    return np.asarray(np.maximum(p, np.exp(-log_permutations)))
-
-
-def _check_cells(n_cells: int) -> None:
-    if n_cells < MIN_CELLS_TEST:
-        msg = f"{n_cells} cells; at least {MIN_CELLS_TEST} are needed for a test"
-        raise ValueError(msg)

@@ -1,7 +1,8 @@
 """Compiled kernels of the permutation test.
 
-Importing this needs numba: use ``compiled.kernels()``. The inner loops of the sums are LLVM vectors of 16 numbers,
-which the compiler splits to the processor's width: one kernel serves all shapes, without automatic vectorisation.
+Importing this loads the compiler: use ``compiled_kernels()``. The inner loops of the sums are LLVM vectors of 16
+numbers, which the compiler splits to the processor's width: one kernel serves all shapes, without automatic
+vectorisation.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
 from amici_eval.common.threads import compiled
+from amici_eval.stats.permutation.permutations import LANES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 IDENTITY = -1
 """Number that stands for leaving all cells where they are."""
-LANES = 16
-"""Numbers in a vector."""
 ROWS = 8
 """Cells per panel, whose products with all cells are held at a time."""
 _TOGETHER = 4
@@ -299,6 +299,7 @@ def block_rows(
 ) -> None:
     """Centre, scale, round the cells of blocks ``first`` to ``last - 1``; write number ``source[k]`` to ``place[k]``.
 
+    The many arguments are arrays because numba compiles no dataclasses.
     ``values``: (cells, numbers); ``order``: cells in the order of writing, empty to keep their order; ``mean``,
     ``scale``: float64 (numbers,); ``place``: (kept, 2), group and column of ``out``, float32 (groups, cells, width),
     whose other columns become zero; ``sums``: float64 (blocks, numbers), sums of squares of the rounded numbers.

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.common import threads as compiled
+from amici_eval.common.threads import cuts, in_threads
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from jaxtyping import Int32, Int64, UInt64
 
-_STORED_WORDS = 2**22
+LANES = 16
+"""Numbers in a vector of the kernels: rows of factors are padded with zeros to a multiple (64 bytes, a cache line)."""
+
+
+@functools.cache
+def compiled_kernels() -> ModuleType:
+    """Return the module of compiled kernels, imported when first needed because loading the compiler takes long."""
+    return importlib.import_module("amici_eval.stats.permutation.kernels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +49,12 @@ class PermutationStream:
         return self.narrow_batch(start, stop).astype(np.int64)
 
     def narrow_batch(self, start: int, stop: int, *, n_threads: int = 1) -> Int32[np.ndarray, "permutations cells"]:
-        """Return ``batch`` as int32, drawn by several threads if numba is installed."""
-        kernels = compiled.kernels()
-        if kernels is None:
-            return self._batch_of_numpy(start, stop)
+        """Return ``batch`` as int32, drawn by several threads."""
         orders, key = np.empty((stop - start, self.n_cells), dtype=np.uint32), self.key()
-        compiled.in_threads(
+        in_threads(
             [
-                partial(kernels.shuffle_rows, key, start + first, orders[first:last])
-                for first, last in compiled.cuts(stop - start, 4 * n_threads if n_threads > 1 else 1)
+                partial(compiled_kernels().shuffle_rows, key, start + first, orders[first:last])
+                for first, last in cuts(stop - start, 4 * n_threads if n_threads > 1 else 1)
             ],
             n_threads,
             lambda _: None,
@@ -60,38 +68,3 @@ class PermutationStream:
             encoded = part.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
-
-    def _batch_of_numpy(self, start: int, stop: int) -> Int32[np.ndarray, "permutations cells"]:
-        orders = np.empty((stop - start, self.n_cells), dtype=np.int32)
-        step = max(1, _STORED_WORDS // self.n_cells)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            orders[first - start : last - start] = _shuffled(self.key(), first, last, self.n_cells).T
-        return orders
-
-
-def _shuffled(
-    key: UInt64[np.ndarray, " 2"], start: int, stop: int, n_cells: int
-) -> Int32[np.ndarray, "cells permutations"]:
-    """Return permutations as columns, so that a swap works on whole rows."""
-    words = np.empty((n_cells - 1, stop - start), dtype=np.uint64)
-    for column, index in enumerate(range(start, stop)):
-        words[:, column] = np.random.Philox(key=key, counter=[0, index, 0, 0]).random_raw(n_cells - 1)
-    others = _high_product(words, np.arange(n_cells, 1, -1, dtype=np.uint64)[:, None]).astype(np.int64)
-    columns = np.arange(stop - start)
-    orders = np.repeat(np.arange(n_cells, dtype=np.int32)[:, None], stop - start, axis=1)
-    for other, i in zip(others, range(n_cells - 1, 0, -1), strict=True):
-        moved = orders[i].copy()
-        orders[i] = orders[other, columns]
-        orders[other, columns] = moved
-    return orders
-
-
-def _high_product(
-    words: UInt64[np.ndarray, "swaps permutations"], factors: UInt64[np.ndarray, "swaps 1"]
-) -> UInt64[np.ndarray, "swaps permutations"]:
-    """Return ``words * factors // 2**64``, exactly, for factors below 2**32: no partial sum reaches 2**64."""
-    half = np.uint64(32)
-    low = words & np.uint64(2**32 - 1)
-    product: UInt64[np.ndarray, "swaps permutations"] = (words >> half) * factors + ((low * factors) >> half)
-    return product >> half

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from scipy.fft import next_fast_len
 
-from amici_eval.common import threads as compiled
 from amici_eval.common.memory import Shrinking, memory_errors_explained, unless_memory_ends
+from amici_eval.common.threads import cuts, in_threads
+from amici_eval.stats.permutation.permutations import LANES, compiled_kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
     from types import ModuleType
 
     from jaxtyping import Bool, Complex128, Float, Float32, Float64, Int32, Int64
@@ -33,16 +34,37 @@ TORCH_ENTRIES = 2**23
 """Largest number of entries of a temporary tensor."""
 
 
-LANES = 16
-"""Rows are padded with zeros to a multiple of this many numbers (64 bytes, a cache line)."""
 TIE_TOLERANCE = 1e-10
 """Relative to ||F_h|| ||Z_h||: sums of one permutation differ by less between devices and summation orders."""
 
 _BLOCK_ENTRIES = 2**16
 _INLINE_ENTRIES = 2**18
 """Below this, handing work to threads costs more than it saves."""
-_ROUNDING = 1e-12
-"""A head whose centred norm is at most this share of its norm is constant up to float64 rounding."""
+ROUNDING = 1e-12
+"""Numbers whose centred norm is at most this share of their norm are constant up to float64 rounding."""
+
+
+def float64_device(device: str) -> str:
+    """Return the device, or the CPU in place of ``"mps"``, which has no float64."""
+    return "cpu" if torch.device(device).type == "mps" else device
+
+
+def cpu_kernels(device: str) -> ModuleType | None:
+    """Return the compiled kernels for the CPU, None for a device on which torch computes."""
+    return compiled_kernels() if torch.device(device).type == "cpu" else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadFactors:
+    """Factors F and images Z of the heads of one cell type.
+
+    Head h predicts ``constant + F_h @ A_h.T``, Z_h is ``Y @ A_h``; neither need be centred. ``dead``: heads whose
+    prediction does not vary, which have no test.
+    """
+
+    factors: Float[np.ndarray, "cells columns heads"]
+    images: Float[np.ndarray, "cells columns heads"]
+    dead: Bool[np.ndarray, " heads"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,30 +97,24 @@ class PackedPair:
         return heads
 
 
-def pack(
-    factors: Float[np.ndarray, "cells columns heads"],
-    images: Float[np.ndarray, "cells columns heads"],
-    *,
-    dead: Bool[np.ndarray, " heads"],
-    order: Int64[np.ndarray, " cells"] | None = None,
-) -> PackedPair:
-    """Centre factors and their images over cells in float64, round them to float32 and lay them out.
+def pack(heads: HeadFactors, *, order: Int64[np.ndarray, " cells"] | None = None) -> PackedPair:
+    """Centre factors and images over cells in float64, round them to float32 and lay them out.
 
-    Row k is cell ``order[k]``, if an order is given. Heads that are ``dead`` or not finite, and heads whose factors do
-    not vary, are left out.
+    Row k is cell ``order[k]``, if an order is given. Heads that are dead or not finite, and heads whose factors do not
+    vary, are left out.
     """
-    moments = [_moments(values) for values in (factors, images)]
+    factors, images = (_ColumnSums.of(values) for values in (heads.factors, heads.images))
     with np.errstate(invalid="ignore"):
-        dead = dead | ~np.isfinite(moments[0][1] + moments[1][1])
-    heads = np.flatnonzero(~dead)
-    f, f_norms = _packed(factors, heads, *moments[0], order)
-    alive = f_norms > 0.0
-    if not alive.all():
-        heads = heads[alive]
-        f, f_norms = _packed(factors, heads, *moments[0], order)
-    z, z_norms = _packed(images, heads, *moments[1], order)
-    lanes = _lanes(heads.size)
-    return PackedPair(f=f, z=z, heads=heads, n_columns=factors.shape[1], lanes=lanes, sizes=f_norms * z_norms)
+        dead = heads.dead | ~np.isfinite(factors.norm + images.norm)
+    alive = np.flatnonzero(~dead)
+    f, f_norms = _packed(heads.factors, alive, factors, order)
+    varies = f_norms > 0.0
+    if not varies.all():
+        alive = alive[varies]
+        f, f_norms = _packed(heads.factors, alive, factors, order)
+    z, z_norms = _packed(heads.images, alive, images, order)
+    lanes, n_columns = _lanes(alive.size), heads.factors.shape[1]
+    return PackedPair(f=f, z=z, heads=alive, n_columns=n_columns, lanes=lanes, sizes=f_norms * z_norms)
 
 
 def _lanes(n_heads: int) -> int:
@@ -111,20 +127,9 @@ def _steps(n_cells: int, row: int) -> tuple[int, int]:
     return step, -(-n_cells // step)
 
 
-def _blocks(n_cells: int, row: int) -> Iterator[slice]:
-    step, _ = _steps(n_cells, row)
-    return (slice(first, min(first + step, n_cells)) for first in range(0, n_cells, step))
-
-
-def _kernels(values: Float[np.ndarray, "cells columns heads"]) -> ModuleType | None:
-    """Return the compiled kernels if numba is installed and they support such an array, else None."""
-    known = values.flags.c_contiguous and values.dtype in (np.float32, np.float64) and values.size > 0
-    return compiled.kernels() if known else None
-
-
 def _flat(values: Float[np.ndarray, "cells columns heads"]) -> Float[np.ndarray, "cells numbers"]:
-    # numba compiles a kernel once more for writable arrays, so all are passed read-only
-    flat = values.reshape(len(values), -1).view()
+    # numba compiles a kernel once more for each layout and for writable arrays
+    flat = np.ascontiguousarray(values).reshape(len(values), -1).view()
     flat.flags.writeable = False
     return flat
 
@@ -137,37 +142,34 @@ def _by_block(
 ) -> None:
     """Run ``kernel(first, last, *arrays)`` on ranges of blocks, in as many threads as torch uses."""
     n_threads = torch.get_num_threads() if n_entries > _INLINE_ENTRIES else 1
-    cuts = compiled.cuts(n_blocks, 4 * n_threads if n_threads > 1 else 1)
-    compiled.in_threads([partial(kernel, *cut, *arrays) for cut in cuts], n_threads, lambda _: None)
+    ranges = cuts(n_blocks, 4 * n_threads if n_threads > 1 else 1)
+    in_threads([partial(kernel, *own, *arrays) for own in ranges], n_threads, lambda _: None)
 
 
-def _moments(
-    values: Float[np.ndarray, "cells columns heads"],
-) -> tuple[Float64[np.ndarray, "columns heads"], Float64[np.ndarray, " heads"]]:
-    """Return the mean over cells, and the norm of each head before centring."""
-    n_cells, n_columns, n_heads = values.shape
-    if (kernels := _kernels(values)) is not None:
+@dataclass(frozen=True)
+class _ColumnSums:
+    """Mean over cells of every column, and the norm of each head before centring."""
+
+    mean: Float64[np.ndarray, "columns heads"]
+    norm: Float64[np.ndarray, " heads"]
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, "cells columns heads"]) -> _ColumnSums:
+        n_cells, n_columns, n_heads = values.shape
         step, n_blocks = _steps(n_cells, n_columns * n_heads)
         by_block = np.empty((2, n_blocks, n_columns * n_heads))
-        _by_block(n_blocks, values.size, partial(kernels.block_moments, _flat(values), step), *by_block)
+        kernel = partial(compiled_kernels().block_moments, _flat(values), step)
+        _by_block(n_blocks, values.size, kernel, *by_block)
+        # heads that are not finite are left out in ``pack``
         with np.errstate(invalid="ignore", over="ignore"):
             summed = by_block.sum(axis=1).reshape(2, n_columns, n_heads)
-            return summed[0] / n_cells, np.sqrt(summed[1].sum(axis=0))
-    total, squares = np.zeros((n_columns, n_heads)), np.zeros(n_heads)
-    # heads that are not finite are left out in ``pack``
-    with np.errstate(invalid="ignore", over="ignore"):
-        for rows in _blocks(n_cells, n_columns * n_heads):
-            block = values[rows].astype(np.float64)
-            total += block.sum(axis=0)
-            squares += np.einsum("iah,iah->h", block, block)
-        return total / n_cells, np.sqrt(squares)
+            return cls(mean=summed[0] / n_cells, norm=np.sqrt(summed[1].sum(axis=0)))
 
 
 def _packed(
     values: Float[np.ndarray, "cells columns heads"],
     heads: Int64[np.ndarray, " alive"],
-    mean: Float64[np.ndarray, "columns heads"],
-    norms: Float64[np.ndarray, " heads"],
+    sums: _ColumnSums,
     order: Int64[np.ndarray, " cells"] | None,
 ) -> tuple[Float32[np.ndarray, "groups cells width"], Float64[np.ndarray, " alive"]]:
     """Return the packed rows of some heads and the norm of each; a head that is constant up to rounding becomes 0."""
@@ -175,38 +177,22 @@ def _packed(
     lanes = _lanes(heads.size)
     n_groups = max(1, -(-heads.size // lanes))
     packed = _aligned((n_groups, n_cells, -(-n_columns * lanes // LANES) * LANES))
-    squares = np.zeros(n_heads)
     # scale to about size 1; a power of two does not change the rounding to float32
-    scale = np.exp2(-np.frexp(norms / np.sqrt(n_cells * n_columns))[1].astype(np.float64))
-    chosen = slice(None) if heads.size == n_heads else heads
-    if heads.size and (kernels := _kernels(values)) is not None:
-        step, n_blocks = _steps(n_cells, n_columns * n_heads)
-        sums = np.empty((n_blocks, n_columns * n_heads))
-        source = (np.arange(n_columns)[:, None] * n_heads + heads).ravel()
-        groups, own_lanes = np.divmod(np.arange(heads.size), lanes)
-        column = np.arange(n_columns)[:, None] * lanes + own_lanes
-        place = np.stack([np.broadcast_to(groups, column.shape).ravel(), column.ravel()], axis=1)
-        cells = np.empty(0, dtype=np.int64) if order is None else order
-        scales = np.broadcast_to(scale, mean.shape).ravel()
-        kernel = partial(kernels.block_rows, _flat(values), cells, mean.ravel(), scales, source, place, step)
-        _by_block(n_blocks, values.size, kernel, packed, sums)
-        with np.errstate(invalid="ignore", over="ignore"):
-            squares = sums.sum(axis=0).reshape(n_columns, n_heads).sum(axis=0)
-    else:
-        packed.fill(0.0)
-        for rows in _blocks(n_cells, n_columns * n_heads):
-            block = values[rows if order is None else order[rows]][:, :, chosen].astype(np.float64)
-            block -= mean[:, chosen]
-            block *= scale[chosen]
-            rounded = block.astype(np.float32)
-            np.copyto(block, rounded)
-            squares[chosen] += np.einsum("iah,iah->h", block, block)
-            for group in range(n_groups):
-                own = rounded[:, :, group * lanes : (group + 1) * lanes]
-                target = packed[group, rows, : n_columns * lanes].reshape(-1, n_columns, lanes)
-                target[:, :, : own.shape[2]] = own
-    found = np.sqrt(squares[heads])
-    constant = np.flatnonzero(~(found > _ROUNDING * norms[heads] * scale[heads]))
+    scale = np.exp2(-np.frexp(sums.norm / np.sqrt(n_cells * n_columns))[1].astype(np.float64))
+    step, n_blocks = _steps(n_cells, n_columns * n_heads)
+    squares = np.empty((n_blocks, n_columns * n_heads))
+    source = (np.arange(n_columns)[:, None] * n_heads + heads).ravel()
+    groups, own_lanes = np.divmod(np.arange(heads.size), lanes)
+    column = np.arange(n_columns)[:, None] * lanes + own_lanes
+    place = np.stack([np.broadcast_to(groups, column.shape).ravel(), column.ravel()], axis=1)
+    cells = np.empty(0, dtype=np.int64) if order is None else order
+    scales = np.broadcast_to(scale, sums.mean.shape).ravel()
+    rows = compiled_kernels().block_rows
+    kernel = partial(rows, _flat(values), cells, sums.mean.ravel(), scales, source, place, step)
+    _by_block(n_blocks, values.size, kernel, packed, squares)
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = np.sqrt(squares.sum(axis=0).reshape(n_columns, n_heads).sum(axis=0)[heads])
+    constant = np.flatnonzero(~(found > ROUNDING * sums.norm[heads] * scale[heads]))
     for number in constant:
         group, lane = divmod(int(number), lanes)
         packed[group, :, lane : lane + n_columns * lanes : lanes] = 0.0
@@ -228,66 +214,56 @@ def _aligned(shape: tuple[int, ...]) -> Float32[np.ndarray, "groups cells width"
 _GRAM_CELLS_PER_PERMUTATION = 6
 """Measured: form ``"gram"`` costs less than ``"factor"`` up to this many cells per permutation."""
 _GRAM_COLUMNS = 2**17
-_TASK_PRODUCTS = 2**27
-_INLINE_PRODUCTS = 2**22
+TASK_PRODUCTS = 2**27
+INLINE_PRODUCTS = 2**22
 """Below this, handing work to threads costs more than it saves."""
 _FLOAT32_UNIT = 2.0**-24
 
 
 def compiled_statistics(
-    kernels: ModuleType,
-    pair: PackedPair,
-    stream: PermutationStream,
-    n_permutations: int,
-    *,
-    form: str,
-    n_threads: int,
-    take: Take,
+    pair: PackedPair, stream: PermutationStream, n_permutations: int, *, n_threads: int, take: Take
 ) -> None:
     """Call ``take(statistics, thresholds)`` for all permutations, range by range, in the calling thread.
 
-    In form ``"gram"`` a statistic is a float32 sum, unless it lies so near its threshold that float32 cannot decide
-    whether it is reached; then, and in form ``"factor"``, it is a sum in float64 of exact products.
+    In form ``"gram"``, for few cells, a statistic is a float32 sum, unless it lies so near its threshold that float32
+    cannot decide whether it is reached; then, and in form ``"factor"``, it is a sum in float64 of exact products.
     """
     key, n_cells = stream.key(), pair.f.shape[1]
-    exactly = partial(exact_sums, kernels, pair, key)
-    thresholds = exactly(np.array([kernels.IDENTITY]))[0] - TIE_TOLERANCE * pair.sizes
+    identity = np.array([compiled_kernels().IDENTITY])
+    thresholds = exact_sums(pair, key, identity)[0] - TIE_TOLERANCE * pair.sizes
     chunk = max(1, min(n_permutations, STORED_INDICES // n_cells, _GRAM_COLUMNS))
-    if form == "auto":
-        form = "gram" if n_cells <= _GRAM_CELLS_PER_PERMUTATION * chunk else "factor"
-    if form == "gram":
-        _gram(kernels, pair, key, n_permutations, chunk, thresholds, exactly, n_threads, take)
+    if n_cells <= _GRAM_CELLS_PER_PERMUTATION * chunk:
+        _gram(pair, key, n_permutations, chunk, thresholds, n_threads, take)
         return
     products = pair.f.size
-    if products * n_permutations <= _INLINE_PRODUCTS:
+    if products * n_permutations <= INLINE_PRODUCTS:
         n_threads = 1
-    step = max(4, min(_TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
+    step = max(4, min(TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
     starts = range(0, n_permutations, step)
     # a generator: all index arrays together may not fit in memory
-    tasks = (partial(exactly, np.arange(first, min(first + step, n_permutations))) for first in starts)
-    compiled.in_threads(tasks, n_threads, lambda sums: take(sums, thresholds))
+    tasks = (partial(exact_sums, pair, key, np.arange(first, min(first + step, n_permutations))) for first in starts)
+    in_threads(tasks, n_threads, lambda sums: take(sums, thresholds))
 
 
 def exact_sums(
-    kernels: ModuleType, pair: PackedPair, key: Any, numbers: Int64[np.ndarray, " permutations"]
+    pair: PackedPair, key: Any, numbers: Int64[np.ndarray, " permutations"]
 ) -> Float64[np.ndarray, "permutations alive"]:
     """Return T of the permutations with these numbers, as float64 sums of exact products."""
     out = np.empty((numbers.size, pair.f.shape[0], LANES))
-    kernels.factor_sums(key, numbers, pair.f, pair.z, out)
+    compiled_kernels().factor_sums(key, numbers, pair.f, pair.z, out)
     return pair.per_head(out)
 
 
 def _gram(
-    kernels: ModuleType,
     pair: PackedPair,
     key: Any,
     n_permutations: int,
     chunk: int,
     thresholds: Float64[np.ndarray, " alive"],
-    exactly: Callable[[Int64[np.ndarray, " some"]], Float64[np.ndarray, "some alive"]],
     n_threads: int,
     take: Take,
 ) -> None:
+    kernels = compiled_kernels()
     n_heads, n_cells, rows = pair.heads.size, pair.f.shape[1], kernels.ROWS
     f, z = _panels(pair, pair.f, LANES), _panels(pair, pair.z, rows)
     n_panels = z.shape[1]
@@ -301,31 +277,31 @@ def _gram(
         if width < chunk:
             orders = np.zeros((n_panels * rows, width), dtype=np.uint32)
         products = n_heads * n_cells * (n_cells * pair.n_columns // 4 + width)
-        threads = n_threads if products > _INLINE_PRODUCTS else 1
-        cuts = compiled.cuts(width, 4 * threads, multiple=LANES)
-        compiled.in_threads(
-            [partial(kernels.shuffle_columns, key, start, *cut, n_cells, orders) for cut in cuts],
+        threads = n_threads if products > INLINE_PRODUCTS else 1
+        in_threads(
+            [
+                partial(kernels.shuffle_columns, key, start, *own, n_cells, orders)
+                for own in cuts(width, 4 * threads, multiple=LANES)
+            ],
             threads,
             lambda _: None,
         )
         total = np.zeros((n_heads, width))
-        cuts = compiled.cuts(n_panels, max(threads, products // _TASK_PRODUCTS))
-        compiled.in_threads([partial(_gram_part, kernels, orders, f, z, *cut) for cut in cuts], threads, total.__iadd__)
+        panels = cuts(n_panels, max(threads, products // TASK_PRODUCTS))
+        in_threads([partial(_gram_sums, orders, f, z, *own) for own in panels], threads, total.__iadd__)
         statistics = np.ascontiguousarray(total.T)
         undecided = np.flatnonzero((np.abs(statistics - thresholds) <= margin).any(axis=1))
-        pieces = [undecided[first:last] for first, last in compiled.cuts(undecided.size, 4 * threads)]
+        pieces = [undecided[first:last] for first, last in cuts(undecided.size, 4 * threads)]
         sums: list[Float64[np.ndarray, "some alive"]] = []
-        compiled.in_threads([partial(exactly, start + piece) for piece in pieces], threads, sums.append)
+        in_threads([partial(exact_sums, pair, key, start + piece) for piece in pieces], threads, sums.append)
         for piece, own in zip(pieces, sums, strict=True):
             statistics[piece] = own
         take(statistics, thresholds)
 
 
-def _gram_part(
-    kernels: ModuleType, orders: Any, f: Any, z: Any, first: int, last: int
-) -> Float64[np.ndarray, "alive permutations"]:
+def _gram_sums(orders: Any, f: Any, z: Any, first: int, last: int) -> Float64[np.ndarray, "alive permutations"]:
     out = np.zeros((f.shape[0], orders.shape[1]))
-    kernels.gram_sums(orders, f, z, first, last, out)
+    compiled_kernels().gram_sums(orders, f, z, first, last, out)
     return out
 
 
@@ -357,55 +333,42 @@ def torch_statistics(
     stream: PermutationStream,
     n_permutations: int,
     *,
-    form: str,
     device: str,
     take: Take,
     start: int = 0,
+    form: str = "auto",
 ) -> None:
     """Do what ``compiled_statistics`` does, in float64 on a torch device, for permutations from ``start`` on.
 
     The next orders are drawn while the device computes. If its memory runs out, fewer permutations are taken at once.
     """
-    with memory_errors_explained("one permutation of the test", device):
-        _all_statistics(pair, stream, n_permutations, form=form, device=device, take=take, start=start)
-
-
-def _all_statistics(
-    pair: PackedPair,
-    stream: PermutationStream,
-    n_permutations: int,
-    *,
-    form: str,
-    device: str,
-    take: Take,
-    start: int,
-) -> None:
     _, n_cells, width = pair.f.shape
     drawn = max(1, min(n_permutations, STORED_INDICES // n_cells))
     chunk = max(1, min(drawn, TORCH_ENTRIES // (min(n_cells, _CELLS) * width)))
     if form == "auto":
         form = "gram" if n_cells <= _TORCH_GRAM_CELLS_PER_PERMUTATION * drawn else "factor"
-    f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
-    identity = np.arange(n_cells, dtype=np.int32)[None]
-    thresholds = torch_factor(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
     if form == "factor":
         drawn = max(chunk, min(drawn, _DRAWN_INDICES // n_cells))
-    with closing(_drawn_ahead(stream, start + n_permutations, drawn, start=start)) as chunks:
-        for orders in chunks:
-            first = 0
-            while first < len(orders):
-                own = orders[first:] if form == "gram" else orders[first : first + chunk]
-                kernel = partial(_torch_gram if form == "gram" else torch_factor, pair, f, z, own)
-                sums = kernel() if form == "factor" and chunk == 1 else unless_memory_ends(kernel, device=device)
-                if sums is not None:
-                    take(sums, thresholds)
-                    first += len(own)
-                elif form == "gram":
-                    # the products of all cells need the same memory for fewer permutations
-                    form = "factor"
-                else:
-                    chunk = (chunk + 1) // 2
-                    logger.warning("out of memory on %s: going on with %d permutations at a time", device, chunk)
+    identity = np.arange(n_cells, dtype=np.int32)[None]
+    with memory_errors_explained("one permutation of the test", device):
+        f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+        thresholds = torch_factor(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
+        with closing(_drawn_ahead(stream, start + n_permutations, drawn, start=start)) as chunks:
+            for orders in chunks:
+                first = 0
+                while first < len(orders):
+                    own = orders[first:] if form == "gram" else orders[first : first + chunk]
+                    kernel = partial(_torch_gram if form == "gram" else torch_factor, pair, f, z, own)
+                    sums = kernel() if form == "factor" and chunk == 1 else unless_memory_ends(kernel, device=device)
+                    if sums is not None:
+                        take(sums, thresholds)
+                        first += len(own)
+                    elif form == "gram":
+                        # the products of all cells need the same memory for fewer permutations
+                        form = "factor"
+                    else:
+                        chunk = (chunk + 1) // 2
+                        logger.warning("out of memory on %s: going on with %d permutations at a time", device, chunk)
 
 
 def _drawn_ahead(
@@ -473,22 +436,15 @@ def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "
     transform; columns are then padded with zeros, and the part of the longer convolution beyond the last cell is added
     to its start.
     """
-    with memory_errors_explained("the transforms of the cyclic test", device):
-        return _statistics(pair, device=device)
-
-
-def _statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "shifts alive"]:
     n_cells = pair.f.shape[1]
     length = n_cells if _has_fast_transform(n_cells) else next_fast_len(2 * n_cells - 1, real=True)
-    kernels = compiled.kernels() if torch.device(device).type == "cpu" else None
-    if kernels is None:
-        spectrum = _torch_spectrum(pair, length, device)
-    else:
-        spectrum = _compiled_spectrum(kernels, pair, length)
-    sums = torch.fft.irfft(spectrum.flatten(0, 1)[: pair.heads.size], n=length)
-    if length > n_cells:
-        sums[:, : n_cells - 1] += sums[:, n_cells : 2 * n_cells - 1]
-    statistics: Float64[np.ndarray, "shifts alive"] = sums[:, :n_cells].T.cpu().numpy()
+    with memory_errors_explained("the transforms of the cyclic test", device):
+        on_cpu = cpu_kernels(device) is not None
+        spectrum = _compiled_spectrum(pair, length) if on_cpu else _torch_spectrum(pair, length, device)
+        sums = torch.fft.irfft(spectrum.flatten(0, 1)[: pair.heads.size], n=length)
+        if length > n_cells:
+            sums[:, : n_cells - 1] += sums[:, n_cells : 2 * n_cells - 1]
+        statistics: Float64[np.ndarray, "shifts alive"] = sums[:, :n_cells].T.cpu().numpy()
     return statistics
 
 
@@ -499,18 +455,16 @@ def _has_fast_transform(n_cells: int) -> bool:
     return n_cells == 1
 
 
-def _compiled_spectrum(
-    kernels: ModuleType, pair: PackedPair, length: int
-) -> Complex128[Tensor, "groups lanes frequencies"]:
+def _compiled_spectrum(pair: PackedPair, length: int) -> Complex128[Tensor, "groups lanes frequencies"]:
     """Return the Fourier transform of the statistics, computed from 16 columns (a cache line) at a time."""
     (n_groups, n_cells, width), lanes = pair.f.shape, pair.lanes
     n_threads = torch.get_num_threads() if n_cells * LANES > _INLINE_ENTRIES else 1
-    cuts = compiled.cuts(n_cells, n_threads)
+    ranges = cuts(n_cells, n_threads)
     columns = np.zeros((LANES, length))
 
     def transformed(values: Float32[np.ndarray, "cells width"], first: int, *, backwards: bool) -> Tensor:
-        tasks = [partial(kernels.turned, values, first, backwards, *cut, columns) for cut in cuts]
-        compiled.in_threads(tasks, n_threads, lambda _: None)
+        tasks = [partial(compiled_kernels().turned, values, first, backwards, *own, columns) for own in ranges]
+        in_threads(tasks, n_threads, lambda _: None)
         found: Tensor = torch.fft.rfft(torch.from_numpy(columns))
         return found
 
@@ -559,10 +513,10 @@ def exact_statistics(
 ) -> Float64[np.ndarray, "permutations alive"]:
     """Return T of permutations ``start`` to ``stop - 1`` in float64.
 
-    With numba it is computed in the calling thread, and T of a permutation is the same to the last bit in any range.
+    On the CPU it is computed in the calling thread, and T of a permutation is the same to the last bit in any range.
     """
-    if (kernels := _cpu_kernels(device)) is not None:
-        return exact_sums(kernels, pair, stream.key(), np.arange(start, stop))
+    if cpu_kernels(device) is not None:
+        return exact_sums(pair, stream.key(), np.arange(start, stop))
     found = [np.empty((0, pair.heads.size))]
     if stop > start:
         torch_statistics(
@@ -579,15 +533,10 @@ def exact_statistics(
 
 def identity_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, " alive"]:
     """Return T of the identity, from the kernel of ``exact_statistics``."""
-    if (kernels := _cpu_kernels(device)) is not None:
-        identity = np.array([kernels.IDENTITY])
-        sums = exact_sums(kernels, pair, np.zeros(2, dtype=np.uint64), identity)
+    if (kernels := cpu_kernels(device)) is not None:
+        sums = exact_sums(pair, np.zeros(2, dtype=np.uint64), np.array([kernels.IDENTITY]))
     else:
         f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
         sums = torch_factor(pair, f, z, np.arange(pair.f.shape[1], dtype=np.int32)[None])
     own: Float64[np.ndarray, " alive"] = sums[0]
     return own
-
-
-def _cpu_kernels(device: str) -> ModuleType | None:
-    return compiled.kernels() if torch.device(device).type == "cpu" else None

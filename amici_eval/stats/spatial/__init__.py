@@ -1,1 +1,1 @@
-"""Positions of cells: lags, neighbours within reach, the spatial null."""
+"""Where cells lie: tiles, pairs by distance, and the nulls that use it; each has a module (``lag_test``, ``torus``)."""

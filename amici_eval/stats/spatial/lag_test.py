@@ -32,10 +32,12 @@ _UNSTRUCTURED = 0.01
 class GeneSums:
     """Sums over the cells of a type that per-gene tests use.
 
-    ``near``: expression of the cells of the near pairs; ``target_ss``, ``predicted_ss``, ``common``: centred sums of
-    squares of expression and of predictions, and of their products.
+    ``weights``: A, by which head h predicts ``constant + F_h @ A_h.T``; ``near``: expression of the cells of the near
+    pairs; ``target_ss``, ``predicted_ss``, ``common``: centred sums of squares of expression and of predictions, and of
+    their products.
     """
 
+    weights: Float64[np.ndarray, "heads genes rank"]
     pixel_sums: Float64[np.ndarray, "pixels genes"]
     near: Float[np.ndarray, "sampled genes"]
     target_ss: Float64[np.ndarray, " genes"]
@@ -68,7 +70,6 @@ def lag_test(
     images: Float[np.ndarray, "cells rank heads"],
     *,
     place: CellPositions,
-    weights: Float64[np.ndarray, "heads genes rank"],
     genes: GeneSums,
     alpha: float = 0.05,
     reach: float | None = None,
@@ -82,20 +83,17 @@ def lag_test(
     mean outer products at distance k. The effective sample size is ``1 + tr(S_F S_Z) / Var(T)``. Head h predicts
     ``constant + F_h @ A_h.T`` and Z is Y times A, uncentred. ``reach`` None: up to the window's longer side.
     """
-    n_heads, n_genes = factors.shape[2], len(genes.target_ss)
-    room = Shrinking(n_heads, what="the test in tissue", unit="heads", device=device)
+    room = Shrinking(factors.shape[2], what="the test in tissue", unit="heads", device=device)
     return room.run(
         lambda some: _lag_test(
             factors,
             images,
             place=place,
-            weights=weights,
             genes=genes,
             alpha=alpha,
             reach=reach,
             device=device,
             n_heads=some,
-            n_genes=max(1, n_genes * some // n_heads),
         )
     )
 
@@ -105,16 +103,15 @@ def _lag_test(
     images: Float[np.ndarray, "cells rank heads"],
     *,
     place: CellPositions,
-    weights: Float64[np.ndarray, "heads genes rank"],
     genes: GeneSums,
     alpha: float,
     reach: float | None,
     device: str,
     n_heads: int,
-    n_genes: int,
 ) -> LagTest:
-    """Run :func:`lag_test` with sums over pairs for ``n_heads`` heads and ``n_genes`` genes at a time."""
+    """Run :func:`lag_test` with sums over pairs for ``n_heads`` heads, and as large a share of the genes, at a time."""
     grid, near = place.grid, place.near
+    n_genes = max(1, len(genes.target_ss) * n_heads // factors.shape[2])
     # a cell alone in its section equals the section's mean and does not count
     n_cells = int(grid.section_counts[grid.section_counts > 1].sum())
     f, z = (_by_head(values, device) for values in (factors, images))
@@ -137,7 +134,7 @@ def _lag_test(
     left_out = 0.0 if reach is None else _of_pairs_left_out(grid, float(pairs.sum()))
     at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy() + left_out * free
 
-    a = torch.from_numpy(weights).to(device)
+    a = torch.from_numpy(genes.weights).to(device)
     within = _within_sections(genes, grid, f_means, a)
     predicted_lags = torch.stack([_quadratic(a[head], f_lags[:, head]) for head in range(len(a))], dim=1)
     target_lags = _lag_squares(genes, grid, near, device, n_genes)

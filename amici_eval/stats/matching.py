@@ -1,4 +1,4 @@
-"""Products of the contributions of two models' heads, and other measures of how alike heads are."""
+"""Which head of one model is which head of another: how alike they are, their assignment, p values of similarity."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.pvalues import p_values
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float64, Int64
+    from jaxtyping import Float, Float64, Int64, UInt64
 
 
-def product_scale(
+def _product_scale(
     size: Float64[np.ndarray, " heads"], other: Float64[np.ndarray, " others"]
 ) -> Float64[np.ndarray, "h o"]:
     """Return ``sqrt(size * other)``, which turns sums of products into correlations; NaN where it is 0."""
@@ -39,7 +43,7 @@ def linear_cka(
         np.square(np.tensordot(left, right, axes=(0, 0))).sum(axis=(1, 3))
         for left, right in ((centred[0], centred[1]), (centred[0], centred[0]), (centred[1], centred[1]))
     )
-    alike: Float64[np.ndarray, "heads others"] = between / product_scale(np.diag(within), np.diag(beside))
+    alike: Float64[np.ndarray, "heads others"] = between / _product_scale(np.diag(within), np.diag(beside))
     return alike
 
 
@@ -100,27 +104,6 @@ class HeadContributions:
     query_weights: Float64[np.ndarray, "types genes"]
     head_weights: Float64[np.ndarray, "heads genes size"]
 
-    def __post_init__(self) -> None:
-        n_cells, n_heads, rank = self.factors.shape
-        n_types, n_genes = self.query_weights.shape
-        for name, shape in (
-            ("types", (n_cells,)),
-            ("blocks", (n_cells,)),
-            ("weights", (n_cells,)),
-            ("head_weights", (n_heads, n_genes, rank - 1)),
-        ):
-            if getattr(self, name).shape != shape:
-                msg = f"{name} has shape {getattr(self, name).shape}; the factors and query weights ask for {shape}"
-                raise ValueError(msg)
-        if n_cells and not (0 <= self.types.min() and self.types.max() < n_types):
-            msg = f"types run from {self.types.min()} to {self.types.max()}; query_weights has {n_types} types"
-            raise ValueError(msg)
-        for code in range(n_types):
-            own = self.weights[self.types == code]
-            if own.size and not (own.min() > 0.0 and np.isclose(own.min(), own.max())):
-                msg = f"weights of type {code} run from {own.min()} to {own.max()}; they must be one number above 0"
-                raise ValueError(msg)
-
     def centred(self, code: int) -> tuple[Float64[np.ndarray, "cells heads rank"], float]:
         """Return the factors of one type as deviations from their mean, and the weight of each of its cells."""
         of_type = self.types == code
@@ -171,7 +154,7 @@ class HeadProducts:
     @property
     def scale(self) -> Float64[np.ndarray, "heads others"]:
         """Divisor that turns sums of products into similarities; NaN for heads without contribution."""
-        return product_scale(self.size.sum(axis=0), self.size_other.sum(axis=0))
+        return _product_scale(self.size.sum(axis=0), self.size_other.sum(axis=0))
 
     @property
     def similarity(self) -> Float64[np.ndarray, "heads others"]:
@@ -184,7 +167,7 @@ class HeadProducts:
         """Correlation of contributions within each type."""
         sums = np.zeros((len(self.size), *self.products.shape[1:]))
         np.add.at(sums, self.types, self.products)
-        scales = [product_scale(one, other) for one, other in zip(self.size, self.size_other, strict=True)]
+        scales = [_product_scale(one, other) for one, other in zip(self.size, self.size_other, strict=True)]
         similarity: Float64[np.ndarray, "types heads others"] = sums / np.stack(scales)
         return similarity
 
@@ -194,20 +177,21 @@ def head_products(one: HeadContributions, other: HeadContributions) -> HeadProdu
 
     Both are on the same cells in the same order, and the same genes; heads and their sizes may differ.
     """
-    _check_same(one, other)
     n_types = len(one.query_weights)
     products = np.zeros((len(one.types), one.factors.shape[1], other.factors.shape[1]))
     size, size_other = (np.zeros((n_types, each.factors.shape[1])) for each in (one, other))
     inner = one.inner(other)
     for code in np.unique(one.types):
         (ours, weight), (theirs, _) = one.centred(code), other.centred(code)
-        products[one.types == code] = weight * contracted(ours, one.gram(other, code, inner), theirs)
+        products[one.types == code] = weight * _contracted(ours, one.gram(other, code, inner), theirs)
         for each, factors, into in ((one, ours, size), (other, theirs, size_other)):
             into[code] = weight * _squares(each, factors, code)
     return HeadProducts(products=products, size=size, size_other=size_other, types=one.types)
 
 
-def contracted(ours: np.ndarray, gram: Float64[np.ndarray, "heads rank others rank"], theirs: np.ndarray) -> np.ndarray:
+def _contracted(
+    ours: np.ndarray, gram: Float64[np.ndarray, "heads rank others rank"], theirs: np.ndarray
+) -> np.ndarray:
     """Return ``sum_pq ours[i, h, p] gram[h, p, k, q] theirs[i, k, q]`` of cell i, head h and other head k."""
     n_heads, rank, n_others, others_rank = gram.shape
     found = np.empty((len(ours), n_heads, n_others), dtype=np.result_type(ours, theirs))
@@ -227,17 +211,137 @@ def _squares(
     return np.maximum(found, 0.0)
 
 
-def _check_same(one: HeadContributions, other: HeadContributions) -> None:
-    for what, ours, theirs in (
-        ("types of cells", one.types, other.types),
-        ("weights of cells", one.weights, other.weights),
-    ):
-        if not np.array_equal(ours, theirs):
-            msg = f"{what} differ: both must be of the same cells in the same order"
-            raise ValueError(msg)
-    if one.query_weights.shape != other.query_weights.shape:
-        msg = (
-            f"query_weights have shapes {one.query_weights.shape} and {other.query_weights.shape}; both must be of the "
-            "same types and genes"
+MIN_BLOCKS = 6
+"""Signs of fewer blocks have too few patterns to reach a small p."""
+
+_ORDER, _SHIFTS, _FLIPS = "\0alignment order", "\0alignment shifts", "\0alignment flips"
+_ROUNDING = 1e-9
+"""Similarities closer than this are tied."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadMatching:
+    """Which head of one model is which head of another.
+
+    ``partner``: the other model's head, -1 if none. ``p_value``: null in which cells of a type change places in the
+    other model; ``p_value_spatial``: null in which signs of whole blocks of tissue flip, from cells whose block is
+    known. p are NaN for heads without contribution; ``reason``: why there is no spatial p, None if there is.
+    """
+
+    similarity: Float64[np.ndarray, "heads others"]
+    similarity_by_type: Float64[np.ndarray, "types heads others"]
+    partner: Int64[np.ndarray, " heads"]
+    p_value: Float64[np.ndarray, " heads"]
+    p_value_spatial: Float64[np.ndarray, " heads"]
+    n_blocks: int
+    reason: str | None = None
+
+
+def assign_heads(
+    similarity: Float64[np.ndarray, "heads others"], *, unmatched: float = 0.0
+) -> Int64[np.ndarray, " heads"]:
+    """Return the partner of each head, -1 without one, so that similarities above ``unmatched`` sum to the most.
+
+    Heads that are no more alike than ``unmatched`` stay alone; NaN never matches.
+    """
+    worth = np.nan_to_num(np.maximum(similarity - unmatched, 0.0))
+    partner = np.full(len(similarity), -1, dtype=np.int64)
+    rows, columns = linear_sum_assignment(worth, maximize=True)
+    alike = worth[rows, columns] > 0.0
+    partner[rows[alike]] = columns[alike]
+    return partner
+
+
+def match_heads(
+    one: HeadContributions,
+    other: HeadContributions,
+    *,
+    unmatched: float = 0.2,
+    n_permutations: int = 999,
+    seed: int = 0,
+) -> HeadMatching:
+    """Match the heads of two models, and return p values of similarity that account for the search of partners.
+
+    Heads are matched again in each permutation, without ``unmatched``; p compares a head's similarity to its partner,
+    or its largest where the other model has fewer heads. ``p_value``: cells of each type, in one random order, shift by
+    a random number of places (a product of cyclic groups); exact if cells of a type are exchangeable, which in tissue
+    they are not. ``p_value_spatial``: blocks of tissue change sign, all heads together (Canay, Romano & Shaikh 2017);
+    right where blocks are about independent and centred contributions are as likely as their negatives.
+    """
+    found = head_products(one, other)
+    similarity, scale = found.similarity, found.scale
+    truth = _best(similarity)
+    dead = np.isnan(similarity).all(axis=1)
+    shifted = _shifted(one, other, n_permutations, seed) / scale
+    p = _p(truth, shifted, n_permutations)
+    blocks = np.unique(one.blocks[one.blocks >= 0])
+    p_spatial, reason = np.full(len(truth), np.nan), None
+    if len(blocks) < MIN_BLOCKS:
+        reason = (
+            "it is not known where the cells lie"
+            if not len(blocks)
+            else f"cells in {len(blocks)} blocks of tissue; at least {MIN_BLOCKS} are needed to flip their signs"
         )
-        raise ValueError(msg)
+    else:
+        sums = np.zeros((len(blocks), *similarity.shape))
+        known = one.blocks >= 0
+        np.add.at(sums, np.searchsorted(blocks, one.blocks[known]), found.products[known])
+        signs = _signs(n_permutations, len(blocks), seed)
+        flipped = (signs @ sums.reshape(len(blocks), -1)).reshape(n_permutations, *similarity.shape) / scale
+        # cells without a block are in no flip, so the truth leaves them out too
+        p_spatial = _p(_best(sums.sum(axis=0) / scale), flipped, n_permutations)
+    return HeadMatching(
+        similarity=similarity,
+        similarity_by_type=found.similarity_by_type,
+        partner=assign_heads(similarity, unmatched=unmatched),
+        p_value=np.where(dead, np.nan, p),
+        p_value_spatial=np.where(dead, np.nan, p_spatial),
+        n_blocks=len(blocks),
+        reason=reason,
+    )
+
+
+def _best(similarity: Float64[np.ndarray, "heads others"]) -> Float64[np.ndarray, " heads"]:
+    """Return each head's similarity to its partner in the best matching, or its largest one without a partner."""
+    known = np.nan_to_num(similarity)
+    best: Float64[np.ndarray, " heads"] = known.max(axis=1)
+    rows, columns = linear_sum_assignment(known, maximize=True)
+    best[rows] = known[rows, columns]
+    return best
+
+
+def _p(
+    truth: Float64[np.ndarray, " heads"], null: Float64[np.ndarray, "permutations heads others"], n_permutations: int
+) -> Float64[np.ndarray, " heads"]:
+    counts = np.zeros(len(truth), dtype=np.int64)
+    for similarity in null:
+        counts += _best(similarity) >= truth - _ROUNDING
+    return p_values(counts, n_permutations=n_permutations).p
+
+
+def _shifted(
+    one: HeadContributions, other: HeadContributions, n_permutations: int, seed: int
+) -> Float64[np.ndarray, "permutations heads others"]:
+    """Return sums of products with the other model's cells shifted, each type by its own numbers of places."""
+    total = np.zeros((n_permutations, one.factors.shape[1], other.factors.shape[1]))
+    inner = one.inner(other)
+    for code in np.unique(one.types):
+        (ours, weight), (theirs, _) = one.centred(code), other.centred(code)
+        n_cells = len(ours)
+        label = str(code)
+        order = PermutationStream(seed=seed, cell_type=label, stratum=_ORDER, n_cells=n_cells).batch(0, 1)[0]
+        ours, theirs = (np.fft.rfft(factors[order], axis=0) for factors in (ours, theirs))
+        turned = _contracted(ours.conj(), one.gram(other, code, inner), theirs)
+        by_shift = weight * np.fft.irfft(turned, n=n_cells, axis=0)
+        total += by_shift[(_words(n_permutations, seed, label, _SHIFTS) % np.uint64(n_cells)).astype(np.int64)]
+    return total
+
+
+def _signs(n_permutations: int, n_blocks: int, seed: int) -> Float64[np.ndarray, "permutations blocks"]:
+    bits = _words(n_permutations * n_blocks, seed, "", _FLIPS) >> np.uint64(63)
+    return 1.0 - 2.0 * bits.reshape(n_permutations, n_blocks).astype(np.float64)
+
+
+def _words(number: int, seed: int, label: str, what: str) -> UInt64[np.ndarray, " words"]:
+    key = PermutationStream(seed=seed, cell_type=label, stratum=what, n_cells=1).key()
+    return np.random.Philox(key=key).random_raw(number)

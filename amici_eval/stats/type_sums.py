@@ -1,4 +1,4 @@
-"""Sums per tile of the heads' predictions and of expression, from one pass over the cells of a type."""
+"""Sums of one cell type for each tile, head and gene, gathered in one pass over its cells; factors of its heads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from amici_eval.stats.explained_variance import TileSums
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from jaxtyping import Bool, Float, Float32, Float64, Int64
+    from jaxtyping import Float, Float32, Float64, Int64
 
     from amici_eval.stats.readout import Readout
     from amici_eval.stats.spatial.lag import CellPositions
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Residuals:
-    """Moments of residuals (prediction minus expression) of some models by tile, and of predictions over all cells."""
+    """Sums of residuals (prediction minus expression) of some models by tile, and of predictions over all cells."""
 
     mean: torch.Tensor
     m2: torch.Tensor
@@ -67,7 +69,7 @@ class HeadSums:
         self._py[tile] += self._fy.view(*self._by_rank.shape).mul_(self._by_rank).sum(dim=1)
 
     def residuals(self, n: torch.Tensor, target_mean: torch.Tensor, target_squares: torch.Tensor) -> Residuals:
-        """Return moments of residuals, given cells (tiles, 1), means and uncentred squares of expression by tile."""
+        """Return sums of residuals, given cells (tiles, 1), means and uncentred squares of expression by tile."""
         offset = torch.from_numpy(self._readout.offset).to(n.device)
         mean, m2 = torch.empty_like(self._py), torch.empty_like(self._py)
         predicted_ss, sizes = torch.empty_like(self._py[0]), self._py.new_empty(self._py.shape[1])
@@ -98,35 +100,26 @@ class Block(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TypeMoments:
-    """Moments of one receiver type: per tile, per head and per gene.
+class TypeSums:
+    """Sums of one receiver type: per tile, per head and per gene.
 
-    Residuals are prediction minus expression, ``full`` of the whole model, the others of each head kept alone; ``m2``
-    and ``ss`` are centred sums of squares. ``projected``: ``(Y - mean) @ weights``; ``scale``: divisor of the layer
-    norm with one head kept; ``predicted_size``: uncentred squares of predictions. ``pixel_sums`` and ``kept_values``
-    are empty unless asked for. ``masked_m2``: residuals without the nearest neighbours, of each head, then of the whole
-    model; None if not asked for.
+    ``by_tile``: of each head kept alone, then of the whole model. ``ss`` are centred sums of squares of predictions,
+    ``predicted_size`` uncentred ones. ``projected``: ``(Y - mean) @ weights``; ``scale``: divisor of the layer norm
+    with one head kept. ``pixel_sums`` and ``kept_values`` are empty unless asked for. ``masked_m2``: residuals without
+    the nearest neighbours, of each head, then of the whole model; None if not asked for.
     """
 
-    tiles: Int64[np.ndarray, " tiles"]
-    n_cells: Int64[np.ndarray, " tiles"]
-    target_mean: Float64[np.ndarray, "tiles genes"]
-    target_m2: Float64[np.ndarray, "tiles genes"]
-    residual_mean: Float64[np.ndarray, "tiles heads genes"]
-    residual_m2: Float64[np.ndarray, "tiles heads genes"]
-    full_mean: Float64[np.ndarray, "tiles genes"]
-    full_m2: Float64[np.ndarray, "tiles genes"]
+    by_tile: TileSums
     predicted_ss_gene: Float64[np.ndarray, "heads genes"]
-    pixel_sums: Float64[np.ndarray, "pixels genes"]
-    kept_values: Float32[np.ndarray, "kept genes"]
-    constant_genes: Bool[np.ndarray, " genes"]
+    predicted_size: Float64[np.ndarray, " heads"]
     projected: Float32[np.ndarray, "cells columns"]
     scale: Float64[np.ndarray, "cells heads"]
-    predicted_size: Float64[np.ndarray, " heads"]
+    pixel_sums: Float64[np.ndarray, "pixels genes"]
+    kept_values: Float32[np.ndarray, "kept genes"]
     masked_m2: Float64[np.ndarray, " models"] | None = None
 
-    def without_cells(self) -> TypeMoments:
-        """Return the moments without the arrays kept per cell or pixel."""
+    def without_cells(self) -> TypeSums:
+        """Return the sums without the arrays kept per cell or pixel."""
         return replace(
             self,
             projected=self.projected[:0],
@@ -136,14 +129,10 @@ class TypeMoments:
         )
 
     @property
-    def target_ss(self) -> float:
-        """Centred sum of squares of expression over the type's cells and the genes that vary."""
-        return float(self.target_ss_gene[~self.constant_genes].sum())
-
-    @property
     def target_ss_gene(self) -> Float64[np.ndarray, " genes"]:
         """Centred sum of squares of expression over the type's cells."""
-        return merge_tiles(self.n_cells, self.target_mean, self.target_m2)
+        target_ss: Float64[np.ndarray, " genes"] = self.by_tile.target_squares.sum(axis=0)
+        return target_ss
 
     @property
     def predicted_ss(self) -> Float64[np.ndarray, " heads"]:
@@ -154,49 +143,76 @@ class TypeMoments:
     @property
     def common(self) -> Float64[np.ndarray, "heads genes"]:
         """Centred sums over cells of prediction times expression."""
-        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)
+        residual = self.by_tile.residual_squares[:, :-1].sum(axis=0)
         common: Float64[np.ndarray, "heads genes"] = (self.predicted_ss_gene + self.target_ss_gene - residual) / 2.0
         return common
-
-    def explained_variance(self) -> tuple[Float64[np.ndarray, "heads genes"], Float64[np.ndarray, " heads"]]:
-        """Return explained variance per head and gene (NaN for constant genes), and per head over all genes."""
-        target = merge_tiles(self.n_cells, self.target_mean, self.target_m2)
-        residual = merge_tiles(self.n_cells, self.residual_mean, self.residual_m2)
-        per_gene = np.full(residual.shape, np.nan)
-        varies = ~self.constant_genes
-        per_gene[:, varies] = 1.0 - residual[:, varies] / target[varies]
-        total = float(target[varies].sum())
-        overall = 1.0 - residual.sum(axis=1) / total if total > 0.0 else np.full(len(residual), np.nan)
-        return per_gene, overall
-
-    @property
-    def explained_by_all(self) -> float:
-        """Explained variance of the whole model over all genes; NaN if no gene varies."""
-        total = self.target_ss
-        residual = float(merge_tiles(self.n_cells, self.full_mean, self.full_m2).sum())
-        return 1.0 - residual / total if total > 0.0 else float("nan")
 
     @property
     def explained_without_nearest(self) -> Float64[np.ndarray, " models"]:
         """Explained variance over all genes with the nearest neighbours masked out: of each head, then of all."""
         if self.masked_m2 is None:
-            return np.full(self.residual_m2.shape[1] + 1, np.nan)
-        total = self.target_ss
+            return np.full(self.by_tile.residual_m2.shape[1], np.nan)
+        total = self.by_tile.target_ss
         explained: Float64[np.ndarray, " models"] = 1.0 - self.masked_m2 / (total if total > 0.0 else np.nan)
         return explained
 
 
-def merge_tiles(
-    n_cells: Int64[np.ndarray, " tiles"], mean: Float64[np.ndarray, "tiles ..."], m2: Float64[np.ndarray, "tiles ..."]
-) -> Float64[np.ndarray, ...]:
-    """Return the centred sum of squares over all tiles together (Chan, Golub & LeVeque 1983)."""
-    weight = n_cells.astype(np.float64).reshape(-1, *(1,) * (mean.ndim - 1))
-    overall = (weight * mean).sum(axis=0) / weight.sum()
-    merged: Float64[np.ndarray, ...] = (m2 + weight * (mean - overall) ** 2).sum(axis=0)
-    return merged
+class _Expression:
+    """Sums of expression by tile, gathered block by block, and the sums of residuals that follow from them."""
+
+    def __init__(self, tiles: Int64[np.ndarray, " cells"], n_genes: int, *, device: str) -> None:
+        self.tiles, self._tile = np.unique(tiles, return_inverse=True)
+        self._n_cells = np.bincount(self._tile, minlength=len(self.tiles)).astype(np.int64)
+        shape = len(self.tiles), n_genes
+        self._sum, self._squares = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+        self._lowest, self._highest = (np.full(n_genes, end, dtype=np.float32) for end in (np.inf, -np.inf))
+
+    def sorted(self, block: Block) -> tuple[Int64[np.ndarray, " rows"], Float32[np.ndarray, "rows genes"]]:
+        """Return positions and expression of a block's cells, tile by tile."""
+        order = np.argsort(self._tile[block.positions], kind="stable")
+        positions, values = block.positions[order], block.values[order]
+        np.minimum(self._lowest, values.min(axis=0), out=self._lowest)
+        np.maximum(self._highest, values.max(axis=0), out=self._highest)
+        return positions, values
+
+    def add(self, positions: Int64[np.ndarray, " rows"], wide: torch.Tensor) -> list[tuple[int, slice]]:
+        """Add sorted cells, whose expression is in float64, and return each of their tiles with its rows."""
+        local = self._tile[positions]
+        ends = (np.flatnonzero(np.diff(local, append=len(self.tiles))) + 1).tolist()
+        parts = [(int(local[start]), slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        for tile, rows in parts:
+            self._sum[tile] += wide[rows].sum(dim=0)
+            self._squares[tile] += wide[rows].square().sum(dim=0)
+        return parts
+
+    def residuals(self, sums: HeadSums, *, tiles_together: bool = False) -> Residuals:
+        """Return the sums of a model's residuals, by tile or over all tiles together."""
+        n = self._n
+        if not tiles_together:
+            return sums.residuals(n, self._sum / n, self._squares)
+        total = n.sum(dim=0, keepdim=True)
+        overall, squares = (values.sum(dim=0, keepdim=True) for values in (self._sum, self._squares))
+        return sums.residuals(total, overall / total, squares)
+
+    def tile_sums(self, residuals: Sequence[Residuals]) -> TileSums:
+        """Return the sums of expression and of the residuals of some models, one after the other."""
+        mean = self._sum / self._n
+        return TileSums(
+            tiles=self.tiles,
+            n_cells=self._n_cells,
+            target_mean=mean.cpu().numpy(),
+            target_m2=(self._squares - self._n * mean**2).clamp_(min=0.0).cpu().numpy(),
+            residual_mean=torch.cat([one.mean for one in residuals], dim=1).cpu().numpy(),
+            residual_m2=torch.cat([one.m2 for one in residuals], dim=1).cpu().numpy(),
+            varies=self._lowest < self._highest,
+        )
+
+    @property
+    def _n(self) -> torch.Tensor:
+        return torch.from_numpy(self._n_cells.astype(np.float64)).to(self._sum.device)[:, None]
 
 
-def gather_moments(
+def gather_sums(
     outputs: Float32[np.ndarray, "cells outputs"],
     readout: Readout,
     blocks: Iterable[Block],
@@ -205,34 +221,28 @@ def gather_moments(
     place: CellPositions | None = None,
     without_nearest: Float32[np.ndarray, "cells outputs"] | None = None,
     device: str = "cpu",
-) -> TypeMoments:
-    """Return the moments of a cell type from one pass over its cells.
+) -> TypeSums:
+    """Return the sums of a cell type from one pass over its cells.
 
     With one head kept a prediction has rank head_size + 1: its variance and its covariance with expression follow from
-    moments of the factors ``F = [1, z] / scale``, summed in float64; no prediction of cells x genes is formed. Blocks
+    sums of products of the factors ``F = [1, z] / scale`` in float64; no prediction of cells x genes is formed. Blocks
     bring each cell once, in any order. ``place`` adds pixel sums and near cells for tests in tissue;
     ``without_nearest``, the outputs without each cell's nearest neighbour, adds ``masked_m2``.
     """
     n_cells, n_genes, n_heads = len(outputs), len(readout.offset), readout.n_heads
-    present, local = np.unique(tiles, return_inverse=True)
-    n_tiles = len(present)
-    counts = np.bincount(local, minlength=n_tiles).astype(np.int64)
+    expression = _Expression(tiles, n_genes, device=device)
+    n_tiles = len(expression.tiles)
     keeps: list[list[Collection[int]]] = [[[head] for head in range(n_heads)], [range(n_heads)]]
     heads, whole = (HeadSums(readout, keep, n_tiles=n_tiles, device=device) for keep in keeps)
     masked = [] if without_nearest is None else [HeadSums(readout, keep, n_tiles=1, device=device) for keep in keeps]
     weights = torch.from_numpy(readout.weights).to(device)
-    y_sum, yy = (torch.zeros(n_tiles, n_genes, dtype=torch.float64, device=device) for _ in range(2))
     in_place = _InPlace(place, n_cells, n_genes, device=device)
-    lowest, highest = (np.full(n_genes, end, dtype=np.float32) for end in (np.inf, -np.inf))
     projected = np.empty((n_cells, readout.n_columns), dtype=np.float32)
     scale = np.empty((n_cells, n_heads))
     room: torch.Tensor | None = None
 
     for block in blocks:
-        order = np.argsort(local[block.positions], kind="stable")
-        positions, values = block.positions[order], block.values[order]
-        np.minimum(lowest, values.min(axis=0), out=lowest)
-        np.maximum(highest, values.max(axis=0), out=highest)
+        positions, values = expression.sorted(block)
         # one buffer for all blocks: allocating memory of this size costs as much as the arithmetic
         if room is None or len(room) < len(values):
             room = _room(len(values), n_genes, device=device)
@@ -248,38 +258,21 @@ def gather_moments(
             z = torch.from_numpy(without_nearest[positions]).to(device)
             for sums in masked:
                 sums.add(0, sums.factors(z)[0], wide)
-        ends = np.flatnonzero(np.diff(local[positions], append=n_tiles)) + 1
-        start = 0
-        for end in ends.tolist():
-            tile, y = int(local[positions[start]]), wide[start:end]
-            heads.add(tile, alone[start:end], y)
-            whole.add(tile, together[start:end], y)
-            y_sum[tile] += y.sum(dim=0)
-            yy[tile] += y.square().sum(dim=0)
-            start = end
+        for tile, rows in expression.add(positions, wide):
+            heads.add(tile, alone[rows], wide[rows])
+            whole.add(tile, together[rows], wide[rows])
     projected -= projected.mean(axis=0, dtype=np.float64).astype(np.float32)
 
-    n = torch.from_numpy(counts.astype(np.float64)).to(device)[:, None]
-    target_mean = y_sum / n
-    of_heads, of_whole = (sums.residuals(n, target_mean, yy) for sums in (heads, whole))
-    overall, squares = y_sum.sum(dim=0, keepdim=True) / n_cells, yy.sum(dim=0, keepdim=True)
-    of_masked = [sums.residuals(n.sum(dim=0, keepdim=True), overall, squares).m2[0].sum(dim=1) for sums in masked]
-    return TypeMoments(
-        tiles=present,
-        n_cells=counts,
-        target_mean=target_mean.cpu().numpy(),
-        target_m2=(yy - n * target_mean**2).clamp_(min=0.0).cpu().numpy(),
-        residual_mean=of_heads.mean.cpu().numpy(),
-        residual_m2=of_heads.m2.cpu().numpy(),
-        full_mean=of_whole.mean[:, 0].cpu().numpy(),
-        full_m2=of_whole.m2[:, 0].cpu().numpy(),
+    of_heads, of_whole = (expression.residuals(sums) for sums in (heads, whole))
+    of_masked = [expression.residuals(sums, tiles_together=True).m2[0].sum(dim=1) for sums in masked]
+    return TypeSums(
+        by_tile=expression.tile_sums([of_heads, of_whole]),
         predicted_ss_gene=of_heads.predicted_ss.cpu().numpy(),
-        pixel_sums=in_place.pixel_sums.cpu().numpy(),
-        kept_values=in_place.kept_values,
-        constant_genes=lowest == highest,
+        predicted_size=of_heads.predicted_size.cpu().numpy(),
         projected=projected,
         scale=scale,
-        predicted_size=of_heads.predicted_size.cpu().numpy(),
+        pixel_sums=in_place.pixel_sums.cpu().numpy(),
+        kept_values=in_place.kept_values,
         masked_m2=torch.cat(of_masked).cpu().numpy() if of_masked else None,
     )
 
@@ -305,21 +298,6 @@ class _InPlace:
         self.pixel_sums.index_add_(0, torch.from_numpy(self._pixel[positions]).to(wide.device), wide)
 
 
-def factors_of(
-    outputs: Float32[np.ndarray, "cells outputs"], moments: TypeMoments, readout: Readout
-) -> tuple[Float64[np.ndarray, "cells rank heads"], Float32[np.ndarray, "cells rank heads"]]:
-    """Return each head's factors ``F = [1, z] / scale`` and images Z: ``<P_i, Y_j> = <F_i, Z_j>`` plus a constant."""
-    n_heads, size = readout.n_heads, readout.head_size
-    factors = np.empty((len(outputs), size + 1, n_heads))
-    images = np.empty((len(outputs), size + 1, n_heads), dtype=np.float32)
-    factors[:, 0] = 1.0 / moments.scale
-    by_head = outputs.reshape(-1, n_heads, size).transpose(0, 2, 1)
-    np.divide(by_head, moments.scale[:, None, :], out=factors[:, 1:])
-    images[:, 0] = moments.projected[:, :1]
-    images[:, 1:] = moments.projected[:, 1:].reshape(-1, n_heads, size).transpose(0, 2, 1)
-    return factors, images
-
-
 def _room(*shape: int, device: str) -> torch.Tensor:
     """Return an uninitialised float64 tensor; on the CPU from NumPy, whose large pages are mapped faster."""
     if torch.device(device).type == "cpu":
@@ -327,85 +305,60 @@ def _room(*shape: int, device: str) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float64, device=device)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MaskedMoments:
-    """Moments of one receiver type by tile: of expression, and of each head kept alone, under several masks.
-
-    Residuals are prediction minus expression; model 0 masks nothing, each further one is a mask. ``m2`` are centred
-    sums of squares; ``varies``: genes whose expression varies over the type.
-    """
-
-    tiles: Int64[np.ndarray, " tiles"]
-    n_cells: Int64[np.ndarray, " tiles"]
-    target_mean: Float64[np.ndarray, "tiles genes"]
-    target_m2: Float64[np.ndarray, "tiles genes"]
-    residual_mean: Float64[np.ndarray, "models tiles heads genes"]
-    residual_m2: Float64[np.ndarray, "models tiles heads genes"]
-    varies: Bool[np.ndarray, " genes"]
-
-
-def masked_moments(
+def masked_sums(
     outputs: Sequence[Float32[np.ndarray, "cells outputs"]],
     readout: Readout,
     blocks: Iterable[Block],
     *,
     tiles: Int64[np.ndarray, " cells"],
     device: str = "cpu",
-) -> MaskedMoments:
-    """Return the moments of a type's heads under several masks from one pass over its cells.
+) -> list[TileSums]:
+    """Return the sums of a type's heads, each kept alone, under several masks from one pass over its cells.
 
     ``outputs``: with nothing masked, then under each mask. Blocks bring each cell once, in any order.
     """
-    n_genes = len(readout.offset)
-    present, local = np.unique(tiles, return_inverse=True)
-    counts = np.bincount(local, minlength=len(present)).astype(np.int64)
+    expression = _Expression(tiles, len(readout.offset), device=device)
     keeps = [[head] for head in range(readout.n_heads)]
-    models = [HeadSums(readout, keeps, n_tiles=len(present), device=device) for _ in outputs]
-    y_sum, yy = (torch.zeros(len(present), n_genes, dtype=torch.float64, device=device) for _ in range(2))
-    lowest, highest = (np.full(n_genes, end, dtype=np.float32) for end in (np.inf, -np.inf))
+    models = [HeadSums(readout, keeps, n_tiles=len(expression.tiles), device=device) for _ in outputs]
     for block in blocks:
-        order = np.argsort(local[block.positions], kind="stable")
-        positions, values = block.positions[order], block.values[order]
-        np.minimum(lowest, values.min(axis=0), out=lowest)
-        np.maximum(highest, values.max(axis=0), out=highest)
+        positions, values = expression.sorted(block)
         wide = torch.from_numpy(values).to(device).double()
-        ends = (np.flatnonzero(np.diff(local[positions], append=len(present))) + 1).tolist()
-        parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        for part in parts:
-            tile = int(local[positions[part.start]])
-            y_sum[tile] += wide[part].sum(dim=0)
-            yy[tile] += wide[part].square().sum(dim=0)
+        parts = expression.add(positions, wide)
         for model, brought in zip(models, outputs, strict=True):
             factors, _ = model.factors(torch.from_numpy(brought[positions]).to(device))
-            for part in parts:
-                model.add(int(local[positions[part.start]]), factors[part], wide[part])
-    n = torch.from_numpy(counts.astype(np.float64)).to(device)[:, None]
-    target_mean = y_sum / n
-    found = [model.residuals(n, target_mean, yy) for model in models]
-    return MaskedMoments(
-        tiles=present,
-        n_cells=counts,
-        target_mean=target_mean.cpu().numpy(),
-        target_m2=(yy - n * target_mean**2).clamp_(min=0.0).cpu().numpy(),
-        residual_mean=np.stack([one.mean.cpu().numpy() for one in found]),
-        residual_m2=np.stack([one.m2.cpu().numpy() for one in found]),
-        varies=lowest < highest,
-    )
+            for tile, rows in parts:
+                model.add(tile, factors[rows], wide[rows])
+    return [expression.tile_sums([expression.residuals(model)]) for model in models]
+
+
+def factors_of(
+    outputs: Float32[np.ndarray, "cells outputs"], sums: TypeSums, readout: Readout
+) -> tuple[Float64[np.ndarray, "cells rank heads"], Float32[np.ndarray, "cells rank heads"]]:
+    """Return each head's factors ``F = [1, z] / scale`` and images Z: ``<P_i, Y_j> = <F_i, Z_j>`` plus a constant."""
+    n_heads, size = readout.n_heads, readout.head_size
+    factors = np.empty((len(outputs), size + 1, n_heads))
+    images = np.empty((len(outputs), size + 1, n_heads), dtype=np.float32)
+    factors[:, 0] = 1.0 / sums.scale
+    by_head = outputs.reshape(-1, n_heads, size).transpose(0, 2, 1)
+    np.divide(by_head, sums.scale[:, None, :], out=factors[:, 1:])
+    images[:, 0] = sums.projected[:, :1]
+    images[:, 1:] = sums.projected[:, 1:].reshape(-1, n_heads, size).transpose(0, 2, 1)
+    return factors, images
 
 
 _RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest are zeros up to float32 rounding."""
 
 
-def moments_of_predictions(
+def sums_of_predictions(
     heads: Float[np.ndarray, "heads cells genes"],
     full: Float[np.ndarray, "cells genes"],
     targets: Float[np.ndarray, "cells genes"],
     *,
     tiles: Int64[np.ndarray, " cells"],
     place: CellPositions | None = None,
-) -> TypeMoments:
-    """Return the moments of :func:`gather_moments` from predictions; ``projected`` and ``scale`` are empty."""
+) -> TypeSums:
+    """Return the sums of :func:`gather_sums` from predictions; ``projected`` and ``scale`` are empty."""
     present, local = np.unique(tiles, return_inverse=True)
     n_tiles, n_heads, n_genes = len(present), len(heads), targets.shape[1]
     wide = targets.astype(np.float64)
@@ -419,33 +372,33 @@ def moments_of_predictions(
         return mean, m2
 
     target_mean, target_m2 = by_tile(wide)
-    residual_mean, residual_m2 = np.empty((n_tiles, n_heads, n_genes)), np.empty((n_tiles, n_heads, n_genes))
+    residual_mean, residual_m2 = (np.empty((n_tiles, n_heads + 1, n_genes)) for _ in range(2))
     predicted_ss, predicted_size = np.empty((n_heads, n_genes)), np.empty(n_heads)
-    for head, prediction in enumerate(heads):
+    for model, prediction in enumerate([*heads, full]):
         predicted = prediction.astype(np.float64)
-        residual_mean[:, head], residual_m2[:, head] = by_tile(predicted - wide)
-        predicted_ss[head] = ((predicted - predicted.mean(axis=0)) ** 2).sum(axis=0)
-        predicted_size[head] = (predicted**2).sum()
-    full_mean, full_m2 = by_tile(full.astype(np.float64) - wide)
+        residual_mean[:, model], residual_m2[:, model] = by_tile(predicted - wide)
+        if model < n_heads:
+            predicted_ss[model] = ((predicted - predicted.mean(axis=0)) ** 2).sum(axis=0)
+            predicted_size[model] = (predicted**2).sum()
     pixel_sums = np.zeros((0 if place is None else place.grid.n_pixels, n_genes))
     if place is not None:
         np.add.at(pixel_sums, place.grid.pixel, wide)
-    return TypeMoments(
-        tiles=present,
-        n_cells=np.bincount(local, minlength=n_tiles).astype(np.int64),
-        target_mean=target_mean,
-        target_m2=target_m2,
-        residual_mean=residual_mean,
-        residual_m2=residual_m2,
-        full_mean=full_mean,
-        full_m2=full_m2,
+    return TypeSums(
+        by_tile=TileSums(
+            tiles=present,
+            n_cells=np.bincount(local, minlength=n_tiles).astype(np.int64),
+            target_mean=target_mean,
+            target_m2=target_m2,
+            residual_mean=residual_mean,
+            residual_m2=residual_m2,
+            varies=targets.min(axis=0) < targets.max(axis=0),
+        ),
         predicted_ss_gene=predicted_ss,
-        pixel_sums=pixel_sums,
-        kept_values=targets[:0] if place is None else targets[place.near.cells],
-        constant_genes=targets.min(axis=0) == targets.max(axis=0),
+        predicted_size=predicted_size,
         projected=np.zeros((0, 1 + n_heads), dtype=np.float32),
         scale=np.zeros((0, n_heads)),
-        predicted_size=predicted_size,
+        pixel_sums=pixel_sums,
+        kept_values=targets[:0] if place is None else targets[place.near.cells],
     )
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.spatial import cKDTree
 
-from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST
 from amici_eval.stats.permutation.permutations import PermutationStream
+from amici_eval.stats.permutation.statistics import ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
 _LABEL = "\0torus"
-_ROUNDING = 1e-12
-"""Numbers whose centred norm is at most this share of their norm are constant up to float64 rounding."""
 _BLOCK_ENTRIES = 2**17
 
 
@@ -54,25 +52,7 @@ def torus_statistics(
     .060 were rejected at .05; long correlation lengths leave few independent shifts.
     """
     n_cells, _, n_heads = factors.shape
-    if images.shape != factors.shape or len(coordinates) != n_cells:
-        msg = f"factors {factors.shape}, images {images.shape} and {len(coordinates)} positions disagree"
-        raise ValueError(msg)
-    if samples is not None and len(samples) != n_cells:
-        msg = f"{len(samples)} sample labels and {n_cells} cells disagree"
-        raise ValueError(msg)
-    if n_cells < MIN_CELLS_TEST:
-        msg = f"{n_cells} cells; at least {MIN_CELLS_TEST} are needed for a test"
-        raise ValueError(msg)
-    if n_shifts < 0:
-        msg = f"n_shifts is {n_shifts}; a number of shifts is at least 0"
-        raise ValueError(msg)
     xy = np.asarray(coordinates[:, :2], dtype=np.float64)
-    if not np.isfinite(xy).all():
-        msg = (
-            f"{np.count_nonzero(~np.isfinite(xy).all(axis=1))} cells have no finite position; a shift needs one of each"
-        )
-        raise ValueError(msg)
-
     groups = np.zeros(n_cells, dtype=np.int64)
     labels = [""]
     if samples is not None:
@@ -134,7 +114,7 @@ class _Fit:
             sizes = np.sqrt(np.square(factors, dtype=np.float64).sum(axis=(0, 1)))
             self._f, self._z = self._centred(factors), self._centred(images)
             f_norms, self._z_norms = (np.sqrt(np.square(v).sum(axis=(1, 2))) for v in (self._f, self._z))
-            self._dead = ~((f_norms > _ROUNDING * sizes) & (self._z_norms > 0.0) & np.isfinite(f_norms + self._z_norms))
+            self._dead = ~((f_norms > ROUNDING * sizes) & (self._z_norms > 0.0) & np.isfinite(f_norms + self._z_norms))
 
     def _centred(self, values: Float[np.ndarray, "cells rank heads"]) -> Float64[np.ndarray, "heads cells rank"]:
         """Return a copy, centred within sections, in which the numbers of a head are contiguous."""
@@ -161,7 +141,7 @@ class _Fit:
         norms = np.sqrt(np.maximum(squares - of_means, 0.0))
         # inf where all cells take the prediction of one: there is nothing to compare, hence no evidence of a fit; a
         # difference of squares is rounding noise below a share of the squares, not of their roots
-        varied = squares - of_means > _ROUNDING * squares
+        varied = squares - of_means > ROUNDING * squares
         unknown = np.full_like(norms, np.inf)
         correlation = np.divide(products, norms * self._z_norms, out=unknown, where=varied & ~self._dead)
         return np.where(self._dead, np.nan, correlation)

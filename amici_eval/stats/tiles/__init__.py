@@ -1,1 +1,0 @@
-"""Intervals and changes over tiles of tissue."""
