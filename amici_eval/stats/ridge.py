@@ -114,21 +114,11 @@ class RidgeSums:
         self._n_cells = 0
         self._shift_x, self._shift_y = np.zeros(n_columns), np.zeros(n_genes)
         self._x, self._y = np.zeros(n_columns), np.zeros(n_genes)
-        self._xx, self._xy, self._yy = (
-            np.zeros((n_columns, n_columns)),
-            np.zeros((n_columns, n_genes)),
-            np.zeros(n_genes),
-        )
+        self._xx, self._xy = np.zeros((n_columns, n_columns)), np.zeros((n_columns, n_genes))
+        self._yy = np.zeros(n_genes)
 
     def add(self, design: Float[np.ndarray, "rows columns"], targets: Float[np.ndarray, "rows genes"]) -> None:
         """Add some cells to the sums."""
-        expected = (len(targets), len(self._x)), (len(design), len(self._y))
-        if (design.shape, targets.shape) != expected:
-            msg = (
-                f"design has shape {design.shape}, targets {targets.shape}; as many rows of {len(self._x)} columns and "
-                f"of {len(self._y)} genes are needed"
-            )
-            raise ValueError(msg)
         if not len(design):
             return
         if not self._n_cells:
@@ -205,10 +195,6 @@ def choose_penalty(moments: RidgeMoments, *, penalties: Float64[np.ndarray, " pe
     correlation matrix of the columns (Golub, Heath & Wahba 1979). Penalties with df above half of the cells are left
     out; if that leaves none, the largest penalty is chosen.
     """
-    penalties = np.asarray(penalties, dtype=np.float64)
-    if not len(penalties) or not (penalties > 0.0).all():
-        msg = f"penalties {penalties.tolist()}: at least one is needed, and all must be positive"
-        raise ValueError(msg)
     n, standard = moments.n_cells, _standardised(moments)
     values, vectors = np.linalg.eigh(standard.correlation)
     real = values > _RANK * values.max(initial=0.0)
@@ -233,9 +219,6 @@ def fit_ridge(moments: RidgeMoments, *, penalty: float, level: RidgeMoments | No
     expression, None for the fitted ones; explained variance does not count the level, so one for each fold would only
     add noise.
     """
-    if not penalty > 0.0:
-        msg = f"penalty {penalty}: it must be positive"
-        raise ValueError(msg)
     standard = _standardised(moments)
     weights = np.zeros(moments.cross.shape)
     if len(standard.used):

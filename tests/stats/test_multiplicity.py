@@ -45,12 +45,6 @@ def test_undefined_tests_are_no_members_of_any_family(method):
     assert np.isnan(adjust_p_values(np.full(2, np.nan), method=method)).all()
 
 
-@pytest.mark.parametrize("p", [[-0.1, 0.5], [0.2, 1.1]])
-def test_holm_refuses_what_is_no_probability(p):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        adjust_p_values(np.array(p), method="holm")
-
-
 def correlated(rng, shape):
     """Statistics of which those of one type are alike, as heads that share its permutations."""
     n_types = shape[-1]

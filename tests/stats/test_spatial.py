@@ -53,17 +53,6 @@ def test_a_tiny_width_puts_every_cell_into_its_own_tile(width):
     assert sorted(tiles_of_width(xy, width=width)) == list(range(50))
 
 
-@pytest.mark.parametrize("width", [0.0, -1.0, np.nan, np.inf])
-def test_a_width_that_is_no_length_is_named(width):
-    with pytest.raises(ValueError, match=rf"width is {width}; the side of a tile is a positive number"):
-        tiles_of_width(np.zeros((2, 2)), width=width)
-
-
-def test_cells_without_a_position_are_counted():
-    with pytest.raises(ValueError, match="2 cells have no finite position"):
-        tiles_of_width(np.array([[0.0, np.nan], [np.inf, 0.0], [0.0, 0.0]]), width=1.0)
-
-
 @pytest.mark.parametrize(
     ("correlation_length", "expected"),
     [(10.0, [5.0, 10.0, 20.0, 40.0]), (40.0, [20.0, 40.0, 50.0]), (100.0, [50.0]), (1e9, [50.0])],

@@ -41,7 +41,6 @@ class StratumSums:
 
     n_cells: Int64[np.ndarray, " strata"]
     excess: Float64[np.ndarray, " heads"]
-    mean: Float64[np.ndarray, " heads"]
     variance: Float64[np.ndarray, " heads"]
     cumulant: Float64[np.ndarray, " heads"]
     f_ss: Float64[np.ndarray, " heads"]
@@ -172,11 +171,8 @@ def _of_large_stratum(
     squared = (squares[0] * squares[1]).sum(dim=(1, 2))
     own = squares.diagonal(dim1=2, dim2=3).sum(dim=2)
     means_squared = torch.stack([n * mean.square().sum(dim=(1, 2)) for mean in means])
-    mean = n * (means[0] * means[1]).sum(dim=(1, 2))
     variance, aligned = squared / (n - 1), own[0] * own[1] / (n - 1)
-    return torch.stack(
-        [excess, mean, variance, cubed * (n / ((n - 1) * (n - 2))), *own, *(own + means_squared), aligned]
-    )
+    return torch.stack([excess, variance, cubed * (n / ((n - 1) * (n - 2))), *own, *(own + means_squared), aligned])
 
 
 def _of_wide_stratum(
@@ -199,9 +195,8 @@ def _of_wide_stratum(
         squared = squared + powers.sum()
         cubed = cubed + powers.mul_(d).sum()
     own = [x.square().sum() for x in (f, z)]
-    mean = n * (means[0] * means[1]).sum()
     cumulant = cubed * (n / ((n - 1) * (n - 2)))
-    found = [(f * z).sum(), mean, squared / (n - 1), cumulant, *own, *(x.square().sum() for x in both)]
+    found = [(f * z).sum(), squared / (n - 1), cumulant, *own, *(x.square().sum() for x in both)]
     return torch.stack([*found, own[0] * own[1] / (n - 1)])[:, None]
 
 
@@ -235,14 +230,13 @@ def _of_small_strata(
     _, rank, n_heads = factors.shape
     there = torch.from_numpy(rows >= 0).to(device, torch.float64)
     n = there.sum(dim=1)
-    centred, means, sizes = [], [], []
+    centred, sizes = [], []
     for values in (factors, images):
         x = torch.from_numpy(values[rows.ravel()]).to(device, torch.float64).reshape(n_strata, most, rank, n_heads)
         x = x.permute(0, 3, 1, 2) * there[:, None, :, None]
         mean = x.sum(dim=2, keepdim=True) / n[:, None, None, None]
         sizes.append(x.square().sum(dim=(0, 2, 3)))
         centred.append((x - mean).mul_(there[:, None, :, None]).reshape(-1, most, rank))
-        means.append(mean.squeeze(2))
     f, z = centred
     d = torch.bmm(f, z.transpose(1, 2)).view(n_strata, n_heads, most * most)
     excess = d[:, :, :: most + 1].sum(dim=(0, 2))
@@ -252,10 +246,9 @@ def _of_small_strata(
     own = torch.stack([x.square().sum(dim=(1, 2)).view(n_strata, n_heads) for x in centred])
     # D is 0 for one cell, and the sum of D^3 is 0 for two
     one_less, two_less = (n - 1.0).clamp(min=1.0)[:, None], (n - 2.0).clamp(min=1.0)[:, None]
-    mean = (n[:, None] * (means[0] * means[1]).sum(dim=2)).sum(dim=0)
     cumulant = torch.where(n[:, None] > 2.0, cubed * n[:, None] / (one_less * two_less), 0.0)
     variance, aligned = (squared / one_less).sum(dim=0), (own[0] * own[1] / one_less).sum(dim=0)
-    return torch.stack([excess, mean, variance, cumulant.sum(dim=0), *own.sum(dim=1), *sizes, aligned])
+    return torch.stack([excess, variance, cumulant.sum(dim=0), *own.sum(dim=1), *sizes, aligned])
 
 
 _NEARLY_NORMAL = 0.02
@@ -333,24 +326,21 @@ DRAWN_FOR_FEW = 100_000
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PermutationMoments:
-    """A head's statistic, T = sum_i <F_i, Z_i>, and its first three moments over all permutations within strata.
+    """The moments of T = sum_i <F_i, Z_i> of each head over all permutations within strata.
 
-    excess: ``statistic - mean``, summed from centred numbers, so exact for a large mean. A head that does not vary has
-    variance 0 and skewness NaN; a head with numbers that are not finite has NaN in all. n_strata: strata of at least
-    two cells; log_permutations: natural logarithm of the product of the strata's factorials.
+    excess: T minus its mean, summed from centred numbers, so exact for a large mean. A head that does not vary has
+    variance 0 and skewness NaN; a head with numbers that are not finite has NaN in all. log_permutations: natural
+    logarithm of the product of the strata's factorials.
     """
 
-    statistic: Float64[np.ndarray, " heads"]
     excess: Float64[np.ndarray, " heads"]
-    mean: Float64[np.ndarray, " heads"]
     variance: Float64[np.ndarray, " heads"]
     skewness: Float64[np.ndarray, " heads"]
-    n_strata: int
     log_permutations: float
 
     @property
     def standardised(self) -> Float64[np.ndarray, " heads"]:
-        """Return ``(statistic - mean) / sd``, NaN where nothing varies."""
+        """Return ``excess / sd``, NaN where nothing varies."""
         varies = self.variance > 0.0
         deviation = np.sqrt(np.where(varies, self.variance, np.nan))
         return np.asarray(self.excess / deviation)
@@ -388,11 +378,8 @@ def permutation_moments(
         # NaN for heads with values that are not finite (all their numbers become NaN), else 0
         unknown = 0.0 * (sums.f_size + sums.z_size + sums.variance + sums.cumulant)
     return PermutationMoments(
-        statistic=sums.mean + sums.excess + unknown,
         excess=sums.excess + unknown,
-        mean=sums.mean + unknown,
         variance=variance + unknown,
         skewness=skewness + unknown,
-        n_strata=int(np.count_nonzero(sums.n_cells > 1)),
         log_permutations=float(gammaln(sums.n_cells + 1.0).sum()),
     )

@@ -76,13 +76,7 @@ def tiles_of_width(
     section label, then column, then row, so that the order of the cells does not matter; lengths are in coordinate
     units.
     """
-    if not (np.isfinite(width) and width > 0.0):
-        msg = f"width is {width}; the side of a tile is a positive number of coordinate units"
-        raise ValueError(msg)
     xy = np.asarray(coordinates[:, :2], dtype=np.float64)
-    if not np.isfinite(xy).all():
-        msg = f"{np.count_nonzero(~np.isfinite(xy).all(axis=1))} cells have no finite position; tiles need one of each"
-        raise ValueError(msg)
     groups = np.zeros(len(xy), dtype=np.int64) if samples is None else np.unique(samples, return_inverse=True)[1]
     # floats, because a tiny width asks for more columns than an int64 holds
     places = np.column_stack([groups.astype(np.float64), np.zeros_like(xy)])
