@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles.reference import explained_variance
 
 if TYPE_CHECKING:
@@ -28,6 +29,18 @@ def drawn_tiles(words: Sequence[int], n_tiles: int) -> list[list[int]]:
     """Tiles of each resample: a word of 64 bits for each, by its upper half."""
     drawn = [(int(word) >> 32) * n_tiles >> 32 for word in words]
     return [drawn[start : start + n_tiles] for start in range(0, len(drawn), n_tiles)]
+
+
+def words(stratum: str, *, seed: int, label: str, n: int) -> list[int]:
+    """Words of the generator of one stream."""
+    key = PermutationStream(seed=seed, cell_type=label, stratum=stratum, n_cells=0).key()
+    return np.random.Philox(key=key).random_raw(n).tolist()
+
+
+def seed_of_one_tile(label: str) -> int:
+    """First seed under which a resample of five tiles holds one of them five times."""
+    drawn = ((seed, drawn_tiles(words("\0bootstrap", seed=seed, label=label, n=5), 5)[0]) for seed in range(10**5))
+    return next(seed for seed, tiles in drawn if len(set(tiles)) == 1)
 
 
 def interval(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from amici_eval.settings.evaluation import MODES
 from amici_eval.stats.ablation import ablations, values
-from amici_eval.stats.ablation.ablations import Sampling, ablate, all_coalitions
+from amici_eval.stats.ablation.ablations import ablate, all_coalitions
 from amici_eval.stats.ablation.values import coalition_sums
 from amici_eval.stats.permutation.permutations import PermutationStream
 from tests.oracles import coalitions as oracle
@@ -17,8 +18,9 @@ from tests.stats.test_coalitions import Case, draw, members, values_of
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 
-def catalogue(case, modes=MODES, *, seed=0, cell_type="T", device="cpu", **sampling):
-    return ablate(case.cells, modes=modes, seed=seed, cell_type=cell_type, sampling=Sampling(**sampling), device=device)
+def catalogue(case, modes=MODES, *, seed=0, cell_type="T", device="cpu", **constants):
+    with patch.multiple(ablations, **constants):
+        return ablate(case.cells, modes=modes, seed=seed, cell_type=cell_type, device=device)
 
 
 def worth(case, *, frozen=False):
@@ -29,7 +31,7 @@ def worth(case, *, frozen=False):
 @pytest.mark.parametrize(("n_heads", "head_size"), [(1, 2), (3, 2), (4, 3)])
 def test_every_ablation_equals_its_definition(n_cells, n_heads, head_size):
     case = draw(n_cells + n_heads, n_cells=n_cells, n_heads=n_heads, head_size=head_size)
-    result = catalogue(case, n_resamples=3)
+    result = catalogue(case, N_RESAMPLES=3)
     value, frozen = worth(case), worth(case, frozen=True)
     heads = range(n_heads)
     everything = frozenset(heads)
@@ -99,20 +101,20 @@ def test_a_silent_head_gets_nothing_and_equal_heads_get_equal_shares():
 def test_sampled_shares_lie_about_the_exact_ones(seed):
     case = draw(3, n_cells=60, n_heads=6)
     exact = catalogue(case, ["shapley"])
-    sampled = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_orders=128)
+    sampled = catalogue(case, ["shapley"], seed=seed, MAX_EXACT_HEADS=3, N_ORDERS=128)
     assert (sampled.shapley_standard_error > 0).all()
     assert (np.abs(sampled.shapley - exact.shapley) < 4 * sampled.shapley_standard_error).all()
     assert (sampled.shapley != exact.shapley).all()
     np.testing.assert_allclose(sampled.shapley.sum(), exact.full - exact.none, rtol=1e-11)
     assert np.isnan(sampled.interaction).all()
     assert sampled.interaction_reason == "6 heads; all coalitions are evaluated up to 3"
-    again = catalogue(case, ["shapley"], seed=seed, max_exact_heads=3, n_orders=128)
+    again = catalogue(case, ["shapley"], seed=seed, MAX_EXACT_HEADS=3, N_ORDERS=128)
     np.testing.assert_array_equal(again.shapley, sampled.shapley)
 
 
 def test_more_heads_than_all_coalitions_allow():
     case = draw(4, n_cells=30, n_heads=13, head_size=1)
-    result = catalogue(case, n_orders=40)
+    result = catalogue(case, N_ORDERS=40)
     assert "13 heads" in result.interaction_reason
     np.testing.assert_allclose(result.shapley.sum(), result.full - result.none, rtol=1e-11)
     np.testing.assert_allclose(result.frozen_shapley.sum(), result.full - result.frozen_none, rtol=1e-11)
@@ -236,13 +238,13 @@ def test_results_follow_the_heads_when_these_change_places():
 def test_seed_type_and_number_decide_the_permutations():
     case = draw(8, n_cells=30)
 
-    def resampled(n_resamples=2, **options):
-        return catalogue(case, ["resampled_z"], n_resamples=n_resamples, **options).resampled_z
+    def resampled(**options):
+        return catalogue(case, ["resampled_z"], **{"N_RESAMPLES": 2, **options}).resampled_z
 
     np.testing.assert_array_equal(resampled(), resampled())
-    for other in (resampled(seed=1), resampled(cell_type="U"), resampled(n_resamples=3)):
+    for other in (resampled(seed=1), resampled(cell_type="U"), resampled(N_RESAMPLES=3)):
         assert (other != resampled()).all()
-    assert np.isnan(catalogue(case, n_resamples=1).resampled_z_standard_error).all()
+    assert np.isnan(catalogue(case, N_RESAMPLES=1).resampled_z_standard_error).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -268,7 +270,7 @@ def test_what_was_not_asked_for_is_nan(mode):
 def test_global_randomness_and_inputs_are_left_alone():
     cells = draw(10).cells
     before = np.random.get_state()[1].copy(), cells.z.copy(), cells.projected.copy()  # noqa: NPY002
-    ablate(cells, modes=MODES, seed=0, cell_type="T", sampling=Sampling(max_exact_heads=1))
+    ablate(cells, modes=MODES, seed=0, cell_type="T")
     after = np.random.get_state()[1], cells.z, cells.projected  # noqa: NPY002
     for left, right in zip(before, after, strict=True):
         np.testing.assert_array_equal(left, right)

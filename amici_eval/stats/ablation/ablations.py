@@ -129,16 +129,12 @@ class TypeAblations:
     interaction_reason: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How much is sampled: permutations that "resampled_z" is averaged over, and orders of heads.
-
-    Shapley values come from all coalitions up to ``max_exact_heads`` heads, and from ``n_orders`` orders above.
-    """
-
-    n_resamples: int = 8
-    n_orders: int = 512
-    max_exact_heads: int = 12
+MAX_EXACT_HEADS = 12
+"""Up to here all coalitions (4,096) are evaluated; above, orders of the heads are sampled."""
+N_ORDERS = 512
+"""Orders of the heads that Shapley values are estimated from above ``MAX_EXACT_HEADS``."""
+N_RESAMPLES = 8
+"""Permutations that "resampled_z" is averaged over."""
 
 
 def ablate(
@@ -147,21 +143,20 @@ def ablate(
     modes: Collection[str],
     seed: int,
     cell_type: str,
-    sampling: Sampling = Sampling(),
     device: str = "cpu",
 ) -> TypeAblations:
     """Return the explained variance of one cell type under each ablation that is asked for.
 
     Cells come in canonical order (by name): the permutations of "resampled_z", shared by all heads, are of positions.
-    With more heads than are exact, Shapley values come from sampled orders, without interactions. Under a frozen layer
+    Above ``MAX_EXACT_HEADS``, Shapley values come from sampled orders, without interactions. Under a frozen layer
     norm contributions add, so that whatever the number of heads a share is ``tr Cov(P_h, 2 Y - P_full - P_0) / V_Y``
     and an interaction ``-2 tr Cov(P_h, P_k) / V_Y``. ``device``, which must have float64, changes the last bits.
     """
     n_heads = cells.readout.n_heads
     nothing, no_pairs = np.full(n_heads, np.nan), np.full((n_heads, n_heads), np.nan)
     orders = None
-    if "shapley" in modes and n_heads > sampling.max_exact_heads:
-        orders = antithetic_orders(n_heads, n_orders=sampling.n_orders, seed=seed, cell_type=cell_type)
+    if "shapley" in modes and n_heads > MAX_EXACT_HEADS:
+        orders = antithetic_orders(n_heads, n_orders=N_ORDERS, seed=seed, cell_type=cell_type)
     # in this order: whole model, no head, keep one, leave one out, coalitions for Shapley values
     single = np.eye(n_heads, dtype=bool)
     wanted = [np.ones((1, n_heads), dtype=bool), np.zeros((1, n_heads), dtype=bool)]
@@ -181,11 +176,11 @@ def ablate(
         shapley, interaction = shapley_values(rest), interaction_index(rest)
     elif orders is not None:
         shapley = sampled_shapley_values(rest.reshape(len(orders), n_heads + 1), orders)
-        reason = f"{n_heads} heads; all coalitions are evaluated up to {sampling.max_exact_heads}"
+        reason = f"{n_heads} heads; all coalitions are evaluated up to {MAX_EXACT_HEADS}"
 
     mean_z, resampled_z, resampling_error = nothing, nothing, nothing
     if substitutes:
-        n_resamples = sampling.n_resamples if "resampled_z" in modes else 0
+        n_resamples = N_RESAMPLES if "resampled_z" in modes else 0
         permutations = _permutations(seed, cell_type, len(cells.z), n_resamples)
         substituted = substituted_values(cells, permutations, sums, device=device)
         if "mean_z" in modes:
