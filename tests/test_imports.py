@@ -23,7 +23,7 @@ LOADS = {
     "results": {"pandas"},
     "data": {"anndata", "pandas"},
 }
-# compiled code: nothing but ``threads.kernels()`` imports it
+# compiled code: nothing but ``compiled_kernels()`` imports it
 COMPILED = "amici_eval.stats.permutation.kernels"
 
 

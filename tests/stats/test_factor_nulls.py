@@ -161,7 +161,9 @@ def test_float32_sums_are_within_their_bound(shift, monkeypatch):
     pair = statistics.pack(heads_of(f, z))
     orders = np.zeros((104, 50), dtype=np.uint32)
     kernels.shuffle_columns(stream(100).key(), 0, 0, 50, 100, orders)
-    panels = [statistics._panels(pair, values, size) for values, size in ((pair.f, 16), (pair.z, kernels.ROWS))]
+    panels = [
+        statistics._panels(pair, values, size) for values, size in ((pair.factors, 16), (pair.images, kernels.ROWS))
+    ]
     found = statistics._gram_sums(orders, *panels, 0, 13)
     exact = statistics.exact_sums(pair, stream(100).key(), np.arange(50)).T
     error = np.abs(found - exact).max(axis=1)
@@ -177,7 +179,7 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
     orders = [np.arange(19), *(stream(19).batch(number, number + 1)[0] for number in numbers[1:])]
     found = statistics.exact_sums(pair, stream(19).key(), numbers)
     for head in range(21):
-        f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
+        f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.factors, pair.images))
         np.testing.assert_allclose(found[:, head], [np.sum(f[order] * z) for order in orders], rtol=1e-12, atol=1e-12)
 
 
@@ -188,7 +190,7 @@ def test_packing_keeps_the_centred_numbers(n_columns, n_heads):
     dead = np.arange(n_heads) % 3 == 1
     pair = statistics.pack(heads_of(factors, images, dead))
     np.testing.assert_array_equal(pair.heads, np.flatnonzero(~dead))
-    for values, packed in ((factors, pair.f), (images, pair.z)):
+    for values, packed in ((factors, pair.factors), (images, pair.images)):
         assert packed.shape[2] % statistics.LANES == 0
         assert packed.ctypes.data % 64 == 0
         for number, head in enumerate(pair.heads):
@@ -219,7 +221,7 @@ def test_packing_is_the_same_in_threads_blocks_and_another_order(dtype, n_heads,
     plain = statistics.pack(heads_of(factors, images, dead))
     for pair in pairs:
         np.testing.assert_array_equal(pair.heads, [h for h in range(n_heads) if h not in (1, 3, 4)])
-        for name in ("f", "z"):
+        for name in ("factors", "images"):
             np.testing.assert_array_equal(getattr(pair, name), getattr(plain, name)[:, order])
         np.testing.assert_allclose(pair.sizes, plain.sizes, rtol=1e-12)
 
@@ -308,7 +310,7 @@ def test_cyclic_statistics_are_the_direct_sums(n_cells, engine, monkeypatch):
     found = statistics.cyclic_statistics(pair, device="cpu")
     assert found.shape == (n_cells, 11)
     for head in range(11):
-        f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.f, pair.z))
+        f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.factors, pair.images))
         direct = [np.sum(np.roll(f, -shift, axis=0) * z) for shift in range(n_cells)]
         np.testing.assert_allclose(found[:, head], direct, rtol=0, atol=1e-13 * pair.sizes[head])
 

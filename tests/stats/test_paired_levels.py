@@ -95,6 +95,11 @@ def test_models_apart_by_the_margin_are_seldom_called_equivalent_or_not_worse(n_
     assert sum(one.p_not_worse[0] <= 0.05 for one in found) >= 5, "so close to the level that more is an error"
 
 
+def test_what_is_worse_is_found_worse():
+    found = [compare(tissue(i, n_side=5, worse=0.6), n_resamples=199, by_gene=False) for i in range(30)]
+    assert sum(one.p_value[0] <= 0.05 and one.high[0] < 0 for one in found) >= 24
+
+
 def test_cells_taken_for_replicates_find_differences_where_there_are_none():
     hits = sum(
         compare(tissue(i, n_side=None, width=0.06), n_resamples=1, n_flips=199, by_gene=False, seed=i).p_value[0]

@@ -262,13 +262,15 @@ class FactorDraw:
         """
         statistics = np.zeros((stop - start, self.dead.size))
         n_threads = torch.get_num_threads() if self.n_threads is None else self.n_threads
-        products = sum(group.pair.f.size for group in self.groups) * (stop - start)
+        products = sum(group.pair.factors.size for group in self.groups) * (stop - start)
         # torch uses threads of its own
         if products <= INLINE_PRODUCTS or cpu_kernels(self.device) is None:
             n_threads = 1
         pieces: list[tuple[_PermutedCells, int, int]] = []
         for group in self.groups:
-            n_cuts = max(-(-4 * n_threads // len(self.groups)), group.pair.f.size * (stop - start) // TASK_PRODUCTS, 1)
+            n_cuts = max(
+                -(-4 * n_threads // len(self.groups)), group.pair.factors.size * (stop - start) // TASK_PRODUCTS, 1
+            )
             pieces += [(group, start + first, start + last) for first, last in cuts(stop - start, n_cuts)]
         places = iter(pieces)
 

@@ -76,8 +76,8 @@ class PackedPair:
     divisor of 16; sizes: ``||F_h|| * ||Z_h||`` of the stored numbers.
     """
 
-    f: Float32[np.ndarray, "groups cells width"]
-    z: Float32[np.ndarray, "groups cells width"]
+    factors: Float32[np.ndarray, "groups cells width"]
+    images: Float32[np.ndarray, "groups cells width"]
     heads: Int64[np.ndarray, " alive"]
     n_columns: int
     lanes: int
@@ -86,7 +86,7 @@ class PackedPair:
     def of_head(
         self, values: Float32[np.ndarray, "groups cells width"], number: int
     ) -> Float32[np.ndarray, "cells columns"]:
-        """Return a view of ``f`` or ``z``: the factors of the ``number``-th of these heads."""
+        """Return the part of ``factors`` or ``images`` that belongs to the ``number``-th of these heads, as a view."""
         group, lane = divmod(number, self.lanes)
         return values[group, :, lane : lane + self.n_columns * self.lanes : self.lanes]
 
@@ -114,7 +114,7 @@ def pack(heads: HeadFactors, *, order: Int64[np.ndarray, " cells"] | None = None
         f, f_norms = _packed(heads.factors, alive, factors, order)
     z, z_norms = _packed(heads.images, alive, images, order)
     lanes, n_columns = _lanes(alive.size), heads.factors.shape[1]
-    return PackedPair(f=f, z=z, heads=alive, n_columns=n_columns, lanes=lanes, sizes=f_norms * z_norms)
+    return PackedPair(factors=f, images=z, heads=alive, n_columns=n_columns, lanes=lanes, sizes=f_norms * z_norms)
 
 
 def _lanes(n_heads: int) -> int:
@@ -228,14 +228,14 @@ def compiled_statistics(
     In form ``"gram"``, for few cells, a statistic is a float32 sum, unless it lies so near its threshold that float32
     cannot decide whether it is reached; then, and in form ``"factor"``, it is a sum in float64 of exact products.
     """
-    key, n_cells = stream.key(), pair.f.shape[1]
+    key, n_cells = stream.key(), pair.factors.shape[1]
     identity = np.array([compiled_kernels().IDENTITY])
     thresholds = exact_sums(pair, key, identity)[0] - TIE_TOLERANCE * pair.sizes
     chunk = max(1, min(n_permutations, STORED_INDICES // n_cells, _GRAM_COLUMNS))
     if n_cells <= _GRAM_CELLS_PER_PERMUTATION * chunk:
         _gram(pair, key, n_permutations, chunk, thresholds, n_threads, take)
         return
-    products = pair.f.size
+    products = pair.factors.size
     if products * n_permutations <= INLINE_PRODUCTS:
         n_threads = 1
     step = max(4, min(TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
@@ -249,8 +249,8 @@ def exact_sums(
     pair: PackedPair, key: Any, numbers: Int64[np.ndarray, " permutations"]
 ) -> Float64[np.ndarray, "permutations alive"]:
     """Return T of the permutations with these numbers, as float64 sums of exact products."""
-    out = np.empty((numbers.size, pair.f.shape[0], LANES))
-    compiled_kernels().factor_sums(key, numbers, pair.f, pair.z, out)
+    out = np.empty((numbers.size, pair.factors.shape[0], LANES))
+    compiled_kernels().factor_sums(key, numbers, pair.factors, pair.images, out)
     return pair.per_head(out)
 
 
@@ -264,8 +264,8 @@ def _gram(
     take: Take,
 ) -> None:
     kernels = compiled_kernels()
-    n_heads, n_cells, rows = pair.heads.size, pair.f.shape[1], kernels.ROWS
-    f, z = _panels(pair, pair.f, LANES), _panels(pair, pair.z, rows)
+    n_heads, n_cells, rows = pair.heads.size, pair.factors.shape[1], kernels.ROWS
+    f, z = _panels(pair, pair.factors, LANES), _panels(pair, pair.images, rows)
     n_panels = z.shape[1]
     # |float32 sum - exact sum| <= gamma ||F|| ||Z|| by Cauchy-Schwarz (Higham 2002, section 3.1); 2 extra roundings
     # allow for processors that round between product and sum, and for the sums in float64
@@ -342,7 +342,7 @@ def torch_statistics(
 
     The next orders are drawn while the device computes. If its memory runs out, fewer permutations are taken at once.
     """
-    _, n_cells, width = pair.f.shape
+    _, n_cells, width = pair.factors.shape
     drawn = max(1, min(n_permutations, STORED_INDICES // n_cells))
     chunk = max(1, min(drawn, TORCH_ENTRIES // (min(n_cells, _CELLS) * width)))
     if form == "auto":
@@ -351,7 +351,7 @@ def torch_statistics(
         drawn = max(chunk, min(drawn, _DRAWN_INDICES // n_cells))
     identity = np.arange(n_cells, dtype=np.int32)[None]
     with memory_errors_explained("one permutation of the test", device):
-        f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+        f, z = (torch.from_numpy(values).to(device) for values in (pair.factors, pair.images))
         thresholds = torch_factor(pair, f, z, identity)[0] - TIE_TOLERANCE * pair.sizes
         with closing(_drawn_ahead(stream, start + n_permutations, drawn, start=start)) as chunks:
             for orders in chunks:
@@ -436,7 +436,7 @@ def cyclic_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, "
     transform; columns are then padded with zeros, and the part of the longer convolution beyond the last cell is added
     to its start.
     """
-    n_cells = pair.f.shape[1]
+    n_cells = pair.factors.shape[1]
     length = n_cells if _has_fast_transform(n_cells) else next_fast_len(2 * n_cells - 1, real=True)
     with memory_errors_explained("the transforms of the cyclic test", device):
         on_cpu = cpu_kernels(device) is not None
@@ -457,7 +457,7 @@ def _has_fast_transform(n_cells: int) -> bool:
 
 def _compiled_spectrum(pair: PackedPair, length: int) -> Complex128[Tensor, "groups lanes frequencies"]:
     """Return the Fourier transform of the statistics, computed from 16 columns (a cache line) at a time."""
-    (n_groups, n_cells, width), lanes = pair.f.shape, pair.lanes
+    (n_groups, n_cells, width), lanes = pair.factors.shape, pair.lanes
     n_threads = torch.get_num_threads() if n_cells * LANES > _INLINE_ENTRIES else 1
     ranges = cuts(n_cells, n_threads)
     columns = np.zeros((LANES, length))
@@ -471,8 +471,8 @@ def _compiled_spectrum(pair: PackedPair, length: int) -> Complex128[Tensor, "gro
     spectrum = torch.zeros(n_groups, lanes, length // 2 + 1, dtype=torch.complex128)
     for group in range(n_groups):
         for first in range(0, width, LANES):
-            left = transformed(pair.f[group], first, backwards=False)
-            right = transformed(pair.z[group], first, backwards=True)
+            left = transformed(pair.factors[group], first, backwards=False)
+            right = transformed(pair.images[group], first, backwards=True)
             for lane in range(0, LANES, lanes):
                 spectrum[group].addcmul_(left[lane : lane + lanes], right[lane : lane + lanes])
     return spectrum
@@ -480,8 +480,8 @@ def _compiled_spectrum(pair: PackedPair, length: int) -> Complex128[Tensor, "gro
 
 def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Tensor, "groups lanes frequencies"]:
     """Do what ``_compiled_spectrum`` does, as many columns at a time as the device's memory holds."""
-    n_groups, _, width = pair.f.shape
-    f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
+    n_groups, _, width = pair.factors.shape
+    f, z = (torch.from_numpy(values).to(device) for values in (pair.factors, pair.images))
     spectrum = torch.zeros(n_groups, pair.lanes, length // 2 + 1, dtype=torch.complex128, device=device)
 
     def part(group: int, first: int, last: int) -> Complex128[Tensor, "lanes frequencies"]:
@@ -536,7 +536,7 @@ def identity_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray,
     if (kernels := cpu_kernels(device)) is not None:
         sums = exact_sums(pair, np.zeros(2, dtype=np.uint64), np.array([kernels.IDENTITY]))
     else:
-        f, z = (torch.from_numpy(values).to(device) for values in (pair.f, pair.z))
-        sums = torch_factor(pair, f, z, np.arange(pair.f.shape[1], dtype=np.int32)[None])
+        f, z = (torch.from_numpy(values).to(device) for values in (pair.factors, pair.images))
+        sums = torch_factor(pair, f, z, np.arange(pair.factors.shape[1], dtype=np.int32)[None])
     own: Float64[np.ndarray, " alive"] = sums[0]
     return own

@@ -135,7 +135,7 @@ def _lag_test(
     at_lags = pairs @ (f_lags * z_lags).sum(dim=(2, 3)).cpu().numpy() + left_out * free
 
     a = torch.from_numpy(genes.weights).to(device)
-    within = _within_sections(genes, grid, f_means, a)
+    within = _about_section_means(genes, grid, f_means, a)
     predicted_lags = torch.stack([_quadratic(a[head], f_lags[:, head]) for head in range(len(a))], dim=1)
     target_lags = _lag_squares(genes, grid, near, device, n_genes)
     free_gene = within.predicted_ss * within.target_ss / max(n_cells, 1)
@@ -255,8 +255,8 @@ def _quadratic(weights: Tensor, products: Tensor) -> Tensor:
     return ((weights @ products) * weights).sum(dim=-1)
 
 
-def _within_sections(genes: GeneSums, grid: LagGrid, f_means: Tensor, weights: Tensor) -> GeneSums:
-    """Return the sums of squares and products around the means of each section instead of those of all cells."""
+def _about_section_means(genes: GeneSums, grid: LagGrid, f_means: Tensor, weights: Tensor) -> GeneSums:
+    """Return the sums of genes about the means of each section, given those about the means of all cells."""
     if grid.n_sections == 1:
         return genes
     counts = grid.section_counts.astype(np.float64)
@@ -266,14 +266,14 @@ def _within_sections(genes: GeneSums, grid: LagGrid, f_means: Tensor, weights: T
     y, p = y - share @ y, p - np.einsum("s,hsg->hg", share, p)[:, None]
     return replace(
         genes,
-        target_ss=_left(genes.target_ss, counts @ y**2),
-        predicted_ss=_left(genes.predicted_ss, np.einsum("s,hsg->hg", counts, p**2)),
+        target_ss=_without_between(genes.target_ss, counts @ y**2),
+        predicted_ss=_without_between(genes.predicted_ss, np.einsum("s,hsg->hg", counts, p**2)),
         common=genes.common - np.einsum("s,hsg,sg->hg", counts, p, y),
     )
 
 
-def _left(total: Float64[np.ndarray, ...], between: Float64[np.ndarray, ...]) -> Float64[np.ndarray, ...]:
-    """Return the part of a sum within sections, with rounding noise clipped to 0."""
+def _without_between(total: Float64[np.ndarray, ...], between: Float64[np.ndarray, ...]) -> Float64[np.ndarray, ...]:
+    """Return a sum of squares without the part between sections, with rounding noise clipped to 0."""
     return np.where(total - between > _ROUNDING * total, total - between, 0.0)
 
 
