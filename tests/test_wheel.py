@@ -42,6 +42,7 @@ def test_it_carries_configs_types_and_entry_points(site):
     names = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     assert {"amici_eval/py.typed", "amici_eval/configs/evaluate.yaml"} <= names
     assert {"amici_eval/report/assets/page.css", "amici_eval/report/assets/page.js"} <= names
+    assert "amici_eval/report/page/templates/base.html.jinja" in names
     entry_points = next(site.glob("*.dist-info/entry_points.txt")).read_text()
     for group in ("mlflow.model_evaluator", "mlflow.dataset_constructor", "mlflow.dataset_source", "console_scripts"):
         assert f"[{group}]" in entry_points

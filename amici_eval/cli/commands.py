@@ -254,7 +254,7 @@ def _evaluate(config: DictConfig) -> None:
     spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
     launch = launch_spec(config)
     _set_up_process()
-    from amici_eval.report.tables import summary_lines
+    from amici_eval.report.evaluation_sentences import summary_lines
     from amici_eval.tracking.jobs.evaluating import evaluate_job
 
     with Reporter() as progress:

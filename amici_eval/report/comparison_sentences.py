@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.common.text import printable
-from amici_eval.report.figures.comparison_figures import counted_changes, few_tiles
-from amici_eval.report.sentences import effect, interval
+from amici_eval.report.numbers import effect, interval, p_text, span, two_decimals
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from amici_eval.results.comparison import HeadComparison
 
 VERDICTS = ("better", "worse", "same", "undecided")
@@ -82,7 +83,30 @@ def comparison_sentences(comparison: HeadComparison) -> list[str]:
     return sentences
 
 
+def counted_changes(frame: pd.DataFrame) -> str:
+    """Return how many changes came out how; pairs of types without a value are counted apart."""
+    known = frame[frame["difference"].notna()]
+    counted = known["verdict"].value_counts()
+    words = [f"{counted[word]:,} {word}" for word in ("more", "less", "same", "undecided") if word in counted]
+    n_none = len(frame) - len(known)
+    return ", ".join([*words, *([f"{n_none:,} without such neighbours or a value"] if n_none else [])])
+
+
+def few_tiles(comparison: HeadComparison) -> str:
+    """Return a warning if so few tiles of tissue are compared that hardly any change can be significant."""
+    if comparison.kind == "datasets":
+        return ""
+    n_tiles = max((int(one.n_tiles.max(initial=0)) for one in comparison.differences), default=0)
+    tests = [one.p_value for one in comparison.differences] + [one.p_value for one in comparison.senders]
+    n_tests = max((int(np.count_nonzero(~np.isnan(p))) for p in tests), default=0)
+    least = 2.0 ** (1 - n_tiles)
+    if not n_tests or least * n_tests <= comparison.alpha:
+        return ""
+    return (
+        f"Cells lie in at most {n_tiles} tiles of tissue, so that no p is below {p_text(least)}, and over {n_tests:,} "
+        "tests a single change can hardly be significant: read the intervals."
+    )
+
+
 def _range(values: np.ndarray) -> str:
-    known = values[np.isfinite(values)]
-    low, high = f"{known.min():.2f}", f"{known.max():.2f}"
-    return low if low == high else f"{low} to {high}"
+    return span(values, as_text=two_decimals)

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from amici_eval.common.text import markdown, printable, xml_text
-from amici_eval.report.markup import cell, folded, row, section, table, text
-from amici_eval.report.page.frame import write_page
-from amici_eval.report.sentences import made_folder, unwritable
+from amici_eval.report.page.rendering import rendered, write_page
+from amici_eval.report.tables import made_folder, writing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from amici_eval.results.verdict import RuleResult, Verdict
+    from markupsafe import Markup
+
+    from amici_eval.results.verdict import Verdict
 
 _WORDS = {"pass": "passes", "fail": "is refused", "undecided": "is undecided"}
 
@@ -26,36 +27,24 @@ def verdict_sentence(verdict: Verdict) -> str:
     return f"{_named(verdict.model)}{against} {_WORDS[verdict.outcome]}{because}."
 
 
-def verdict_section(verdict: Verdict) -> str:
+def verdict_section(verdict: Verdict) -> Markup:
     """Return the section of a page: a sentence, and a row for each rule."""
-    header = ["Rule", "Outcome", "Value", "Interval", "Asked", "Why"]
-    rows = [
-        row(
-            result.rule,
-            [
-                cell(result.outcome, words=True),
-                cell(_shown(result.value)),
-                cell(_interval(result)),
-                cell(result.threshold, words=True, long=True),
-                cell(result.reason, words=True, long=True),
+    rules = [
+        {
+            "rule": result.rule,
+            "outcome": result.outcome,
+            "value": _shown(result.value),
+            "interval": _between(result.low, result.high),
+            "asked": result.threshold,
+            "reason": result.reason,
+            "parts": [
+                {"name": name, "outcome": outcome, "value": _shown(value), "interval": _between(low, high)}
+                for name, value, low, high, outcome in result.details
             ],
-        )
+        }
         for result in verdict.results
     ]
-    caption = (
-        "The rules. A rule passes if the whole interval lies within what is asked, fails if the whole interval lies "
-        f"beyond, and is undecided else; what is undefined never passes. Judged on {verdict.cells}."
-    )
-    parts = [f"<p>{text(verdict_sentence(verdict))}</p>", table(header, rows, caption)]
-    for result in verdict.results:
-        if result.details:
-            lines = [
-                row(name, [cell(outcome, words=True), cell(_shown(value)), cell(_between(low, high))])
-                for name, value, low, high, outcome in result.details
-            ]
-            content = table(["What", "Outcome", "Value", "Interval"], lines, f"All that {result.rule} judged.")
-            parts.append(folded(content, f"{result.rule}: {len(lines)} parts"))
-    return section("verdict", "Verdict", "".join(parts))
+    return rendered("verdict_section.html.jinja", verdict=verdict, sentence=verdict_sentence(verdict), rules=rules)
 
 
 def verdict_markdown(verdict: Verdict) -> str:
@@ -69,7 +58,14 @@ def verdict_markdown(verdict: Verdict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for result in verdict.results:
-        shown = [result.rule, result.outcome, _shown(result.value), _interval(result), result.threshold, result.reason]
+        shown = [
+            result.rule,
+            result.outcome,
+            _shown(result.value),
+            _between(result.low, result.high),
+            result.threshold,
+            result.reason,
+        ]
         lines.append(f"| {' | '.join(map(markdown, shown))} |")
     lines += ["", f"Judged on {markdown(verdict.cells)}."]
     lines += [f"- {markdown(note)}" for note in verdict.notes]
@@ -117,20 +113,20 @@ def write_verdict(verdict: Verdict, directory: str | Path) -> tuple[Path, ...]:
     written = [folder / "verdict.json", folder / "verdict.md", folder / "verdict.xml"]
     contents = [verdict.to_json().encode(), verdict_markdown(verdict).encode(), verdict_junit(verdict)]
     for path, content in zip(written, contents, strict=True):
-        try:
+        with writing(path):
             path.write_bytes(content)
-        except OSError as error:
-            raise unwritable(path, error) from error
     return tuple(written)
 
 
 def write_verdict_page(verdict: Verdict, directory: str | Path) -> Path:
     """Write ``directory/report.html`` of a verdict without a comparison, and return it."""
-    title = f"Verdict on {printable(_named(verdict.model))}"
-    run = verdict.model.get("evaluation_run_id")
-    where = f"<p>Its evaluation is in run {text(run)}.</p>" if run else ""
-    body = f"<h1>{text(title)}</h1>{verdict_section(verdict)}{where}"
-    return write_page(made_folder(directory) / "report.html", title=title, body=body)
+    return write_page(
+        directory,
+        "verdict.html.jinja",
+        title=f"Verdict on {printable(_named(verdict.model))}",
+        section=verdict_section(verdict),
+        run_id=verdict.model.get("evaluation_run_id"),
+    )
 
 
 def _named(model: object) -> str:
@@ -147,7 +143,3 @@ def _shown(value: float | None) -> str:
 
 def _between(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-
-
-def _interval(result: RuleResult) -> str:
-    return _between(result.low, result.high)

@@ -140,8 +140,8 @@ def evaluation():
 @pytest.fixture(scope="session")
 def report(evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its page, with figures."""
-    from amici_eval.report.figures.saving import save_figures
-    from amici_eval.report.page.html import write_html
+    from amici_eval.report.figures.evaluation_figures import save_figures
+    from amici_eval.report.page.evaluation_page import write_html
 
     folder = tmp_path_factory.mktemp("page")
     shown = AWKWARD_TYPES[:2]
@@ -161,12 +161,17 @@ def comparison_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a page with one table of a column of values."""
-    from amici_eval.report.markup import cell, row, section, table
-    from amici_eval.report.page.frame import write_page
+    from markupsafe import Markup
+
+    from amici_eval.report.page.rendering import write_page
 
     def write(values: list[str]) -> Path:
-        rows = [row(f"row {number}", [cell(value)]) for number, value in enumerate(values)]
-        body = "<h1>Values</h1>" + section("values", "Values", table(["Name", "Value"], rows, "Values."))
-        return write_page(tmp_path_factory.mktemp("small") / "page.html", title="Values", body=body)
+        row = Markup('<tr><th scope="row">row {}</th><td>{}</td></tr>')
+        rows = Markup().join(row.format(number, value) for number, value in enumerate(values))
+        head = Markup('<thead><tr><th scope="col">Name</th><th scope="col">Value</th></tr></thead>')
+        table = Markup("<table>{}<tbody>{}</tbody></table>").format(head, rows)
+        section = Markup('<section id="values"><h2>Values</h2><div class="scroll">{}</div></section>').format(table)
+        folder = tmp_path_factory.mktemp("small")
+        return write_page(folder, "verdict.html.jinja", title="Values", section=section, run_id=None)
 
     return write

@@ -184,8 +184,8 @@ def test_a_request_and_a_script_that_slip_into_a_page_are_refused(browser, repor
 
 
 def test_names_that_attack_run_nothing_and_ask_for_nothing(browser, tmp_path):
-    from amici_eval.report.figures.saving import save_figures
-    from amici_eval.report.page.html import write_html
+    from amici_eval.report.figures.evaluation_figures import save_figures
+    from amici_eval.report.page.evaluation_page import write_html
     from amici_eval.report.verdict_files import write_verdict_page
     from amici_eval.results.verdict import RuleResult, Verdict
     from tests.builders import make_evaluation

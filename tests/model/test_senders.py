@@ -18,7 +18,7 @@ from amici_eval.model.engines.encoder import SenderTables
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.opening import open_access
 from amici_eval.model.training import DEMO_TRAINING, train_amici
-from amici_eval.report.senders_section import sure_links
+from amici_eval.report.evaluation_sentences import sure_links
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.explained_variance import explained_variance

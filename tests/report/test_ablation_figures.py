@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.common.text import slugify
 from amici_eval.report.figures.ablation_figures import plot_ablations, plot_interactions
-from amici_eval.report.figures.saving import save_figures
+from amici_eval.report.figures.evaluation_figures import save_figures
 from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 from tests.report.test_figures import svg_texts, texts

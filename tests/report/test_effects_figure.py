@@ -8,8 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError
-from amici_eval.report.figures.head_figures import effects_size, has_effects, plot_effects
-from amici_eval.report.figures.saving import save_figures
+from amici_eval.report.figures.evaluation_figures import effects_size, has_effects, plot_effects, save_figures
 from tests.builders import AWKWARD_TYPES, make_evaluation
 from tests.report.test_figures import svg_texts, texts
 

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError, InvalidSpecError, OutputError
 from amici_eval.common.text import slugify
-from amici_eval.report.figures.head_figures import plot_barplot, plot_heatmap, significance_note
-from amici_eval.report.figures.saving import save_figures
+from amici_eval.report.figures.evaluation_figures import plot_barplot, plot_heatmap, save_figures, significance_note
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 
@@ -289,6 +288,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_tables_and_page_load_no_matplotlib():
-    code = "import sys, amici_eval.report.tables, amici_eval.report.page.html; print('matplotlib' in sys.modules)"
+    code = "import sys, amici_eval.report.page.evaluation_page as page; print('matplotlib' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from amici_eval.report.sentences import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, effect, span
-from amici_eval.report.tables import summary_lines
+from amici_eval.report.evaluation_sentences import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, summary_lines
+from amici_eval.report.numbers import effect, span
 from amici_eval.settings.evaluation import NULLS, SPATIAL_NULLS, EvaluationSpec, PermutationSpec
 from tests.builders import make_evaluation
 

@@ -6,14 +6,15 @@ import hashlib
 import re
 from datetime import datetime, timezone
 from html.parser import HTMLParser
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
 from amici_eval.common.errors import DataError, OutputError
-from amici_eval.report.figures.saving import save_figures
-from amici_eval.report.page.html import write_html
-from amici_eval.report.sentences import effect
+from amici_eval.report.figures.evaluation_figures import save_figures
+from amici_eval.report.numbers import effect
+from amici_eval.report.page.evaluation_page import write_html
 from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
@@ -68,6 +69,14 @@ class Page(HTMLParser):
 
     def attributes(self, name):
         return [a[name] for _, a in self.elements if name in a]
+
+
+def section(evaluation, identifier, **options):
+    """Return a section of an evaluation's page as markup, or nothing."""
+    with TemporaryDirectory() as folder:
+        source = write_html(evaluation, folder, **options).read_text(encoding="utf-8")
+    found = re.search(rf'<section id="{identifier}".*?</section>', source, re.DOTALL)
+    return found[0] if found else ""
 
 
 @pytest.fixture(scope="module")

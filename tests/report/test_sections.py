@@ -5,17 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from amici_eval.report.page.html import write_html
-from amici_eval.report.page.sections import (
-    genes_section,
-    held_out_section,
-    scale_section,
-    width_section,
-    without_heads_section,
-)
-from amici_eval.report.sentences import VALIDITY, WHY_THIS_ORDER, effect, p_text
+from amici_eval.report.evaluation_sentences import VALIDITY, WHY_THIS_ORDER
+from amici_eval.report.numbers import effect, p_text
+from amici_eval.report.page.evaluation_page import write_html
 from tests.builders import make_evaluation
-from tests.report.test_html import EVIL, Page
+from tests.report.test_html import EVIL, Page, section
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +110,7 @@ def test_nearest_neighbour_masked_is_beside_the_effect(page, evaluation):
     assert rows[2][3] == f"{effect(evaluation.expl_var[1, 2])} / {effect(without[1, 2])}"
     assert "may read segmentation bleed" in page.text
     nothing = dataclasses.replace(evaluation.trivial, without_nearest=np.full((3, 7), np.nan))
-    assert "Nearest" not in without_heads_section(dataclasses.replace(evaluation, trivial=nothing))
+    assert "Nearest" not in section(dataclasses.replace(evaluation, trivial=nothing), "baselines")
 
 
 def test_genes_are_those_with_the_smallest_adjusted_p(page, evaluation):
@@ -150,14 +144,14 @@ def test_at_most_five_genes_of_a_head_are_shown_the_largest_of_ties_first():
     tests = dataclasses.replace(
         evaluation.spatial, p_value_adj=np.array([[0.01]]), p_value_adj_gene=np.full((1, 1, 30), 1e-300)
     )
-    text = genes_section(dataclasses.replace(evaluation, expl_var_gene=effects, spatial=tests))
+    text = section(dataclasses.replace(evaluation, expl_var_gene=effects, spatial=tests), "genes")
     (row,) = [row for row in Page(text).rows if row[0] == "A"]
     assert row[3:] == [f"GENE{number}: 0.{number}0, p 1.0e-300 *" for number in (29, 28, 27, 26, 25)]
 
 
 def test_where_no_head_is_significant_no_gene_is_shown():
     evaluation = make_evaluation(inferred="lag", alpha=1e-9)
-    assert "No head is significant in any type." in genes_section(evaluation)
+    assert "No head is significant in any type." in section(evaluation, "genes")
 
 
 def test_scale_and_power_are_in_units_of_the_data(page, evaluation):
@@ -169,16 +163,19 @@ def test_scale_and_power_are_in_units_of_the_data(page, evaluation):
     assert rows[-1][2:6] == ["–"] * 4
     assert "Tiles: of width 75, resampled 1,000 times for the 95 % intervals." in page.text
     none = dataclasses.replace(evaluation.spatial, correlation_length=np.full(7, np.nan))
-    found = Page(scale_section(dataclasses.replace(evaluation, spatial=none)))
+    found = Page(section(dataclasses.replace(evaluation, spatial=none), "scale"))
     assert [row[2] for row in found.rows[1:]] == ["none found"] * 6 + ["–"], "the last type has no test"
-    tile = scale_section(make_evaluation(inferred="tile"))
+    tile = section(make_evaluation(inferred="tile"), "scale")
     assert "Tile width: side of the squares" in tile
     for null, but in (("tile", " but the tile width"), ("torus", ""), ("sample", "")):
-        shown = scale_section(make_evaluation(inferred=null))
+        shown = section(make_evaluation(inferred=null), "scale")
         assert ("Tile width" if null == "tile" else "Reach (lag null)") in Page(shown).rows[0]
         for name in ("Effective sample size (lag null)", "Detectable EV (lag null)"):
             assert name in Page(shown).rows[0]
-        assert f"All of these{but}, and the p of genes, come from the lag null, not from the {null} null." in shown
+        assert (
+            f"All of these{but}, and the p of genes, come from the lag null, not from the {null} null."
+            in Page(shown).text
+        )
 
 
 def test_p_against_tile_width_is_there_only_where_there_are_widths(page, evaluation):
@@ -192,7 +189,7 @@ def test_p_against_tile_width_is_there_only_where_there_are_widths(page, evaluat
         *(f"{w}: {p_text(p[i, 0, 1])}" for i, w in enumerate((25, 50, 75))),
     ]
     assert rows[0][3:] == ["", ""]
-    assert width_section(make_evaluation(inferred="lag")) == ""
+    assert section(make_evaluation(inferred="lag"), "widths") == ""
 
 
 def test_all_heads_have_the_spatial_p_before_the_free_one(page, evaluation):
@@ -211,9 +208,7 @@ def test_all_heads_have_the_spatial_p_before_the_free_one(page, evaluation):
 
 
 def test_what_was_not_computed_has_no_section(tmp_path):
-    plain = make_evaluation()
-    assert held_out_section(plain) == genes_section(plain) == scale_section(plain) == width_section(plain) == ""
-    text = write_html(plain, tmp_path).read_text(encoding="utf-8")
+    text = write_html(make_evaluation(), tmp_path).read_text(encoding="utf-8")
     for identifier in ("held-out", "genes", "scale", "widths"):
         assert f'id="{identifier}"' not in text
     assert "Without heads" in text

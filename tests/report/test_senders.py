@@ -12,12 +12,13 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError
-from amici_eval.report.figures.saving import save_figures
-from amici_eval.report.figures.senders_figure import plot_sender_graph, plot_senders, senders_size
-from amici_eval.report.page.html import write_html
-from amici_eval.report.senders_section import senders_section, sure_links
+from amici_eval.report.evaluation_sentences import sure_links
+from amici_eval.report.figures.ablation_figures import plot_sender_graph, plot_senders, senders_size
+from amici_eval.report.figures.evaluation_figures import save_figures
+from amici_eval.report.page.evaluation_page import write_html
 from tests.builders import AWKWARD_TYPES, make_evaluation
 from tests.report.test_figures import svg_texts, texts
+from tests.report.test_html import section
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_without_a_sure_link_the_graph_says_so(ax, evaluation):
     plot_sender_graph(none, ax=ax)
     assert not arrows(ax)
     assert "no interval lies above 0" in texts(ax)
-    assert "No sender stands out: of " in senders_section(none)
+    assert "No sender stands out: of " in section(none, "senders")
 
 
 @pytest.mark.parametrize("plot", [plot_senders, plot_sender_graph])
@@ -147,9 +148,9 @@ def test_the_page_lists_links_and_describes_both_figures(tmp_path, evaluation):
     assert '<section id="senders">' in page
     assert "<script>alert(1)" not in page
     links = sure_links(evaluation, range(7))
-    section = senders_section(evaluation)
-    assert section.count("<tr>") == 1 + min(30, len(links))
+    shown = section(evaluation, "senders")
+    assert shown.count("<tr>") == 1 + min(30, len(links))
     head, receiver, sender = links[0].tolist()
-    assert f"{evaluation.senders.effect[head, receiver, sender]:.3f}" in section
+    assert f"{evaluation.senders.effect[head, receiver, sender]:.3f}" in shown
     assert page.count("Who talks to whom: ") >= 2, "captions, which are read out as well"
-    assert senders_section(make_evaluation()) == ""
+    assert section(make_evaluation(), "senders") == ""

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from amici_eval.common.errors import OutputError
-from amici_eval.report.sentences import VALIDITY
-from amici_eval.report.significance import write_significance
+from amici_eval.report.evaluation_sentences import VALIDITY
+from amici_eval.report.tables import write_significance
 from tests.builders import AWKWARD_TYPES, make_evaluation
 
 NO_SAMPLING = dict.fromkeys(("independent", "cyclic", "sequential", "gpd", "moments", "none"), 0)

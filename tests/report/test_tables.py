@@ -7,8 +7,8 @@ from pandas.testing import assert_frame_equal
 
 from amici_eval.common.errors import OutputError
 from amici_eval.common.text import slugify
-from amici_eval.report.page.headline import best_heads
-from amici_eval.report.tables import summary_lines, write_tables
+from amici_eval.report.evaluation_sentences import best_heads, summary_lines
+from amici_eval.report.tables import write_tables
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation

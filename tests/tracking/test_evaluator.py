@@ -195,7 +195,7 @@ def test_results_outlive_a_figure_that_cannot_be_drawn(registry, adata, monkeypa
         message = "no space left"
         raise OSError(message)
 
-    monkeypatch.setattr("amici_eval.report.page.html.write_html", broken)
+    monkeypatch.setattr("amici_eval.report.page.evaluation_page.write_html", broken)
     with mlflow.start_run(), pytest.raises(OSError, match="no space left"):
         evaluate_tiny(adata)
     folder = Path(caplog.text.rpartition("amici-eval upload ")[2].split()[0])

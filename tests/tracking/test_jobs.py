@@ -176,7 +176,7 @@ def test_results_outlive_a_figure_that_cannot_be_drawn(registry, tmp_path, monke
         message = "no space left"
         raise OSError(message)
 
-    monkeypatch.setattr("amici_eval.report.figures.saving.save_figures", broken)
+    monkeypatch.setattr("amici_eval.report.figures.evaluation_figures.save_figures", broken)
     with pytest.raises(OSError, match="no space left"):
         run(keep_local=True)
     (folder,) = (tmp_path / "amici-eval-results").iterdir()

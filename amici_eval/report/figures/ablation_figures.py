@@ -1,29 +1,53 @@
-"""Heatmaps of what is lost without each head and explained by it alone, and of interactions of heads."""
+"""Figures of what is lost without heads, pairs of heads, or senders: heat maps, and who talks to whom as a graph."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch
 
 from amici_eval.common.errors import DataError
 from amici_eval.common.text import literal, slugify
-from amici_eval.report.figures.drawing import INK, UNDEFINED, add_caption, add_marks, chosen_types, drawn_label, opened
+from amici_eval.report.evaluation_sentences import in_sample_text, sure_links
+from amici_eval.report.figures.drawing import (
+    INK,
+    MUTED,
+    Drawing,
+    Panels,
+    add_caption,
+    add_colorbar,
+    add_legend,
+    add_marks,
+    chosen_types,
+    colour_limit,
+    draw_heatmap,
+    drawn_label,
+    figure_size,
+    new_axes,
+    readable_on,
+    two_digits,
+    without_frame,
+    write_numbers,
+)
+from amici_eval.report.numbers import effect
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from jaxtyping import Float64
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
 
     from amici_eval.results.evaluation import HeadAblations, HeadEvaluation
+    from amici_eval.results.senders import Senders
 
-ABLATIONS_STEM = "ablations"
-INTERACTIONS_STEM = "head_interactions"
+    Link = tuple[int, int, int]
 
+_ABLATIONS, _INTERACTIONS = "ablations", "head interactions"
 # in the order of reading: what a head can do, what is missed without it, what it is worth
 _PANELS = {
     "keep_one": "Alone",
@@ -52,11 +76,28 @@ _SHARE_IN_SCALE = 0.99
 _LONGEST_TITLE = 36
 
 
+def ablation_drawings(evaluation: HeadEvaluation, chosen: Sequence[str]) -> Iterator[Drawing]:
+    """Yield the figures of this module that the evaluation has numbers for, in the order of the files."""
+    if not chosen:
+        return
+    if evaluation.ablations is not None and evaluation.ablations.modes:
+        size = ablations_size(evaluation, len(chosen))
+        yield Drawing("ablations", size, partial(plot_ablations, evaluation, cell_types=chosen))
+    if has_interactions(evaluation, chosen):
+        size = interactions_size(evaluation, chosen)
+        yield Drawing("head_interactions", size, partial(plot_interactions, evaluation, cell_types=chosen))
+    if has_senders(evaluation, chosen):
+        size = senders_size(evaluation, len(chosen))
+        yield Drawing("senders", size, partial(plot_senders, evaluation, cell_types=chosen))
+        draw = partial(plot_sender_graph, evaluation, cell_types=chosen)
+        yield Drawing("sender_graph", graph_size(evaluation), draw)
+
+
 def ablations_size(evaluation: HeadEvaluation, n_types: int) -> tuple[float, float]:
     """Return width and height in inches of :func:`plot_ablations`."""
     n_modes = 0 if evaluation.ablations is None else len(evaluation.ablations.modes)
     panel = evaluation.n_heads * _column_inches(evaluation.n_heads) + _GAP_INCHES
-    return min(2.6 + n_modes * panel, 60.0), float(np.clip(_ROW_INCHES * n_types + 1.3, 2.0, 80.0))
+    return figure_size(2.6 + n_modes * panel, _ROW_INCHES * n_types + 1.3, least=(2.6, 2.0))
 
 
 def plot_ablations(
@@ -92,14 +133,15 @@ def plot_ablations(
     far below 0 or farther share the deepest blue.
     """
     ablations = _ablations(evaluation)
-    canvas = opened(evaluation, ax=ax, cell_types=cell_types, size=lambda names: ablations_size(evaluation, len(names)))
-    ax, chosen, rows = canvas.ax, canvas.names, canvas.rows
+    chosen = chosen_types(evaluation, cell_types)
+    rows = [evaluation.type_index(name) for name in chosen]
+    ax = new_axes(ablations_size(evaluation, len(chosen))) if ax is None else ax
     blocks = {}
     for mode in (mode for mode in _PANELS if mode in ablations.modes):
         values = ablations.of(mode)
         blocks[mode] = (evaluation.expl_var_full - values if mode in _LOST else values).T[rows]
     everything = np.concatenate(list(blocks.values()), axis=1)
-    limit = _limit(everything[everything > 0], share=_SHARE_IN_SCALE) or _limit(everything)
+    limit = colour_limit(everything[everything > 0], share=_SHARE_IN_SCALE) or colour_limit(everything)
     with_numbers = everything.size <= _MOST_NUMBERS
 
     # positions are in columns of a block
@@ -108,13 +150,13 @@ def plot_ablations(
     _add_block_title(ax, wide, "Model")
     for row, index in enumerate(rows):
         for tick, value in zip(ticks, (evaluation.expl_var_full[index], evaluation.expl_var_none[index]), strict=True):
-            text = ax.text(tick, row + 0.5, _number(value), ha="center", va="center", fontsize=7, color=INK)
+            text = ax.text(tick, row + 0.5, two_digits(value), ha="center", va="center", fontsize=7, color=INK)
             text.set_gid("baselines")
     largest: dict[str, list[tuple[float, float]]] = {"white": [], INK: []}
     gap = _GAP_INCHES / _column_inches(evaluation.n_heads)
     left = 2 * wide + gap
     for mode, values in blocks.items():
-        mesh = _heatmap(ax, values, left=left, top=0.0, limit=limit, gid=mode)
+        mesh = draw_heatmap(ax, values, limit=limit, corner=(left, 0.0), gid=mode)
         _add_block_title(ax, left + evaluation.n_heads / 2, _PANELS[mode])
         ticks += [left + head + 0.5 for head in range(evaluation.n_heads)]
         labels += [str(head) for head in range(evaluation.n_heads)]
@@ -122,9 +164,9 @@ def plot_ablations(
         for row in np.flatnonzero(best.max(axis=1, initial=-np.inf) > 0):
             head = best[row].argmax()
             place = (left + head + 0.85, row + 0.18) if with_numbers else (left + head + 0.5, row + 0.5)
-            largest[_readable_on(best[row, head], limit)].append(place)
+            largest[readable_on(best[row, head], limit)].append(place)
         if with_numbers:
-            _add_numbers(ax, values, left=left, limit=limit)
+            write_numbers(ax, values, limit=limit, corner=(left, 0.0))
         left += evaluation.n_heads + gap
     for colour, places in largest.items():
         add_marks(ax, places, marker="o", size=2.6, color=colour, gid="largest")
@@ -137,9 +179,7 @@ def plot_ablations(
     ax.spines[:].set_visible(False)
     # y keeps matplotlib from measuring all labels for the title's place
     ax.set_title("What each head explains, by receiver cell type", loc="left", fontsize=12, y=1.0, pad=34)
-    low, high = np.nanmin(everything, initial=0.0) < -limit, np.nanmax(everything, initial=0.0) > limit
-    beyond = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((bool(low), bool(high)), "neither")
-    _add_colorbar(ax, mesh, "Explained variance", beyond=beyond)
+    _add_short_colorbar(ax, mesh, "Explained variance", shown=everything)
     add_caption(
         ax,
         "Red explains, blue harms; a dot marks the largest head of a row in its block. "
@@ -162,10 +202,26 @@ def has_interactions(evaluation: HeadEvaluation, cell_types: Sequence[str] | Non
 
 def interactions_size(evaluation: HeadEvaluation, chosen: Sequence[str]) -> tuple[float, float]:
     """Return width and height in inches of :func:`plot_interactions`."""
-    columns, panel = _grid_columns(len(chosen)), _panel_inches(evaluation.n_heads)
-    width = columns * (panel + _gap_inches(chosen, panel)) + 1.0
-    height = math.ceil(len(chosen) / columns) * (panel + 0.3) + 0.9
-    return float(np.clip(width, 4.2, 60.0)), float(np.clip(height, 2.6, 80.0))
+    panels = _interaction_panels(evaluation.n_heads, chosen)
+    heads_per_inch = evaluation.n_heads / _panel_inches(evaluation.n_heads)
+    width = panels.n_columns * panels.step[0] / heads_per_inch + 1.0
+    height = math.ceil(len(chosen) / panels.n_columns) * panels.step[1] / heads_per_inch + 0.9
+    return figure_size(width, height, least=(4.2, 2.6))
+
+
+def _interaction_panels(n_heads: int, chosen: Sequence[str]) -> Panels:
+    """Return a square for each type, in units of heads; the gap between them leaves room for their titles."""
+    inches = _panel_inches(n_heads)
+    heads_per_inch = n_heads / inches
+    longest = max((min(len(name), _LONGEST_TITLE) for name in chosen), default=0)
+    gap, title = max(0.2, 0.085 * longest + 0.1 - inches) * heads_per_inch, 0.3 * heads_per_inch
+    return Panels(
+        n_panels=len(chosen),
+        n_columns=_grid_columns(len(chosen)),
+        step=(n_heads + gap, n_heads + title),
+        margin=(0.0, title),
+        gap=gap,
+    )
 
 
 def plot_interactions(
@@ -196,38 +252,31 @@ def plot_interactions(
     """
     kinds = _kinds(_ablations(evaluation))
     if not has_interactions(evaluation):
-        raise _missing(INTERACTIONS_STEM)
-    canvas = opened(evaluation, ax=ax, cell_types=cell_types, size=lambda names: interactions_size(evaluation, names))
-    ax, chosen = canvas.ax, canvas.names
-    n_heads, columns = evaluation.n_heads, _grid_columns(len(chosen))
+        raise _missing(_INTERACTIONS)
+    chosen = chosen_types(evaluation, cell_types)
+    rows = [evaluation.type_index(name) for name in chosen]
+    ax = new_axes(interactions_size(evaluation, chosen)) if ax is None else ax
+    n_heads = evaluation.n_heads
     names = tuple(kinds)
     above = np.triu(np.ones((n_heads, n_heads), dtype=bool))
-    values = np.where(above, kinds[names[0]], kinds[names[-1]])[canvas.rows]
-    limit = _limit(_pairs(values))
-    # lengths in units of heads: the gap between panels, and the room above each for its title
-    panel = _panel_inches(n_heads)
-    scale = n_heads / panel
-    gap = _gap_inches(chosen, panel) * scale
-    step_x, step_y = n_heads + gap, n_heads + 0.3 * scale
-    size = float(np.clip(0.45 * 72 / scale, 4.0, 8.0))
-    for position, name in enumerate(chosen):
-        row, column = divmod(position, columns)
-        left, top = column * step_x, row * step_y
-        mesh = _heatmap(ax, values[position], left=left, top=top, limit=limit, gid=slugify(name))
-        ax.text(left, top - 0.06 * scale, literal(drawn_label(name, longest=_LONGEST_TITLE)), va="bottom", fontsize=8)
+    values = np.where(above, kinds[names[0]], kinds[names[-1]])[rows]
+    limit = colour_limit(_pairs(values))
+    panels = _interaction_panels(n_heads, chosen)
+    heads_per_inch = n_heads / _panel_inches(n_heads)
+    size = float(np.clip(0.45 * 72 / heads_per_inch, 4.0, 8.0))
+    for name, shown, (left, top) in zip(chosen, values, panels.corners(), strict=True):
+        mesh = draw_heatmap(ax, shown, limit=limit, corner=(left, top), gid=slugify(name))
+        title = literal(drawn_label(name, longest=_LONGEST_TITLE))
+        ax.text(left, top - 0.06 * heads_per_inch, title, va="bottom", fontsize=8)
         for head in range(n_heads):
             ax.text(left + head + 0.5, top + head + 0.5, str(head), ha="center", va="center", fontsize=size, color=INK)
         if n_heads <= 4 and len(chosen) <= 4:
-            _add_numbers(ax, values[position], left=left, top=top, limit=limit, diagonal=True)
-    ax.set_xlim(0, columns * step_x - gap)
-    ax.set_ylim(math.ceil(len(chosen) / columns) * step_y - 0.3 * scale, -0.3 * scale)
+            write_numbers(ax, shown, limit=limit, corner=(left, top), with_diagonal=False)
+    panels.set_limits(ax)
     ax.set_aspect("equal", anchor="NW")
     ax.apply_aspect()
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
     ax.set_title("Interaction of heads", loc="left", fontsize=12, y=1.0, pad=6)
-    _add_colorbar(ax, mesh, "Interaction (explained variance)", beyond="neither")
+    _add_short_colorbar(ax, mesh, "Interaction (explained variance)", shown=_pairs(values))
     ax.apply_aspect()
     add_caption(
         ax,
@@ -241,13 +290,13 @@ def plot_interactions(
 
 def _ablations(evaluation: HeadEvaluation) -> HeadAblations:
     if evaluation.ablations is None or not evaluation.ablations.modes:
-        raise _missing(ABLATIONS_STEM)
+        raise _missing(_ABLATIONS)
     return evaluation.ablations
 
 
 def _missing(what: str) -> DataError:
     return DataError(
-        value=f"the evaluation holds no {what.replace('_', ' ')}",
+        value=f"the evaluation holds no {what}",
         rule="they are drawn from numbers that were computed",
         fix="evaluate again with ablation.modes",
     )
@@ -266,82 +315,18 @@ def _pairs(values: Float64[np.ndarray, "types heads heads"]) -> Float64[np.ndarr
     return values[:, other]
 
 
-def _limit(values: Float64[np.ndarray, ...], *, share: float = 1.0) -> float:
-    """Return the largest absolute value, or its ``share`` quantile, lest one value take all the contrast; at most 1."""
-    sizes = np.abs(values[np.isfinite(values)])
-    if not sizes.size:
-        return 0.0
-    return min(1.0, float(np.quantile(sizes, share, method="higher")))
-
-
-def _heatmap(
-    ax: Axes,
-    values: Float64[np.ndarray, "rows columns"],
-    *,
-    left: float,
-    top: float,
-    limit: float,
-    gid: str,
-) -> QuadMesh:
-    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=UNDEFINED)
-    mesh = ax.pcolormesh(
-        left + np.arange(values.shape[1] + 1),
-        top + np.arange(values.shape[0] + 1),
-        values,
-        cmap=colours,
-        vmin=-(limit or 1.0),
-        vmax=limit or 1.0,
-        edgecolors="white",
-        linewidth=0.5,
-    )
-    mesh.set_gid(gid)
-    return mesh
-
-
-def _add_numbers(
-    ax: Axes, values: np.ndarray, *, left: float, limit: float, top: float = 0.0, diagonal: bool = False
-) -> None:
-    for row, column in np.argwhere(np.isfinite(values)):
-        if diagonal and row == column:
-            continue
-        value = values[row, column]
-        colour = _readable_on(value, limit)
-        place = left + column + 0.5, top + row + 0.5
-        ax.text(*place, _number(value), ha="center", va="center", fontsize=7, color=colour)
-
-
-def _add_colorbar(ax: Axes, mesh: QuadMesh, label: str, *, beyond: str) -> None:
+def _add_short_colorbar(ax: Axes, mesh: QuadMesh, label: str, *, shown: Float64[np.ndarray, ...]) -> None:
+    """Add a scale no taller than needed to read it, nor than the drawing where its aspect is fixed."""
     box = ax.get_window_extent()
     width, height = box.width / ax.figure.dpi, box.height / ax.figure.dpi
     whole = ax.get_position(original=True).height * ax.figure.bbox.height / ax.figure.dpi
-    # no taller than needed to read it, nor than the drawing where its aspect is fixed
     tall = min(height, 2.5)
-    bar = ax.figure.colorbar(
-        mesh,
-        ax=ax,
-        extend=beyond,
-        fraction=min(0.15, 0.4 / width),
-        pad=min(0.1, 0.15 / width),
-        shrink=tall / whole,
-        aspect=tall / 0.12,
-        anchor=(0.0, 1.0),
-    )
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
+    layout = {"fraction": min(0.15, 0.4 / width), "pad": min(0.1, 0.15 / width), "anchor": (0.0, 1.0)}
+    add_colorbar(ax, mesh, label, shown=shown, shrink=tall / whole, aspect=tall / 0.12, **layout)
 
 
 def _column_inches(n_heads: int) -> float:
     return max(_CELL_INCHES, _TITLE_INCHES / max(1, n_heads))
-
-
-def _readable_on(value: float, limit: float) -> str:
-    return "white" if abs(value) > 0.65 * limit else INK
-
-
-def _number(value: float) -> str:
-    # 0.0 is added because -0.00 would be read as below 0
-    return "–" if np.isnan(value) else f"{round(float(value), 2) + 0.0:.2f}"
 
 
 def _add_block_title(ax: Axes, middle: float, title: str) -> None:
@@ -358,7 +343,236 @@ def _panel_inches(n_heads: int) -> float:
     return float(np.clip(0.2 * n_heads, 1.4, 3.0))
 
 
-def _gap_inches(names: Sequence[str], panel: float) -> float:
-    """Return the space between panels that leaves room for their titles."""
-    longest = max((min(len(name), _LONGEST_TITLE) for name in names), default=0)
-    return max(0.2, 0.085 * longest + 0.1 - panel)
+MOST_ARROWS = 30
+
+_LONGEST_SENDER = 18
+_MOST_COLUMNS = 4
+_CELL, _LABELS, _HEADING = 0.24, 1.75, 1.6
+"""Inches: side of a cell of the heat map, room for the names of receivers, room for those of senders and the head."""
+
+
+def has_senders(evaluation: HeadEvaluation, cell_types: Sequence[str] | None = None) -> bool:
+    """Return whether what a head loses without a sender is defined for one of the receiver types."""
+    found = evaluation.senders
+    rows = [evaluation.type_index(name) for name in chosen_types(evaluation, cell_types)]
+    return found is not None and bool(np.isfinite(found.effect[:, rows]).any())
+
+
+def senders_size(evaluation: HeadEvaluation, n_types: int) -> tuple[float, float]:
+    """Return width and height in inches of :func:`plot_senders`."""
+    panels = _sender_panels(evaluation, n_types)
+    width = panels.n_columns * panels.step[0] + 1.6
+    height = math.ceil(evaluation.n_heads / panels.n_columns) * panels.step[1] + 0.9
+    return figure_size(width, height, least=(6.0, 3.0))
+
+
+def _sender_panels(evaluation: HeadEvaluation, n_types: int) -> Panels:
+    n_senders = 0 if evaluation.senders is None else len(evaluation.senders.senders)
+    return Panels(
+        n_panels=evaluation.n_heads,
+        n_columns=min(_MOST_COLUMNS, evaluation.n_heads),
+        step=(_LABELS + n_senders * _CELL, _HEADING + n_types * _CELL),
+        margin=(_LABELS, _HEADING),
+    )
+
+
+def graph_size(evaluation: HeadEvaluation) -> tuple[float, float]:
+    """Return width and height in inches of :func:`plot_sender_graph`."""
+    n_senders = 0 if evaluation.senders is None else len(evaluation.senders.senders)
+    side = float(np.clip(4.5 + 0.15 * n_senders, 5.0, 12.0))
+    return side + 2.2, side
+
+
+def plot_senders(
+    evaluation: HeadEvaluation, *, ax: Axes | None = None, cell_types: Sequence[str] | None = None
+) -> Axes:
+    """Show what each head explains less of each receiver type without each type of sender.
+
+    Parameters
+    ----------
+    evaluation
+        What to show.
+    ax
+        Axes to draw into; ``None`` makes a new pyplot figure, which notebooks show.
+    cell_types
+        The receiver types to show; ``None`` shows all. Senders are always all types of the model.
+
+    Returns
+    -------
+    Axes
+        A panel per head, receivers x senders (``gid`` ``head-<h>``), white at 0, all on one scale; a dot (``sure``)
+        where the interval of what is lost lies above 0 and the head explains something; grey where it is undefined.
+
+    Raises
+    ------
+    DataError
+        If a type was not evaluated, or senders were not computed for any of them.
+    """
+    found, names = _found(evaluation, cell_types)
+    ax = new_axes(senders_size(evaluation, len(names))) if ax is None else ax
+    rows = [evaluation.type_index(name) for name in names]
+    shown = found.effect[:, rows]
+    limit = colour_limit(shown)
+    panels = _sender_panels(evaluation, len(names))
+    links = sure_links(evaluation, rows).tolist()
+    for head, (left, top) in enumerate(panels.corners()):
+        mesh = draw_heatmap(ax, shown[head], limit=limit, corner=(left, top), side=_CELL, gid=f"head-{head}")
+        _add_names(ax, left, top, senders=found.senders, receivers=names)
+        ax.text(left - _LABELS + 0.1, top - _HEADING + 0.25, f"Head {head}", fontsize=9, color=INK, weight="bold")
+        sure = [(rows.index(receiver), sender) for one, receiver, sender in links if one == head]
+        if sure:
+            y, x = _CELL * (np.array(sure).T + 0.5)
+            ax.scatter(left + x, top + y, s=13, color=INK, edgecolors="white", linewidths=0.6, zorder=3, gid="sure")
+    panels.set_limits(ax)
+    add_colorbar(ax, mesh, "Explained variance lost without the sender", shown=shown, shrink=0.6, pad=0.02, aspect=25)
+    ax.set_title("Who talks to whom, by head", loc="left", fontsize=12, y=1.0)
+    add_caption(
+        ax,
+        "Rows: receivers. Columns: senders. Explained variance of the head kept alone minus the same with all "
+        f"neighbours of the sender type masked out{in_sample_text(evaluation)}.",
+        f"Dot: {_level(found)} interval above 0, of a head that explains something there." if links else "",
+        "Grey: undefined (no such neighbour, or too few cells).",
+    )
+    return ax
+
+
+def plot_sender_graph(
+    evaluation: HeadEvaluation, *, ax: Axes | None = None, cell_types: Sequence[str] | None = None
+) -> Axes:
+    """Show the strongest links from senders to receivers, head by head.
+
+    Parameters
+    ----------
+    evaluation
+        What to show.
+    ax
+        Axes to draw into; ``None`` makes a new pyplot figure, which notebooks show.
+    cell_types
+        The receiver types whose links are shown; ``None`` shows all.
+
+    Returns
+    -------
+    Axes
+        The model's types on a circle, arrows from sender to receiver (``gid`` ``link-<head>-<receiver>-<sender>``, by
+        position in the evaluation), coloured by head, the wider the more explained variance is lost without the sender:
+        the 30 largest losses with an interval above 0, of heads that explain something. Without any, the axes say so.
+
+    Raises
+    ------
+    DataError
+        If a type was not evaluated, or senders were not computed for any of them.
+    """
+    found, names = _found(evaluation, cell_types)
+    ax = new_axes(graph_size(evaluation)) if ax is None else ax
+    receivers = [evaluation.type_index(name) for name in names]
+    links: list[Link] = [tuple(link) for link in sure_links(evaluation, receivers).tolist()]
+    drawn = links[:MOST_ARROWS]
+    heads = sorted({head for head, _, _ in drawn})
+    colour_of = {head: f"C{number % 10}" for number, head in enumerate(heads)}
+    place_of = _on_a_circle(found.senders)
+    largest_loss = float(found.effect[drawn[0]]) if drawn else 1.0
+    for link, bend in zip(drawn, _bends(drawn), strict=True):
+        head, receiver, sender = link
+        arrow = _arrow(
+            place_of[found.senders[sender]],
+            place_of[evaluation.cell_types[receiver]],
+            bend=bend,
+            strength=float(found.effect[link]) / largest_loss,
+            colour=colour_of[head],
+        )
+        arrow.set_gid(f"link-{head}-{receiver}-{sender}")
+        ax.add_patch(arrow)
+    linked = {found.senders[sender] for _, _, sender in drawn} | {evaluation.cell_types[row] for _, row, _ in drawn}
+    _draw_types(ax, place_of, linked)
+    if not drawn:
+        ax.text(0, 0, "no interval lies above 0", ha="center", va="center", fontsize=9, color=MUTED, gid="none")
+    ax.set_xlim(-1.75, 1.75)
+    ax.set_ylim(-1.3, 1.3)
+    without_frame(ax)
+    ax.set_title("Who talks to whom", loc="left", fontsize=12, y=1.0)
+    if heads:
+        add_legend(ax, [Line2D([], [], color=colour_of[head], linewidth=2.5, label=f"head {head}") for head in heads])
+    counted = f"The {len(drawn)} largest of {len(links)}" if len(links) > len(drawn) else f"All {len(links)}"
+    add_caption(
+        ax,
+        f"Arrows: from sender to receiver, coloured by head, wider the more explained variance the head loses without "
+        f"the sender (at most {effect(largest_loss)}). {counted} losses with a {_level(found)} interval above 0, of "
+        f"heads that explain something in the receiver{in_sample_text(evaluation)}."
+        if drawn
+        else f"No head loses explained variance without any sender with a {_level(found)} interval above 0.",
+    )
+    return ax
+
+
+def _on_a_circle(types: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return the place of each type on the unit circle, clockwise from the top."""
+    angles = np.pi / 2 - 2 * np.pi * np.arange(len(types)) / max(1, len(types))
+    return {name: (float(np.cos(angle)), float(np.sin(angle))) for name, angle in zip(types, angles, strict=True)}
+
+
+def _bends(links: Sequence[Link]) -> list[float]:
+    """Return how far each arrow bends, so that those of several heads between two types lie beside each other."""
+    n_before: dict[tuple[int, int], int] = {}
+    bends = []
+    for _, receiver, sender in links:
+        number = n_before.get((receiver, sender), 0)
+        n_before[receiver, sender] = number + 1
+        bends.append(0.12 + 0.11 * number)
+    return bends
+
+
+def _arrow(
+    start: tuple[float, float], end: tuple[float, float], *, bend: float, strength: float, colour: str
+) -> FancyArrowPatch:
+    """Return an arrow, the wider the stronger; ``strength`` is 1 for the strongest link."""
+    return FancyArrowPatch(
+        start,
+        end,
+        connectionstyle=f"arc3,rad={bend:.3f}",
+        arrowstyle="-|>",
+        mutation_scale=8 + 8 * strength,
+        shrinkA=9,
+        shrinkB=9,
+        linewidth=0.6 + 4.4 * strength,
+        color=colour,
+        alpha=0.8,
+        zorder=2,
+    )
+
+
+def _draw_types(ax: Axes, place_of: dict[str, tuple[float, float]], linked: set[str]) -> None:
+    """Draw a dot and a name for each type; those without a drawn link are pale."""
+    colours = [INK if name in linked else "#bbbbbb" for name in place_of]
+    places = np.array(list(place_of.values()))
+    ax.scatter(places[:, 0], places[:, 1], s=70, color=colours, zorder=3, gid="types")
+    for name, (x, y) in place_of.items():
+        side = "center" if abs(x) < 0.2 else "left" if x > 0 else "right"
+        shown, colour = literal(drawn_label(name, longest=2 * _LONGEST_SENDER)), INK if name in linked else MUTED
+        ax.text(1.1 * x, 1.13 * y, shown, ha=side, va="center", fontsize=8.5, color=colour)
+
+
+def _found(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[Senders, tuple[str, ...]]:
+    names, found = chosen_types(evaluation, cell_types), evaluation.senders
+    if found is None or not has_senders(evaluation, cell_types):
+        raise DataError(
+            value="it was not computed who talks to whom",
+            rule="ablation.senders=true asks for it, with the factored engine",
+            fix="evaluate again with it, or choose types with more cells; senders_frame() gives the reasons",
+        )
+    return found, names
+
+
+def _add_names(ax: Axes, left: float, top: float, *, senders: Sequence[str], receivers: Sequence[str]) -> None:
+    """Write the names of senders above a heat map and those of receivers beside it."""
+    style: dict[str, Any] = {"fontsize": 7, "color": MUTED}
+    for number, name in enumerate(senders):
+        shown = literal(drawn_label(name, longest=_LONGEST_SENDER))
+        x = left + _CELL * (number + 0.5)
+        ax.text(x, top - 0.05, shown, rotation=90, ha="center", va="bottom", **style)
+    for number, name in enumerate(receivers):
+        shown = literal(drawn_label(name, longest=_LONGEST_SENDER))
+        ax.text(left - 0.05, top + _CELL * (number + 0.5), shown, ha="right", va="center", **style)
+
+
+def _level(found: Senders) -> str:
+    return f"{100 * found.confidence:g} %"

@@ -1,25 +1,31 @@
-"""Parts that figures share: colours of types, legend, marks, captions, and labels that are drawn literally."""
+"""Parts that figures share: axes, panels, heat maps, estimates with intervals, colours of types, labels, and files."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import is_color_like, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.text import literal, printable
+from amici_eval.report.tables import made_folder, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from pathlib import Path
 
     from jaxtyping import Float64
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.legend import Legend
 
     from amici_eval.results.evaluation import HeadEvaluation
 
@@ -27,7 +33,192 @@ if TYPE_CHECKING:
     Palette = str | Sequence[Color] | Mapping[str, Color]
 
 INK, MUTED, UNDEFINED = "#222222", "#666666", "#d9d9d9"
+FORMATS = ("png", "svg")
+
 _LONGEST_LABEL = 48
+_WIDEST, _TALLEST = 60.0, 80.0
+_DPI, _MARGIN_INCHES = 150, 0.12
+# text is not drawn as paths, and the same evaluation gives the same bytes
+_FILE_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "amici_eval"}
+
+
+def chosen_types(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the types to show, in sorted order."""
+    if cell_types is None:
+        return evaluation.cell_types
+    wanted = {cell_types} if isinstance(cell_types, str) else set(cell_types)
+    if not wanted:
+        raise InvalidSpecError(
+            value="cell_types=[]", rule="a figure needs at least one type", fix="leave cell_types out"
+        )
+    return tuple(evaluation.cell_types[i] for i in sorted(evaluation.type_index(name) for name in wanted))
+
+
+def new_axes(size: tuple[float, float]) -> Axes:
+    """Return the axes of a new pyplot figure of a size in inches."""
+    # pyplot is imported only here: its figures are shown by notebooks and closed by the caller
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def figure_size(width: float, height: float, *, least: tuple[float, float]) -> tuple[float, float]:
+    """Return width and height in inches, no smaller than needed for titles and no larger than a page can show."""
+    return float(np.clip(width, least[0], _WIDEST)), float(np.clip(height, least[1], _TALLEST))
+
+
+def without_frame(ax: Axes) -> None:
+    """Remove ticks and frame."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panels:
+    """Panels of equal size within one axes, row by row, whose y axis points down.
+
+    ``step`` leads from one panel to the next, ``margin`` lies to the left of each panel and above it; both are (x, y)
+    in units of the axes. ``gap`` is the part of a step that the last column does not need.
+    """
+
+    n_panels: int
+    n_columns: int
+    step: tuple[float, float]
+    margin: tuple[float, float]
+    gap: float = 0.0
+
+    def corners(self) -> Iterator[tuple[float, float]]:
+        """Yield the upper left corner of each panel."""
+        for number in range(self.n_panels):
+            row, column = divmod(number, self.n_columns)
+            yield column * self.step[0] + self.margin[0], row * self.step[1] + self.margin[1]
+
+    def set_limits(self, ax: Axes) -> None:
+        """Make the axes as large as the panels, without ticks and frame."""
+        ax.set_xlim(0, min(self.n_columns, self.n_panels) * self.step[0] - self.gap)
+        ax.set_ylim(math.ceil(self.n_panels / self.n_columns) * self.step[1], 0)
+        without_frame(ax)
+
+
+def colour_limit(values: Float64[np.ndarray, ...], *, share: float = 1.0) -> float:
+    """Return the effect of the deepest colour: the largest absolute value or its ``share`` quantile, at most 1.
+
+    Explained variance has no lower bound, and one bad value would else take all the contrast. 0 without any value.
+    """
+    sizes = np.abs(values[np.isfinite(values)])
+    return min(1.0, float(np.quantile(sizes, share, method="higher"))) if sizes.size else 0.0
+
+
+def draw_heatmap(
+    ax: Axes,
+    values: Float64[np.ndarray, "rows columns"],
+    *,
+    limit: float,
+    corner: tuple[float, float] = (0.0, 0.0),
+    side: float = 1.0,
+    gid: str | None = None,
+) -> QuadMesh:
+    """Draw cells right and below of a corner: white at 0, red above, blue below, grey where undefined."""
+    mesh = ax.pcolormesh(
+        corner[0] + side * np.arange(values.shape[1] + 1),
+        corner[1] + side * np.arange(values.shape[0] + 1),
+        values,
+        cmap=matplotlib.colormaps["RdBu_r"].with_extremes(bad=UNDEFINED),
+        vmin=-(limit or 1.0),
+        vmax=limit or 1.0,
+        edgecolors="white",
+        linewidth=0.6,
+    )
+    mesh.set_gid(gid)
+    return mesh
+
+
+def write_numbers(
+    ax: Axes,
+    values: Float64[np.ndarray, "rows columns"],
+    *,
+    limit: float,
+    corner: tuple[float, float] = (0.0, 0.0),
+    with_diagonal: bool = True,
+) -> None:
+    """Write the defined values into the cells of a heat map."""
+    for row, column in np.argwhere(np.isfinite(values)):
+        if with_diagonal or row != column:
+            value = values[row, column]
+            place = corner[0] + column + 0.5, corner[1] + row + 0.5
+            ax.text(*place, two_digits(value), ha="center", va="center", fontsize=7, color=readable_on(value, limit))
+
+
+def two_digits(value: float) -> str:
+    """Return a number as text; a dash for an undefined one."""
+    # 0.0 is added because -0.00 would be read as below 0
+    return "–" if np.isnan(value) else f"{round(float(value), 2) + 0.0:.2f}"
+
+
+def readable_on(value: float, limit: float) -> str:
+    """Return the colour of text that can be read on the colour of a value."""
+    return "white" if abs(value) > 0.65 * limit else INK
+
+
+def add_colorbar(ax: Axes, mesh: QuadMesh, label: str, *, shown: Float64[np.ndarray, ...], **layout: Any) -> None:
+    """Add the scale of a heat map, with arrows where shown values lie beyond it."""
+    low, high = mesh.get_clim()
+    is_below, is_above = np.nanmin(shown, initial=0.0) < low, np.nanmax(shown, initial=0.0) > high
+    beyond = ("both" if is_above else "min") if is_below else ("max" if is_above else "neither")
+    bar = ax.figure.colorbar(mesh, ax=ax, extend=beyond, **layout)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+
+
+class PointStyle(NamedTuple):
+    """How estimates of a kind look: name in the legend, colours of the point and of its interval, marker and size."""
+
+    label: str
+    face: str
+    edge: str
+    line: str = MUTED
+    marker: str = "o"
+    size: float = 4.0
+
+
+class Estimate(NamedTuple):
+    """An estimate with its interval, as places in the axes; NaN where unknown."""
+
+    kind: str
+    y: float
+    x: float
+    low: float
+    high: float
+
+
+def draw_estimates(ax: Axes, estimates: Sequence[Estimate], styles: Mapping[str, PointStyle]) -> list[Line2D]:
+    """Draw estimates as points on their intervals and return what a legend shows of the kinds that occur.
+
+    Those of a kind are one collection (``gid`` is the kind), because a figure may hold hundreds.
+    """
+    handles: dict[str, Line2D] = {}
+    for kind, style in styles.items():
+        y, x, low, high = np.array([one[1:] for one in estimates if one.kind == kind]).reshape(-1, 4).T
+        known = np.isfinite(low) & np.isfinite(high)
+        if known.any():
+            lines = ax.hlines(y[known], low[known], high[known], color=style.line, linewidth=1.0, zorder=2)
+            lines.set_gid("intervals")
+        there = np.isfinite(x)
+        if there.any():
+            look: Any = {"facecolors": style.face, "edgecolors": style.edge, "linewidths": 0.9}
+            ax.scatter(x[there], y[there], marker=style.marker, s=style.size**2, zorder=4, gid=kind, **look)
+            handle = Line2D([], [], linestyle="none", marker=style.marker, markersize=style.size, label=style.label)
+            handle.set(markerfacecolor=style.face, markeredgecolor=style.edge)
+            handles.setdefault(style.label, handle)
+    return list(handles.values())
+
+
+def add_legend(ax: Axes, handles: Sequence[Any], **options: Any) -> Legend:
+    """Put a legend outside the axes, to the right."""
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    return ax.legend(handles=handles, frameon=False, **{"fontsize": 8, **place, **options})
 
 
 def type_colours(types: Sequence[str], palette: Palette | None) -> dict[str, tuple[float, float, float]]:
@@ -67,30 +258,6 @@ def type_colours(types: Sequence[str], palette: Palette | None) -> dict[str, tup
     return {name: to_rgb(colour) for name, colour in zip(types, colours, strict=False)}
 
 
-def add_legend(ax: Axes, names: Sequence[str], colours: Mapping[str, Any]) -> None:
-    """Name the types outside the axes, to the right."""
-    handles = [Patch(color=colours[name], linewidth=0) for name in names]
-    columns = max(1, -(-len(names) // 24))
-    # the texts are set afterwards because a legend drops labels that begin with an underscore
-    legend = ax.legend(
-        handles,
-        [str(number) for number in range(len(names))],
-        title="Receiver cell type",
-        alignment="left",
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.02),
-        frameon=False,
-        fontsize=8,
-        title_fontsize=9,
-        ncols=columns,
-        handlelength=1.0,
-        handleheight=1.0,
-        labelspacing=0.35,
-    )
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(literal(drawn_label(name)))
-
-
 def add_marks(ax: Axes, points: list[tuple[float, float]], *, marker: Any, size: float, color: str, gid: str) -> None:
     """Put a mark at each of the points; ``gid`` names them in an SVG."""
     if points:
@@ -121,104 +288,63 @@ def drawn_label(name: str, *, longest: int = _LONGEST_LABEL) -> str:
     return printable(name, longest=longest)
 
 
-def new_axes(size: tuple[float, float]) -> Axes:
-    """Return the axes of a new pyplot figure of a size in inches."""
-    # pyplot is imported only here: its figures are shown by notebooks and closed by the caller
-    import matplotlib.pyplot as plt
+class Drawing(NamedTuple):
+    """A figure to be saved: file name without ending, size in inches, and the function that draws into ``ax``."""
 
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Canvas:
-    """Axes to draw into, the types in sorted order, and their positions in the evaluation."""
-
-    ax: Axes
-    names: tuple[str, ...]
-    rows: list[int]
+    stem: str
+    size: tuple[float, float]
+    draw: Callable[..., object]
 
 
-def opened(
-    evaluation: HeadEvaluation,
+def save_drawings(
+    drawings: Iterable[Drawing],
+    directory: str | Path,
     *,
-    ax: Axes | None,
-    cell_types: Sequence[str] | None,
-    size: Callable[[tuple[str, ...]], tuple[float, float]],
-) -> Canvas:
-    """Return the axes to draw into, new ones of the ``size`` that the types need if none is given, and the types."""
-    names = chosen_types(evaluation, cell_types)
-    return Canvas(
-        ax=ax if ax is not None else new_axes(size(names)),
-        names=names,
-        rows=[evaluation.type_index(name) for name in names],
-    )
+    formats: Sequence[str] = FORMATS,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Path, ...]:
+    """Write drawings as files in a folder, each in all formats.
 
-
-def chosen_types(evaluation: HeadEvaluation, cell_types: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the types to show, in sorted order."""
-    if cell_types is None:
-        return evaluation.cell_types
-    wanted = {cell_types} if isinstance(cell_types, str) else set(cell_types)
-    if not wanted:
+    The style is matplotlib's default whatever the caller has set, so the same values give the same files. No pyplot
+    figure is made, and matplotlib's settings are restored.
+    """
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats or isinstance(formats, str):
         raise InvalidSpecError(
-            value="cell_types=[]", rule="a figure needs at least one type", fix="leave cell_types out"
+            value=f"formats={formats!r}",
+            rule=f"it must list some of {', '.join(FORMATS)}",
+            fix=f"set formats={FORMATS!r}",
         )
-    return tuple(evaluation.cell_types[i] for i in sorted(evaluation.type_index(name) for name in wanted))
+    folder = made_folder(directory)
+    written: list[Path] = []
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # a label in a script that the font lacks is drawn as boxes in PNG and right in SVG: no reason to warn 40 times
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_FILE_SETTINGS)  # type: ignore[arg-type]
+        for drawing in drawings:
+            figure = Figure(figsize=drawing.size, dpi=_DPI)
+            drawing.draw(ax=figure.add_subplot())
+            paths = [folder / f"{drawing.stem}.{kind}" for kind in formats]
+            _write(figure, paths)
+            written += paths
+            if progress is not None:
+                progress(1)
+    return tuple(written)
 
 
-MOST_ROWS = 60
-_COLOURS = {
-    "better": "#1a7f37",
-    "more": "#1a7f37",
-    "worse": "#b42318",
-    "less": "#b42318",
-    "same": "#4a5568",
-    "undecided": "#a8b0bb",
-}
-_ROW, _WIDTH = 0.24, 3.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForestRow:
-    """A difference to draw: name, value, interval (NaN where unknown), verdict in a word and marker of matplotlib."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    verdict: str
-    marker: str = "o"
-
-
-def draw_forest(rows: Sequence[ForestRow], ax: Axes, *, margin: float, label: str, verdicts: Iterable[str]) -> None:
-    """Draw rows from the top, with a legend of the verdicts that occur."""
-    ax.axvspan(-margin, margin, color="#eef1f5", linewidth=0, zorder=0, gid="margin")
-    ax.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
-    for height, row in enumerate(rows):
-        colour = _COLOURS[row.verdict]
-        if np.isfinite(row.low):
-            ax.hlines(height, row.low, row.high, color=colour, linewidth=1.2, zorder=2)
-        ax.scatter([row.value], [height], marker=row.marker, s=22, color=colour, zorder=3, linewidths=0)
-    ax.set_yticks(range(len(rows)), [literal(row.name) for row in rows], fontsize=7)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel(label, fontsize=9)
-    there = set(verdicts)
-    handles = [
-        Line2D([], [], linestyle="none", marker="o", color=colour, label=verdict)
-        for verdict, colour in _COLOURS.items()
-        if verdict in there
-    ]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-
-
-def largest(values: Float64[np.ndarray, ...]) -> list[tuple[int, ...]]:
-    """Return the positions of the ``MOST_ROWS`` largest absolute values, largest first, without undefined ones."""
-    size = np.nan_to_num(np.abs(values), nan=-1.0)
-    order = np.argsort(-size, axis=None, kind="stable")[:MOST_ROWS]
-    places = [tuple(int(at) for at in np.unravel_index(place, size.shape)) for place in order]
-    return [place for place in places if size[place] >= 0.0]
-
-
-def forest_size(n_rows: int) -> tuple[float, float]:
-    """Return width and height in inches."""
-    return 3.2 + _WIDTH, 1.5 + _ROW * max(n_rows, 1)
+def _write(figure: Figure, paths: Sequence[Path]) -> None:
+    # what surrounds the labels is measured once for all formats: it costs as much as drawing
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox().padded(_MARGIN_INCHES)
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            label = axis.label
+            place = label.get_transform().transform(label.get_position())
+            axis.set_label_coords(*ax.transAxes.inverted().transform(place))
+    for path in paths:
+        options: dict[str, Any] = (
+            {"metadata": {"Date": None}} if path.suffix == ".svg" else {"pil_kwargs": {"compress_level": 3}}
+        )
+        with writing(path):
+            figure.savefig(path, bbox_inches=box, dpi=_DPI, **options)

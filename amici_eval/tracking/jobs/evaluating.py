@@ -122,7 +122,7 @@ def _evaluate(
     from amici_eval.data.tissue import prepare
     from amici_eval.evaluation.pipeline import evaluate_access
     from amici_eval.model.engines.opening import open_access
-    from amici_eval.report.tables import summary_lines
+    from amici_eval.report.evaluation_sentences import summary_lines
     from amici_eval.tracking.dataset import AnnDataSource
 
     model_id = known_model_id(model.model_id or stored.model_id)

@@ -146,9 +146,8 @@ def write_artifacts(
     config_yaml: str,
 ) -> None:
     """Write the tables, figures and report of an evaluation, as a run holds them, into a folder."""
-    from amici_eval.report.page.html import write_html
-    from amici_eval.report.significance import write_significance
-    from amici_eval.report.tables import write_tables
+    from amici_eval.report.page.evaluation_page import write_html
+    from amici_eval.report.tables import write_significance, write_tables
 
     folder.mkdir(parents=True, exist_ok=True)
     evaluation.save(folder)
@@ -158,7 +157,7 @@ def write_artifacts(
     (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
     figures: dict[str, Path] = {}
     if report.figures:
-        from amici_eval.report.figures.saving import save_figures
+        from amici_eval.report.figures.evaluation_figures import save_figures
 
         paths = save_figures(
             evaluation,

@@ -1,52 +1,97 @@
-"""Bar plot and heatmaps of explained variance of heads kept alone."""
+"""Figures of heads kept alone (bars, heat maps, effects with intervals), and all figures of an evaluation as files."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.common.text import literal, slugify
+from amici_eval.report.evaluation_sentences import VALIDITY_SHORT, in_sample_text, type_reasons
+from amici_eval.report.figures.ablation_figures import ablation_drawings
 from amici_eval.report.figures.drawing import (
+    FORMATS,
     INK,
     MUTED,
-    UNDEFINED,
+    Drawing,
+    Estimate,
+    Panels,
+    PointStyle,
     add_caption,
+    add_colorbar,
     add_legend,
     add_marks,
     chosen_types,
+    colour_limit,
+    draw_estimates,
+    draw_heatmap,
     drawn_label,
+    figure_size,
     new_axes,
-    opened,
+    save_drawings,
     type_colours,
 )
-from amici_eval.report.sentences import VALIDITY_SHORT, in_sample_text, rounded, type_reasons
+from amici_eval.report.numbers import counted, rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
     from typing import Any
 
-    from jaxtyping import Bool, Float64, Int64
+    from jaxtyping import Float64, Int64
     from matplotlib.axes import Axes
 
     from amici_eval.report.figures.drawing import Palette
     from amici_eval.results.evaluation import HeadEvaluation
 
-BARPLOT_STEM = "expl_variance_barplot_per_head"
-
 _GROUP_WIDTH = 0.86
 _ASTERISK = (6, 2, 0)
 
 
-def heatmap_stem(evaluation: HeadEvaluation, cell_type: str) -> str:
-    """Return the file name, without ending, of a type's heatmap."""
-    return f"expl_variance_heatmap_{slugify(cell_type, evaluation.cell_types)}"
+def save_figures(
+    evaluation: HeadEvaluation,
+    directory: str | Path,
+    *,
+    cell_types: Sequence[str] | None = None,
+    palette: Palette | None = None,
+    n_top_genes: int = 20,
+    formats: Sequence[str] = FORMATS,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Path, ...]:
+    """Write the forest plot of effects, the bar plot, a heatmap of every type, ablations, and the senders.
+
+    The style is matplotlib's default whatever the caller has set, so the same evaluation gives the same files. No
+    pyplot figure is made, and matplotlib's settings are restored.
+    """
+    chosen = chosen_types(evaluation, cell_types)
+    check_n_top_genes(n_top_genes)
+    drawings = _drawings(evaluation, chosen, palette=palette, n_top_genes=n_top_genes)
+    return save_drawings(drawings, directory, formats=formats, progress=progress)
+
+
+def _drawings(
+    evaluation: HeadEvaluation, chosen: Sequence[str], *, palette: Palette | None, n_top_genes: int
+) -> Iterator[Drawing]:
+    """Yield the figures in the order of the files."""
+    if chosen and has_effects(evaluation, chosen):
+        size = effects_size(evaluation, len(chosen))
+        yield Drawing("effects", size, partial(plot_effects, evaluation, cell_types=chosen))
+    size = barplot_size(evaluation.n_heads, len(chosen))
+    draw = partial(plot_barplot, evaluation, palette=palette, cell_types=chosen)
+    yield Drawing("expl_variance_barplot_per_head", size, draw)
+    for name in chosen:
+        n_shown = len(top_genes(evaluation.expl_var_gene[:, evaluation.type_index(name)].T, n_top_genes))
+        stem = f"expl_variance_heatmap_{slugify(name, evaluation.cell_types)}"
+        draw = partial(plot_heatmap, evaluation, name, n_top_genes=n_top_genes)
+        yield Drawing(stem, heatmap_size(evaluation.n_heads, n_shown), draw)
+    yield from ablation_drawings(evaluation, chosen)
 
 
 def plot_barplot(
@@ -85,16 +130,15 @@ def plot_barplot(
         If the palette is unknown, or lacks a type.
     """
     colours = type_colours(evaluation.cell_types, palette)
-    canvas = opened(
-        evaluation, ax=ax, cell_types=cell_types, size=lambda names: barplot_size(evaluation.n_heads, len(names))
-    )
-    ax, chosen = canvas.ax, canvas.names
+    chosen = chosen_types(evaluation, cell_types)
+    rows = [evaluation.type_index(name) for name in chosen]
+    ax = new_axes(barplot_size(evaluation.n_heads, len(chosen))) if ax is None else ax
     heights = _max_over_genes(evaluation)
     alpha = evaluation.spec.permutation.alpha
     tested = np.isfinite(evaluation.adjusted)
     width = _GROUP_WIDTH / max(1, len(chosen))
     heads = np.arange(evaluation.n_heads)
-    shown = heights[:, canvas.rows]
+    shown = heights[:, rows]
     finite = shown[np.isfinite(shown)]
     low, high = min(0.0, finite.min(initial=0.0)), max(0.0, finite.max(initial=0.0))
     span = (high - low) or 1.0
@@ -137,11 +181,11 @@ def plot_barplot(
     ax.grid(axis="y", color="#e3e3e3", linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    add_legend(ax, chosen, colours)
+    _add_type_legend(ax, chosen, colours)
     empty = [name for name in chosen if not np.isfinite(heights[:, evaluation.type_index(name)]).any()]
     others = len(gaps) - evaluation.n_heads * len(empty)
     said = [drawn_label(name) for name in empty] + ([f"{others} single heads"] if others else [])
-    untested = bool((np.isfinite(shown) & ~tested[:, canvas.rows]).any())
+    untested = bool((np.isfinite(shown) & ~tested[:, rows]).any())
     few = "too few cells" if evaluation.spatial is None else f"by the {evaluation.decided_by} null: too few cells"
     faint = f"pale: no test ({few}, or a head that predicts the same for all)" if untested else ""
     add_caption(
@@ -189,8 +233,8 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
     check_n_top_genes(n_top_genes)
     values = evaluation.expl_var_gene[:, index].T
     top = top_genes(values, n_top_genes)
-    ax = ax if ax is not None else new_axes(heatmap_size(evaluation.n_heads, len(top)))
-    title = f"{drawn_label(cell_type)} ({_cells(evaluation.n_cells[index])})"
+    ax = new_axes(heatmap_size(evaluation.n_heads, len(top))) if ax is None else ax
+    title = f"{drawn_label(cell_type)} ({counted(evaluation.n_cells[index], 'cell')})"
     ax.set_title(literal(title), loc="left", fontsize=12, y=1.0)
     if not len(top):
         ax.set_axis_off()
@@ -198,13 +242,9 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
         ax.text(0.5, 0.5, literal(reason), ha="center", va="center", color=MUTED, transform=ax.transAxes)
         return ax
     shown = values[top]
-    limit = min(1.0, float(np.nanmax(np.abs(shown)))) or 1.0
-    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=UNDEFINED)
-    mesh = ax.pcolormesh(shown, cmap=colours, vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.6)
-    beyond = "min" if np.nanmin(shown) < -limit else "neither"
-    bar = ax.figure.colorbar(mesh, ax=ax, extend=beyond, fraction=0.06, pad=0.03, aspect=30)
-    bar.set_label("Explained variance (one head kept)")
-    bar.outline.set_visible(False)
+    mesh = draw_heatmap(ax, shown, limit=colour_limit(shown))
+    label = "Explained variance (one head kept)"
+    add_colorbar(ax, mesh, label, shown=shown, fraction=0.06, pad=0.03, aspect=30)
     significant = evaluation.adjusted[:, index] <= evaluation.spec.permutation.alpha
     ax.set_xticks(
         np.arange(evaluation.n_heads) + 0.5, [f"{h}*" if yes else str(h) for h, yes in enumerate(significant)]
@@ -221,12 +261,12 @@ def plot_heatmap(evaluation: HeadEvaluation, cell_type: str, *, ax: Axes | None 
 
 def barplot_size(n_heads: int, n_types: int) -> tuple[float, float]:
     """Return width and height in inches of :func:`plot_barplot`."""
-    return float(np.clip(0.085 * n_heads * n_types + 2.0, 7.0, 40.0)), 5.0
+    return figure_size(0.085 * n_heads * n_types + 2.0, 5.0, least=(7.0, 5.0))
 
 
 def heatmap_size(n_heads: int, n_genes: int) -> tuple[float, float]:
     """Return width and height in inches of :func:`plot_heatmap`."""
-    return float(np.clip(0.5 * n_heads + 2.6, 5.0, 40.0)), float(np.clip(0.22 * n_genes + 1.4, 3.2, 80.0))
+    return figure_size(0.5 * n_heads + 2.6, 0.22 * n_genes + 1.4, least=(5.0, 3.2))
 
 
 def _max_over_genes(evaluation: HeadEvaluation) -> Float64[np.ndarray, "heads types"]:
@@ -260,14 +300,24 @@ def significance_note(evaluation: HeadEvaluation) -> str:
     return f"{level}; {VALIDITY_SHORT.get(null, null + ' null')}"
 
 
-def _cells(number: int) -> str:
-    return f"{number:,} cell{'' if number == 1 else 's'}"
+def _add_type_legend(ax: Axes, names: Sequence[str], colours: Mapping[str, Any]) -> None:
+    # the texts are set afterwards because a legend drops labels that begin with an underscore
+    handles = [Patch(color=colours[name], linewidth=0, label=str(number)) for number, name in enumerate(names)]
+    look = {"handlelength": 1.0, "handleheight": 1.0, "labelspacing": 0.35, "title_fontsize": 9}
+    legend = add_legend(ax, handles, title="Receiver cell type", alignment="left", ncols=-(-len(names) // 24), **look)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(literal(drawn_label(name)))
 
 
-EFFECTS_STEM = "effects"
-
-_HEAD, _WHOLE, _TRIVIAL, _UNTESTED = "#1f5fa8", "#222222", "#d95f02", "#bbbbbb"
-_ROW, _PANEL, _LABELS, _GAP_X, _GAP_Y = 0.15, 1.75, 0.28, 0.2, 0.46
+_HEAD, _TRIVIAL, _UNTESTED = "#1f5fa8", "#d95f02", "#bbbbbb"
+_EFFECT_STYLES = {
+    "whole_model": PointStyle("all heads (whole model)", INK, INK, marker="D", size=3.4),
+    "significant": PointStyle("head, significant", _HEAD, _HEAD),
+    "not_significant": PointStyle("head, not significant", "white", _HEAD),
+    "no_test": PointStyle("head, no test", _UNTESTED, _UNTESTED),
+}
+_ROW, _PANEL, _LABELS, _TITLE, _GAP_X, _GAP_Y = 0.15, 1.75, 0.28, 0.25, 0.2, 0.46
+"""Inches, and units of the axes: height of a row, width of a panel, room for its labels and title, and gaps."""
 _MOST_COLUMNS = 5
 _LONGEST_TITLE = 26
 _LOWEST = -0.5
@@ -276,10 +326,16 @@ _LOWEST = -0.5
 
 def effects_size(evaluation: HeadEvaluation, n_types: int) -> tuple[float, float]:
     """Return width and height in inches of :func:`plot_effects`."""
-    columns = _grid_columns(n_types)
-    width = columns * (_LABELS + _PANEL + _GAP_X) + 2.0
-    height = math.ceil(n_types / columns) * _panel_height(evaluation) + 0.7
-    return float(np.clip(width, 6.0, 60.0)), float(np.clip(height, 2.2, 80.0))
+    panels = _effect_panels(evaluation, n_types)
+    width = panels.n_columns * panels.step[0] + 2.0
+    height = math.ceil(n_types / panels.n_columns) * panels.step[1] + 0.7
+    return figure_size(width, height, least=(6.0, 2.2))
+
+
+def _effect_panels(evaluation: HeadEvaluation, n_types: int) -> Panels:
+    step = _LABELS + _PANEL + _GAP_X, (evaluation.n_heads + 1) * _ROW + _GAP_Y
+    n_columns = max(1, min(_MOST_COLUMNS, math.ceil(math.sqrt(1.3 * n_types))))
+    return Panels(n_panels=n_types, n_columns=n_columns, step=step, margin=(_LABELS, _TITLE))
 
 
 def has_effects(evaluation: HeadEvaluation, cell_types: Sequence[str] | None = None) -> bool:
@@ -298,42 +354,50 @@ def plot_effects(
             rule="effects are drawn where they are defined",
             fix="choose types with more cells; heads() gives the reasons",
         )
-    canvas = opened(evaluation, ax=ax, cell_types=cell_types, size=lambda names: effects_size(evaluation, len(names)))
-    ax, chosen, rows = canvas.ax, canvas.names, canvas.rows
+    chosen = chosen_types(evaluation, cell_types)
+    rows = [evaluation.type_index(name) for name in chosen]
+    ax = new_axes(effects_size(evaluation, len(chosen))) if ax is None else ax
     points, low, high = _estimates(evaluation, rows)
     trivial = _best_trivial(evaluation, rows)
-    start, stop = _scale(points, low, high, trivial)
-    columns = _grid_columns(len(chosen))
-    step_x, step_y = _LABELS + _PANEL + _GAP_X, _panel_height(evaluation)
-    found = _PanelMarks()
-    for position, name in enumerate(chosen):
-        row, column = divmod(position, columns)
-        left, top = column * step_x + _LABELS, row * step_y + 0.25
-        x = left + (np.clip([points[position], low[position], high[position]], start, stop) - start) * (
-            _PANEL / (stop - start)
-        )
-        y = top + (np.arange(len(points[position])) + 0.5) * _ROW
-        below = position + columns >= len(chosen)
-        _add_panel(ax, left, top, len(y) * _ROW, scale=(start, stop), name=name, with_ticks=below)
-        for label, height in zip(("all", *map(str, range(evaluation.n_heads))), y, strict=True):
-            ax.text(left - 0.05, height, label, ha="right", va="center", fontsize=6.5, color=MUTED)
-        found.add(x, y, evaluation.adjusted[:, rows[position]], alpha=evaluation.spec.permutation.alpha)
-        found.add_beyond(points[position], low[position], high[position], y, left=left, scale=(start, stop))
+    scale = _scale(points, low, high, trivial)
+    panels = _effect_panels(evaluation, len(chosen))
+    height = points.shape[1] * _ROW
+    labels = ["all", *map(str, range(evaluation.n_heads))]
+    estimates: list[Estimate] = []
+    beyond: dict[str, list[tuple[float, float]]] = {"<": [], ">": []}
+    ticks: list[tuple[float, float, float]] = []
+    for position, (left, top) in enumerate(panels.corners()):
+        x_of = partial(_place_on_scale, left=left, scale=scale)
+        y = top + (np.arange(len(labels)) + 0.5) * _ROW
+        is_lowest = position + panels.n_columns >= len(chosen)
+        _draw_panel(ax, left, top, height, scale=scale, name=chosen[position], with_ticks=is_lowest)
+        kinds = ["whole_model", *_kinds(evaluation.adjusted[:, rows[position]], evaluation.spec.permutation.alpha)]
+        for row, (label, kind) in enumerate(zip(labels, kinds, strict=True)):
+            ax.text(left - 0.05, y[row], label, ha="right", va="center", fontsize=6.5, color=MUTED)
+            value, lowest, highest = points[position, row], low[position, row], high[position, row]
+            estimates.append(Estimate(kind, y[row], x_of(value), x_of(lowest), x_of(highest)))
+            if np.fmin(value, lowest) < scale[0]:
+                beyond["<"].append((left, y[row]))
+            if np.fmax(value, highest) > scale[1]:
+                beyond[">"].append((left + _PANEL, y[row]))
         if not np.isfinite(points[position]).any():
-            middle = left + _PANEL / 2, float(y.mean())
+            middle = left + _PANEL / 2, top + height / 2
             ax.text(*middle, "undefined", ha="center", va="center", fontsize=7.5, color=MUTED, gid="undefined")
         if np.isfinite(trivial[position]):
-            tick = left + (np.clip(trivial[position], start, stop) - start) * _PANEL / (stop - start)
-            found.ticks.append((tick, top, top + len(y) * _ROW))
-    found.draw(ax)
-    ax.set_xlim(0, min(columns, len(chosen)) * step_x)
-    ax.set_ylim(math.ceil(len(chosen) / columns) * step_y, 0)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
+            ticks.append((x_of(trivial[position]), top, top + height))
+    handles = draw_estimates(ax, estimates, _EFFECT_STYLES)
+    for marker, places in beyond.items():
+        add_marks(ax, places, marker=marker, size=3.0, color=MUTED, gid="beyond")
+    if ticks:
+        x, start, stop = zip(*ticks, strict=True)
+        ax.vlines(x, start, stop, color=_TRIVIAL, linewidth=1.3, zorder=1.5).set_gid("trivial")
+        tick = Line2D([], [], linestyle="none", marker="|", markersize=9, color=_TRIVIAL, markeredgewidth=1.3)
+        tick.set_label("best without heads")
+        handles.append(tick)
+    panels.set_limits(ax)
     ax.set_xlabel("Explained variance over all genes", fontsize=9)
     ax.set_title("What each head explains alone, by receiver cell type", loc="left", fontsize=12, y=1.0, pad=4)
-    _add_legend(ax, found, with_trivial=bool(np.isfinite(trivial).any()))
+    add_legend(ax, handles, handlelength=1.0, labelspacing=0.5)
     bounds = evaluation.intervals
     add_caption(
         ax,
@@ -343,97 +407,18 @@ def plot_effects(
         f"of width {rounded(bounds.tile_width)}; no line where a type lies in too few tiles.",
         "Rows: all heads together, then each head alone. Filled: significant. "
         f"{significance_note(evaluation).removeprefix('* ').capitalize()}.",
-        "Arrows: beyond the scale." if found.beyond else "",
+        "Arrows: beyond the scale." if any(beyond.values()) else "",
     )
     return ax
 
 
-class _PanelMarks:
-    """Marks of all panels, drawn as one collection of each kind, because a page holds hundreds of rows."""
-
-    def __init__(self) -> None:
-        self.points: dict[str, list[tuple[float, float]]] = {
-            name: [] for name in ("whole_model", "significant", "not_significant", "no_test")
-        }
-        self.lines: list[tuple[float, float, float]] = []
-        self.ticks: list[tuple[float, float, float]] = []
-        self.beyond: dict[str, list[tuple[float, float]]] = {}
-
-    def add(
-        self,
-        x: Float64[np.ndarray, "estimates rows"],
-        y: Float64[np.ndarray, " rows"],
-        adjusted: Float64[np.ndarray, " heads"],
-        *,
-        alpha: float,
-    ) -> None:
-        """Add the rows of a panel, the whole model first, to the marks of their kinds."""
-        for row, height in enumerate(y):
-            if np.isfinite(x[1:, row]).all():
-                self.lines.append((float(height), float(x[1, row]), float(x[2, row])))
-            if np.isfinite(x[0, row]):
-                kind = "whole_model"
-                if row:
-                    p = adjusted[row - 1]
-                    kind = "no_test" if np.isnan(p) else "significant" if p <= alpha else "not_significant"
-                self.points[kind].append((float(x[0, row]), float(height)))
-
-    def add_beyond(
-        self,
-        points: Float64[np.ndarray, " rows"],
-        low: Float64[np.ndarray, " rows"],
-        high: Float64[np.ndarray, " rows"],
-        y: Float64[np.ndarray, " rows"],
-        *,
-        left: float,
-        scale: tuple[float, float],
-    ) -> None:
-        """Add marks for points and interval ends beyond the scale."""
-        outside: tuple[tuple[str, float, Bool[np.ndarray, " rows"]], ...] = (
-            ("<", left, np.fmin(points, low) < scale[0]),
-            (">", left + _PANEL, np.fmax(points, high) > scale[1]),
-        )
-        for marker, x, rows in outside:
-            if rows.any():
-                self.beyond.setdefault(marker, []).extend((x, float(y[row])) for row in np.flatnonzero(rows))
-
-    def draw(self, ax: Axes) -> None:
-        """Draw lines below points."""
-        if self.lines:
-            y, low, high = zip(*self.lines, strict=True)
-            ax.hlines(y, low, high, color=MUTED, linewidth=0.9, zorder=2).set_gid("intervals")
-        if self.ticks:
-            x, top, bottom = zip(*self.ticks, strict=True)
-            ax.vlines(x, top, bottom, color=_TRIVIAL, linewidth=1.3, zorder=1.5).set_gid("trivial")
-        for kind, places in self.points.items():
-            if places:
-                x, y = zip(*places, strict=True)
-                style = _style(kind)
-                ax.scatter(
-                    x,
-                    y,
-                    marker=style["marker"],
-                    s=style["markersize"] ** 2,
-                    facecolors=style["markerfacecolor"],
-                    edgecolors=style["markeredgecolor"],
-                    linewidths=0.9,
-                    zorder=4,
-                    gid=kind,
-                )
-        for marker, places in self.beyond.items():
-            x, y = zip(*places, strict=True)
-            ax.scatter(x, y, marker=marker, s=9, color=MUTED, linewidths=0, zorder=3, gid="beyond")
+def _kinds(adjusted: Float64[np.ndarray, " heads"], alpha: float) -> list[str]:
+    return ["no_test" if np.isnan(p) else "significant" if p <= alpha else "not_significant" for p in adjusted]
 
 
-def _style(kind: str) -> dict[str, Any]:
-    face = {"whole_model": _WHOLE, "significant": _HEAD, "not_significant": "white", "no_test": _UNTESTED}[kind]
-    edge = {"whole_model": _WHOLE, "no_test": _UNTESTED}.get(kind, _HEAD)
-    return {
-        "marker": "D" if kind == "whole_model" else "o",
-        "markersize": 3.4 if kind == "whole_model" else 4.0,
-        "markerfacecolor": face,
-        "markeredgecolor": edge,
-    }
+def _place_on_scale(value: float, *, left: float, scale: tuple[float, float]) -> float:
+    """Return where an effect stands in a panel; one beyond the scale stands at its end."""
+    return left + (float(np.clip(value, *scale)) - scale[0]) * _PANEL / (scale[1] - scale[0])
 
 
 def _estimates(
@@ -469,51 +454,17 @@ def _scale(*values: Float64[np.ndarray, ...]) -> tuple[float, float]:
     return start - margin, stop + margin
 
 
-def _add_panel(
+def _draw_panel(
     ax: Axes, left: float, top: float, height: float, *, scale: tuple[float, float], name: str, with_ticks: bool
 ) -> None:
-    start, stop = scale
-    inches = _PANEL / (stop - start)
     ax.fill_between([left, left + _PANEL], top, top + height, color="#f6f6f6", linewidth=0, zorder=0)
     ax.text(left, top - 0.04, literal(drawn_label(name, longest=_LONGEST_TITLE)), va="bottom", fontsize=8, color=INK)
-    for tick in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(start, stop):
-        if start <= tick <= stop:
-            x = left + (tick - start) * inches
+    for tick in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(*scale):
+        if scale[0] <= tick <= scale[1]:
+            x = _place_on_scale(tick, left=left, scale=scale)
             is_zero = abs(tick) < 1e-9
             colour = "#888888" if is_zero else "#dddddd"
             ax.vlines(x, top, top + height, color=colour, linewidth=0.9 if is_zero else 0.6, zorder=1)
             if with_ticks:
                 shown = f"{0.0 if is_zero else tick:g}"
                 ax.text(x, top + height + 0.04, shown, ha="center", va="top", fontsize=7, color=MUTED)
-
-
-def _add_legend(ax: Axes, found: _PanelMarks, *, with_trivial: bool) -> None:
-    names = {
-        "whole_model": "all heads (whole model)",
-        "significant": "head, significant",
-        "not_significant": "head, not significant",
-        "no_test": "head, no test",
-    }
-    handles = [
-        Line2D([], [], linestyle="none", label=names[kind], **_style(kind)) for kind in names if found.points[kind]
-    ]
-    if with_trivial:
-        handles.append(Line2D([], [], linestyle="none", marker="|", markersize=9, color=_TRIVIAL, markeredgewidth=1.3))
-        handles[-1].set_label("best without heads")
-    ax.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        fontsize=8,
-        handlelength=1.0,
-        labelspacing=0.5,
-    )
-
-
-def _panel_height(evaluation: HeadEvaluation) -> float:
-    return (evaluation.n_heads + 1) * _ROW + _GAP_Y
-
-
-def _grid_columns(n_types: int) -> int:
-    return max(1, min(_MOST_COLUMNS, math.ceil(math.sqrt(1.3 * n_types))))
