@@ -31,7 +31,7 @@ from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, Permutation
 from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.jobs.evaluating import evaluate_job
 from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
-from tests.report.test_html import Page
+from tests.report.test_evaluation_page import Page
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.builders import AWKWARD_TYPES, make_evaluation
-from tests.report.test_html import EVIL, WRITTEN
+from tests.report.test_evaluation_page import EVIL, WRITTEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,3 +1,5 @@
+"""Figures of what is lost without heads, pairs of heads, or senders, and the section on senders."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -6,22 +8,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.common.text import slugify
-from amici_eval.report.figures.ablation_figures import plot_ablations, plot_interactions
+from amici_eval.report.evaluation_sentences import sure_links
+from amici_eval.report.figures.ablation_figures import (
+    plot_ablations,
+    plot_interactions,
+    plot_sender_graph,
+    plot_senders,
+    senders_size,
+)
 from amici_eval.report.figures.evaluation_figures import save_figures
+from amici_eval.report.page.evaluation_page import write_html
 from amici_eval.settings.evaluation import MODES
-from tests.builders import AWKWARD_TYPES, make_evaluation
-from tests.report.test_figures import svg_texts, texts
+from tests.builders import make_evaluation
+from tests.report.test_evaluation_figures import texts
+from tests.report.test_evaluation_page import section
 
 LOST = ("leave_one_out", "mean_z", "resampled_z")
-
-
-@pytest.fixture
-def ax():
-    return Figure(figsize=(16, 6)).add_subplot()
 
 
 def blocks(axes):
@@ -170,15 +177,6 @@ def test_what_cannot_be_drawn_is_refused_in_words(ax, plot):
         plot_interactions(make_evaluation(modes=("keep_one",)), ax=ax)
 
 
-def test_without_axes_pyplot_shows_the_figure():
-    before = plt.get_fignums()
-    for axes in (plot_ablations(make_evaluation(modes=MODES)), plot_interactions(make_evaluation(modes=MODES))):
-        assert axes.figure.number in plt.get_fignums()
-        axes.figure.canvas.draw()
-        plt.close(axes.figure)
-    assert plt.get_fignums() == before
-
-
 @pytest.mark.parametrize(
     ("evaluation", "stems"),
     [
@@ -200,18 +198,109 @@ def test_files_are_written_where_there_is_something_to_show(tmp_path, evaluation
     assert plt.get_fignums() == before
 
 
-def test_chosen_types_only_and_labels_literally_in_svg(tmp_path):
-    evaluation = make_evaluation(modes=MODES)
-    files = {f.stem: f for f in save_figures(evaluation, tmp_path / "all", formats=["svg"])}
-    for stem in ("ablations", "head_interactions"):
-        assert set(AWKWARD_TYPES) <= set(svg_texts(files[stem])), stem
-        assert "<script" not in files[stem].read_text(encoding="utf-8")
-    some = save_figures(evaluation, tmp_path / "some", formats=["svg"], cell_types=["_hidden", "$x$_1"])
-    for path in some[-2:]:
-        assert {"_hidden", "$x$_1"} == set(AWKWARD_TYPES) & set(svg_texts(path))
+def arrows(ax):
+    return {p.get_gid(): p for p in ax.patches if str(p.get_gid()).startswith("link-")}
 
 
-def test_same_evaluation_same_bytes(tmp_path):
-    pages = [save_figures(make_evaluation(modes=MODES), tmp_path / name)[-4:] for name in "ab"]
-    for one, two in zip(*pages, strict=True):
-        assert one.read_bytes() == two.read_bytes(), one.name
+def test_a_panel_of_each_head_holds_what_is_lost(ax, everything):
+    plot_senders(everything, ax=ax)
+    panels = [c for c in ax.collections if isinstance(c, QuadMesh)]
+    assert [p.get_gid() for p in panels] == ["head-0", "head-1", "head-2"]
+    for panel, lost in zip(panels, everything.senders.effect, strict=True):
+        np.testing.assert_array_equal(np.ma.filled(panel.get_array(), np.nan).reshape(7, 7), lost)
+    assert len({panel.get_clim() for panel in panels}) == 1
+    low, high = panels[0].get_clim()
+    assert low == -high == -np.nanmax(np.abs(everything.senders.effect))
+
+
+def test_dots_stand_where_the_interval_lies_above_0_and_the_head_explains_something(ax, everything):
+    useless = everything.expl_var.copy()
+    useless[1] = -0.01
+    everything = dataclasses.replace(everything, expl_var=useless)
+    plot_senders(everything, ax=ax)
+    expected = (everything.senders.low > 0) & (everything.expl_var > 0)[:, :, None]
+    assert 0 < expected.sum() < (everything.senders.low > 0).sum()
+    dots = [c.get_offsets() for c in ax.collections if c.get_gid() == "sure"]
+    assert sum(map(len, dots)) == expected.sum()
+    # the first panel's dots, in cells from its corner
+    corner = ax.collections[0].get_coordinates()[0, 0]
+    size = ax.collections[0].get_coordinates()[1, 1] - corner
+    found = np.floor((np.asarray(dots[0]) - corner) / size).astype(int)
+    assert {(row, column) for column, row in found} == set(zip(*np.nonzero(expected[0]), strict=True))
+
+
+def test_arrows_run_from_sender_to_receiver_the_widest_first(ax, everything):
+    plot_sender_graph(everything, ax=ax)
+    links = sure_links(everything, range(7))
+    drawn = arrows(ax)
+    assert list(drawn) == [f"link-{head}-{receiver}-{sender}" for head, receiver, sender in links[:30].tolist()]
+    widths = [arrow.get_linewidth() for arrow in drawn.values()]
+    assert widths == sorted(widths, reverse=True)
+    lost = [everything.senders.effect[tuple(link)] for link in links]
+    assert lost == sorted(lost, reverse=True)
+    (dots,) = (np.asarray(c.get_offsets()) for c in ax.collections if c.get_gid() == "types")
+    place = dict(zip(everything.senders.senders, dots, strict=True))
+    for (head, receiver, sender), arrow in zip(links.tolist(), drawn.values(), strict=False):
+        start, stop = arrow._posA_posB
+        np.testing.assert_allclose(start, place[everything.senders.senders[sender]])
+        np.testing.assert_allclose(stop, place[everything.cell_types[receiver]])
+        of_head = [a for gid, a in drawn.items() if gid.startswith(f"link-{head}-")]
+        assert {to_rgba(a.get_edgecolor()) for a in of_head} == {to_rgba(arrow.get_edgecolor())}
+    assert len({to_rgba(a.get_edgecolor()) for a in drawn.values()}) == len({link[0] for link in links.tolist()})
+
+
+def test_at_most_thirty_arrows_are_drawn_and_the_caption_counts_the_others(ax, everything):
+    many = dataclasses.replace(
+        everything,
+        expl_var=np.where(np.isnan(everything.expl_var), np.nan, 0.1),
+        senders=dataclasses.replace(everything.senders, low=np.abs(everything.senders.effect)),
+    )
+    plot_sender_graph(many, ax=ax)
+    n_links = len(sure_links(many, range(7)))
+    assert n_links > 30
+    assert len(arrows(ax)) == 30
+    assert f"The 30 largest of {n_links} losses" in texts(ax)
+
+
+def test_without_a_sure_link_the_graph_says_so(ax, everything):
+    none = dataclasses.replace(everything, expl_var=-np.abs(everything.expl_var))
+    plot_sender_graph(none, ax=ax)
+    assert not arrows(ax)
+    assert "no interval lies above 0" in texts(ax)
+    assert "No sender stands out: of " in section(none, "senders")
+
+
+@pytest.mark.parametrize("plot", [plot_senders, plot_sender_graph])
+def test_what_was_not_computed_is_refused_in_words(plot, ax, everything):
+    with pytest.raises(DataError) as caught:
+        plot(make_evaluation(), ax=ax)
+    assert caught.value.value == "it was not computed who talks to whom"
+    with pytest.raises(DataError, match="not computed"):
+        plot(everything, ax=ax, cell_types=["β cell"])
+    with pytest.raises(DataError, match="cell type 'Martian'"):
+        plot(everything, ax=ax, cell_types=["Martian"])
+
+
+@pytest.mark.parametrize(("n_heads", "n_types"), [(1, 2), (9, 20)])
+def test_panels_of_any_number_fit(n_heads, n_types):
+    names = [f"t{i:02d}" for i in range(n_types)]
+    everything = make_evaluation(n_heads, names, inferred="lag", senders=names, with_undefined=False)
+    drawn = plot_senders(everything, ax=Figure(figsize=senders_size(everything, n_types)).add_subplot())
+    (left, right), (bottom, top) = drawn.get_xlim(), drawn.get_ylim()
+    for panel in (c for c in drawn.collections if isinstance(c, QuadMesh)):
+        corners = panel.get_coordinates().reshape(-1, 2)
+        assert ((corners >= [left, top]) & (corners <= [right, bottom])).all()
+
+
+def test_the_page_lists_links_and_describes_both_figures(tmp_path, everything):
+    figures = {f.stem: f for f in save_figures(everything, tmp_path / "figures", formats=["svg"])}
+    page = write_html(everything, tmp_path, figures=figures).read_text(encoding="utf-8")
+    assert '<section id="senders">' in page
+    assert "<script>alert(1)" not in page
+    links = sure_links(everything, range(7))
+    shown = section(everything, "senders")
+    assert shown.count("<tr>") == 1 + min(30, len(links))
+    head, receiver, sender = links[0].tolist()
+    assert f"{everything.senders.effect[head, receiver, sender]:.3f}" in shown
+    assert page.count("Who talks to whom: ") >= 2, "captions, which are read out as well"
+    assert section(make_evaluation(), "senders") == ""

@@ -27,7 +27,7 @@ from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.senders import SENDER_DIFFERENCE_COLUMNS
 from amici_eval.settings.comparison import ComparisonSpec
 from tests.builders import make_comparison
-from tests.report.test_html import Page
+from tests.report.test_evaluation_page import Page
 
 
 @pytest.fixture(scope="module")

@@ -93,53 +93,46 @@ def run_in(tmp_path, monkeypatch):
     return uri, client.create_run(experiment).info.run_id
 
 
-def test_a_run_keeps_moments_with_the_evaluation_and_writes_them_once(tmp_path, monkeypatch):
+@pytest.fixture
+def saved_after(tmp_path, monkeypatch):
+    """The files in the test's folder at each time that moments are written."""
+    there, save = [], Moments.save
+
+    def noted(self, path):
+        there.append(sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.json") if p.is_file()))
+        return save(self, path)
+
+    monkeypatch.setattr(Moments, "save", noted)
+    return there
+
+
+@pytest.mark.parametrize("has_moments", [True, False])
+def test_a_run_gives_the_evaluation_back_with_moments_written_once(tmp_path, monkeypatch, saved_after, has_moments):
     uri, run_id = run_in(tmp_path, monkeypatch)
     with pytest.raises(DataError) as caught:
         load_evaluation(run_id, tracking_uri=uri)
     assert caught.value.value == f"run {run_id} holds no evaluation.json"
-    evaluation, folder, there = with_moments(), tmp_path / "out", []
-    literal = Moments.save
-
-    def save(self, path):
-        there.append(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-        return literal(self, path)
-
-    monkeypatch.setattr(Moments, "save", save)
+    evaluation = with_moments() if has_moments else make_evaluation()
     record = RunRecord(tracking_uri=uri, run_id=run_id, metrics=evaluation_metrics(evaluation))
-    deliver(evaluation, folder, record, report=NO_FIGURES, config_yaml="")
+    deliver(evaluation, tmp_path / "out", record, report=NO_FIGURES, config_yaml="")
     # once, and after all that upload needs
-    assert there == [[str(Path("artifacts") / "evaluation.json"), "upload.json"]]
+    before = [str(Path("out", "artifacts", "evaluation.json")), str(Path("out", "upload.json"))]
+    assert saved_after == ([before] if has_moments else [])
     loaded = load_evaluation(run_id, tracking_uri=uri)
     assert loaded.to_json() == evaluation.to_json()
-    np.testing.assert_array_equal(loaded.moments.residual_m2, evaluation.moments.residual_m2)
+    if has_moments:
+        np.testing.assert_array_equal(loaded.moments.residual_m2, evaluation.moments.residual_m2)
+    else:
+        assert loaded.moments is None
 
 
-def test_a_run_without_moments_gives_the_evaluation(tmp_path, monkeypatch):
-    uri, run_id = run_in(tmp_path, monkeypatch)
-    record = RunRecord(tracking_uri=uri, run_id=run_id)
-    deliver(make_evaluation(), tmp_path / "out", record, report=NO_FIGURES, config_yaml="")
-    loaded = load_evaluation(run_id, tracking_uri=uri)
-    assert loaded.moments is None
-    assert loaded.to_json() == make_evaluation().to_json()
-
-
-def test_moments_are_written_after_the_numbers_and_come_back(tmp_path, monkeypatch):
-    there = []
+def test_moments_are_written_after_the_numbers_and_come_back(tmp_path, saved_after):
     evaluation = with_moments()
-    moments = evaluation.moments
-    literal = Moments.save
-
-    def save(self, path):
-        there.extend(sorted(p.name for p in tmp_path.iterdir()))
-        return literal(self, path)
-
-    monkeypatch.setattr(Moments, "save", save)
     write_artifacts(evaluation, tmp_path, report=NO_FIGURES, config_yaml="a: 1\n")
-    assert there == ["evaluation.json"]
+    assert saved_after == [["evaluation.json"]]
     loaded = HeadEvaluation.load(tmp_path)
     assert loaded.ablations.modes == MODES
-    np.testing.assert_array_equal(loaded.moments.residual_m2, moments.residual_m2)
+    np.testing.assert_array_equal(loaded.moments.residual_m2, evaluation.moments.residual_m2)
     assert (tmp_path / "tables" / "ablations.csv").is_file()
 
 

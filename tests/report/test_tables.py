@@ -1,4 +1,9 @@
+"""Tables as files, and significance.json."""
+
 from __future__ import annotations
+
+import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -7,8 +12,8 @@ from pandas.testing import assert_frame_equal
 
 from amici_eval.common.errors import OutputError
 from amici_eval.common.text import slugify
-from amici_eval.report.evaluation_sentences import best_heads, summary_lines
-from amici_eval.report.tables import write_tables
+from amici_eval.report.evaluation_sentences import VALIDITY, summary_lines
+from amici_eval.report.tables import write_significance, write_tables
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
@@ -57,33 +62,58 @@ def test_columns_are_those_of_the_contract(tmp_path):
     assert (len(GENE_COLUMNS), len(HEAD_COLUMNS)) == (10, 29)
 
 
-def test_genes_read_back_equal_from_csv_and_parquet(tmp_path):
-    evaluation = make_evaluation()
-    write_tables(evaluation, tmp_path)
-    frame = evaluation.to_frame()
-    assert frame["expl_var_head_gene"].isna().any()
-    assert_frame_equal(pd.read_parquet(tmp_path / "tables" / "explained_variance.parquet"), frame, check_exact=True)
-    from_csv = read(tmp_path / "tables" / "explained_variance.csv")
-    from_csv["undefined_reason"] = from_csv["undefined_reason"].fillna("").astype(object)
-    assert_frame_equal(from_csv, frame, check_exact=True)
+@pytest.fixture(scope="module")
+def evaluation():
+    held_out = [True, False, None, True, False, None, True]
+    senders = ("CD8+_T_Cells", "other", "β cell")
+    return make_evaluation(inferred="lag", n_widths=3, modes=MODES, senders=senders, held_out=held_out)
 
 
-def test_heads_and_baselines_read_back_equal(tmp_path):
-    evaluation = make_evaluation(held_out=[True, False, None, True, False, None, True])
-    write_tables(evaluation, tmp_path)
-    booleans = dict.fromkeys(["significant_free", "significant", "held_out"], "boolean")
-    heads = read(tmp_path / "tables" / "heads.csv", dtype=booleans)
-    expected = evaluation.heads()
-    for name in expected:
-        left, right = heads[name], expected[name]
-        if name in ("undefined_reason", "best_gene", "significant_by"):
-            left, right = left.fillna(""), right.fillna("")
-        assert (
-            left.tolist() == right.tolist()
-            or (left.astype(object).fillna("?") == right.astype(object).fillna("?")).all()
-        )
-    assert heads["held_out"].isna().sum() == 2 * 3
-    assert_frame_equal(read(tmp_path / "tables" / "baselines.csv"), evaluation.baselines(), check_exact=True)
+@pytest.fixture(scope="module")
+def tables(evaluation, tmp_path_factory):
+    return write_tables(evaluation, tmp_path_factory.mktemp("full"))[0].parent
+
+
+@pytest.fixture(scope="module")
+def empty_tables(tmp_path_factory):
+    """Tables of an evaluation where nothing was computed that can be left out."""
+    return write_tables(make_evaluation(), tmp_path_factory.mktemp("empty"))[0].parent
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "n_rows"),
+    [
+        ("explained_variance", "to_frame", 3 * 7 * 5),
+        ("heads", "heads", 3 * 7),
+        ("baselines", "baselines", 6 * 7),
+        ("held_out", "held_out_frame", (3 + 1) * 7),
+        # the last type is undefined, the first has one width of three
+        ("scales", "scales_frame", 3 * (5 * 3 + 1)),
+        ("ablations", "ablations_frame", 3 * 7 * 7),
+        ("head_interactions", "interactions_frame", 3 * 7),
+        ("senders", "senders_frame", 3 * 7 * 3),
+    ],
+)
+def test_tables_read_back_equal_and_are_empty_where_not_computed(tables, empty_tables, evaluation, name, frame, n_rows):
+    expected = getattr(evaluation, frame)()
+    found = read(tables / f"{name}.csv", keep_default_na=False, na_values=[""])
+    assert list(found) == list(expected)
+    assert len(found) == len(expected) == n_rows
+    for column in expected:
+        left, right = (one[column].astype(object).where(one[column].notna(), "") for one in (found, expected))
+        assert left.tolist() == right.tolist() or left.astype(str).tolist() == right.astype(str).tolist(), column
+    assert read(empty_tables / f"{name}.csv").empty == (name not in ("explained_variance", "heads", "baselines"))
+
+
+@pytest.mark.parametrize(
+    ("name", "frame"), [("explained_variance", "to_frame"), ("sender_genes", "sender_genes_frame")]
+)
+def test_parquet_reads_back_equal(tables, empty_tables, evaluation, name, frame):
+    expected = getattr(evaluation, frame)()
+    assert_frame_equal(pd.read_parquet(tables / f"{name}.parquet"), expected, check_exact=True)
+    empty = pd.read_parquet(empty_tables / f"{name}.parquet")
+    assert empty.empty == (name == "sender_genes")
+    assert empty.dtypes.to_dict() == expected.dtypes.to_dict()
 
 
 def test_booleans_and_missing_values_in_csv(tmp_path):
@@ -96,51 +126,10 @@ def test_booleans_and_missing_values_in_csv(tmp_path):
     assert rows.loc[("0", "A"), "significant"] in ("True", "False")
 
 
-def test_held_out_cells_and_scales_read_back_equal_and_are_empty_where_not_computed(tmp_path):
-    evaluation = make_evaluation(inferred="lag", n_widths=3)
-    write_tables(evaluation, tmp_path / "full")
-    held_out = read(tmp_path / "full" / "tables" / "held_out.csv", keep_default_na=False, na_values=[""])
-    expected = evaluation.held_out_frame()
-    assert len(held_out) == (3 + 1) * 7
-    assert held_out["head"].tolist() == expected["head"].astype(str).tolist()
-    numbers = [name for name in expected if name not in ("head", "ct_name", "undefined_reason")]
-    for name in numbers:
-        np.testing.assert_array_equal(held_out[name], expected[name], err_msg=name)
-    scales = read(tmp_path / "full" / "tables" / "scales.csv")
-    # the last type is undefined, the first has one width of three
-    assert len(scales) == 3 * (5 * 3 + 1)
-    assert_frame_equal(scales, evaluation.scales_frame(), check_exact=True)
-    write_tables(make_evaluation(), tmp_path / "empty")
-    for name in ("held_out", "scales"):
-        assert read(tmp_path / "empty" / "tables" / f"{name}.csv").empty
-
-
-def test_ablations_read_back_equal_and_are_empty_where_not_computed(tmp_path):
-    evaluation = make_evaluation(modes=MODES)
-    write_tables(evaluation, tmp_path / "full")
-    for name, frame in (
-        ("ablations", evaluation.ablations_frame()),
-        ("head_interactions", evaluation.interactions_frame()),
-    ):
-        assert len(frame) == {"ablations": 3 * 7 * 7, "head_interactions": 3 * 7}[name]
-        assert_frame_equal(read(tmp_path / "full" / "tables" / f"{name}.csv"), frame, check_exact=True)
-    write_tables(make_evaluation(), tmp_path / "empty")
-    for name in ("ablations", "head_interactions"):
-        assert read(tmp_path / "empty" / "tables" / f"{name}.csv").empty
-
-
-def test_senders_read_back_equal_and_are_empty_where_not_computed(tmp_path):
-    evaluation = make_evaluation(senders=("CD8+_T_Cells", "other", "β cell"))
-    write_tables(evaluation, tmp_path / "full")
+def test_genes_of_senders_are_those_of_the_evaluation(evaluation):
     frame, genes = evaluation.senders_frame(), evaluation.sender_genes_frame()
-    assert len(frame) == 3 * 7 * 3
-    read_back = read(tmp_path / "full" / "tables" / "senders.csv", keep_default_na=False, na_values=[""])
-    for name in frame:
-        left, right = (one[name].astype(object).where(one[name].notna(), "").tolist() for one in (read_back, frame))
-        assert left == right, name
     # none from a type to itself, none into the type of one cell
     assert len(genes) == 3 * (7 * 3 - 1 - 3) * 5
-    assert_frame_equal(pd.read_parquet(tmp_path / "full" / "tables" / "sender_genes.parquet"), genes, check_exact=True)
     one = genes[(genes["head"] == 1) & (genes["ct_name"] == "_hidden") & (genes["sender"] == "other")]
     at = 1, evaluation.type_index("_hidden"), 1
     np.testing.assert_array_equal(one["expl_var_lost"], evaluation.senders.effect_gene[at])
@@ -148,11 +137,6 @@ def test_senders_read_back_equal_and_are_empty_where_not_computed(tmp_path):
     assert row["expl_var_lost"] == evaluation.senders.effect[at]
     assert row["best_gene"] == one["gene"].iloc[int(one["expl_var_lost"].argmax())]
     assert row["undefined_reason"] == ""
-    write_tables(make_evaluation(), tmp_path / "empty")
-    assert read(tmp_path / "empty" / "tables" / "senders.csv").empty
-    empty = pd.read_parquet(tmp_path / "empty" / "tables" / "sender_genes.parquet")
-    assert empty.empty
-    assert empty.dtypes.to_dict() == genes.dtypes.to_dict()
 
 
 def test_links_without_a_value_say_why():
@@ -165,43 +149,6 @@ def test_links_without_a_value_say_why():
     )
     missing = frame[["expl_var_lost", "ci_low", "ci_high", "p_value"]].isna().any(axis=1)
     assert (frame["undefined_reason"] != "").eq(missing).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, "Predictions by the hooked engine."),
-        (
-            {"engine": "factored", "parity": 2.04e-7, "parity_cells": 1280},
-            "Predictions by the factored engine; on 1,280 cells the factored and the hooked engine differ by at most "
-            "2e-07 in any predicted value.",
-        ),
-        (
-            {"parity": float("inf"), "parity_cells": 1},
-            "Predictions by the hooked engine; on 1 cell the factored and the hooked engine differ by no finite "
-            "number.",
-        ),
-    ],
-)
-def test_summary_says_the_engine(arguments, expected):
-    assert expected in summary_lines(make_evaluation(**arguments))
-
-
-def test_summary_says_how_permutations_were_drawn():
-    evaluation = make_evaluation(2, ["A", "B", "C"], with_undefined=False, sampling=("cyclic", "cyclic", "independent"))
-    low, high = sorted(evaluation.n_cells[:2] - 1)
-    text = "\n".join(summary_lines(evaluation))
-    assert (
-        f"(free null, 999 permutations in 1 type and {low:,} to {high:,} permutations as cyclic shifts of one random "
-        "order in 2 types, BH over all tests)" in text
-    )
-    assert "(free null, 999 permutations, BH over all tests)" in "\n".join(summary_lines(make_evaluation()))
-
-
-def test_summary_counts_cyclic_permutations_before_it_says_too_few():
-    one = make_evaluation(1, ["A"], n_permutations=9, with_undefined=False, sampling=("cyclic",))
-    assert one.n_cells[0] > 20
-    assert "nothing can be significant" not in "\n".join(summary_lines(one))
 
 
 def test_labels_map_every_slug_to_its_label(tmp_path):
@@ -219,64 +166,6 @@ def test_labels_with_commas_quotes_and_breaks_survive(tmp_path):
     assert sorted(set(heads["ct_name"])) == sorted(names)
 
 
-def test_best_heads_are_those_of_the_evaluation():
-    evaluation = make_evaluation()
-    best = best_heads(evaluation)
-    assert best["ct_name"].tolist() == sorted(AWKWARD_TYPES)[:-1]
-    by_type = {name: evaluation.expl_var[:, evaluation.type_index(name)] for name in best["ct_name"]}
-    assert best["head"].tolist() == [int(np.nanargmax(values)) for values in by_type.values()]
-
-
-def test_summary_warns_of_p_values_that_mean_little():
-    few = "\n".join(summary_lines(make_evaluation(n_permutations=9)))
-    assert "With 9 permutations no p-value can be below 0.1: nothing can be significant; draw more." in few
-    assert "nothing can be significant" not in "\n".join(summary_lines(make_evaluation(n_permutations=19)))
-
-
-def test_summary_says_effects_before_tests_and_everything_once():
-    evaluation = make_evaluation()
-    lines = summary_lines(evaluation)
-    text = "\n".join(lines)
-    assert lines[0] == f"3 attention heads x 7 cell types evaluated on {evaluation.n_cells.sum():,} cells and 5 genes."
-    assert f"{evaluation.n_significant} of 17 tested head x type pairs are significant at adjusted p <= 0.05" in text
-    assert "4 of 21 pairs have no test" in text
-    assert text.index("Largest effect") < text.index("significant")
-    head, index = np.unravel_index(np.nanargmax(evaluation.expl_var), evaluation.expl_var.shape)
-    value, name = evaluation.expl_var[head, index], evaluation.cell_types[index]
-    assert f"head {head}, kept alone, explains {value:.3f} of the expression variance of {name};" in text
-    assert "Undefined: β cell, all heads: 1 cell; at least 3 needed." in lines
-    assert "Undefined: <script>alert(1)</script>, head 2: predictions are constant." in lines
-    assert "Undefined: $x$_1, 1 gene (HLA-DRA): expression is constant." in lines
-    assert "Note: coordinates look like pixels: median distance 812." in lines
-    assert "anticonservative" in text
-    table = lines[lines.index(next(line for line in lines if line.startswith("cell type"))) + 1 :]
-    table = [row for row in table if not row.startswith("Undefined: ")]
-    assert [row.split()[0] for row in table] == sorted(AWKWARD_TYPES)[:-1]
-
-
-@pytest.mark.parametrize(
-    ("held_out", "expected"),
-    [
-        ((True, True), "Held out: the model was fitted on none of the evaluated cells."),
-        ((False, False), "In-sample: the model was fitted on some or all"),
-        ((None, None), "It is not known which cells the model was fitted on"),
-        ((True, False), "Of 2 types: 1 held out, 1 in-sample. Effects and p-values of those that are not held out are"),
-        ((True, None), "Of 2 types: 1 held out, 1 unknown. Effects and p-values of those that are not held out are"),
-    ],
-)
-def test_summary_says_what_is_held_out(held_out, expected):
-    lines = summary_lines(make_evaluation(2, ["A", "B"], held_out=held_out))
-    assert any(line.startswith(expected) for line in lines)
-
-
-def test_summary_stays_narrow_and_on_its_lines():
-    evaluation = make_evaluation(2, ["x" * 200, "a\x1b[31m\nb", "z"], notes=["one\ntwo"])
-    lines = summary_lines(evaluation)
-    table = lines[lines.index(next(line for line in lines if line.startswith("cell type"))) :]
-    assert max(len(row) for row in table if not row.startswith("Undefined: ")) <= 100
-    assert not any(character in line for line in lines for character in "\n\x1b")
-
-
 def test_an_evaluation_without_any_value_has_a_summary(tmp_path):
     evaluation = make_evaluation(2, ["only"])
     lines = summary_lines(evaluation)
@@ -285,7 +174,158 @@ def test_an_evaluation_without_any_value_has_a_summary(tmp_path):
     assert len(write_tables(evaluation, tmp_path)) == 11
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "tables" / "heads.csv").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"heads\.csv cannot be written .*: .* must take new files; free space or"):
-        write_tables(make_evaluation(), tmp_path)
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_tables, "tables/heads.csv"), (write_significance, "significance.json")]
+)
+def test_a_file_that_cannot_be_written_is_named(tmp_path, write, name):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(OutputError, match=rf"{name} cannot be written .*: .* must take new files; free space or"):
+        write(make_evaluation(), tmp_path)
+
+
+NO_SAMPLING = dict.fromkeys(("independent", "cyclic", "sequential", "gpd", "moments", "none"), 0)
+
+
+def record_of(evaluation, folder):
+    return json.loads(write_significance(evaluation, folder).read_text(encoding="utf-8"))
+
+
+def test_significance_says_engine_parity_and_sampling(tmp_path):
+    sampling = ("cyclic", "cyclic", "independent", "independent", "independent", "cyclic", "")
+    evaluation = make_evaluation(engine="factored", parity=2e-7, parity_cells=128, sampling=sampling)
+    record = record_of(evaluation, tmp_path)
+    assert record["engine"] == "factored"
+    assert record["parity"] == {"max_abs_difference": 2e-7, "n_cells": 128}
+    assert record["sampling"] == {**NO_SAMPLING, "independent": 3, "cyclic": 3, "none": 1}
+    expected = [*(evaluation.n_cells[:2] - 1), 999, 999, 999, evaluation.n_cells[5] - 1, 0]
+    assert record["test"]["n_permutations_by_type"] == dict(zip(evaluation.cell_types, expected, strict=True))
+    bad = make_evaluation(parity=float("nan"), parity_cells=3)
+    record = record_of(bad, tmp_path)
+    assert record["parity"] == {"max_abs_difference": None, "n_cells": 3}
+
+
+def test_significance_says_test_families_and_reasons(tmp_path):
+    evaluation = make_evaluation(alpha=0.1)
+    path = write_significance(evaluation, tmp_path / "run")
+    assert path == tmp_path / "run" / "significance.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    validity = record.pop("validity")
+    assert record == {
+        "schema_version": 3,
+        "engine": "hooked",
+        "decided_by": "free",
+        "test": {
+            "null": "free",
+            "method": "monte_carlo",
+            "tail": "none",
+            "stop_at": 20,
+            "convention": "add_one",
+            "n_permutations": 999,
+            "n_permutations_by_type": {**dict.fromkeys(sorted(AWKWARD_TYPES), 999), "β cell": 0},
+            "alpha": 0.1,
+            "seed": 0,
+            "adjustment": "bh",
+            "spatial": None,
+        },
+        "sampling": {**NO_SAMPLING, "independent": 6, "none": 1},
+        "families": {
+            "heads_x_types": {
+                "n_heads": 3,
+                "n_types": 7,
+                "n_pairs": 21,
+                "n_tests": 17,
+                "n_significant": int((evaluation.p_value_adj <= 0.1).sum()),
+                "n_undefined": 4,
+                "undefined_reasons": {"1 cell; at least 3 needed": 3, "predictions are constant": 1},
+            },
+            "heads_x_types_spatial": None,
+            "genes": None,
+        },
+        "undefined_genes": {"expression is constant": 1},
+        "parity": None,
+        "intervals": None,
+        "baselines": None,
+    }
+    assert validity == {"free": VALIDITY["free"]}
+    assert "anticonservative" in validity["free"]
+    assert "spatially autocorrelated" in validity["free"]
+
+
+def test_nothing_undefined_leaves_the_keys(tmp_path):
+    record = record_of(make_evaluation(with_undefined=False), tmp_path)
+    family = record["families"]["heads_x_types"]
+    assert (family["n_undefined"], family["undefined_reasons"], record["undefined_genes"]) == (0, {}, {})
+
+
+def test_significance_says_what_the_spatial_test_was_and_found(tmp_path):
+    evaluation = make_evaluation(inferred="tile", n_widths=3, alpha=0.1)
+    record = record_of(evaluation, tmp_path)
+    types, found = evaluation.cell_types, evaluation.spatial
+    assert record["decided_by"] == "tile"
+    assert record["test"]["null"] == "free"
+    spatial = record["test"]["spatial"]
+    assert (spatial["null"], spatial["alpha"]) == ("tile", 0.1)
+    assert spatial["methods"] == {**dict.fromkeys(types, "monte_carlo"), "β cell": ""}
+    for name in ("reach", "correlation_length"):
+        values = dict(zip(types, getattr(found, name), strict=True))
+        assert spatial[name] == {**values, "β cell": None}
+    assert [len(spatial["widths"][name]) for name in types] == [1, 3, 3, 3, 3, 3, 0]
+    assert spatial["widths"][types[1]] == [25.0, 50.0, 75.0]
+    free, pairs = record["families"]["heads_x_types"], record["families"]["heads_x_types_spatial"]
+    assert free["n_significant"] == evaluation.n_significant_free != evaluation.n_significant
+    assert (free["n_tests"], free["n_undefined"]) == (17, 4)
+    assert "effective sample size" not in "".join(free["undefined_reasons"])
+    (lacking,) = [reason for _, _, reason in found.reasons]
+    assert pairs == {
+        "null": "tile",
+        "adjustment": "bh",
+        "n_heads": 3,
+        "n_types": 7,
+        "n_pairs": 21,
+        "n_tests": evaluation.n_decided,
+        "n_significant": evaluation.n_significant,
+        "n_undefined": 5,
+        "undefined_reasons": {"1 cell; at least 3 needed": 3, "predictions are constant": 1, lacking: 1},
+    }
+    assert record["families"]["genes"] == {
+        "null": "lag",
+        "adjustment": "bh",
+        "n_tests": int(np.isfinite(found.p_value_gene).sum()),
+        "n_significant": int((found.p_value_adj_gene <= 0.1).sum()),
+        "n_undefined": int(np.isnan(found.p_value_gene).sum()),
+    }
+    assert record["intervals"] == {
+        "confidence": 0.95,
+        "n_resamples": 1000,
+        "tile_width": 75.0,
+        "n_tiles": {**dict.fromkeys(types, 12), types[0]: 2},
+    }
+    assert record["baselines"] == {
+        "names": ["neighbour_types", "neighbour_expression", "position"],
+        "fitted_on": "training cells",
+    }
+    # genes are tested by the lag null, whatever the null of the heads
+    assert record["validity"] == {null: VALIDITY[null] for null in ("tile", "lag", "free")}
+
+
+def test_significance_names_what_each_family_is_adjusted_by(tmp_path):
+    evaluation = make_evaluation(inferred="lag")
+    test = dataclasses.replace(evaluation.spec.permutation, adjustment="maxt")
+    changed = dataclasses.replace(evaluation, spec=dataclasses.replace(evaluation.spec, permutation=test))
+    record = record_of(changed, tmp_path)
+    assert record["test"]["adjustment"] == "maxt"
+    assert {record["families"][name]["adjustment"] for name in ("heads_x_types_spatial", "genes")} == {"holm"}
+
+
+def test_a_type_whose_p_came_without_permutations_has_a_test(tmp_path):
+    evaluation = make_evaluation(2, ["A", "B"], with_undefined=False)
+    without = dataclasses.replace(
+        evaluation,
+        exceedances=np.full((2, 2), -1),
+        n_permutations_by_type=np.array([0, 0]),
+        sampling=("moments", "moments"),
+    )
+    record = record_of(without, tmp_path)
+    assert record["sampling"] == {**NO_SAMPLING, "moments": 2}
+    assert record["test"]["n_permutations_by_type"] == {"A": 0, "B": 0}
+    assert record["families"]["heads_x_types"]["n_tests"] == 4

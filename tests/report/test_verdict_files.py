@@ -14,7 +14,7 @@ from amici_eval.report.verdict_files import (
     write_verdict_page,
 )
 from amici_eval.results.verdict import RuleResult, Verdict
-from tests.report.test_html import Page
+from tests.report.test_evaluation_page import Page
 
 ODD = "<script>|`x`\x07\n]]>&\ud800\ufffe\U0001f9ec"
 

@@ -1,8 +1,12 @@
+"""Figures of heads kept alone, and all figures of an evaluation as files."""
+
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
+from functools import partial
 from xml.etree import ElementTree
 
 import matplotlib
@@ -14,13 +18,23 @@ from matplotlib.figure import Figure
 
 from amici_eval.common.errors import DataError, InvalidSpecError, OutputError
 from amici_eval.common.text import slugify
-from amici_eval.report.figures.evaluation_figures import plot_barplot, plot_heatmap, save_figures, significance_note
+from amici_eval.report.figures.ablation_figures import (
+    plot_ablations,
+    plot_interactions,
+    plot_sender_graph,
+    plot_senders,
+)
+from amici_eval.report.figures.evaluation_figures import (
+    effects_size,
+    has_effects,
+    plot_barplot,
+    plot_effects,
+    plot_heatmap,
+    save_figures,
+    significance_note,
+)
+from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation
-
-
-@pytest.fixture
-def ax():
-    return Figure(figsize=(8, 5)).add_subplot()
 
 
 def bars(axes):
@@ -91,12 +105,10 @@ def test_undefined_bars_are_crosses_and_named(ax):
     (undefined,) = marks(ax, "undefined")
     assert len(undefined.get_offsets()) == 3
     assert "× undefined, no bar: β cell" in texts(ax)
-
-
-def test_without_undefined_nothing_is_said_of_it(ax):
-    plot_barplot(make_evaluation(with_undefined=False), ax=ax)
-    assert marks(ax, "undefined") == []
-    assert "undefined" not in texts(ax)
+    other = Figure().add_subplot()
+    plot_barplot(make_evaluation(with_undefined=False), ax=other)
+    assert marks(other, "undefined") == []
+    assert "undefined" not in texts(other)
 
 
 def test_legend_names_all_types_sorted_and_literally(ax):
@@ -200,15 +212,6 @@ def test_heatmap_refuses_unknown_types_and_sizes(ax):
         plot_heatmap(make_evaluation(), "_hidden", ax=ax, n_top_genes=0)
 
 
-def test_without_axes_pyplot_shows_the_figure():
-    before = plt.get_fignums()
-    for axes in (plot_barplot(make_evaluation()), plot_heatmap(make_evaluation(), "$x$_1")):
-        assert axes.figure.number in plt.get_fignums()
-        axes.figure.canvas.draw()
-        plt.close(axes.figure)
-    assert plt.get_fignums() == before
-
-
 def test_files_have_the_names_of_the_contract(tmp_path):
     evaluation = make_evaluation()
     calls = []
@@ -233,34 +236,11 @@ def test_only_the_chosen_types_and_formats_are_written(tmp_path):
     ]
 
 
-def test_labels_come_out_literally_in_svg(tmp_path):
-    evaluation = make_evaluation()
-    files = {f.stem: f for f in save_figures(evaluation, tmp_path, formats=["svg"])}
-    assert set(AWKWARD_TYPES) <= set(svg_texts(files["expl_variance_barplot_per_head"]))
-    for index, name in enumerate(evaluation.cell_types):
-        drawn = svg_texts(files[f"expl_variance_heatmap_{slugify(name)}"])
-        assert any(text.startswith(f"{name} ({evaluation.n_cells[index]}") for text in drawn)
-    assert {"$g$", "<b>"} <= set(svg_texts(files[f"expl_variance_heatmap_{slugify('$x$_1')}"]))
-    assert not any("<script" in f.read_text(encoding="utf-8") for f in files.values())
-
-
 def test_control_characters_and_scripts_the_font_lacks_do_no_harm(tmp_path):
     files = save_figures(make_evaluation(2, ["a\x00b\nc", "細胞", "z"]), tmp_path)
     drawn = svg_texts(files[3])
     assert "細胞" in drawn
     assert r"a\x00b\x0ac" in drawn
-
-
-def test_same_evaluation_same_bytes_whatever_the_style(tmp_path):
-    first = save_figures(make_evaluation(), tmp_path / "a")
-    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.fonttype": "path", "text.usetex": True}):
-        second = save_figures(make_evaluation(), tmp_path / "b")
-    other = save_figures(make_evaluation(seed=1), tmp_path / "c")
-    for one, two, three in zip(first, second, other, strict=True):
-        assert one.read_bytes() == two.read_bytes(), one.name
-        if "cell-" not in one.name:
-            assert one.read_bytes() != three.read_bytes(), one.name
-    assert not re.search(rb"<dc:date>", first[1].read_bytes())
 
 
 def test_global_state_is_as_before(tmp_path):
@@ -291,3 +271,167 @@ def test_tables_and_page_load_no_matplotlib():
     code = "import sys, amici_eval.report.page.evaluation_page as page; print('matplotlib' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
+
+
+def places(ax, gid):
+    return np.concatenate([np.asarray(c.get_offsets()) for c in ax.collections if c.get_gid() == gid] or [[]])
+
+
+def segments(ax, gid):
+    return [np.asarray(s) for c in ax.collections if c.get_gid() == gid for s in c.get_segments()]
+
+
+def to_effect(ax, everything):
+    """Return the map from place to effect within the first panel, from two heads of it."""
+    values = np.concatenate([[everything.expl_var_full[0]], everything.expl_var[:, 0]])
+    drawn = np.concatenate(
+        [
+            places(ax, kind)
+            for kind in ("whole_model", "significant", "not_significant", "no_test")
+            if len(places(ax, kind))
+        ]
+    )
+    first = drawn[(drawn[:, 0] < 2.1) & (drawn[:, 1] < 1.0)]
+    x = first[np.argsort(first[:, 1]), 0]
+    return np.polyfit(x, values, 1), x, values
+
+
+def test_points_are_effects_on_one_scale(ax, everything):
+    plot_effects(everything, ax=ax)
+    line, x, values = to_effect(ax, everything)
+    np.testing.assert_allclose(np.polyval(line, x), values, atol=1e-9)
+
+
+def test_heads_are_filled_where_the_null_that_decides_says_so(ax, everything):
+    plot_effects(everything, ax=ax)
+    assert everything.n_significant != everything.n_significant_free
+    defined = np.isfinite(everything.expl_var)
+    assert len(places(ax, "significant")) == everything.n_significant
+    assert len(places(ax, "not_significant")) == everything.n_decided - everything.n_significant
+    assert len(places(ax, "no_test")) == (defined & np.isnan(everything.adjusted)).sum() == 2
+    assert len(places(ax, "whole_model")) == 6
+    (filled,) = (c for c in ax.collections if c.get_gid() == "significant")
+    (hollow,) = (c for c in ax.collections if c.get_gid() == "not_significant")
+    assert filled.get_facecolor().tolist() == filled.get_edgecolor().tolist() == hollow.get_edgecolor().tolist()
+    assert hollow.get_facecolor()[0].tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert "adjusted p ≤ 0.05, in-sample; lag null" in texts(ax).lower()
+
+
+def test_intervals_run_from_bound_to_bound(ax, everything):
+    plot_effects(everything, ax=ax, cell_types=["CD8+_T_Cells"])
+    index = everything.cell_types.index("CD8+_T_Cells")
+    drawn = sorted(segments(ax, "intervals"), key=lambda one: one[0, 1])
+    assert len(drawn) == 1 + 3
+    bounds = everything.intervals
+    low = np.array([bounds.full_low[index], *bounds.low[:, index]])
+    high = np.array([bounds.full_high[index], *bounds.high[:, index]])
+    x = np.array([[one[0, 0], one[1, 0]] for one in drawn])
+    line = np.polyfit(x.ravel(), np.column_stack([low, high]).ravel(), 1)
+    np.testing.assert_allclose(np.polyval(line, x), np.column_stack([low, high]), atol=1e-9)
+
+
+def test_a_tick_stands_at_the_best_predictor_without_heads(ax, everything):
+    plot_effects(everything, ax=ax)
+    line, _, _ = to_effect(ax, everything)
+    ticks = segments(ax, "trivial")
+    assert len(ticks) == 6, "the last type has none"
+    np.testing.assert_allclose(np.polyval(line, ticks[0][0, 0]), everything.trivial.expl_var[:, 0].max(), atol=1e-9)
+
+
+def test_without_intervals_and_baselines_there_are_points_alone(ax):
+    plot_effects(make_evaluation(), ax=ax)
+    assert segments(ax, "intervals") == segments(ax, "trivial") == []
+    assert len(places(ax, "whole_model")) == 6
+    assert "intervals" not in texts(ax)
+    assert "free null; anticonservative" in texts(ax)
+    assert [t.get_text() for t in ax.get_legend().get_texts()][-1] != "best without heads"
+
+
+def test_a_bad_head_does_not_take_all_the_scale(ax, everything):
+    values = everything.expl_var.copy()
+    values[0, 1] = -80.0
+    changed = dataclasses.replace(everything, expl_var=values, intervals=None)
+    plot_effects(changed, ax=ax)
+    assert len(places(ax, "beyond")) == 1
+    assert "Arrows: beyond the scale." in texts(ax)
+    np.testing.assert_allclose(np.ptp(places(ax, "whole_model")[:, 0]) > 1.0, True)
+
+
+def test_a_type_without_effects_says_so(ax, everything):
+    plot_effects(everything, ax=ax)
+    assert [t.get_text() for t in ax.texts if t.get_gid() == "undefined"] == ["undefined"]
+
+
+def test_nothing_to_draw_is_refused_in_words(ax, everything):
+    assert not has_effects(everything, ["β cell"])
+    with pytest.raises(DataError) as caught:
+        plot_effects(everything, ax=ax, cell_types=["β cell"])
+    assert caught.value.value == "no head has an explained variance"
+    assert caught.value.fix == "choose types with more cells; heads() gives the reasons"
+    with pytest.raises(DataError, match="cell type 'Martian'"):
+        plot_effects(everything, ax=ax, cell_types=["Martian"])
+
+
+@pytest.mark.parametrize(("n_heads", "n_types"), [(1, 1), (8, 19), (16, 60)])
+def test_panels_of_any_number_fit(n_heads, n_types):
+    evaluation = make_evaluation(n_heads, [f"t{i:02d}" for i in range(n_types)], inferred="lag", with_undefined=False)
+    figure = Figure(figsize=effects_size(evaluation, n_types))
+    drawn = plot_effects(evaluation, ax=figure.add_subplot())
+    points = [place for kind in ("significant", "not_significant", "no_test") for place in places(drawn, kind)]
+    assert len(points) == n_heads * n_types
+    (left, right), (bottom, top) = drawn.get_xlim(), drawn.get_ylim()
+    assert all(left < x < right and top < y < bottom for x, y in points)
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        *(plot_barplot, partial(plot_heatmap, cell_type="$x$_1"), plot_effects, plot_ablations, plot_interactions),
+        *(plot_senders, plot_sender_graph),
+    ],
+)
+def test_without_axes_pyplot_shows_the_figure(plot, everything):
+    before = plt.get_fignums()
+    figure = plot(everything).figure
+    assert figure.number in plt.get_fignums()
+    figure.canvas.draw()
+    plt.close(figure)
+    assert plt.get_fignums() == before
+
+
+def test_labels_come_out_literally_in_svg(tmp_path, everything):
+    files = {f.stem: f for f in save_figures(everything, tmp_path, formats=["svg"])}
+    for stem in ("effects", "expl_variance_barplot_per_head", "ablations", "head_interactions", "sender_graph"):
+        assert set(AWKWARD_TYPES) <= set(svg_texts(files[stem])), stem
+    assert {"$x$_1", "CD8+_T_Cells", "β cell"} <= set(svg_texts(files["senders"])), "longer ones are cut"
+    for index, name in enumerate(everything.cell_types):
+        drawn = svg_texts(files[f"expl_variance_heatmap_{slugify(name)}"])
+        assert any(text.startswith(f"{name} ({everything.n_cells[index]}") for text in drawn)
+    assert {"$g$", "<b>"} <= set(svg_texts(files[f"expl_variance_heatmap_{slugify('$x$_1')}"]))
+    assert not any("<script" in f.read_text(encoding="utf-8") for f in files.values())
+
+
+def test_files_of_chosen_types_show_no_other(tmp_path, everything):
+    chosen = {"_hidden", "$x$_1"}
+    for path in save_figures(everything, tmp_path, formats=["svg"], cell_types=sorted(chosen)):
+        if "heatmap" not in path.stem and "sender" not in path.stem:
+            assert chosen == set(AWKWARD_TYPES) & set(svg_texts(path)), path.stem
+
+
+def test_what_is_undefined_in_the_chosen_types_has_no_file(tmp_path, everything):
+    names = [f.stem for f in save_figures(everything, tmp_path, cell_types=["β cell"], formats=["svg"])]
+    assert not {"effects", "head_interactions", "senders", "sender_graph"} & set(names)
+    names = [f.stem for f in save_figures(make_evaluation(), tmp_path, formats=["svg"])]
+    assert not any("sender" in name for name in names)
+
+
+def test_same_evaluation_same_bytes_whatever_the_style(tmp_path, everything):
+    chosen = ["_hidden", "$x$_1"]
+    first = save_figures(everything, tmp_path / "a", cell_types=chosen)
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.fonttype": "path", "text.usetex": True}):
+        second = save_figures(everything, tmp_path / "b", cell_types=chosen)
+    changed = make_evaluation(inferred="lag", modes=MODES, senders=AWKWARD_TYPES, seed=1)
+    other = save_figures(changed, tmp_path / "c", cell_types=chosen)
+    for one, two, three in zip(first, second, other, strict=True):
+        assert one.read_bytes() == two.read_bytes() != three.read_bytes(), one.name
+    assert not re.search(rb"<dc:date>", first[1].read_bytes())

@@ -1,3 +1,5 @@
+"""What an evaluation found, in sentences."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -5,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from amici_eval.report.evaluation_sentences import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, summary_lines
+from amici_eval.report.evaluation_sentences import VALIDITY, VALIDITY_SHORT, WHY_THIS_ORDER, best_heads, summary_lines
 from amici_eval.report.numbers import effect, span
 from amici_eval.settings.evaluation import NULLS, SPATIAL_NULLS, EvaluationSpec, PermutationSpec
-from tests.builders import make_evaluation
+from tests.builders import AWKWARD_TYPES, make_evaluation
 
 
 def text_of(evaluation):
@@ -185,12 +187,99 @@ def test_summary_says_how_free_p_values_came_about(sampling, n_permutations, wor
     assert "nothing can be significant" not in text_of(evaluation)
 
 
-def test_few_permutations_are_said_to_matter_for_the_free_p_alone():
-    text = text_of(make_evaluation(inferred="lag", n_permutations=9))
-    assert "With 9 permutations no free p-value can be below 0.1: nothing can be significant; draw more." in text
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, "Predictions by the hooked engine."),
+        (
+            {"engine": "factored", "parity": 2.04e-7, "parity_cells": 1280},
+            "Predictions by the factored engine; on 1,280 cells the factored and the hooked engine differ by at most "
+            "2e-07 in any predicted value.",
+        ),
+        (
+            {"parity": float("inf"), "parity_cells": 1},
+            "Predictions by the hooked engine; on 1 cell the factored and the hooked engine differ by no finite "
+            "number.",
+        ),
+    ],
+)
+def test_summary_says_the_engine(arguments, expected):
+    assert expected in summary_lines(make_evaluation(**arguments))
 
 
-def test_hostile_names_stay_on_their_lines():
-    evaluation = make_evaluation(2, ["a\x1b[31m\nb", "z", "y"], inferred="lag")
+def test_summary_says_how_permutations_were_drawn():
+    evaluation = make_evaluation(2, ["A", "B", "C"], with_undefined=False, sampling=("cyclic", "cyclic", "independent"))
+    low, high = sorted(evaluation.n_cells[:2] - 1)
+    text = text_of(evaluation)
+    assert (
+        f"(free null, 999 permutations in 1 type and {low:,} to {high:,} permutations as cyclic shifts of one random "
+        "order in 2 types, BH over all tests)" in text
+    )
+    assert "(free null, 999 permutations, BH over all tests)" in text_of(make_evaluation())
+
+
+def test_summary_counts_cyclic_permutations_before_it_says_too_few():
+    one = make_evaluation(1, ["A"], n_permutations=9, with_undefined=False, sampling=("cyclic",))
+    assert one.n_cells[0] > 20
+    assert "nothing can be significant" not in text_of(one)
+
+
+def test_best_heads_are_those_of_the_evaluation():
+    evaluation = make_evaluation()
+    best = best_heads(evaluation)
+    assert best["ct_name"].tolist() == sorted(AWKWARD_TYPES)[:-1]
+    by_type = {name: evaluation.expl_var[:, evaluation.type_index(name)] for name in best["ct_name"]}
+    assert best["head"].tolist() == [int(np.nanargmax(values)) for values in by_type.values()]
+
+
+def test_summary_warns_of_p_values_that_mean_little():
+    few = text_of(make_evaluation(n_permutations=9))
+    assert "With 9 permutations no p-value can be below 0.1: nothing can be significant; draw more." in few
+    assert "nothing can be significant" not in text_of(make_evaluation(n_permutations=19))
+    spatial = text_of(make_evaluation(inferred="lag", n_permutations=9))
+    assert "With 9 permutations no free p-value can be below 0.1: nothing can be significant; draw more." in spatial
+
+
+def test_summary_says_effects_before_tests_and_everything_once():
+    evaluation = make_evaluation()
     lines = summary_lines(evaluation)
+    text = "\n".join(lines)
+    assert lines[0] == f"3 attention heads x 7 cell types evaluated on {evaluation.n_cells.sum():,} cells and 5 genes."
+    assert f"{evaluation.n_significant} of 17 tested head x type pairs are significant at adjusted p <= 0.05" in text
+    assert "4 of 21 pairs have no test" in text
+    assert text.index("Largest effect") < text.index("significant")
+    head, index = np.unravel_index(np.nanargmax(evaluation.expl_var), evaluation.expl_var.shape)
+    value, name = evaluation.expl_var[head, index], evaluation.cell_types[index]
+    assert f"head {head}, kept alone, explains {value:.3f} of the expression variance of {name};" in text
+    assert "Undefined: β cell, all heads: 1 cell; at least 3 needed." in lines
+    assert "Undefined: <script>alert(1)</script>, head 2: predictions are constant." in lines
+    assert "Undefined: $x$_1, 1 gene (HLA-DRA): expression is constant." in lines
+    assert "Note: coordinates look like pixels: median distance 812." in lines
+    assert "anticonservative" in text
+    table = lines[lines.index(next(line for line in lines if line.startswith("cell type"))) + 1 :]
+    table = [row for row in table if not row.startswith("Undefined: ")]
+    assert [row.split()[0] for row in table] == sorted(AWKWARD_TYPES)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "expected"),
+    [
+        ((True, True), "Held out: the model was fitted on none of the evaluated cells."),
+        ((False, False), "In-sample: the model was fitted on some or all"),
+        ((None, None), "It is not known which cells the model was fitted on"),
+        ((True, False), "Of 2 types: 1 held out, 1 in-sample. Effects and p-values of those that are not held out are"),
+        ((True, None), "Of 2 types: 1 held out, 1 unknown. Effects and p-values of those that are not held out are"),
+    ],
+)
+def test_summary_says_what_is_held_out(held_out, expected):
+    lines = summary_lines(make_evaluation(2, ["A", "B"], held_out=held_out))
+    assert any(line.startswith(expected) for line in lines)
+
+
+def test_summary_stays_narrow_and_on_its_lines():
+    evaluation = make_evaluation(2, ["x" * 200, "a\x1b[31m\nb", "z"], notes=["one\ntwo"])
+    lines = summary_lines(evaluation)
+    table = lines[lines.index(next(line for line in lines if line.startswith("cell type"))) :]
+    assert max(len(row) for row in table if not row.startswith("Undefined: ")) <= 100
+    lines += summary_lines(make_evaluation(2, ["a\x1b[31m\nb", "z", "y"], inferred="lag"))
     assert not any(character in line for line in lines for character in "\n\x1b")
