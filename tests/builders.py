@@ -537,3 +537,18 @@ def heads_of(factors, images, dead=None) -> HeadFactors:
     """Return heads of which none is dead, unless told."""
     dead = np.zeros(factors.shape[2], dtype=bool) if dead is None else dead
     return HeadFactors(factors=factors, images=images, dead=dead)
+
+
+def job_options(spec, *, report=None, launch=None, config_yaml="a: 1\n", **tracking):
+    """Return the options of a job, without figures unless a report is given."""
+    from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
+    from amici_eval.settings.launch import LaunchSpec
+    from amici_eval.tracking.jobs import JobOptions
+
+    return JobOptions(
+        spec=spec,
+        report=report or ReportSpec(figures=False),
+        tracking=TrackingSpec(**tracking),
+        config_yaml=config_yaml,
+        launch=launch or LaunchSpec(),
+    )

@@ -33,7 +33,7 @@ def _forget() -> None:
         if name not in _ENVIRONMENT:
             del os.environ[name]
     os.environ.update(_ENVIRONMENT)
-    if store := sys.modules.get("amici_eval.tracking.store.errors"):
+    if store := sys.modules.get("amici_eval.tracking.store"):
         store.set_patience(0.0)
 
 

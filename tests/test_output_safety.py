@@ -27,10 +27,11 @@ from amici_eval.common.text import csv_text, printable, slugify
 from amici_eval.comparison.gate import judge
 from amici_eval.report.tables import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
-from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec
 from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.jobs.evaluating import evaluate_job
 from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
+from tests.builders import job_options
 from tests.report.test_evaluation_page import Page
 
 if TYPE_CHECKING:
@@ -55,14 +56,9 @@ QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
 
 
 def evaluated(model_uri: str, data: str, folder: Path, *, spec=QUICK, config="a: 1\n", **tracking):
-    return evaluate_job(
-        model_uri,
-        data_uri=data,
-        spec=spec,
-        report=ReportSpec(),
-        tracking=TrackingSpec(output_dir=str(folder), keep_local=True, **tracking),
-        config_yaml=config,
-    )
+    tracking = {"output_dir": str(folder), "keep_local": True, **tracking}
+    options = job_options(spec, report=ReportSpec(), config_yaml=config, **tracking)
+    return evaluate_job(model_uri, data_uri=data, options=options)
 
 
 def with_hostile_names(trained, adata):

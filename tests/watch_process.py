@@ -11,9 +11,7 @@ from amici_eval.settings import gate
 KEY = "0123456789ab"
 
 
-def gate_job(
-    *, model_uri, baseline, data_uri, spec, comparison, gate, report, tracking, config_yaml, progress=None, newer_only
-):
+def gate_job(*, model_uri, baseline, data_uri, comparison, gate, options, newer_only):
     from mlflow import MlflowClient
 
     from amici_eval.common.errors import DataError
@@ -22,8 +20,8 @@ def gate_job(
     if data_uri == "broken":
         raise DataError(value="no data", rule="there must be some", fix="pass data.uri")
     assert newer_only, "a watcher turns back no decision"
-    assert "model:" in config_yaml
-    progress(1, 1, "judging")
+    assert "model:" in options.config_yaml
+    options.progress(1, 1, "judging")
     MlflowClient().set_model_version_tag(name, version, f"amici_eval.verdict.{KEY}", "pass abc")
     return SimpleNamespace(verdict=SimpleNamespace(outcome="pass"), run_id="abc", promotion=None, outdated=False)
 

@@ -9,12 +9,12 @@ import os
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from amici_eval import __version__
-from amici_eval.cli.project_arguments import project_overrides, written_out
 from amici_eval.cli.terminal import (
     Reporter,
     TerminatedError,
@@ -25,10 +25,11 @@ from amici_eval.cli.terminal import (
     forget_signals,
     guard_logs,
     guarded_streams,
+    pause,
     quiet_matplotlib,
 )
 from amici_eval.common.errors import AmiciEvalError, InvalidSpecError
-from amici_eval.common.text import mask_secrets
+from amici_eval.common.text import markdown, mask_secrets
 from amici_eval.settings.commands import COMMANDS
 
 if TYPE_CHECKING:
@@ -36,12 +37,18 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
+    from amici_eval.tracking.jobs.comparing import ComparisonRun
+    from amici_eval.tracking.jobs.evaluating import EvaluationRun
+    from amici_eval.tracking.jobs.gating import GateRun
+
 logger = logging.getLogger(__name__)
 
 FLAGS = {"gate": "--dry-run", "watch": "--once", "rollback": "--dry-run"}
-EXIT_CRASH, EXIT_BAD_INPUT = 1, 2
+EXIT_CRASH, EXIT_BAD_INPUT, EXIT_REFUSED, EXIT_UNDECIDED = 1, 2, 3, 4
 _EXIT_CODE = "exit-code-"
 SCRATCH_VARIABLE = "AMICI_EVAL_SWEEP_DIR"
+_TIMES_JUDGED = 3
+"""How often a watcher judges a version whose baseline is replaced meanwhile."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +109,7 @@ def _set_up_process() -> None:
 
 def _answered(body: Callable[[], int | None]) -> int:
     """Return the exit code of a body, or say what went wrong and return its code."""
-    from amici_eval.tracking.store.errors import tracking_errors
+    from amici_eval.tracking.store import tracking_errors
 
     try:
         with tracking_errors():
@@ -138,6 +145,8 @@ def _run(command: str, rest: list[str]) -> int:
         # the entry points of MLproject come in as `project COMMAND --key value ...`
         if not rest:
             raise InvalidSpecError(value="project", rule="it needs a command", fix="see amici-eval --help")
+        from amici_eval.cli.config import project_overrides
+
         command, rest = rest[0], project_overrides(rest[1:], rest[0])
     if command == "upload":
         return _upload(rest)
@@ -164,35 +173,10 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from amici_eval.cli.config import check_override, hydra_override, keep_texts_of_files, register_schemas
+    from amici_eval.cli.config import hydra_arguments, keep_texts_of_files, register_schemas
 
-    own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
-    flags, overrides, takes_value = [], [], False
-    for argument in arguments:
-        is_flag = takes_value or argument.startswith("-")
-        takes_value = argument in (
-            "--config-dir",
-            "-cd",
-            "--config-name",
-            "-cn",
-            "--config-path",
-            "-cp",
-            "--cfg",
-            "-c",
-            "--package",
-            "-p",
-            "--experimental-rerun",
-        )
-        if is_flag:
-            flags.append(argument)
-            continue
-        plain = argument.startswith(("~", "hydra/", "hydra.")) or ("=" in argument and "/" in argument.split("=")[0])
-        overrides.append(
-            argument if plain else hydra_override(written_out(argument, command), sweep=sweep, command=command)
-        )
-        if not plain and not own_configs and not overrides[-1].startswith("+"):
-            check_override(command, overrides[-1], configs=config_directory(), sweep=sweep)
+    read = hydra_arguments(command, arguments, configs=config_directory(), sweep=sweep)
     register_schemas()
     keep_texts_of_files(command)
 
@@ -200,6 +184,7 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         # jobs of a sweep may run in processes of their own: each leaves its exit code in a file
         code = Path(os.environ[SCRATCH_VARIABLE]) / f"{_EXIT_CODE}{uuid4().hex}"
         code.write_text(str(EXIT_CRASH))
+        _set_up_process()
         done = _answered(lambda: _TASKS[command](config, **own_flags))
         code.write_text(str(done))
         if sweep and done in (EXIT_CRASH, EXIT_BAD_INPUT):
@@ -212,8 +197,7 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
     before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # else Hydra prints errors itself, with advice on its own traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # flags first: Hydra's parser takes settings from one place only
-    sys.argv = ["amici-eval", *flags, *overrides]
+    sys.argv = ["amici-eval", *read]
     try:
         hydra.main(config_path=str(config_directory()), config_name=command, version_base="1.3")(task)()
     except BaseException as end:
@@ -249,45 +233,18 @@ def _worst(folder: str, *, none: int) -> int:
 
 
 def _evaluate(config: DictConfig) -> None:
-    from amici_eval.cli.config import data_uri, evaluation_spec, launch_spec, report_spec, resolved_yaml, tracking_spec
-
-    spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
-    launch = launch_spec(config)
-    _set_up_process()
+    from amici_eval.cli.config import data_uri, job_options
     from amici_eval.report.evaluation_sentences import summary_lines
     from amici_eval.tracking.jobs.evaluating import evaluate_job
 
     with Reporter() as progress:
-        result = evaluate_job(
-            config.model_uri,
-            data_uri=data_uri(config),
-            spec=spec,
-            report=report,
-            tracking=tracking,
-            config_yaml=resolved_yaml(config),
-            progress=progress,
-            launch=launch,
-        )
+        result = evaluate_job(config.model_uri, data_uri=data_uri(config), options=job_options(config, progress))
     _say(f"{config.model_uri}:", *summary_lines(result.evaluation), "")
-    shown = mask_secrets(result.tracking_uri)
-    _say(f"run {result.run_id} in {shown}", *_how_to_look(shown))
-    if result.folder is not None:
-        _say(f"local copy in {result.folder}")
+    _say_where(result, how_to_look=True)
 
 
 def _compare(config: DictConfig) -> None:
-    from amici_eval.cli.config import (
-        comparison_spec,
-        data_uri,
-        evaluation_spec,
-        report_spec,
-        resolved_yaml,
-        tracking_spec,
-    )
-
-    spec, report, tracking = evaluation_spec(config), report_spec(config), tracking_spec(config)
-    comparison = comparison_spec(config)
-    _set_up_process()
+    from amici_eval.cli.config import comparison_spec, data_uri, job_options
     from amici_eval.report.comparison_sentences import comparison_sentences
     from amici_eval.tracking.jobs.comparing import compare_job
 
@@ -298,33 +255,31 @@ def _compare(config: DictConfig) -> None:
             runs=list(config.runs),
             datasets=list(config.datasets),
             data_uri=data_uri(config),
-            spec=spec,
-            comparison=comparison,
-            report=report,
-            tracking=tracking,
-            config_yaml=resolved_yaml(config),
-            progress=progress,
+            comparison=comparison_spec(config),
+            options=job_options(config, progress),
         )
     _say(*comparison_sentences(result.comparison), "")
+    _say_where(result, how_to_look=True)
+
+
+def _say_where(result: EvaluationRun | ComparisonRun | GateRun, *, how_to_look: bool = False) -> None:
+    """Say in which run and folder the results are."""
     shown = mask_secrets(result.tracking_uri)
-    _say(f"run {result.run_id} in {shown}", *_how_to_look(shown))
+    _say(f"run {result.run_id} in {shown}")
+    if how_to_look and shown.startswith("http"):
+        _say(f"look at it in the browser: {shown}")
+    elif how_to_look:
+        _say(f"look at it with: mlflow ui --backend-store-uri {shown}")
     if result.folder is not None:
         _say(f"local copy in {result.folder}")
 
 
-def _how_to_look(tracking_uri: str) -> tuple[str, ...]:
-    if tracking_uri.startswith("http"):
-        return (f"look at it in the browser: {tracking_uri}",)
-    return (f"look at it with: mlflow ui --backend-store-uri {tracking_uri}",)
-
-
 def _register(config: DictConfig) -> None:
     from amici_eval.cli.config import data_uri, tracking_spec
-
-    tracking = tracking_spec(config)
     from amici_eval.settings.evaluation import TrainedOnSpec
     from amici_eval.tracking.jobs.evaluating import register_job
 
+    tracking = tracking_spec(config)
     if config.register.trust:
         logger.warning("register.trust=true: unpickling %s runs whatever code the file holds", config.model_dir)
     version = register_job(
@@ -363,21 +318,78 @@ def _demo(config: DictConfig) -> None:
 
 
 def _gate(config: DictConfig, *, dry_run: bool) -> int:
-    from amici_eval.cli.registry_commands import run_gate
+    """Judge a version, print the verdict, and promote the version if that is asked for."""
+    from amici_eval.cli.config import job_options, judged_by
+    from amici_eval.report.verdict_files import verdict_lines, verdict_markdown
+    from amici_eval.tracking.jobs.gating import gate_job
 
-    return run_gate(config, dry_run=dry_run, say=_say)
+    with Reporter() as progress:
+        options = job_options(config, progress)
+        run = gate_job(model_uri=config.model_uri, **judged_by(config), options=options, dry_run=dry_run)
+    promotion = [] if run.promotion is None else ["", run.promotion.reason]
+    _say(*verdict_lines(run.verdict), *promotion, "")
+    summary = verdict_markdown(run.verdict) + "".join(f"{markdown(line)}\n" for line in promotion)
+    append_for_ci("GITHUB_STEP_SUMMARY", f"{summary}\n")
+    _say_where(run)
+    if run.outdated:
+        return EXIT_UNDECIDED
+    return {"pass": 0, "fail": EXIT_REFUSED, "undecided": EXIT_UNDECIDED}[run.verdict.outcome]
 
 
 def _watch(config: DictConfig, *, once: bool) -> int:
-    from amici_eval.cli.registry_commands import run_watch
+    """Judge all versions of a model that have no verdict for these settings, once or for ever."""
+    from amici_eval.cli.config import job_options, judged_by
+    from amici_eval.settings.gate import gate_key
+    from amici_eval.tracking.jobs.watching import watch
+    from amici_eval.tracking.registry import connect_to
 
-    return run_watch(config, once=once, say=_say)
+    settings, options = judged_by(config), job_options(config)
+    uri = mask_secrets(connect_to(options.tracking))
+    key = gate_key(**settings, spec=options.spec)
+
+    def judge(model_uri: str) -> str:
+        from amici_eval.tracking.jobs.gating import gate_job
+
+        for _ in range(_TIMES_JUDGED):
+            with Reporter() as progress:
+                own = replace(options, progress=progress)
+                run = gate_job(model_uri=model_uri, **settings, options=own, newer_only=True)
+            if run.promotion is not None:
+                _say(f"{model_uri}: {run.promotion.reason}")
+            if not run.outdated:
+                break
+        _say(f"{model_uri}: {run.verdict.outcome} (run {run.run_id})")
+        return str(run.verdict.outcome)
+
+    _say(f"watching {config.model} in {uri}, configuration {key}")
+    done = watch(
+        config.model,
+        key=key,
+        judge=judge,
+        once=once,
+        lease_s=config.watch.lease,
+        interval_s=config.watch.interval,
+        max_interval_s=config.watch.max_interval,
+        pause=pause,
+    )
+    for one in (*done.skipped, *done.failed):
+        _say(f"models:/{config.model}/{one.version}: {one.state}: {one.said}")
+    if not done.versions:
+        _say("nothing to judge")
+    return EXIT_BAD_INPUT if done.failed else 0
 
 
 def _rollback(config: DictConfig, *, dry_run: bool) -> int:
-    from amici_eval.cli.registry_commands import run_rollback
+    """Take back the last promotion to an alias."""
+    from amici_eval.cli.config import tracking_spec
+    from amici_eval.tracking.jobs.promotion import rollback
+    from amici_eval.tracking.registry import connect
 
-    return run_rollback(config, dry_run=dry_run, say=_say)
+    tracking = tracking_spec(config)
+    connect(tracking.uri, retry_s=tracking.retry_s)
+    done = rollback(config.model, config.alias, dry_run=dry_run)
+    _say(f"{config.model}: {done.reason}")
+    return 0 if done.moved or dry_run else EXIT_BAD_INPUT
 
 
 _TASKS: dict[str, Callable[..., int | None]] = {
@@ -404,7 +416,7 @@ def _upload(rest: list[str]) -> int:
         raise InvalidSpecError(
             value=f"upload with {len(folders)} folders", rule="it takes one folder", fix="amici-eval upload DIR"
         )
-    from amici_eval.tracking.jobs.uploading import upload
+    from amici_eval.tracking.jobs.evaluating import upload
 
     run_id = upload(Path(folders[0]))
     _say(f"run {run_id} has what the folder holds")

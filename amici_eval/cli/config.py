@@ -30,20 +30,16 @@ from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.text import masked
 from amici_eval.settings.commands import COMMANDS, settings_of
 from amici_eval.settings.comparison import ComparisonSpec
-from amici_eval.settings.evaluation import (
-    EvaluationSpec,
-    ReportSpec,
-    TrackingSpec,
-    spec_from_mapping,
-    spec_of,
-)
+from amici_eval.settings.evaluation import ReportSpec, TrackingSpec, spec_from_mapping, spec_of
 from amici_eval.settings.gate import GateSpec, Rule, gate_spec_from
 from amici_eval.settings.launch import LaunchSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hydra.plugins.config_source import ConfigResult
+
+    from amici_eval.tracking.jobs import JobOptions
 
 # Hydra knows Optional, List and Dict only
 # ruff: noqa: UP006, UP035, UP045
@@ -101,11 +97,31 @@ def data_uri(config: DictConfig) -> str | None:
     return None if data["uri"] is None else with_table(data["uri"], data["table"])
 
 
-def evaluation_spec(config: DictConfig) -> EvaluationSpec:
-    """Return the settings of an evaluation."""
+def job_options(config: DictConfig, progress: Callable[[int, int, str], None] | None = None) -> JobOptions:
+    """Return how a job evaluates, reports and tracks."""
+    # imports MLflow
+    from amici_eval.tracking.jobs import JobOptions
+
     values = _plain(config)
     data = {name: value for name, value in values["data"].items() if name not in ("uri", "table")}
-    return spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]})
+    return JobOptions(
+        spec=spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]}),
+        report=spec_of(ReportSpec, values["report"], "report."),
+        tracking=tracking_spec(config),
+        config_yaml=resolved_yaml(config),
+        progress=progress,
+        launch=LaunchSpec(**values.get("launch", {})),
+    )
+
+
+def judged_by(config: DictConfig) -> dict[str, Any]:
+    """Return what a verdict depends on besides the version and the settings of its evaluation."""
+    return {
+        "baseline": config.baseline,
+        "data_uri": data_uri(config),
+        "comparison": comparison_spec(config),
+        "gate": gate_spec(config),
+    }
 
 
 def comparison_spec(config: DictConfig) -> ComparisonSpec:
@@ -122,16 +138,6 @@ def gate_spec(config: DictConfig) -> GateSpec:
                 with suppress(ValueError):
                     rule[name] = int(rule[name]) if name == "min_cells" else float(rule[name])
     return gate_spec_from(values)
-
-
-def launch_spec(config: DictConfig) -> LaunchSpec:
-    """Return the settings of where types are evaluated."""
-    return LaunchSpec(**_plain(config)["launch"])
-
-
-def report_spec(config: DictConfig) -> ReportSpec:
-    """Return the settings of the report."""
-    return spec_of(ReportSpec, _plain(config)["report"], "report.")
 
 
 def tracking_spec(config: DictConfig) -> TrackingSpec:
@@ -151,11 +157,14 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InvalidSpecError(value=f"{missing[0]} is not set", rule="it has no default", fix=f"pass {missing[0]}=...")
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict)  # noqa: S101, RUF100 - for the type checker
+    values: Any = OmegaConf.to_container(config, resolve=True)
     return {str(key): value for key, value in values.items()}
 
 
+_FLAGS_WITH_VALUE = {
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--cfg", "-c", "--package", "-p", "--experimental-rerun"),
+}
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 _TRUTH = {bool: "it must be true or false", Optional[bool]: "it must be true, false or null"}  # noqa: UP045, RUF100
 _CALL = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\((.*)\)", re.DOTALL)
@@ -220,6 +229,25 @@ def _paths(schema: Any, group: str = "") -> Iterator[str]:
         parts = [one for one in (kind, *get_args(kind)) if is_dataclass(one)]
         if parts and get_origin(kind) not in (list, tuple, dict):
             yield from _paths(parts[0], f"{group}{name}.")
+
+
+def hydra_arguments(command: str, arguments: list[str], *, configs: Path, sweep: bool) -> list[str]:
+    """Return arguments as Hydra reads them, flags first: its parser takes settings from one place only."""
+    own_configs = any(argument.startswith("--config-") or argument in ("-cd", "-cn", "-cp") for argument in arguments)
+    flags, overrides, takes_value = [], [], False
+    for argument in arguments:
+        is_flag = takes_value or argument.startswith("-")
+        takes_value = argument in _FLAGS_WITH_VALUE
+        if is_flag:
+            flags.append(argument)
+        elif argument.startswith(("~", "hydra/", "hydra.")) or ("=" in argument and "/" in argument.split("=")[0]):
+            overrides.append(argument)
+        else:
+            override = hydra_override(written_out(argument, command), sweep=sweep, command=command)
+            if not own_configs and not override.startswith("+"):
+                check_override(command, override, configs=configs, sweep=sweep)
+            overrides.append(override)
+    return [*flags, *overrides]
 
 
 def hydra_override(text: str, *, command: str = "evaluate", sweep: bool = False) -> str:
@@ -355,3 +383,70 @@ def _as_written(kind: type, _: yaml.Loader, node: yaml.ScalarNode) -> Any:
     except ValueError:
         return node.value
     return value if str(value) == node.value else node.value
+
+
+_PROJECT_KEYS = {
+    "data": "data.uri",
+    "device": "ablation.device",
+    "n_permutations": "permutation.n_permutations",
+    "promote": "gate.promote",
+}
+_SEED_KEY = {
+    "evaluate": "permutation.seed",
+    "compare": "permutation.seed",
+    "gate": "permutation.seed",
+    "watch": "permutation.seed",
+    "demo": "seed",
+}
+
+
+def project_overrides(arguments: list[str], command: str = "evaluate") -> list[str]:
+    """Turn what MLflow Projects passes (``--key value``) into Hydra overrides.
+
+    An empty value means the default; ``overrides`` is split at spaces as a shell would; names that are short for a
+    setting are written out; anything else is passed on as ``key=value``.
+    """
+    import shlex
+
+    overrides: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            overrides.append(argument)
+            continue
+        key = argument[2:]
+        if "=" in key:
+            key, _, value = key.partition("=")
+        elif position < len(arguments):
+            value = arguments[position]
+            position += 1
+        else:
+            raise InvalidSpecError(value=f"parameter {argument}", rule="it needs a value", fix=f"pass -P {key}=VALUE")
+        if value == "":
+            continue
+        if key == "overrides":
+            try:
+                overrides += shlex.split(value)
+            except ValueError as error:
+                raise InvalidSpecError(
+                    value=f"parameter --overrides {value!a:.200}",
+                    rule=f"it is split as a shell would ({error})",
+                    fix="close the quotation mark, or put a backslash before it",
+                ) from error
+        elif key == "seed":
+            overrides.append(f"{_SEED_KEY.get(command, 'seed')}={value}")
+        else:
+            overrides.append(f"{_PROJECT_KEYS.get(key, key)}={value}")
+    return overrides
+
+
+def written_out(argument: str, command: str) -> str:
+    """Write out the short names that ``mlflow run -P`` takes too, and let users add tags and rules of their own."""
+    key, equals, value = argument.partition("=")
+    if command in ("evaluate", "compare", "gate", "watch") and key in ("device", "n_permutations", "promote", "seed"):
+        key = {**_PROJECT_KEYS, "seed": _SEED_KEY["evaluate"]}[key]
+    if key.startswith(("tracking.tags.", "gate.rules.")):
+        key = f"++{key}"
+    return f"{key}{equals}{value}"

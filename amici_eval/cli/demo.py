@@ -9,7 +9,8 @@ import shlex
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -38,8 +39,6 @@ def run_demo(
     say: Callable[..., None],
 ) -> None:
     """Simulate, train, register, evaluate, and print what was found beside what was planted."""
-    from dataclasses import replace
-
     from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
     from amici_eval.model.training import DEMO_TRAINING, train_amici
     from amici_eval.stats.cell_chunks import one_thread
@@ -157,10 +156,10 @@ def _command(arguments: list[str], say: Callable[..., None]) -> str:
     process = subprocess.Popen(  # noqa: S603, RUF100 - our own command
         [sys.executable, "-m", "amici_eval", *arguments], stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
-    assert process.stdout is not None  # noqa: S101, RUF100 - for the type checker
+    output = cast("IO[str]", process.stdout)
     lines = []
     try:
-        for line in process.stdout:
+        for line in output:
             lines.append(line)
             say(f"     {line.rstrip()}")
     except BaseException:
@@ -177,6 +176,6 @@ def _command(arguments: list[str], say: Callable[..., None]) -> str:
 
 
 def _evaluation_of(tracking_uri: str, run_id: str) -> Any:
-    from amici_eval.tracking.jobs.uploading import load_evaluation
+    from amici_eval.tracking.jobs.evaluating import load_evaluation
 
     return load_evaluation(run_id, tracking_uri=tracking_uri)

@@ -13,7 +13,7 @@ from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
 from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
-from amici_eval.tracking.stored_model import FLAVOR_NAME
+from amici_eval.tracking.flavor import FLAVOR_NAME
 
 _SHORTHANDS = {
     "alpha": "permutation.alpha",
@@ -84,15 +84,14 @@ class AMICIEvaluator(ModelEvaluator):
         model_id: str | None = None,
         **kwargs: Any,  # noqa: ARG002, RUF100 - MLflow's signature
     ) -> EvaluationResult:
-        """Evaluate, log tables, figures and report to the run, and return metrics and artifacts."""
+        """Evaluate, log tables, figures and report to the run, and return metrics and artifacts; MLflow's arguments."""
         import mlflow
         from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_LOGGING
 
         from amici_eval.data.tissue import prepare
         from amici_eval.evaluation.pipeline import evaluate_access
-        from amici_eval.model.engines.opening import open_access, resolve_device
+        from amici_eval.model.engines.opening import open_access
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
-        from amici_eval.tracking.registry import known_model_id
         from amici_eval.tracking.runs.delivery import (
             check_report,
             deliver,
@@ -102,15 +101,7 @@ class AMICIEvaluator(ModelEvaluator):
         )
         from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord, remove_local
 
-        for name, value in (
-            ("extra_metrics", extra_metrics),
-            ("custom_artifacts", custom_artifacts),
-            ("predictions", predictions),
-        ):
-            if value:
-                raise InvalidSpecError(
-                    value=f"{name} was given", rule="the amici evaluator computes its own metrics", fix=f"drop {name}"
-                )
+        _refuse(extra_metrics=extra_metrics, custom_artifacts=custom_artifacts, predictions=predictions)
         spec, report = settings_from_config(evaluator_config)
         if not isinstance(dataset, AnnDataEvaluationDataset):
             raise DataError(
@@ -119,38 +110,27 @@ class AMICIEvaluator(ModelEvaluator):
                 fix="pass data=amici_eval.from_anndata(adata)",
             )
         trained = _native_model(model)
-        client = mlflow.MlflowClient()
-        if client.get_run(run_id).data.tags.get("amici_eval.kind") == "evaluation":
+        if mlflow.get_run(run_id).data.tags.get("amici_eval.kind") == "evaluation":
             raise InvalidSpecError(
                 value=f"run {run_id} holds an evaluation already",
                 rule="settings, tables and figures of two evaluations would mix",
                 fix="start another run for each",
             )
-        resolve_device(spec.ablation.device)
         tissue = prepare(dataset.adata, trained.card, spec.data)
-        metadata = getattr(model, "metadata", None)
-        own_id = model_id or known_model_id(getattr(metadata, "model_id", None))
-        model_name, version = _newest_version(client, own_id)
-        info = {
-            "name": model_name,
-            "version": version,
-            "model_id": own_id,
-            "run_id": getattr(metadata, "run_id", None),
-        }
+        info = _model_info(getattr(model, "metadata", None), model_id)
         data_info = {"name": dataset.name, "digest": dataset.digest, "n_cells": dataset.adata.n_obs}
         with open_access(trained, tissue, spec.ablation) as access:
             check_report(report, tuple(access.receivers()))
             evaluation = evaluate_access(access, spec, model_info=info, data_info=data_info)
         metrics = evaluation_metrics(evaluation)
+        version = {"model_id": info["model_id"], "model_name": info["name"], "model_version": info["version"]}
         record = RunRecord(
             tracking_uri=mlflow.get_tracking_uri(),
             run_id=run_id,
             params=evaluation_params(evaluation),
             metrics=metrics,
-            tags=run_tags(model_id=own_id, model_name=model_name, model_version=version),
-            model_id=own_id,
-            model_name=model_name,
-            model_version=version,
+            tags=run_tags(**version),
+            **version,
         )
         # not removed on failure: the error says that the results are there
         folder = Path(tempfile.mkdtemp(prefix="amici-eval-"))
@@ -169,12 +149,29 @@ class AMICIEvaluator(ModelEvaluator):
         return EvaluationResult(metrics=metrics, artifacts=artifacts)
 
 
-def _newest_version(client: Any, model_id: str | None) -> tuple[str | None, str | None]:
-    """Return name and number of the newest registered version of a logged model, if it has any."""
-    if model_id is None:
-        return None, None
-    entries = json.loads(client.get_logged_model(model_id).tags.get("mlflow.modelVersions", "[]"))
-    return (entries[-1]["name"], str(entries[-1]["version"])) if entries else (None, None)
+def _refuse(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise InvalidSpecError(
+                value=f"{name} was given", rule="the amici evaluator computes its own metrics", fix=f"drop {name}"
+            )
+
+
+def _model_info(metadata: Any, model_id: str | None) -> dict[str, Any]:
+    """Return what identifies a model: its id in the store, its newest registered version if it has any, its run."""
+    from mlflow import MlflowClient
+
+    from amici_eval.tracking.registry import known_model_id
+
+    model_id = model_id or known_model_id(getattr(metadata, "model_id", None))
+    tags = {} if model_id is None else MlflowClient().get_logged_model(model_id).tags
+    newest = (json.loads(tags.get("mlflow.modelVersions", "[]")) or [{}])[-1]
+    return {
+        "name": newest.get("name"),
+        "version": str(newest["version"]) if newest else None,
+        "model_id": model_id,
+        "run_id": getattr(metadata, "run_id", None),
+    }
 
 
 def _native_model(model: Any) -> Any:

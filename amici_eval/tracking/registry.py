@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -15,62 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError, first_line
+from amici_eval.common.errors import InvalidSpecError, ModelNotFoundError, TrackingError, first_line
 from amici_eval.common.text import mask_secrets
 from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, close_abandoned
-from amici_eval.tracking.store.errors import (
+from amici_eval.tracking.store import (
+    all_pages,
     asked_again,
     is_missing,
+    optional,
     patiently,
     set_patience,
     store_errors,
     tracking_errors,
+    version_numbers,
 )
-from amici_eval.tracking.store.searching import all_pages, version_numbers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from amici_eval.settings.evaluation import TrackingSpec
-    from amici_eval.tracking.stored_model import StoredModel
-
-
-def _client() -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegistryTags:
-    """Tags of a registered model, or of one of its versions if ``version`` is given."""
-
-    name: str
-    version: str | None = None
-    client: Any = field(default_factory=_client, repr=False, compare=False)
-
-    @property
-    def where(self) -> str:
-        """What the tags are of, for messages."""
-        return self.name if self.version is None else f"{self.name} version {self.version}"
-
-    def ask(self, call: str, *more: str) -> Any:
-        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ..."""
-        of, where = (
-            ("registered_model", [self.name]) if self.version is None else ("model_version", [self.name, self.version])
-        )
-        with tracking_errors(self.where):
-            return patiently(partial(getattr(self.client, call.format(of)), *where, *more), what="asking the registry")
-
-    def read(self) -> dict[str, str]:
-        """Return all tags."""
-        return dict(self.ask("get_{}").tags)
-
-    def write(self, key: str, value: str) -> None:
-        """Set a tag."""
-        self.ask("set_{}_tag", key, value)
-
-    def remove(self, key: str) -> None:
-        """Delete a tag; one that is gone already is no error."""
-        self.ask("delete_{}_tag", key)
 
 
 logger = logging.getLogger(__name__)
@@ -342,42 +305,13 @@ def known_model_id(model_id: str | None) -> str | None:
     return model_id
 
 
-def find_dataset(model: ResolvedModel, stored: StoredModel, uri: str | None) -> str | Path:
-    """Return where the data of an evaluation lies."""
-    if uri is not None:
-        return uri
-    if stored.bundled_adata is not None:
-        return stored.bundled_adata
-    if stored.adata_uri is not None:
-        return stored.adata_uri
-    if model.run_id is not None:
-        logged = _dataset_of_run(model.run_id)
-        if logged is not None:
-            logger.info("no data given: taking %s, which the model's own run logged", mask_secrets(str(logged)))
-            return logged
-    raise DataError(
-        value=f"no data for {model.asked}",
-        rule="an evaluation needs an AnnData: data.uri, one bundled with the model, or one logged by its training run",
-        fix="pass data.uri=/path/to/tissue.h5ad",
-    )
-
-
-@asked_again("finding the data")
-def _dataset_of_run(run_id: str) -> str | None:
+def tag_version(model: ResolvedModel, tags: Mapping[str, str], what: str) -> None:
+    """Tag a registered version, if the model is one; a user may be allowed to read it and not to tag it."""
     from mlflow import MlflowClient
-    from mlflow.data import get_source
-    from mlflow.exceptions import MlflowException
 
-    from amici_eval.tracking.dataset import AnnDataSource
-
-    try:
-        inputs = MlflowClient().get_run(run_id).inputs
-    except MlflowException as error:
-        if not is_missing(error):
-            raise
-        return None
-    for entry in reversed(inputs.dataset_inputs if inputs else []):
-        source = get_source(entry.dataset) if entry.dataset.source_type == "anndata" else None
-        if isinstance(source, AnnDataSource):
-            return source.uri
-    return None
+    if model.name is None or model.version is None:
+        return
+    tag = partial(MlflowClient().set_model_version_tag, model.name, model.version)
+    with optional(f"version {model.version} could not be tagged with {what}"):
+        for name, value in tags.items():
+            patiently(partial(tag, name, value), what="tagging the version")

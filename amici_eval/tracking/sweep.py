@@ -13,8 +13,7 @@ from hydra.experimental.callback import Callback
 from amici_eval.common.errors import first_line
 from amici_eval.common.text import mask_secrets
 from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, Heartbeat, mark_whole, start_run
-from amici_eval.tracking.store.errors import patiently
-from amici_eval.tracking.store.searching import all_pages
+from amici_eval.tracking.store import all_pages, patiently
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

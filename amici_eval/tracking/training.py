@@ -25,6 +25,7 @@ from amici_eval.settings.checks import require_int, require_one_of
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec, TrainedOnSpec
 from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.tracking.runs.delivery import evaluation_metrics
+from amici_eval.tracking.store import log_batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,14 +36,6 @@ if TYPE_CHECKING:
 
 CELLS = ("validation", "train", "all")
 _STRATUM = "train_heads"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Split:
-    """Rows of a model's AnnData for training and for validation; ``None``: not known."""
-
-    train: Int64[np.ndarray, " train"] | None = None
-    validation: Int64[np.ndarray, " validation"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +107,6 @@ def _quotas(counts: Int64[np.ndarray, " types"], n_cells: int) -> Int64[np.ndarr
     return quotas
 
 
-_METRICS_PER_BATCH = 1000
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
 """Used unless the user sets them: with MLflow's own, 7 retries of 120 s, training would stand still."""
 
@@ -142,13 +134,7 @@ class RunInTraining:
 
         with _impatient():
             client = MlflowClient(tracking_uri=self.tracking_uri)
-            for start in range(0, len(metrics), _METRICS_PER_BATCH):
-                client.log_batch(
-                    self.run_id,
-                    metrics=metrics[start : start + _METRICS_PER_BATCH],
-                    tags=[RunTag(*tag) for tag in tags.items()] if start == 0 else [],
-                    synchronous=True,
-                )
+            log_batches(client, self.run_id, tags=[RunTag(*tag) for tag in tags.items()], metrics=metrics)
 
 
 @contextmanager
@@ -181,24 +167,24 @@ class ModelInTraining:
     validation_indices_: Any
 
     @classmethod
-    def of(cls, model: Any, split: Split) -> ModelInTraining:
-        """Return the model as it is now."""
+    def of(cls, model: Any, train: Int64[np.ndarray, " train"] | None) -> ModelInTraining:
+        """Return the model as it is now, and the rows of its AnnData that it is fitted on, if they are known."""
         return cls(
             module=model.module,
             adata=model.adata,
             registry_=model.registry_,
             n_neighbors=model.n_neighbors,
-            train_indices_=split.train,
+            train_indices_=train,
             # all cells that are not trained on; rows of the split are those of the model's own AnnData
-            validation_indices_=np.setdiff1d(np.arange(model.adata.n_obs), [] if split.train is None else split.train),
+            validation_indices_=np.setdiff1d(np.arange(model.adata.n_obs), [] if train is None else train),
         )
 
 
-def split_of(trainer: Any) -> Split:
-    """Return the split that a trainer trains on; parts are ``None`` where its data module does not tell."""
-    names = {"train": "train_idx", "validation": "val_idx"}
-    found = {part: getattr(trainer.datamodule, name, None) for part, name in names.items()}
-    return Split(**{part: None if rows is None else np.asarray(rows, dtype=np.int64) for part, rows in found.items()})
+def rows_of(trainer: Any, part: str) -> Int64[np.ndarray, " part"] | None:
+    """Return the rows of a part of the split that a trainer trains on; ``None``: all, or its data do not tell."""
+    name = {"train": "train_idx", "validation": "val_idx"}.get(part, "")
+    rows = getattr(trainer.datamodule, name, None)
+    return None if rows is None else np.asarray(rows, dtype=np.int64)
 
 
 @contextmanager
@@ -389,8 +375,8 @@ class HeadEvaluationCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate if it is time."""
-        self._epoch = int(trainer.current_epoch)
-        if self._run is None or (self._epoch + 1) % self.every_n_epochs:
+        self._epoch = epoch = int(trainer.current_epoch)
+        if self._run is None or (epoch + 1) % self.every_n_epochs:
             return
         trained = perf_counter() - self._began - self._spent
         if self._spent > self.max_share * trained:
@@ -399,15 +385,15 @@ class HeadEvaluationCallback(Callback):
                 logger.warning(
                     "epoch %d: heads are not evaluated, for that took %.3g s of %.3g s of training (max_share=%g); "
                     "further epochs are skipped without a word until it is less",
-                    self._epoch, self._spent, trained, self.max_share,
+                    epoch, self._spent, trained, self.max_share,
                 )  # fmt: skip
             return
-        self._attempt(trainer)
+        self._attempt(trainer, self._run, epoch)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate the last epoch if that was not done."""
         if self._run is not None and self._epoch is not None and self._evaluated != self._epoch:
-            self._attempt(trainer)
+            self._attempt(trainer, self._run, self._epoch)
 
     def _check_trained(self, pl_module: Any) -> None:
         own = {id(parameter) for parameter in self._model.module.parameters()}
@@ -418,40 +404,37 @@ class HeadEvaluationCallback(Callback):
                 fix="pass the object whose train() gets this callback",
             )
 
-    def _attempt(self, trainer: Any) -> None:
+    def _attempt(self, trainer: Any, run: RunInTraining, epoch: int) -> None:
         """Evaluate and send; whatever fails, training goes on."""
         began = perf_counter()
-        self._evaluated = self._epoch
+        self._evaluated = epoch
         try:
             with generators_untouched(self._home), self._once.on(_REPEATING):
-                self._evaluate(trainer)
+                self._evaluate(trainer, run, epoch)
             self._failures = 0
         except Exception as error:
             # training must go on
             self._failures += 1
             if type(error) not in self._kinds:
                 self._kinds.add(type(error))
-                logger.warning("epoch %s: no metrics of heads: %s", self._epoch, first_line(error))
-            logger.debug("epoch %s", self._epoch, exc_info=True)
+                logger.warning("epoch %s: no metrics of heads: %s", epoch, first_line(error))
+            logger.debug("epoch %s", epoch, exc_info=True)
             if self._failures == _FAILURES:
                 self._run = None
                 logger.warning("that failed %d times in a row: heads are evaluated no more in this training", _FAILURES)
         finally:
             self._spent += perf_counter() - began
 
-    def _evaluate(self, trainer: Any) -> None:
-        assert self._run is not None
-        assert self._epoch is not None
+    def _evaluate(self, trainer: Any, run: RunInTraining, epoch: int) -> None:
         from mlflow.entities import Metric
 
         began = perf_counter()
         model = self._model
         adata = model.adata if self._adata is None else self._adata
-        split = split_of(trainer)
         if self._chosen is None:
             self._chosen = cells_to_evaluate(
                 adata,
-                part=self._part(adata, {"validation": split.validation, "train": split.train}.get(self.cells)),
+                part=self._part(adata, rows_of(trainer, self.cells)),
                 cells=self.cells,
                 subset=self.spec.data.subset,
                 labels_key=self.spec.data.labels_key or model.registry_["setup_args"]["labels_key"],
@@ -461,15 +444,15 @@ class HeadEvaluationCallback(Callback):
             self._tags = {CELLS_TAG: self._chosen.described}
             level = logging.INFO if self._chosen.as_asked else logging.WARNING
             logger.log(level, "heads are evaluated on %s", self._chosen.described)
-        evaluation = evaluate(ModelInTraining.of(model, split), adata, self._settings(self._chosen))
+        evaluation = evaluate(ModelInTraining.of(model, rows_of(trainer, "train")), adata, self._settings(self._chosen))
         seconds = perf_counter() - began
-        logger.info("epoch %d: heads evaluated in %.3g s", self._epoch, seconds)
+        logger.info("epoch %d: heads evaluated in %.3g s", epoch, seconds)
         metrics = {name: value for name, value in evaluation_metrics(evaluation).items() if name.startswith(_LOGGED)}
         metrics["seconds"] = seconds
         now = int(time.time() * 1000)
-        self._unsent += [Metric(f"{PREFIX}/{name}", value, now, self._epoch) for name, value in metrics.items()]
+        self._unsent += [Metric(f"{PREFIX}/{name}", value, now, epoch) for name, value in metrics.items()]
         # includes metrics that a failed attempt could not send
-        self._run.send(self._unsent, self._tags)
+        run.send(self._unsent, self._tags)
         self._unsent, self._tags = [], {}
 
     def _part(self, adata: AnnData, rows: Int64[np.ndarray, " part"] | None) -> Bool[np.ndarray, " cells"] | None:
@@ -479,7 +462,7 @@ class HeadEvaluationCallback(Callback):
         if adata is self._model.adata:
             return np.isin(np.arange(adata.n_obs), rows)
         trained_on = self.spec.data.trained_on
-        card = card_of(ModelInTraining.of(self._model, Split(train=rows)), adata=adata, trained_on=trained_on)
+        card = card_of(ModelInTraining.of(self._model, rows), adata=adata, trained_on=trained_on)
         unknown = replace(card, training_cells=None, fingerprints=None)
         data = replace(self.spec.data, subset=SubsetSpec(), trained_on=TrainedOnSpec())
         return cells_found(card, prepare(adata, unknown, data))

@@ -11,14 +11,19 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import amici_eval
 from amici_eval.cli.commands import main
-from amici_eval.cli.config import gate_spec, hydra_override
+from amici_eval.cli.config import gate_spec, hydra_override, project_overrides
 from amici_eval.cli.help import reference
-from amici_eval.cli.project_arguments import project_overrides
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.settings.commands import COMMANDS, settings_of
+
+
+def value_of(override: str):
+    """Return the value that Hydra reads in an override."""
+    return OverridesParser.create().parse_override(override).value()
 
 
 def call(*arguments: str) -> int:
@@ -76,11 +81,8 @@ def test_the_page_of_settings_says_what_the_settings_say():
 
 def test_unknown_command(capsys):
     assert call("evalute") == 2
-    told = capsys.readouterr().err
-    assert (
-        "unknown command 'evalute': commands are evaluate, compare, gate, watch, rollback, register, demo, upload"
-        in told
-    )
+    known = "evaluate, compare, gate, watch, rollback, register, demo, upload"
+    assert f"unknown command 'evalute': commands are {known}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,11 +106,9 @@ def test_unknown_command(capsys):
     ],
 )
 def test_overrides_are_quoted_where_hydra_would_misread_them(given, expected):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     quoted = hydra_override(given)
     assert quoted == expected
-    value = OverridesParser.create().parse_override(quoted).value()
+    value = value_of(quoted)
     if given.startswith("data.subset.value="):
         assert str(getattr(value, "text", value)) == given.partition("=")[2].strip("'")
 
@@ -130,8 +130,6 @@ TEXTS += ["12345678901234567890", "2026-11-30", "1:30", "it's", "CD8+ (a)", "L2/
 
 def jobs(override: str) -> list:
     """Return the values that Hydra gives to the jobs of a sweep."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     parser = OverridesParser.create()
     parsed = parser.parse_override(override)
     return [parser.parse_override(f"a={value}").value() for value in parsed.sweep_string_iterator()]
@@ -146,11 +144,8 @@ def jobs(override: str) -> list:
     ],
 )
 def test_text_stays_text(command, key):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     for text in TEXTS:
-        alone = hydra_override(f"{key}={text}", command=command)
-        assert OverridesParser.create().parse_override(alone).value() == text
+        assert value_of(hydra_override(f"{key}={text}", command=command)) == text
     for values in (",".join(TEXTS), f"choice({','.join(TEXTS)})"):
         assert jobs(hydra_override(f"{key}={values}", command=command, sweep=True)) == TEXTS
 
@@ -164,24 +159,16 @@ def test_text_stays_text(command, key):
     ],
 )
 def test_text_stays_text_in_lists(command, key):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     names = [*TEXTS, "null"]
     for values in (",".join(names), f"[{','.join(names)}]", f"[ {' , '.join(names)} ]"):
-        text = hydra_override(f"{key}={values}", command=command)
-        assert OverridesParser.create().parse_override(text).value() == names
+        assert value_of(hydra_override(f"{key}={values}", command=command)) == names
     assert jobs(hydra_override(f"{key}=[10_1,'b,c'],007", command=command, sweep=True)) == [["10_1", "b,c"], ["007"]]
 
 
 def test_text_stays_text_in_mappings():
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    rule = (
-        "{kind: cell, table: heads, column: 1_0, where: {ct_name: 10_1, b: null}, need: 2, at_least: 1e-3, types: null}"
-    )
-    assert OverridesParser.create().parse_override(
-        hydra_override(f"gate.rules.mine={rule}", command="gate")
-    ).value() == {
+    where = "{ct_name: 10_1, b: null}"
+    rule = f"{{kind: cell, table: heads, column: 1_0, where: {where}, need: 2, at_least: 1e-3, types: null}}"
+    assert value_of(hydra_override(f"gate.rules.mine={rule}", command="gate")) == {
         "kind": "cell",
         "table": "heads",
         "column": "1_0",
@@ -298,10 +285,12 @@ def test_typos_and_wrong_types_are_refused(arguments, message, capsys):
 
 def test_configs_of_ones_own_are_no_typos(tmp_path, capsys):
     (tmp_path / "permutation").mkdir()
-    (tmp_path / "permutation" / "strict.yaml").write_text("alpha: 0.001\n")
+    (tmp_path / "permutation" / "strict.yaml").write_text("alpha: 0.001\nseed: 11\n")
     arguments = ["--config-dir", str(tmp_path), "permutation=strict", "--cfg", "job"]
     assert call("evaluate", "model_uri=models:/a/1", *arguments) == 0
-    assert "alpha: 0.001" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "alpha: 0.001" in shown
+    assert "seed: 11" in shown
 
 
 @pytest.mark.parametrize(
@@ -324,32 +313,13 @@ def test_bad_settings_name_value_rule_and_fix(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_users_extend_the_configuration(tmp_path, capsys):
-    (tmp_path / "mine" / "permutation").mkdir(parents=True)
-    (tmp_path / "mine" / "permutation" / "strict.yaml").write_text("alpha: 0.001\nseed: 11\n")
-    call("evaluate", "--config-dir", str(tmp_path / "mine"), "permutation=strict", "--cfg", "job")
-    shown = capsys.readouterr().out
-    assert "alpha: 0.001" in shown
-    assert "seed: 11" in shown
-
-
 @pytest.mark.amici
 def test_evaluate_from_the_command_line(registry, capsys):
-    code = call(
-        "evaluate",
-        "model_uri=models:/tiny@champion",
-        "data.subset.key=region",
-        "data.subset.value=left_strip",
-        "permutation=reference",
-        "permutation.n_permutations=19",
-        "report.formats=[png]",
-        "tracking.experiment=cli",
-        "tracking.tags.study=A 1",
-        "seed=5",
-        "tracking.keep_local=true",
-    )
+    settings = ["data.subset.key=region", "data.subset.value=left_strip", "permutation=reference", "seed=5"]
+    settings += ["permutation.n_permutations=19", "report.figures=false", "tracking.experiment=cli"]
+    settings += ["tracking.tags.study=A 1", "tracking.keep_local=true"]
+    assert call("evaluate", "model_uri=models:/tiny@champion", *settings) == 0
     out = capsys.readouterr().out
-    assert code == 0
     run_id = next(line.split()[1] for line in out.splitlines() if line.startswith("run "))
     logged = mlflow.get_run(run_id)
     assert logged.info.status == "FINISHED"
@@ -388,14 +358,8 @@ def test_register_and_sweep(registry, amici_dir, capsys, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
     outputs.write_text("earlier=1\n")
     monkeypatch.setenv("GITHUB_OUTPUT", str(outputs))
-    register = [
-        "register",
-        f"model_dir={amici_dir}",
-        "name=swept",
-        f"data.uri={registry.data}",
-        "register.alias=champion",
-    ]
-    assert call(*register) == 0
+    register = [f"model_dir={amici_dir}", "name=swept", f"data.uri={registry.data}", "register.alias=champion"]
+    assert call("register", *register) == 0
     assert "registered models:/swept/1" in capsys.readouterr().out
     run_id = mlflow.MlflowClient().get_model_version("swept", "1").run_id
     assert outputs.read_text() == f"earlier=1\nversion=1\nmodel_uri=models:/swept/1\nrun_id={run_id}\n"

@@ -377,7 +377,7 @@ def test_waiting_for_a_processor_is_said(workers, monkeypatch, caplog):
 def test_the_command_evaluates_over_workers(registry, tmp_path):
     import mlflow
 
-    from amici_eval.tracking.jobs.uploading import load_evaluation
+    from amici_eval.tracking.jobs.evaluating import load_evaluation
     from amici_eval.tracking.runs.unfinished import FINGERPRINT_TAG
 
     quick = ("model_uri=models:/tiny/1", "permutation.n_permutations=19", "report.figures=false", "ablation.device=cpu")

@@ -55,7 +55,7 @@ def read(kind: str, target: Path) -> None:
     """Hand a model or file to its reader."""
     if kind == "model":
         from amici_eval.data.files import open_anndata
-        from amici_eval.tracking.stored_model import open_stored_model
+        from amici_eval.tracking.flavor import open_stored_model
 
         with open_stored_model(str(target)) as stored:
             if stored.bundled_adata is not None:

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from amici_eval.cli.config import check_override, hydra_override
-from amici_eval.cli.project_arguments import project_overrides, written_out
+from amici_eval.cli.config import check_override, hydra_override, project_overrides, written_out
 from amici_eval.common.errors import AmiciEvalError
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.evaluation import HeadEvaluation
@@ -268,7 +267,7 @@ def test_arguments_of_any_text(arguments):
 @settings(seeded, max_examples=25)
 @given(st.data())
 def test_a_stored_model_of_any_bytes(base, tmp_path, name, signed, data):
-    from amici_eval.tracking.stored_model import open_stored_model
+    from amici_eval.tracking.flavor import open_stored_model
 
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
     model = base.model(tmp_path)

@@ -15,7 +15,7 @@ from amici_eval.common.text import slugify
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.results.tile_sums import Moments
 from amici_eval.settings.evaluation import MODES, ReportSpec
-from amici_eval.tracking.jobs.uploading import load_evaluation
+from amici_eval.tracking.jobs.evaluating import load_evaluation
 from amici_eval.tracking.runs.delivery import deliver, evaluation_metrics, write_artifacts
 from amici_eval.tracking.runs.local_results import RunRecord
 from tests.builders import make_evaluation, make_moments

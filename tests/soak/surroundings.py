@@ -131,21 +131,15 @@ def _warm_up(folder: Path) -> None:
     import mlflow
     import torch
 
-    from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
     from amici_eval.tracking.jobs.evaluating import evaluate_job
+    from tests.builders import job_options
     from tests.soak.trial import MODEL, SPEC
 
     # a pool of threads would not survive the fork
     torch.set_num_threads(1)
     shutil.copy(folder / "m.db", folder / "warm.db")
-    evaluate_job(
-        MODEL,
-        data_uri=None,
-        spec=SPEC,
-        report=ReportSpec(figures=False),
-        tracking=TrackingSpec(uri=f"sqlite:///{folder / 'warm.db'}", output_dir=str(folder / "warm")),
-        config_yaml="",
-    )
+    options = job_options(SPEC, uri=f"sqlite:///{folder / 'warm.db'}", output_dir=str(folder / "warm"))
+    evaluate_job(MODEL, data_uri=None, options=options)
     mlflow.set_tracking_uri(None)
 
 

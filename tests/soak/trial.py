@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
+from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec
 
 if TYPE_CHECKING:
     import random
@@ -90,7 +90,8 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     from amici_eval.cli.terminal import forget_signals
     from amici_eval.evaluation import finished_parts
     from amici_eval.tracking.jobs.evaluating import evaluate_job
-    from amici_eval.tracking.store.errors import tracking_errors
+    from amici_eval.tracking.store import tracking_errors
+    from tests.builders import job_options
 
     torch.set_num_threads(1)
     forget_signals()
@@ -104,16 +105,8 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         with tracking_errors():
-            evaluate_job(
-                MODEL,
-                data_uri=None,
-                spec=SPEC,
-                report=ReportSpec(figures=False),
-                tracking=TrackingSpec(
-                    uri=place.uri, experiment=place.experiment, output_dir=str(place.output), retry_s=retry_s
-                ),
-                config_yaml="",
-            )
+            tracking = {"uri": place.uri, "experiment": place.experiment, "output_dir": str(place.output)}
+            evaluate_job(MODEL, data_uri=None, options=job_options(SPEC, retry_s=retry_s, **tracking))
     except KeyboardInterrupt:
         print("interrupted")
         return 130

@@ -13,8 +13,8 @@ import pytest
 
 from amici_eval.cli.commands import main
 from amici_eval.evaluation import pipeline
+from amici_eval.tracking import store
 from amici_eval.tracking.jobs import promotion
-from amici_eval.tracking.store import errors
 from tests.serving import Server
 from tests.stub import ANSWERS, PASSING, Stub
 
@@ -91,7 +91,7 @@ def _store(tmp_path_factory: pytest.TempPathFactory, amici_dir: Path, _tissue) -
 def desk(_store: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(errors, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(store, "_FIRST_WAIT_S", 0.01)
     # one that could not be given back is waited for
     monkeypatch.setattr(promotion, "_LEASE_S", 5.0)
     real, kept = pipeline.evaluate_access, _EVALUATED

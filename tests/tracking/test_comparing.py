@@ -21,13 +21,11 @@ from amici_eval.settings.evaluation import (
     PermutationSpec,
     ReportSpec,
     SubsetSpec,
-    TrackingSpec,
 )
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.jobs import version_evaluations
-from amici_eval.tracking.jobs.comparing import compare_job
-from amici_eval.tracking.jobs.evaluating import evaluate_job
-from amici_eval.tracking.jobs.version_evaluations import model_uris
+from amici_eval.tracking.jobs import comparing
+from amici_eval.tracking.jobs.comparing import compare_job, model_uris
+from tests.builders import job_options
 from tests.model.test_comparison import relabelled
 
 pytestmark = pytest.mark.amici
@@ -44,7 +42,7 @@ NO_FIGURES = ReportSpec(figures=False)
 def pair(registry, trained, adata, monkeypatch):
     """Two more versions in the store: models:/pair/1, and models:/pair/2 with its heads in another order."""
     # the tissue is small
-    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10)
+    monkeypatch.setattr(comparing, "MIN_HELD_OUT", 10)
     client = mlflow.MlflowClient()
     if not client.search_model_versions("name='pair'"):
         for model in (trained, relabelled(trained, [1, 0])):
@@ -54,16 +52,13 @@ def pair(registry, trained, adata, monkeypatch):
 
 
 def job(registry, *, models=("pair",), versions=("1", "2"), spec=SPEC, comparison=QUICK, report=NO_FIGURES, **more):
-    tracking = TrackingSpec(**more.pop("tracking", {}))
+    options = job_options(spec, report=report, **more.pop("tracking", {}))
     return compare_job(
         models=models,
         versions=versions,
         data_uri=more.pop("data_uri", str(registry.data)),
-        spec=spec,
         comparison=comparison,
-        report=report,
-        tracking=tracking,
-        config_yaml="a: 1\n",
+        options=options,
         **more,
     )
 
@@ -96,11 +91,8 @@ def test_versions_are_compared_on_cells_that_none_was_fitted_on_and_found_again(
     by_run = compare_job(
         runs=[version.run_id for version in found.versions],
         data_uri=None,
-        spec=SPEC,
         comparison=QUICK,
-        report=NO_FIGURES,
-        tracking=TrackingSpec(),
-        config_yaml="",
+        options=job_options(SPEC),
     )
     assert by_run.comparison.matches[0].partner.tolist() == [1, 0]
     assert not list(tmp_path.rglob("evaluations-*"))
@@ -138,7 +130,7 @@ def test_a_run_holds_page_tables_figures_and_metrics_by_version(pair, tmp_path):
 
 
 def test_where_no_cell_is_new_to_all_everything_is_in_sample(pair, monkeypatch):
-    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10**6)
+    monkeypatch.setattr(comparing, "MIN_HELD_OUT", 10**6)
     found = job(pair).comparison
     assert found.cells == "all evaluated cells, in-sample"
     assert found.in_sample
@@ -160,14 +152,14 @@ def test_where_training_cells_are_unknown_that_is_said(pair):
 
 
 def test_a_version_that_fails_is_named_and_the_others_go_on(pair, monkeypatch):
-    literal = evaluate_job
+    literal = comparing.evaluate_opened
 
-    def broken(model_uri, **options):
-        if model_uri.endswith("pair/1"):
+    def broken(opened, options, **more):
+        if opened.model.uri.endswith("pair/1"):
             raise DataError(value="version 1", rule="it breaks", fix="mend it")
-        return literal(model_uri, **options)
+        return literal(opened, options, **more)
 
-    monkeypatch.setattr(version_evaluations, "evaluate_job", broken)
+    monkeypatch.setattr(comparing, "evaluate_opened", broken)
     models = ("models:/pair/1", "models:/pair/2", "models:/tiny/1")
     found = job(pair, models=models, versions=(), tracking={"reuse": False}).comparison
     assert found.labels == ("pair 2", "tiny 1")

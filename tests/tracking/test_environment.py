@@ -30,7 +30,7 @@ from amici_eval.tracking.runs import delivery
 from amici_eval.tracking.runs.local_results import ARTIFACTS
 from amici_eval.tracking.runs.tracked import PARENT_RUN_VARIABLE, PARTIAL_TAG, close_abandoned, tracked_run
 from amici_eval.tracking.runs.unfinished import FINGERPRINT_TAG, UnfinishedWork, find_evaluation
-from amici_eval.tracking.store.searching import version_numbers
+from amici_eval.tracking.store import version_numbers
 from amici_eval.tracking.sweep import ParentRun, close_parent
 
 if TYPE_CHECKING:

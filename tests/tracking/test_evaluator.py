@@ -15,11 +15,11 @@ import amici_eval
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError, TrackingError
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
 from amici_eval.tracking.evaluator import AMICIEvaluator, settings_from_config
-from amici_eval.tracking.jobs.uploading import upload
+from amici_eval.tracking.jobs.evaluating import upload
 
 pytestmark = pytest.mark.amici
 
-CONFIG = {"n_permutations": 19, "device": "cpu", "report.formats": ["png"]}
+CONFIG = {"n_permutations": 19, "device": "cpu", "report.figures": False}
 
 
 def test_mlflow_knows_the_evaluator():
@@ -32,8 +32,9 @@ def test_it_claims_amici_only():
     assert AMICIEvaluator.can_evaluate(model_type="amici", evaluator_config={})
 
 
-@pytest.mark.parametrize("uri", ["models:/tiny/1", "models:/tiny@champion", "models:/{model_id}"])
-@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize(
+    ("uri", "as_list"), [("models:/tiny/1", True), ("models:/tiny@champion", False), ("models:/{model_id}", False)]
+)
 def test_evaluate_gives_metrics_and_artifacts_linked_once(registry, adata, uri, as_list, tmp_path):
     uri = uri.format(model_id=registry.model_id)
     options = {"evaluators": ["amici"], "evaluator_config": {"amici": CONFIG}}
@@ -114,15 +115,9 @@ def test_settings_nested_dotted_and_short():
         ({"device": "gpu"}, r"ablation\.device='gpu': it must be auto, cpu, cuda, cuda:N or mps"),
     ],
 )
-def test_unknown_and_wrong_settings_are_refused(registry, adata, config, message):
-    with mlflow.start_run(), pytest.raises(InvalidSpecError, match=message):
-        mlflow.models.evaluate(
-            "models:/tiny/1",
-            data=amici_eval.from_anndata(adata),
-            model_type="amici",
-            evaluators="amici",
-            evaluator_config=config,
-        )
+def test_unknown_and_wrong_settings_are_refused(config, message):
+    with pytest.raises(InvalidSpecError, match=message):
+        settings_from_config(config)
 
 
 def test_data_of_another_kind(registry):
@@ -143,14 +138,19 @@ def test_the_callers_config_is_left_alone():
     assert config == {"data": {"subset": {"key": "region"}}, "data.subset.value": "rest"}
 
 
-def evaluate_tiny(adata, uri="models:/tiny/1"):
+def evaluate_tiny(adata, uri="models:/tiny/1", **config):
     return mlflow.models.evaluate(
         uri,
         data=amici_eval.from_anndata(adata),
         model_type="amici",
         evaluators="amici",
-        evaluator_config={**CONFIG, "report.figures": False},
+        evaluator_config={**CONFIG, **config},
     )
+
+
+def test_what_is_refused_is_refused_through_mlflow_too(registry, adata):
+    with mlflow.start_run(), pytest.raises(InvalidSpecError, match="unknown setting n_perm"):
+        evaluate_tiny(adata, n_perm=3)
 
 
 def test_one_run_holds_one_evaluation(registry, adata):

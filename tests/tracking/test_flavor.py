@@ -11,7 +11,7 @@ import yaml
 
 import amici_eval
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError, ModelNotFoundError
-from amici_eval.tracking.stored_model import open_stored_model
+from amici_eval.tracking.flavor import open_stored_model
 
 pytestmark = pytest.mark.amici
 

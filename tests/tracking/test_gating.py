@@ -16,12 +16,12 @@ import torch
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.model.checkpoint import untrained_like
 from amici_eval.results.verdict import Verdict
-from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
 from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.jobs import gating, version_evaluations
+from amici_eval.tracking.jobs import comparing, gating
 from amici_eval.tracking.jobs.gating import gate_job
 from amici_eval.tracking.jobs.promotion import rollback
+from tests.builders import job_options
 from tests.cli.test_cli import call
 from tests.model.test_comparison import relabelled
 from tests.tracking.test_comparing import QUICK, SPEC
@@ -33,14 +33,20 @@ THERE = Rule(name="there", kind="stability", at_least=0.9)
 COUNTED = Rule(name="counted", kind="metric", metric="summary/n_cells", at_least=1)
 
 
+LOGGED: dict[str, list[str]] = {}
+"""Models in a store, which are logged once: an evaluation of one serves all tests."""
+
+
 @pytest.fixture
 def model(registry, trained, adata, monkeypatch):
     """A registered model: version 1, version 2 with its heads in another order, version 3 untrained."""
-    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10)
+    monkeypatch.setattr(comparing, "MIN_HELD_OUT", 10)
     name = f"gated-{uuid4().hex[:6]}"
-    for one in (trained, relabelled(trained, [1, 0]), untrained_like(trained, seed=1)):
-        with mlflow.start_run():
-            log_model(one, name, registered_model_name=name, training_adata=adata)
+    if registry.uri not in LOGGED:
+        models = (trained, relabelled(trained, [1, 0]), untrained_like(trained, seed=1))
+        LOGGED[registry.uri] = [log_model(one, "gated", training_adata=adata).model_uri for one in models]
+    for uri in LOGGED[registry.uri]:
+        mlflow.register_model(uri, name)
     yield Gated(name, registry.data)
     # the store serves other tests, too
     mlflow.MlflowClient().delete_registered_model(name)
@@ -61,18 +67,15 @@ class Gated:
         return dict(self.client.get_model_version(self.name, version).tags)
 
 
-def gated(model, version, *rules, promote="champion", baseline="@champion", bootstrap="pass", **more):
+def gated(model, version, *rules, promote="champion", baseline="@champion", bootstrap="pass", reuse=True, **more):
     gate = GateSpec(rules=rules or (COUNTED, NOT_WORSE, THERE), promote=promote, bootstrap=bootstrap)
     return gate_job(
         model_uri=more.pop("model_uri", f"models:/{model.name}/{version}"),
         baseline=baseline,
-        data_uri=str(model.data),
-        spec=SPEC,
+        data_uri=None if model.data is None else str(model.data),
         comparison=QUICK,
-        gate=gate,
-        report=more.pop("report", ReportSpec(figures=False)),
-        tracking=TrackingSpec(),
-        config_yaml="a: 1\n",
+        gate=more.pop("gate", gate),
+        options=job_options(SPEC, reuse=reuse),
         **more,
     )
 
@@ -182,17 +185,15 @@ def test_a_champion_that_was_replaced_meanwhile_is_not_replaced_again(model, mon
 
 def test_a_baseline_that_cannot_be_evaluated_leaves_the_verdict_open(model, monkeypatch, trained):
     gated(model, 1)
-    from amici_eval.tracking.jobs import version_evaluations
+    literal = comparing.evaluate_opened
 
-    evaluate_job = version_evaluations.evaluate_job
-
-    def broken(model_uri, **options):
-        if model_uri.endswith("/1"):
+    def broken(opened, options, **more):
+        if opened.model.uri.endswith("/1"):
             raise DataError(value="version 1", rule="it breaks", fix="mend it")
-        return evaluate_job(model_uri, **options)
+        return literal(opened, options, **more)
 
-    monkeypatch.setattr(version_evaluations, "evaluate_job", broken)
-    monkeypatch.setattr(version_evaluations, "find_evaluation", lambda *_, **__: None)
+    monkeypatch.setattr(comparing, "evaluate_opened", broken)
+    monkeypatch.setattr(comparing, "find_evaluation", lambda *_, **__: None)
     found = gated(model, 2)
     assert found.verdict.outcome == "undecided"
     assert "the baseline could not be evaluated: version 1: it breaks" in found.verdict.results[1].reason
@@ -296,25 +297,14 @@ def test_genes_that_the_version_lacks_are_not_passed_over(model, monkeypatch):
 
 
 def test_versions_with_data_of_their_own_are_judged_on_one_file(registry, trained, adata, monkeypatch):
-    monkeypatch.setattr(version_evaluations, "MIN_HELD_OUT", 10)
+    monkeypatch.setattr(comparing, "MIN_HELD_OUT", 10)
     name = f"bundled-{uuid4().hex[:6]}"
     for data in (adata, adata[::-1].copy()):
         with mlflow.start_run():
             log_model(trained, name, registered_model_name=name, training_adata=data, adata=data)
     own = Gated(name, None)
-    gate = GateSpec(rules=(NOT_WORSE, COUNTED), promote="champion")
     for version in ("1", "2"):
-        found = gate_job(
-            model_uri=f"models:/{name}/{version}",
-            baseline="@champion",
-            data_uri=None,
-            spec=SPEC,
-            comparison=QUICK,
-            gate=gate,
-            report=ReportSpec(figures=False),
-            tracking=TrackingSpec(),
-            config_yaml="",
-        )
+        found = gated(own, version, NOT_WORSE, COUNTED)
         assert found.verdict.outcome == "pass", found.verdict.results
     assert own.aliases() == {"champion": "2"}
     own.client.delete_registered_model(name)
@@ -336,7 +326,7 @@ def test_the_exit_code_of_a_sweep_is_that_of_its_worst_job(model, capsys):
 
 
 def test_a_gate_reads_what_it_wrote(model):
-    run = gated(model, 1, COUNTED)
+    run = gated(model, 1, COUNTED, reuse=False)
     record = json.loads(mlflow.artifacts.load_text(f"runs:/{run.run_id}/verdict.json"))
     assert (
         record["model"]["evaluation_run_id"]
@@ -354,18 +344,7 @@ def test_an_alias_that_is_misspelt_is_not_made_and_what_is_left_out_is_told(mode
         InvalidSpecError, match=r"gate.promote=champoin: gated-\w+ has no such alias, but champion; write"
     ):
         gated(model, 2, promote="champoin")
-    gate = GateSpec(rules=(COUNTED,), left_out=("not_worse",))
-    found = gate_job(
-        model_uri=f"models:/{model.name}/2",
-        baseline="@champion",
-        data_uri=str(model.data),
-        spec=SPEC,
-        comparison=QUICK,
-        gate=gate,
-        report=ReportSpec(figures=False),
-        tracking=TrackingSpec(),
-        config_yaml="",
-    )
+    found = gated(model, 2, gate=GateSpec(rules=(COUNTED,), left_out=("not_worse",)))
     assert found.verdict.notes[-1] == "the rule not_worse is left out"
 
 
@@ -382,9 +361,9 @@ def test_a_promotion_takes_the_mark_of_a_rollback_away(model):
 
 def test_cells_that_the_baseline_was_fitted_on_decide_nothing(model, monkeypatch):
     gated(model, 1)
-    compare = gating.compare
+    compare = comparing.compare
     # the version itself has not seen them
-    monkeypatch.setattr(gating, "compare", lambda *given, **more: replace(compare(*given, **more), in_sample=True))
+    monkeypatch.setattr(comparing, "compare", lambda *given, **more: replace(compare(*given, **more), in_sample=True))
     found = gated(model, 2)
     assert (found.verdict.outcome, found.verdict.results[-1].rule) == ("undecided", "held_out_cells")
 

@@ -29,7 +29,7 @@ from amici_eval.tracking.runs.tracked import (
     close_abandoned,
     tracked_run,
 )
-from amici_eval.tracking.store.errors import patiently
+from amici_eval.tracking.store import patiently
 
 
 def start(beat: SignOfLife | str, *, partial: bool = True) -> str:
@@ -174,7 +174,7 @@ def test_any_tag_is_a_sign_or_none(text):
 
 def waiting(monkeypatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr("amici_eval.tracking.store.errors.time.sleep", waits.append)
+    monkeypatch.setattr("amici_eval.tracking.store.time.sleep", waits.append)
     return waits
 
 

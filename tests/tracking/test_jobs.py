@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -26,8 +27,8 @@ from amici_eval.settings.evaluation import (
     SubsetSpec,
     TrackingSpec,
 )
-from amici_eval.tracking.jobs.evaluating import evaluate_job, register_job
-from amici_eval.tracking.jobs.uploading import load_evaluation, upload
+from amici_eval.tracking.jobs.evaluating import evaluate_job, load_evaluation, register_job, upload
+from tests.builders import job_options
 
 pytestmark = pytest.mark.amici
 
@@ -35,15 +36,8 @@ QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
 
 
 def run(model_uri: str = "models:/tiny/1", *, data_uri=None, spec=QUICK, report=None, **tracking):
-    report = report or ReportSpec(formats=("png",))
-    return evaluate_job(
-        model_uri,
-        data_uri=data_uri,
-        spec=spec,
-        report=report,
-        tracking=TrackingSpec(**{"retry_s": 0.0, **tracking}),
-        config_yaml="a: 1\n",
-    )
+    options = job_options(spec, report=report, **{"retry_s": 0.0, **tracking})
+    return evaluate_job(model_uri, data_uri=data_uri, options=options)
 
 
 def statuses(registry) -> set[str]:
@@ -60,30 +54,20 @@ def test_a_run_holds_the_contract(registry, tmp_path):
     folder = Path(mlflow.artifacts.download_artifacts(run_id=result.run_id, dst_path=str(tmp_path / "got")))
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     types = result.evaluation.cell_types
+    figures = ["expl_variance_barplot_per_head", "ablations", "effects", "head_interactions"]
+    figures += [f"expl_variance_heatmap_{slugify(name)}" for name in types]
+    tables = ("heads", "baselines", "held_out", "scales", "labels", "ablations", "head_interactions", "senders")
     assert files == {
         "tables/explained_variance.csv",
         "tables/explained_variance.parquet",
-        "tables/heads.csv",
-        "tables/baselines.csv",
-        "tables/held_out.csv",
-        "tables/scales.csv",
-        "tables/labels.csv",
-        "tables/ablations.csv",
-        "tables/head_interactions.csv",
-        "tables/senders.csv",
+        *(f"tables/{name}.csv" for name in tables),
         "tables/sender_genes.parquet",
         "moments.npz",
         "significance.json",
         "config/resolved.yaml",
         "report.html",
         "evaluation.json",
-        *(f"figures/expl_variance_barplot_per_head.{suffix}" for suffix in ("png", "svg")),
-        *(
-            f"figures/{name}.{suffix}"
-            for name in ("ablations", "effects", "head_interactions")
-            for suffix in ("png", "svg")
-        ),
-        *(f"figures/expl_variance_heatmap_{slugify(name)}.{suffix}" for name in types for suffix in ("png", "svg")),
+        *(f"figures/{name}.{suffix}" for name in figures for suffix in ("png", "svg")),
     }
     assert tuple(pd.read_csv(folder / "tables/explained_variance.csv").columns) == GENE_COLUMNS
     heads = pd.read_csv(folder / "tables/heads.csv")
@@ -97,14 +81,9 @@ def test_a_run_holds_the_contract(registry, tmp_path):
     assert json.loads((folder / "significance.json").read_text())["schema_version"] == 3
     assert result.evaluation.engine == "factored"
     assert logged.data.metrics["parity/max_abs_difference"] == result.evaluation.parity < 1e-4
-    assert list(pd.read_csv(folder / "tables/ablations.csv").columns) == [
-        "head",
-        "ct_name",
-        "mode",
-        "expl_var",
-        "delta_full",
-    ]
-    assert len(pd.read_csv(folder / "tables/ablations.csv")) == 2 * len(types) * 7
+    ablations = pd.read_csv(folder / "tables/ablations.csv")
+    assert list(ablations.columns) == ["head", "ct_name", "mode", "expl_var", "delta_full"]
+    assert len(ablations) == 2 * len(types) * 7
     assert len(pd.read_csv(folder / "tables/head_interactions.csv")) == len(types)
     np.testing.assert_allclose(
         Moments.load(folder / "moments.npz").explained_variance(), result.evaluation.expl_var, atol=1e-6
@@ -155,7 +134,7 @@ def test_a_failing_store_loses_nothing_and_upload_finishes(registry, tmp_path, m
     with pytest.raises(
         TrackingError, match=r"connection lost.*all results are safe in .*, or: amici-eval upload"
     ) as caught:
-        run()
+        run(report=ReportSpec(formats=("png",)))
     folder = Path(caught.value.fix.rpartition(" ")[2])
     assert (folder / "artifacts" / "tables" / "heads.csv").is_file()
     run_id = folder.name
@@ -178,7 +157,7 @@ def test_results_outlive_a_figure_that_cannot_be_drawn(registry, tmp_path, monke
 
     monkeypatch.setattr("amici_eval.report.figures.evaluation_figures.save_figures", broken)
     with pytest.raises(OSError, match="no space left"):
-        run(keep_local=True)
+        run(keep_local=True, report=ReportSpec(formats=("png",)))
     (folder,) = (tmp_path / "amici-eval-results").iterdir()
     assert f"amici-eval upload {folder}" in caplog.text
     upload(folder)
@@ -190,7 +169,7 @@ def test_results_outlive_a_figure_that_cannot_be_drawn(registry, tmp_path, monke
 
 def test_a_model_from_another_store_is_evaluated_without_links(registry, tmp_path, caplog):
     folder = mlflow.artifacts.download_artifacts("models:/tiny/2", dst_path=str(tmp_path / "copy"))
-    result = run(folder, uri=f"sqlite:///{tmp_path / 'other.db'}", report=ReportSpec(figures=False))
+    result = run(folder, uri=f"sqlite:///{tmp_path / 'other.db'}")
     assert "is not in this tracking store" in caplog.text
     logged = mlflow.MlflowClient(result.tracking_uri).get_run(result.run_id)
     assert logged.info.status == "FINISHED"
@@ -200,7 +179,7 @@ def test_a_model_from_another_store_is_evaluated_without_links(registry, tmp_pat
 
 def test_a_users_own_empty_folder_stays(registry, tmp_path):
     (tmp_path / "mine").mkdir()
-    run(output_dir=str(tmp_path / "mine"), report=ReportSpec(figures=False))
+    run(output_dir=str(tmp_path / "mine"))
     assert list((tmp_path / "mine").iterdir()) == []
 
 
@@ -211,18 +190,18 @@ def test_training_cells_under_other_names_are_not_called_held_out(registry, adat
     adata.obsm["spatial"] = adata.obsm["spatial"] + 7.0
     adata.write_h5ad("moved.h5ad")
     for uri in ("renamed.h5ad", "moved.h5ad"):
-        evaluation = run(data_uri=uri, report=ReportSpec(figures=False)).evaluation
+        evaluation = run(data_uri=uri).evaluation
         assert evaluation.held_out == (False,) * 5
         assert any("cells of training have other names here" in note for note in evaluation.notes)
     adata.X = adata.X * 1.5
     adata.write_h5ad("other.h5ad")
-    evaluation = run(data_uri="other.h5ad", report=ReportSpec(figures=False)).evaluation
+    evaluation = run(data_uri="other.h5ad").evaluation
     assert evaluation.held_out == (True,) * 5
 
 
 def test_a_part_of_the_training_tissue_is_noticed(registry, adata):
     adata[: adata.n_obs // 2].write_h5ad("half.h5ad")
-    evaluation = run(data_uri="half.h5ad", report=ReportSpec(figures=False)).evaluation
+    evaluation = run(data_uri="half.h5ad").evaluation
     assert any("its cells have lost neighbours" in note for note in evaluation.notes)
 
 
@@ -231,35 +210,23 @@ def test_upload_of_another_folder(tmp_path):
         upload(tmp_path)
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupted_run_is_killed(registry, monkeypatch, interrupt):
+@pytest.mark.parametrize(
+    ("raised", "status"), [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ZeroDivisionError, "FAILED")]
+)
+def test_an_interrupted_run_is_killed_and_a_crash_is_failed(registry, monkeypatch, raised, status):
     def stop(*arguments, **options):
-        raise interrupt
+        raise raised
 
     monkeypatch.setattr("amici_eval.evaluation.pipeline.evaluate_access", stop)
-    with pytest.raises(interrupt):
-        run(run_name=f"stopped by {interrupt.__name__}")
+    with pytest.raises(raised):
+        run(run_name=f"stopped by {raised.__name__}")
     (stopped,) = mlflow.search_runs(
-        filter_string=f"attributes.run_name = 'stopped by {interrupt.__name__}'",
+        filter_string=f"attributes.run_name = 'stopped by {raised.__name__}'",
         search_all_experiments=True,
         output_format="list",
     )
-    assert stopped.info.status == "KILLED"
+    assert stopped.info.status == status
     assert "RUNNING" not in statuses(registry)
-
-
-def test_a_crash_is_failed(registry, monkeypatch):
-    def crash(*arguments, **options):
-        message = "boom"
-        raise ZeroDivisionError(message)
-
-    monkeypatch.setattr("amici_eval.evaluation.pipeline.evaluate_access", crash)
-    with pytest.raises(ZeroDivisionError):
-        run(run_name="crashed")
-    (crashed,) = mlflow.search_runs(
-        filter_string="attributes.run_name = 'crashed'", search_all_experiments=True, output_format="list"
-    )
-    assert crashed.info.status == "FAILED"
 
 
 def n_runs() -> int:
@@ -269,14 +236,8 @@ def n_runs() -> int:
 
 def test_runs_are_counted_where_they_start(registry):
     before = n_runs()
-    run(experiment="elsewhere", report=ReportSpec(figures=False))
+    run(experiment="elsewhere")
     assert n_runs() == before + 1
-
-
-def bad_data(adata, change) -> str:
-    change(adata)
-    adata.write_h5ad("bad.h5ad")
-    return "bad.h5ad"
 
 
 def drop_gene(adata):
@@ -291,30 +252,18 @@ def nan_expression(adata):
     adata.X[0, 0] = np.nan
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (drop_gene, "the data lacks 1 of them"),
-        (drop_labels, "adata.obs has no column 'cell_type'"),
-        (nan_expression, "expression of .* is nan"),
-    ],
-)
-def test_bad_data_starts_no_run(registry, adata, change, message):
-    before = n_runs()
-    with pytest.raises(DataError, match=message):
-        run(data_uri=bad_data(adata, change))
-    assert n_runs() == before
+ENDOTHELIAL = EvaluationSpec(data=DataSpec(subset=SubsetSpec(key="cell_type", value="Endothelial")))
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
+        ({"change": drop_gene}, DataError, "the data lacks 1 of them"),
+        ({"change": drop_labels}, DataError, "adata.obs has no column 'cell_type'"),
+        ({"change": nan_expression}, DataError, "expression of .* is nan"),
         ({"report": ReportSpec(cell_types=("Tumour",))}, InvalidSpecError, r"report\.cell_types names 'Tumour'"),
         (
-            {
-                "report": ReportSpec(cell_types=("Tumor",)),
-                "spec": EvaluationSpec(data=DataSpec(subset=SubsetSpec(key="cell_type", value="Endothelial"))),
-            },
+            {"report": ReportSpec(cell_types=("Tumor",)), "spec": ENDOTHELIAL},
             InvalidSpecError,
             r"report\.cell_types names 'Tumor': the evaluated cells are of type",
         ),
@@ -323,7 +272,12 @@ def test_bad_data_starts_no_run(registry, adata, change, message):
         ({"data_uri": "absent.h5ad"}, DataError, r"absent\.h5ad does not exist"),
     ],
 )
-def test_other_bad_input_starts_no_run(registry, options, kind, message):
+def test_bad_input_starts_no_run(registry, adata, options, kind, message):
+    options = dict(options)
+    if change := options.pop("change", None):
+        change(adata)
+        adata.write_h5ad("bad.h5ad")
+        options["data_uri"] = "bad.h5ad"
     before = n_runs()
     with pytest.raises(kind, match=message):
         run(**options)
@@ -341,38 +295,18 @@ def test_other_bad_input_starts_no_run(registry, options, kind, message):
     ],
 )
 def test_bad_registration_is_refused(registry, amici_dir, options, message):
-    arguments = {
-        "name": "x",
-        "data_uri": str(registry.data),
-        "adata": None,
-        "trust": False,
-        "alias": None,
-        "tracking": TrackingSpec(),
-        **options,
-    }
+    given = {"name": "x", "data_uri": str(registry.data), "adata": None, "trust": False, "alias": None, **options}
     before = n_runs()
     with pytest.raises(AmiciEvalError, match=message):
-        register_job(str(amici_dir), **arguments)
+        register_job(str(amici_dir), tracking=TrackingSpec(), **given)
     assert n_runs() == before
 
 
 def test_awkward_labels_go_all_the_way(registry, adata, trained, amici_dir, tmp_path):
-    names = dict(
-        zip(
-            trained.card.cell_types,
-            ("CD8+_T_Cells", "Stromal_&_T_Cell_Hybrid", "Microglia/PVM", "β cell", "$x$ <b>"),
-            strict=True,
-        )
-    )
+    awkward = ("CD8+_T_Cells", "Stromal_&_T_Cell_Hybrid", "Microglia/PVM", "β cell", "$x$ <b>")
+    names = dict(zip(trained.card.cell_types, awkward, strict=True))
     adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories(names)
-    from dataclasses import replace
-
-    renamed = replace(
-        trained,
-        card=replace(
-            trained.card, cell_types=tuple(names[name] for name in trained.card.cell_types), training_data=None
-        ),
-    )
+    renamed = replace(trained, card=replace(trained.card, cell_types=awkward, training_data=None))
     with mlflow.start_run():
         amici_eval.log_model(renamed, registered_model_name="awkward")
     adata.write_h5ad(tmp_path / "awkward.h5ad")
@@ -397,5 +331,5 @@ def test_what_a_buffer_drops_is_known_before_the_run(registry, trained, adata):
     with pytest.raises(InvalidSpecError, match=r"report\.cell_types names 'Tumor': the evaluated cells are of type"):
         run(spec=spec, report=ReportSpec(cell_types=("Tumor",)))
     assert n_runs() == before
-    evaluation = run(spec=spec, report=ReportSpec(figures=False)).evaluation
+    evaluation = run(spec=spec).evaluation
     assert evaluation.data["n_evaluated"] == evaluation.n_cells.sum() == (inner & ~tumor).sum()

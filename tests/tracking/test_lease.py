@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amici_eval.common.errors import InvalidSpecError, LeaseHeldError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.registry import RegistryTags
-from amici_eval.tracking.runs.lease import LEASE_TAG, Lease, held
+from amici_eval.tracking.registry_tags import LEASE_TAG, Lease, RegistryTags, held
 from tests.stage import Actor, Stage
 
 TTL = 10.0
@@ -90,7 +89,7 @@ def play_leases(
     def nonce(n_bytes: int) -> str:
         return sha256(f"{salt} {next(count)}".encode()).hexdigest()[: 2 * n_bytes]
 
-    with mock.patch("amici_eval.tracking.runs.lease.secrets.token_hex", side_effect=nonce):
+    with mock.patch("amici_eval.tracking.registry_tags.secrets.token_hex", side_effect=nonce):
         stage.play([(actor, 0.0 if k else wait) for actor, n, wait in plan for k in range(n)], look)
     return next(n_held)
 

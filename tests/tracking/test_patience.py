@@ -37,9 +37,9 @@ from amici_eval.common.errors import (
     OutputError,
     TrackingError,
 )
-from amici_eval.tracking.store import errors
-from amici_eval.tracking.store.errors import tracking_errors, understood
-from amici_eval.tracking.store.fetching import fetch
+from amici_eval.tracking import store
+from amici_eval.tracking.dataset import fetch
+from amici_eval.tracking.store import tracking_errors, understood
 
 
 def from_(error, cause):
@@ -259,14 +259,14 @@ def test_data_is_asked_for_again(tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(b"data")
 
-    monkeypatch.setattr(errors, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(errors, "_patience_s", [0.0])
+    monkeypatch.setattr(store, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(store, "_patience_s", [0.0])
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{server.server_port}/a.h5ad"
         with pytest.raises(DataError, match=r"503.*run the same command again"):
             fetch(uri, tmp_path)
-        errors.set_patience(10.0)
+        store.set_patience(10.0)
         assert fetch(uri, tmp_path).read_bytes() == b"data"
         server.shutdown()
     assert len(asked) == 3
@@ -348,15 +348,14 @@ def test_a_store_that_cannot_be_used_is_refused_at_once(name, bare_model, tmp_pa
     assert "same command again" not in said
 
 
-@pytest.mark.parametrize("command", ["evaluate", "register", "compare", "gate", "watch"])
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("command", "setting", "words"),
     [
-        ("tracking.experiment=gone", "'gone' is deleted"),
-        ("MLFLOW_EXPERIMENT_NAME=gone", "mlflow experiments restore --experiment-id"),
-        ("MLFLOW_EXPERIMENT_ID=4242", "MLFLOW_EXPERIMENT_ID=4242"),
-        ("MLFLOW_RUN_ID=0123456789abcdef0123456789abcdef", "MLFLOW_RUN_ID=0123456789abcdef0123456789abcdef"),
-        ("MLFLOW_RUN_ID=../x", "../x"),
+        ("evaluate", "tracking.experiment=gone", "'gone' is deleted"),
+        ("evaluate", "MLFLOW_EXPERIMENT_NAME=gone", "mlflow experiments restore --experiment-id"),
+        *((one, f"MLFLOW_RUN_ID={'0a' * 16}", f"MLFLOW_RUN_ID={'0a' * 16}") for one in ("evaluate", "watch")),
+        ("evaluate", "MLFLOW_RUN_ID=../x", "../x"),
+        *((one, "MLFLOW_EXPERIMENT_ID=4242", "MLFLOW_EXPERIMENT_ID=4242") for one in ("register", "compare", "gate")),
     ],
 )
 def test_where_results_cannot_go_is_found_before_any_work(command, setting, words, bare_model, monkeypatch, capsys):

@@ -8,8 +8,7 @@ import pytest
 from amici_eval.common.errors import DataError, LeaseHeldError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.jobs import promotion
 from amici_eval.tracking.jobs.promotion import promote, promotions, rollback
-from amici_eval.tracking.registry import RegistryTags
-from amici_eval.tracking.runs.lease import held
+from amici_eval.tracking.registry_tags import RegistryTags, held
 
 RECORD = "amici_eval.promotions.champion"
 
@@ -147,7 +146,7 @@ def test_an_alias_that_somebody_moves_without_asking_is_told(bare_model, monkeyp
 
 
 def test_a_lease_that_ran_out_moves_nothing(bare_model, monkeypatch):
-    monkeypatch.setattr("amici_eval.tracking.runs.lease.Lease.still_mine", lambda _: False)
+    monkeypatch.setattr("amici_eval.tracking.registry_tags.Lease.still_mine", lambda _: False)
     with pytest.raises(TrackingError, match="ran out before the alias was moved"):
         promote(bare_model.name, "1", alias="champion", expected=None)
     assert (bare_model.aliases(), bare_model.tags()) == ({}, {})

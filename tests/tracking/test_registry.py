@@ -11,9 +11,9 @@ from mlflow.utils import validation
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.settings.checks import check_alias
-from amici_eval.tracking.flavor import log_model
-from amici_eval.tracking.registry import check_model_name, connect, find_dataset, resolve_model
-from amici_eval.tracking.stored_model import open_stored_model
+from amici_eval.tracking.flavor import log_model, open_stored_model
+from amici_eval.tracking.jobs.evaluating import find_dataset
+from amici_eval.tracking.registry import check_model_name, connect, resolve_model
 
 pytestmark = pytest.mark.amici
 

@@ -98,13 +98,12 @@ def test_watch_goes_on_until_it_is_interrupted(bare_model, number, code):
             assert process.poll() is None
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.splitlines()[-2:]) == (
-        code,
-        [
-            f"amici-eval: stopping ({'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'})",
-            "amici-eval: interrupted; the same command again takes up what is finished",
-        ],
-    )
+    assert process.returncode == code
+    # a log message that the signal interrupts may be written between them
+    assert [line for line in errors.splitlines() if line.startswith("amici-eval: ")] == [
+        f"amici-eval: stopping ({'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'})",
+        "amici-eval: interrupted; the same command again takes up what is finished",
+    ]
     assert [bare_model.tags(version) for version in "123"] == [{VERDICT: "pass abc"}] * 3
 
 

@@ -18,12 +18,12 @@ from amici_eval.evaluation.finished_parts import FinishedParts
 from amici_eval.evaluation.tasks import evaluate_task
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
 from amici_eval.settings.launch import LaunchSpec
-from amici_eval.tracking.jobs.evaluating import evaluate_job
-from amici_eval.tracking.jobs.uploading import upload
+from amici_eval.tracking.jobs.evaluating import evaluate_job, upload
 from amici_eval.tracking.runs import delivery
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RECORD_FILE
 from amici_eval.tracking.runs.tracked import HEARTBEAT_TAG, PARENT_RUN_VARIABLE, PARTIAL_TAG, tracked_run
 from amici_eval.tracking.runs.unfinished import PARTS_FOLDER, RESUME_FILE, UnfinishedWork
+from tests.builders import job_options
 
 pytestmark = pytest.mark.amici
 
@@ -33,15 +33,10 @@ QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=19))
 
 
 def run(*, spec=QUICK, experiment="resume", data_uri=None, figures=False, launch=None, **tracking):
-    return evaluate_job(
-        "models:/tiny/1",
-        data_uri=data_uri,
-        spec=spec,
-        report=ReportSpec(figures=figures, formats=("svg",)),
-        tracking=TrackingSpec(**{"experiment": experiment, "output_dir": "out", "retry_s": 0.0, **tracking}),
-        config_yaml="a: 1\n",
-        launch=launch,
-    )
+    report = ReportSpec(figures=figures, formats=("svg",))
+    tracking = {"experiment": experiment, "output_dir": "out", "retry_s": 0.0, **tracking}
+    options = job_options(spec, report=report, launch=launch, **tracking)
+    return evaluate_job("models:/tiny/1", data_uri=data_uri, options=options)
 
 
 class OneByOne:
@@ -105,13 +100,29 @@ def stop(monkeypatch):
     return after
 
 
+def interrupted(stop, n_parts: int, **options) -> dict[str, list[str]]:
+    """Run a command that is interrupted once it has kept so many parts, and return what it and later ones keep."""
+    seen = stop(n_parts)
+    with pytest.raises(KeyboardInterrupt):
+        run(**options)
+    return seen
+
+
+def unsent(tmp_path: Path, monkeypatch, **options) -> Path:
+    """Return the folder of an evaluation whose results the store did not take."""
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery, "_send", gone)
+        with pytest.raises(TrackingError):
+            run(**options)
+    (folder,) = (tmp_path / "out").iterdir()
+    return folder
+
+
 @pytest.mark.parametrize(("spec", "n_parts"), [(QUICK, 1), (QUICK, 3), (SENDERS, 4), (HOOKED, 2)])
 def test_the_same_command_goes_on_in_the_same_run(registry, tmp_path, stop, spec, n_parts):
     experiment = f"goes on {n_parts} {spec.ablation.engine}"
     whole = run(spec=spec, experiment=f"whole {experiment}")
-    seen = stop(n_parts)
-    with pytest.raises(KeyboardInterrupt):
-        run(spec=spec, experiment=experiment)
+    seen = interrupted(stop, n_parts, spec=spec, experiment=experiment)
     (killed,) = runs_of(experiment)
     assert killed.info.status == "KILLED"
     assert "cell types are finished" in killed.data.tags[PARTIAL_TAG]
@@ -147,9 +158,7 @@ def test_the_same_command_goes_on_in_the_same_run(registry, tmp_path, stop, spec
     ids=["settings", "never", "data", "launch"],
 )
 def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, changed, monkeypatch):
-    seen = stop(3)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="anew")
+    seen = interrupted(stop, 3, experiment="anew")
     kept = list(seen["kept"])
     seen["kept"].clear()
     if "data_uri" in changed:
@@ -166,9 +175,7 @@ def test_what_is_not_the_same_is_computed_anew(registry, adata, tmp_path, stop, 
 
 
 def test_another_experiment_takes_the_parts_into_a_run_of_its_own(registry, tmp_path, stop):
-    seen = stop(3)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="first home")
+    seen = interrupted(stop, 3, experiment="first home")
     result = run(experiment="second home")
     assert len(seen["taken"]) == 3
     (old,) = runs_of("first home")
@@ -180,9 +187,7 @@ def test_another_experiment_takes_the_parts_into_a_run_of_its_own(registry, tmp_
 
 def test_damaged_parts_are_computed_again(registry, tmp_path, stop, caplog):
     whole = run(experiment="undamaged")
-    seen = stop(4)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="damaged")
+    seen = interrupted(stop, 4, experiment="damaged")
     parts = sorted((tmp_path / "out").glob(f"*/{PARTS_FOLDER}/*"))
     parts[0].write_bytes(parts[0].read_bytes()[:-7])
     parts[1].write_bytes(b"")
@@ -194,17 +199,15 @@ def test_damaged_parts_are_computed_again(registry, tmp_path, stop, caplog):
     assert digests(result.run_id, tmp_path) == digests(whole.run_id, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 1}', "[" * 100_000, '{"schema_version": 9, "key": 1}'])
-def test_a_damaged_state_is_no_obstacle(registry, tmp_path, stop, text, caplog):
-    stop(3)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="state")
+def test_a_damaged_state_is_no_obstacle(registry, tmp_path, stop, caplog):
+    interrupted(stop, 3, experiment="state")
     (state,) = (tmp_path / "out").glob(f"*/{RESUME_FILE}")
-    state.write_text(text)
-    caplog.clear()
-    assert mlflow.get_run(run(experiment="state").run_id).info.status == "FINISHED"
-    # of another version it may be whole
-    assert (f"{state} is damaged" in caplog.text) == ('"key"' not in text)
+    for text in ("", "[]", '{"schema_version": 1}', "[" * 100_000, '{"schema_version": 9, "key": 1}'):
+        state.write_text(text)
+        caplog.clear()
+        assert mlflow.get_run(run(experiment="state").run_id).info.status == "FINISHED"
+        # of another version it may be whole
+        assert (f"{state} is damaged" in caplog.text) == ('"key"' not in text)
 
 
 def test_a_run_in_which_nothing_was_finished_goes_on_too(registry, tmp_path, monkeypatch):
@@ -255,9 +258,7 @@ def test_nobody_takes_up_what_is_just_being_completed(registry, tmp_path, monkey
 
 
 def test_a_run_that_was_deleted_meanwhile_is_not_taken_up(registry, stop):
-    seen = stop(3)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="deleted")
+    seen = interrupted(stop, 3, experiment="deleted")
     (gone,) = runs_of("deleted")
     mlflow.MlflowClient().delete_run(gone.info.run_id)
     assert run(experiment="deleted").run_id != gone.info.run_id
@@ -276,9 +277,7 @@ def test_an_error_keeps_what_is_finished(registry, tmp_path, stop, caplog):
 
 
 def test_partial_results_are_not_sent_as_whole_ones(registry, tmp_path, stop):
-    stop(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="partial upload")
+    interrupted(stop, 2, experiment="partial upload")
     (folder,) = (tmp_path / "out").iterdir()
     with pytest.raises(OutputError, match="holds partial results"):
         upload(folder)
@@ -393,11 +392,7 @@ def test_a_run_whose_last_answer_was_lost_is_the_one_that_is_completed(registry,
 
 
 def test_damaged_results_are_not_sent(registry, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(delivery, "_send", gone)
-        with pytest.raises(TrackingError):
-            run(experiment="altered")
-    (folder,) = (tmp_path / "out").iterdir()
+    folder = unsent(tmp_path, monkeypatch, experiment="altered")
     table = folder / ARTIFACTS / "tables" / "heads.csv"
     text = table.read_text()
     table.write_text(text.replace("0", "1", 1))
@@ -463,14 +458,7 @@ def test_no_room_anywhere_says_so(registry, tmp_path, monkeypatch):
 
 def test_refused_input_leaves_no_folder(registry, tmp_path):
     with pytest.raises(Exception, match="no version"):
-        evaluate_job(
-            "models:/tiny/99",
-            data_uri=None,
-            spec=QUICK,
-            report=ReportSpec(),
-            tracking=TrackingSpec(output_dir="out"),
-            config_yaml="",
-        )
+        evaluate_job("models:/tiny/99", data_uri=None, options=job_options(QUICK, output_dir="out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -491,9 +479,7 @@ time.sleep(120)
 
 
 def test_what_another_process_works_at_is_read_and_left_alone(registry, tmp_path, stop):
-    seen = stop(3)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment="alive")
+    seen = interrupted(stop, 3, experiment="alive")
     (folder,) = (tmp_path / "out").iterdir()
     other = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
@@ -517,22 +503,16 @@ def test_what_another_process_works_at_is_read_and_left_alone(registry, tmp_path
 
 
 def test_results_that_were_not_sent_outlive_the_same_evaluation_elsewhere(registry, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(delivery, "_send", gone)
-        with pytest.raises(TrackingError):
-            run(experiment="unsent here")
-    (folder,) = (tmp_path / "out").iterdir()
+    folder = unsent(tmp_path, monkeypatch, experiment="unsent here")
     run(experiment="done there")
     assert upload(folder) == folder.name
     assert mlflow.get_run(folder.name).info.status == "FINISHED"
 
 
 def test_an_upload_that_failed_can_be_tried_again(registry, tmp_path, monkeypatch):
+    folder = unsent(tmp_path, monkeypatch, experiment="twice")
     with monkeypatch.context() as patch:
         patch.setattr(delivery, "_send", gone)
-        with pytest.raises(TrackingError):
-            run(experiment="twice")
-        (folder,) = (tmp_path / "out").iterdir()
         for _ in range(2):
             with pytest.raises(TrackingError, match="could not be completed"):
                 upload(folder)
@@ -548,11 +528,8 @@ def test_an_interrupted_comparison_takes_up_the_types_of_its_evaluations(registr
             models=["tiny"],
             versions=["1", "2"],
             data_uri=None,
-            spec=QUICK,
             comparison=ComparisonSpec(floor=False, n_permutations=19, n_flips=19, n_bootstrap=50),
-            report=ReportSpec(figures=False),
-            tracking=TrackingSpec(experiment="compared", output_dir="out", retry_s=0.0, reuse=False),
-            config_yaml="",
+            options=job_options(QUICK, experiment="compared", output_dir="out", retry_s=0.0, reuse=False),
         )
 
     seen = stop(3)
@@ -577,7 +554,7 @@ def test_a_close_that_is_asked_again_closes_this_run_and_no_other(registry, monk
 
     inner_id = [""]
     monkeypatch.setattr(client, "set_terminated", once)
-    monkeypatch.setattr("amici_eval.tracking.store.errors.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("amici_eval.tracking.store.time.sleep", lambda seconds: None)
     tracking = TrackingSpec(experiment="nested", retry_s=30.0)
     with tracked_run(tracking, name="outer", tags={}) as outer:
         monkeypatch.setenv(PARENT_RUN_VARIABLE, outer.info.run_id)
@@ -602,7 +579,7 @@ def test_a_start_that_is_asked_again_keeps_the_run_of_mlflow_run(registry, monke
         return real(**options)
 
     monkeypatch.setattr(mlflow, "start_run", once)
-    monkeypatch.setattr("amici_eval.tracking.store.errors.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("amici_eval.tracking.store.time.sleep", lambda seconds: None)
     with tracked_run(TrackingSpec(retry_s=30.0), name="x", tags={}) as run:
         assert run.info.run_id == opened
 

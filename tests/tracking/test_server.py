@@ -14,8 +14,8 @@ import pytest
 import amici_eval
 from amici_eval.common.errors import TrackingError
 from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.tracking.jobs.evaluating import evaluate_job, register_job
-from amici_eval.tracking.jobs.uploading import upload
+from amici_eval.tracking.jobs import JobOptions
+from amici_eval.tracking.jobs.evaluating import evaluate_job, register_job, upload
 from tests.serving import Server
 
 if TYPE_CHECKING:
@@ -54,14 +54,8 @@ def test_register_run_evaluate_and_a_lost_server(server, amici_dir, adata, tmp_p
     )
 
     def evaluate_champion():
-        return evaluate_job(
-            "models:/remote@champion",
-            data_uri=None,
-            spec=spec,
-            report=ReportSpec(formats=("png",)),
-            tracking=tracking,
-            config_yaml="",
-        )
+        options = JobOptions(spec=spec, report=ReportSpec(formats=("png",)), tracking=tracking, config_yaml="")
+        return evaluate_job("models:/remote@champion", data_uri=None, options=options)
 
     # 1. the job
     result = evaluate_champion()

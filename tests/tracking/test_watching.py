@@ -11,8 +11,7 @@ from mlflow.exceptions import MlflowException
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError, TrackingError
 from amici_eval.tracking.jobs import watching
 from amici_eval.tracking.jobs.watching import WatchedVersion, watch
-from amici_eval.tracking.registry import RegistryTags
-from amici_eval.tracking.runs.lease import held
+from amici_eval.tracking.registry_tags import RegistryTags, held
 
 KEY = "0123456789ab"
 VERDICT = f"amici_eval.verdict.{KEY}"

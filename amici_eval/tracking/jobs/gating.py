@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.common.text import markdown, mask_secrets
 from amici_eval.comparison.gate import judge
-from amici_eval.comparison.pipeline import compare
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.gate import gate_key
-from amici_eval.tracking.jobs.comparing import comparison_params, write_comparison
+from amici_eval.tracking.jobs.comparing import (
+    Column,
+    comparison_params,
+    evaluations_run,
+    label_of,
+    write_comparison,
+)
 from amici_eval.tracking.jobs.promotion import ROLLED_BACK_TAG, Promotion, promote, promoted_over
-from amici_eval.tracking.jobs.version_evaluations import Column, cells_of, gather_evaluations
 from amici_eval.tracking.jobs.watching import VERDICT_TAG
-from amici_eval.tracking.registry import RegistryTags, connect_to, resolve_model
-from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals, send
-from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
-from amici_eval.tracking.runs.tracked import NOTE_TAG, tracked_run
-from amici_eval.tracking.store.errors import optional, patiently
+from amici_eval.tracking.registry import connect_to, resolve_model, tag_version
+from amici_eval.tracking.registry_tags import RegistryTags
+from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
+from amici_eval.tracking.runs.local_results import ARTIFACTS
+from amici_eval.tracking.runs.tracked import NOTE_TAG
+from amici_eval.tracking.store import optional, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import pandas as pd
 
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.verdict import Verdict
     from amici_eval.settings.comparison import ComparisonSpec
-    from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, TrackingSpec
     from amici_eval.settings.gate import GateSpec
-    from amici_eval.tracking.jobs.version_evaluations import VersionEvaluations
+    from amici_eval.tracking.jobs import JobOptions
+    from amici_eval.tracking.jobs.comparing import ColumnEvaluation, ComparedCells, GatheredEvaluations
     from amici_eval.tracking.registry import ResolvedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +98,22 @@ def baseline_of(candidate: ResolvedModel, baseline: str | None, promote: str | N
     else:
         model = resolve_model(baseline)
     _may_replace(candidate, model, baseline, promote, now)
-    if (model.name, model.version) != (candidate.name, candidate.version) or model.name is None:
+    name, number = candidate.name, candidate.version
+    if name is None or number is None or (model.name, model.version) != (name, number):
         return GateBaseline(model=model, expected=now)
-    return _of_itself(candidate, baseline, now)
+    return _of_itself(name, number, baseline, now)
 
 
-def _of_itself(candidate: ResolvedModel, baseline: str, now: str | None) -> GateBaseline:
+def _of_itself(name: str, version: str, baseline: str, now: str | None) -> GateBaseline:
     """Return the baseline of a version that is the baseline itself: the version that it replaced, if on record."""
     unknown = "the version is the baseline itself, and what it replaced is not on record: there is nothing to compare"
-    assert candidate.name is not None  # noqa: S101, RUF100 - for the type checker
-    assert candidate.version is not None  # noqa: S101, RUF100 - for the type checker
-    entry = promoted_over(candidate.name, baseline[1:], candidate.version) if baseline.startswith("@") else None
+    entry = promoted_over(name, baseline[1:], version) if baseline.startswith("@") else None
     if entry is None:
         return GateBaseline(why_none=unknown, expected=now)
     if entry["replaced"] is None:
         return GateBaseline(expected=now)
     try:
-        return GateBaseline(model=resolve_model(f"models:/{candidate.name}/{entry['replaced']}"), expected=now)
+        return GateBaseline(model=resolve_model(f"models:/{name}/{entry['replaced']}"), expected=now)
     except ModelNotFoundError:
         gone = f"the version is the baseline itself, and version {entry['replaced']}, which it replaced, is gone"
         return GateBaseline(why_none=gone, expected=now)
@@ -135,9 +140,6 @@ def _aliases(model: ResolvedModel) -> dict[str, str]:
     return {name: str(version) for name, version in aliases.items()}
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, kw_only=True)
 class GateRun:
     """A verdict and the run that holds it.
@@ -159,19 +161,14 @@ def gate_job(
     model_uri: str,
     baseline: str | None,
     data_uri: str | None,
-    spec: EvaluationSpec,
     comparison: ComparisonSpec,
     gate: GateSpec,
-    report: ReportSpec,
-    tracking: TrackingSpec,
-    config_yaml: str,
-    progress: Callable[[int, int, str], None] | None = None,
+    options: JobOptions,
     dry_run: bool = False,
     newer_only: bool = False,
 ) -> GateRun:
     """Judge a version by rules and against its baseline, log the verdict, and promote the version if it passes."""
-    tracking_uri = connect_to(tracking)
-    output = checked_output(tracking.output_dir)
+    tracking_uri = connect_to(options.tracking)
     candidate = resolve_model(model_uri)
     if gate.promote is not None and (candidate.name is None or candidate.version is None):
         raise InvalidSpecError(
@@ -180,143 +177,129 @@ def gate_job(
             fix="give models:/NAME/VERSION, or leave gate.promote out",
         )
     against = baseline_of(candidate, baseline, gate.promote)
-    champion, expected = against.model, against.expected
-    key = gate_key(baseline=baseline, data_uri=data_uri, spec=spec, comparison=comparison, gate=gate)
-    columns = [_column(one, data_uri) for one in (champion, candidate) if one is not None]
-    cells = cells_of(columns, spec, comparison, data_uri, ())
-    tags = {"amici_eval.kind": "gate", "amici_eval.gate_key": key}
-    with (
-        tracked_run(tracking, name=f"gate {columns[-1].label}", tags=tags) as run,
-        run_folder(output, run.info.run_id) as folder,
-    ):
-        run_id, experiment_id = run.info.run_id, run.info.experiment_id
-        with tempfile.TemporaryDirectory(prefix="evaluations-", dir=folder) as staging:
-            found = gather_evaluations(
-                columns,
-                cells,
-                Path(staging),
-                parent=(run_id, experiment_id),
-                need_moments=False,
-                report=report,
-                tracking=tracking,
-                config_yaml=config_yaml,
-                progress=progress,
-            )
-            places = {column.label: place for place, column in enumerate(found.columns)}
-            if columns[-1].label not in places:
-                why = next((one.reason for one in found.failed if one.label == columns[-1].label), "unknown reason")
-                raise DataError(
-                    value=f"{columns[-1].label} could not be evaluated ({why})",
-                    rule="a verdict needs an evaluation of the version",
-                    fix="mend that, and judge again",
-                )
-            evaluation = HeadEvaluation.load(found.folders[places[columns[-1].label]])
-            compared, why_none = _compared(found, columns, comparison, cells.text)
-            missing = () if compared is None else _missing_genes(evaluation, found.folders[0])
-        verdict = judge(
-            evaluation,
-            gate,
-            comparison=compared,
-            no_comparison=why_none or against.why_none,
-            metrics=evaluation_metrics(evaluation),
-            intervals=metric_intervals(evaluation),
-            missing_genes=missing,
-            tables=_tables(evaluation),
-            model={**candidate.describe(), "evaluation_run_id": found.run_ids[places[columns[-1].label]]},
-            baseline=None
-            if champion is None
-            else {
-                **champion.describe(),
-                "evaluation_run_id": found.run_ids[places[columns[0].label]] if columns[0].label in places else None,
-            },
-            cells=cells.text,
-            in_sample=_in_sample(evaluation) if compared is None else compared.in_sample,
-            key=key,
-            notes=(*cells.notes, *(() if compared is None else compared.notes)),
+    key = gate_key(baseline=baseline, data_uri=data_uri, spec=options.spec, comparison=comparison, gate=gate)
+    models = [one for one in (against.model, candidate) if one is not None]
+    columns = [Column(label=label_of(one), model=one) for one in models]
+    with evaluations_run(
+        columns,
+        comparison,
+        options,
+        tracking_uri=tracking_uri,
+        data_uri=data_uri,
+        name=f"gate {columns[-1].label}",
+        tags={"amici_eval.kind": "gate", "amici_eval.gate_key": key},
+        need_moments=False,
+    ) as run:
+        compared = _compared(run.found, columns, comparison, run.cells)
+        verdict = _verdict(
+            run.found, columns, run.cells, gate, candidate=candidate, against=against, compared=compared, key=key
         )
-        _write(verdict, compared, folder / ARTIFACTS, report=report, config_yaml=config_yaml)
-        record = RunRecord(
-            tracking_uri=tracking_uri,
-            run_id=run_id,
+        _write(verdict, compared.comparison, run.folder / ARTIFACTS, options)
+        sentence = verdict_sentence(verdict)
+        run.send(
+            {VERDICT_TAG: verdict.outcome, f"{VERDICT_TAG}_reason": sentence, NOTE_TAG: markdown(sentence)},
             params={
-                "cfg/gate.cells": cells.text,
+                "cfg/gate.cells": run.cells.text,
                 "cfg/gate.baseline": mask_secrets(str(baseline)),
                 **comparison_params(comparison),
             },
             metrics={f"gate/{name}": float(_count(verdict, name)) for name in ("pass", "fail", "undecided")},
-            tags={
-                **tags,
-                VERDICT_TAG: verdict.outcome,
-                f"{VERDICT_TAG}_reason": verdict_sentence(verdict),
-                NOTE_TAG: markdown(verdict_sentence(verdict)),
-            },
         )
-        record = record.with_files(folder)
-        record.save(folder)
-        send(folder, record, retry_s=tracking.retry_s)
-        promotion, outdated = None, False
-        if verdict.passed and gate.promote is not None and candidate.name and candidate.version:
-            held_back = _held_back(candidate, expected, gate.promote) if newer_only else None
-            promotion = (
-                promote(
-                    candidate.name,
-                    candidate.version,
-                    alias=gate.promote,
-                    expected=expected,
-                    run_id=run_id,
-                    dry_run=dry_run,
-                )
-                if held_back is None
-                else held_back
-            )
-            # the alias should have moved to this version and did not: somebody else moved it
-            wanted = held_back is None and promotion.replaced != candidate.version
-            outdated = wanted and not promotion.moved and not (dry_run and promotion.replaced == expected)
-            _tag_run(run_id, "amici_eval.promotion", promotion.reason)
         result = GateRun(
             verdict=verdict,
-            run_id=run_id,
+            run_id=run.run_id,
             tracking_uri=tracking_uri,
-            folder=folder if tracking.keep_local else None,
-            promotion=promotion,
-            outdated=outdated,
+            folder=run.folder if options.tracking.keep_local else None,
         )
+        if verdict.passed and gate.promote is not None:
+            result = _promoted(
+                result, candidate, gate.promote, against.expected, dry_run=dry_run, newer_only=newer_only
+            )
         if not dry_run:
-            _tag_version(candidate, result, final=not outdated)
-    if not tracking.keep_local:
-        remove_local(folder, with_parent=output.made)
+            tag_version(candidate, _verdict_tags(result), "its verdict")
     return result
 
 
-def _column(model: ResolvedModel, data_uri: str | None) -> Column:
-    label = f"{model.name} {model.version}" if model.name else model.model_id or model.uri
-    return Column(label=label, model=model, data_uri=data_uri)
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """The comparison of a version with its baseline, or why there is none although there is a baseline."""
+
+    comparison: HeadComparison | None = None
+    why_none: str | None = None
 
 
 def _compared(
-    found: VersionEvaluations, columns: list[Column], spec: ComparisonSpec, cells: str
-) -> tuple[HeadComparison | None, str | None]:
-    """Return the comparison with the baseline, or why there is none although there is a baseline."""
-    if len(columns) < 2:
-        return None, None
-    if len(found.folders) < 2:
-        why = next((one.reason for one in found.failed if one.label == columns[0].label), "unknown reason")
-        return None, f"the baseline could not be evaluated: {why}"
+    found: GatheredEvaluations, columns: list[Column], spec: ComparisonSpec, cells: ComparedCells
+) -> _Compared:
+    if len(columns) < 2 or found.of(columns[-1]) is None:
+        return _Compared()
+    if found.of(columns[0]) is None:
+        return _Compared(why_none=f"the baseline could not be evaluated: {found.why_failed(columns[0])}")
     try:
-        return (
-            compare(
-                found.folders,
-                spec,
-                labels=[column.label for column in found.columns],
-                run_ids=found.run_ids,
-                reused=found.reused,
-                cells=cells,
-            ),
-            None,
-        )
+        return _Compared(comparison=found.compared(spec, cells=cells.text))
     except AmiciEvalError as error:
         logger.error("the version could not be compared with its baseline: %s", error)
-        return None, f"it could not be compared with the baseline: {error}"
+        return _Compared(why_none=f"it could not be compared with the baseline: {error}")
+
+
+def _verdict(
+    found: GatheredEvaluations,
+    columns: list[Column],
+    cells: ComparedCells,
+    gate: GateSpec,
+    *,
+    candidate: ResolvedModel,
+    against: GateBaseline,
+    compared: _Compared,
+    key: str,
+) -> Verdict:
+    """Judge a version, the last of the columns, by its evaluation and its comparison with the baseline."""
+    own, other = found.of(columns[-1]), found.of(columns[0])
+    if own is None:
+        raise DataError(
+            value=f"{columns[-1].label} could not be evaluated ({found.why_failed(columns[-1])})",
+            rule="a verdict needs an evaluation of the version",
+            fix="mend that, and judge again",
+        )
+    evaluation, comparison = HeadEvaluation.load(own.folder), compared.comparison
+    return judge(
+        evaluation,
+        gate,
+        comparison=comparison,
+        no_comparison=compared.why_none or against.why_none,
+        metrics=evaluation_metrics(evaluation),
+        intervals=metric_intervals(evaluation),
+        missing_genes=_missing_genes(evaluation, other.folder) if comparison is not None and other is not None else (),
+        tables=_tables(evaluation),
+        model=_described(candidate, own),
+        baseline=None if against.model is None else _described(against.model, other),
+        cells=cells.text,
+        in_sample=_in_sample(evaluation) if comparison is None else comparison.in_sample,
+        key=key,
+        notes=(*cells.notes, *(() if comparison is None else comparison.notes)),
+    )
+
+
+def _described(model: ResolvedModel, evaluated: ColumnEvaluation | None) -> dict[str, Any]:
+    return {**model.describe(), "evaluation_run_id": None if evaluated is None else evaluated.run_id}
+
+
+def _promoted(
+    result: GateRun, candidate: ResolvedModel, alias: str, expected: str | None, *, dry_run: bool, newer_only: bool
+) -> GateRun:
+    """Promote a version that passed, and return the verdict with what became of that."""
+    name, version = candidate.name, candidate.version
+    if name is None or version is None:
+        return result
+    held_back = _held_back(name, version, expected, alias) if newer_only else None
+    promotion = held_back or promote(
+        name, version, alias=alias, expected=expected, run_id=result.run_id, dry_run=dry_run
+    )
+    # the alias should have moved to this version and did not: somebody else moved it
+    wanted = held_back is None and promotion.replaced != version
+    outdated = wanted and not promotion.moved and not (dry_run and promotion.replaced == expected)
+    _tag_run(result.run_id, "amici_eval.promotion", promotion.reason)
+    return replace(result, promotion=promotion, outdated=outdated)
 
 
 def _missing_genes(evaluation: HeadEvaluation, baseline: Path) -> tuple[str, ...]:
@@ -325,20 +308,17 @@ def _missing_genes(evaluation: HeadEvaluation, baseline: Path) -> tuple[str, ...
     return tuple(name for name in HeadEvaluation.load(baseline).genes if name not in there)
 
 
-def _held_back(model: ResolvedModel, now: str | None, alias: str) -> Promotion | None:
+def _held_back(name: str, version: str, now: str | None, alias: str) -> Promotion | None:
     """Return a refused promotion if a version is older than the alias's or was rolled back; ``None``: promote it."""
-    assert model.name is not None  # noqa: S101, RUF100 - for the type checker
-    assert model.version is not None  # noqa: S101, RUF100 - for the type checker
-    reason = None
-    if now == model.version:
+    if now == version:
         return None
-    if now is not None and int(model.version) < int(now):
-        reason = f"version {model.version} is older than version {now}, which is {alias}: not promoted"
-    elif f"{ROLLED_BACK_TAG}.{alias}" in RegistryTags(name=model.name, version=model.version).read():
-        reason = f"the promotion of version {model.version} to {alias} was taken back: not promoted again"
-    if reason is None:
+    if now is not None and int(version) < int(now):
+        reason = f"version {version} is older than version {now}, which is {alias}: not promoted"
+    elif f"{ROLLED_BACK_TAG}.{alias}" in RegistryTags(name=name, version=version).read():
+        reason = f"the promotion of version {version} to {alias} was taken back: not promoted again"
+    else:
         return None
-    return Promotion(name=model.name, alias=alias, version=model.version, replaced=now, moved=False, reason=reason)
+    return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=reason)
 
 
 def _in_sample(evaluation: HeadEvaluation) -> bool | None:
@@ -368,18 +348,16 @@ def _tables(evaluation: HeadEvaluation) -> Callable[[str], pd.DataFrame]:
     return table
 
 
-def _write(
-    verdict: Verdict, compared: HeadComparison | None, folder: Path, *, report: ReportSpec, config_yaml: str
-) -> None:
+def _write(verdict: Verdict, compared: HeadComparison | None, folder: Path, options: JobOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # write the verdict before anything is drawn: drawing may fail
     write_verdict(verdict, folder)
     if compared is not None:
         section = verdict_section(verdict)
-        write_comparison(compared, folder, report=report, config_yaml=config_yaml, first=section)
+        write_comparison(compared, folder, report=options.report, config_yaml=options.config_yaml, first=section)
         return
     (folder / "config").mkdir(exist_ok=True)
-    (folder / "config" / "resolved.yaml").write_text(config_yaml, encoding="utf-8")
+    (folder / "config" / "resolved.yaml").write_text(options.config_yaml, encoding="utf-8")
     write_verdict_page(verdict, folder)
 
 
@@ -394,20 +372,8 @@ def _tag_run(run_id: str, name: str, value: str) -> None:
         patiently(partial(MlflowClient().set_tag, run_id, name, value), what="tagging the run")
 
 
-def _tag_version(model: ResolvedModel, result: GateRun, *, final: bool) -> None:
-    """Tag a version with its verdict; one that is not ``final`` is tagged as undecided, so that it is judged again."""
-    from mlflow import MlflowClient
-
-    if model.name is None or model.version is None:
-        return
-    values: dict[str, Any] = {
-        VERDICT_TAG: result.verdict.outcome if final else "undecided",
-        f"{VERDICT_TAG}_run_id": result.run_id,
-    }
-    if final:
-        values[f"{VERDICT_TAG}.{result.verdict.key}"] = f"{result.verdict.outcome} {result.run_id}"
-    client = MlflowClient()
-    with optional(f"version {model.version} could not be tagged with its verdict"):
-        for name, value in values.items():
-            tag = partial(client.set_model_version_tag, model.name, model.version, name, value)
-            patiently(tag, what="tagging the version")
+def _verdict_tags(result: GateRun) -> dict[str, str]:
+    """Return the tags of a judged version; it is undecided, to be judged again, if its baseline was replaced."""
+    outcome = result.verdict.outcome
+    tags = {VERDICT_TAG: "undecided" if result.outdated else outcome, f"{VERDICT_TAG}_run_id": result.run_id}
+    return tags if result.outdated else {**tags, f"{VERDICT_TAG}.{result.verdict.key}": f"{outcome} {result.run_id}"}

@@ -6,14 +6,14 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError, ModelNotFoundError, TrackingError
-from amici_eval.tracking.registry import RegistryTags
-from amici_eval.tracking.runs.lease import held
+from amici_eval.tracking.registry_tags import RegistryTags, held
 
 if TYPE_CHECKING:
-    from amici_eval.tracking.runs.lease import Lease
+    from amici_eval.tracking.registry_tags import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -63,26 +63,20 @@ def promote(
     """
     tags = RegistryTags(name=name)
     _version_must_exist(tags, version)
+    not_moved = partial(Promotion, name=name, alias=alias, version=version, moved=False)
     if dry_run:
         now = _seen(tags, alias).version
-        told = _refusal(tags, alias, version, expected, now)
-        if told is None:
-            told = f"dry run: {_move(alias, now, version)} would be done"
-        return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=told)
+        told = _refusal(alias, version, expected, now) or f"dry run: {_move(alias, now, version)} would be done"
+        return not_moved(replaced=now, reason=told)
     with held(tags, f"alias.{alias}", ttl_s=_LEASE_S, wait_s=wait_s) as lease:
         seen = _seen(tags, alias)
         now, before = seen.version, seen.record
-        refused = _refusal(tags, alias, version, expected, now)
+        refused = _refusal(alias, version, expected, now)
         if refused is not None:
-            return Promotion(name=name, alias=alias, version=version, replaced=now, moved=False, reason=refused)
+            return not_moved(replaced=now, reason=refused)
         if before and _was_undone(before[-1], now):
             before = before[:-1]
-        entry = {
-            "version": version,
-            "replaced": now,
-            "run_id": run_id,
-            "time": _now(),
-        }
+        entry = {"version": version, "replaced": now, "run_id": run_id, "time": _now()}
         _must_be_mine(lease, tags, alias)
         _write_record(tags, alias, [*before, entry])
         # a slow registry may have taken longer than the lease lasts
@@ -158,7 +152,7 @@ def _last(tags: RegistryTags, alias: str, seen: _AliasState) -> dict[str, Any]:
     return entry
 
 
-def _refusal(tags: RegistryTags, alias: str, version: str, expected: str | None, now: str | None) -> str | None:
+def _refusal(alias: str, version: str, expected: str | None, now: str | None) -> str | None:
     if now == version:
         return f"{alias} is version {version} already"
     if now != expected:

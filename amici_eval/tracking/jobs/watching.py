@@ -17,10 +17,8 @@ from amici_eval.common.errors import (
     TrackingError,
     first_line,
 )
-from amici_eval.tracking.registry import RegistryTags
-from amici_eval.tracking.runs.lease import held
-from amici_eval.tracking.store.errors import patiently, tracking_errors
-from amici_eval.tracking.store.searching import all_pages
+from amici_eval.tracking.registry_tags import RegistryTags, held
+from amici_eval.tracking.store import all_pages, patiently, tracking_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +85,6 @@ def watch(
     interval_s: float = 60.0,
     max_interval_s: float = 900.0,
     pause: Callable[[float], None] = time.sleep,
-    owner: str | None = None,
 ) -> WatchResult:
     """Judge the versions of a registered model that have no verdict yet, oldest first, in one round or until an error.
 
@@ -97,14 +94,13 @@ def watch(
     The seconds between rounds double from ``interval_s`` to ``max_interval_s`` while there is nothing to do.
     """
     _check_times(lease_s=lease_s, interval_s=interval_s, max_interval_s=max_interval_s)
-    given_up: set[str] = set()
+    one_round = partial(_one_round, name, key=key, judge=judge, lease_s=lease_s, given_up=set())
     if once:
-        return _one_round(name, key=key, judge=judge, lease_s=lease_s, owner=owner, given_up=given_up)
+        return one_round()
     wait = interval_s
     while True:
         try:
-            done = _one_round(name, key=key, judge=judge, lease_s=lease_s, owner=owner, given_up=given_up)
-            busy = done.worked
+            busy = one_round().worked
         except TrackingError as error:
             logger.warning("%s; trying again in %g s", error, wait)
             busy = False
@@ -136,7 +132,6 @@ def _one_round(
     key: str,
     judge: Callable[[str], str],
     lease_s: float,
-    owner: str | None,
     given_up: set[str],
 ) -> WatchResult:
     found = []
@@ -146,7 +141,7 @@ def _one_round(
         earlier = _failure(tags, key)
         if earlier.n < _TRIES:
             given_up.discard(version)
-            found.append(_one_version(name, version, key=key, judge=judge, lease_s=lease_s, owner=owner))
+            found.append(_one_version(name, version, key=key, judge=judge, lease_s=lease_s))
             continue
         if version not in given_up:
             given_up.add(version)
@@ -159,12 +154,10 @@ def _one_round(
     return WatchResult(versions=tuple(found))
 
 
-def _one_version(
-    name: str, version: str, *, key: str, judge: Callable[[str], str], lease_s: float, owner: str | None
-) -> WatchedVersion:
+def _one_version(name: str, version: str, *, key: str, judge: Callable[[str], str], lease_s: float) -> WatchedVersion:
     tags = RegistryTags(name=name, version=version)
     try:
-        with held(tags, f"verdict.{key}", ttl_s=lease_s, owner=owner) as lease:
+        with held(tags, f"verdict.{key}", ttl_s=lease_s) as lease:
             if f"{VERDICT_TAG}.{key}" in tags.read():
                 return WatchedVersion(version=version, state="skipped", said="another watcher has judged it meanwhile")
             logger.info("judging version %s of %s", version, name)

@@ -16,7 +16,7 @@ from amici_eval.common.files import is_disk_full
 from amici_eval.common.text import mask_secrets, slugify
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord
 from amici_eval.tracking.runs.tracked import mark_whole
-from amici_eval.tracking.store.errors import optional, patiently, understood
+from amici_eval.tracking.store import log_batches, optional, patiently, understood
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,8 +175,6 @@ def write_artifacts(
 
 logger = logging.getLogger(__name__)
 
-_METRICS_PER_BATCH = 1000
-_PARAMS_PER_BATCH = 100
 _LONGEST_TAG = 8000
 
 
@@ -235,6 +233,13 @@ def _write(
     return whole
 
 
+def send_written(folder: Path, record: RunRecord, *, retry_s: float) -> None:
+    """Send a folder whose artifacts are all written, with a record of them beside them."""
+    whole = record.with_files(folder)
+    whole.save(folder)
+    send(folder, whole, retry_s=retry_s)
+
+
 def send(folder: Path, record: RunRecord, *, retry_s: float = 0.0) -> None:
     """Send a folder of results to its run; nothing is logged twice, and the folder stays if sending fails."""
     try:
@@ -263,10 +268,8 @@ def _send(folder: Path, record: RunRecord) -> None:
     run_id = record.run_id
     run = client.get_run(run_id)
     params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
-    for start in range(0, len(params), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH], synchronous=True)
     tags = [RunTag(key, value[:_LONGEST_TAG]) for key, value in record.tags.items()]
-    client.log_batch(run_id, tags=tags, synchronous=True)
+    log_batches(client, run_id, params=params, tags=tags)
     if record.dataset is not None and not (run.inputs and run.inputs.dataset_inputs):
         datasets = [DatasetInput(Dataset(**record.dataset), tags=[InputTag("mlflow.data.context", "evaluation")])]
         models = [] if record.model_id is None else [LoggedModelInput(record.model_id)]
@@ -290,8 +293,7 @@ def _send(folder: Path, record: RunRecord) -> None:
         for key, values in record.series.items()
         for step, value in _missing_steps(client, run_id, key, values, there=key in run.data.metrics)
     ]
-    for start in range(0, len(metrics), _METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH], synchronous=True)
+    log_batches(client, run_id, metrics=metrics)
     client.log_artifacts(run_id, str(folder / ARTIFACTS))
     _check_arrived(client, folder / ARTIFACTS, record)
     # last: a version or model that points to a run points to a complete one

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import InvalidSpecError, TrackingError, first_line
 from amici_eval.common.text import mask_mapping, masked
-from amici_eval.tracking.store.errors import is_missing, patiently, store_errors
-from amici_eval.tracking.store.searching import runs_anywhere
+from amici_eval.tracking.store import is_missing, patiently, runs_anywhere, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval import __version__
@@ -21,12 +22,9 @@ from amici_eval.results.tile_sums import MOMENTS_FILE
 from amici_eval.settings.evaluation import settings_that_matter
 from amici_eval.tracking.runs.local_results import RECORD_FILE, output_folder
 from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE, PARTIAL_TAG
-from amici_eval.tracking.store.errors import asked_again, is_missing, patiently, store_errors, understood
-from amici_eval.tracking.store.searching import runs_anywhere
+from amici_eval.tracking.store import asked_again, is_missing, patiently, runs_anywhere, store_errors, understood
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from amici_eval.settings.evaluation import EvaluationSpec, TrackingSpec
 
 logger = logging.getLogger(__name__)
@@ -65,15 +63,16 @@ def find_evaluation(fingerprint: str) -> str | None:
 
 
 @asked_again("fetching an evaluation")
-def download_evaluation(run_id: str, folder: Path) -> Path:
-    """Fetch an evaluation and its moments from a run into a folder, and return the folder."""
-    import mlflow.artifacts
+def download_evaluation(run_id: str, folder: Path, *, tracking_uri: str | None = None) -> bool:
+    """Fetch an evaluation and its moments from a run into a folder, and return whether the run holds one."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
 
-    there = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run_id)}
-    for name in (FILE_NAME, MOMENTS_FILE):
-        if name in there:
-            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder))
-    return folder
+    there = {item.path for item in list_artifacts(run_id=run_id, tracking_uri=tracking_uri)}
+    if FILE_NAME not in there:
+        return False
+    for name in sorted({FILE_NAME, MOMENTS_FILE} & there):
+        download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=tracking_uri)
+    return True
 
 
 RESUME_FILE = "resume.json"
@@ -91,7 +90,6 @@ class _UnfinishedFolder:
     folder: Path
     run_id: str
     where: Any
-    made_output: bool
     lock: FolderLock | None
 
 
@@ -111,13 +109,16 @@ class UnfinishedWork:
         self._where = [mask_secrets(tracking_uri), *experiment, below]
         self._stack = contextlib.ExitStack()
         self._left: list[_UnfinishedFolder] = []
-        self._own: tuple[Path, FolderLock | None] | None = None
+        # set when the run begins
+        self._folder = Path()
+        self._lock: FolderLock | None = None
         self._parts: FinishedParts | None = None
         self._made_output = False
         self._is_done = False
 
     def __enter__(self) -> UnfinishedWork:
         self._output = self._stack.enter_context(output_folder(self._tracking.output_dir))
+        # this process or the interrupted one, whose folder it takes up, made the folder for results
         self._made_output = self._output.made
         try:
             if self._tracking.resume == "auto":
@@ -128,7 +129,7 @@ class UnfinishedWork:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None and self._own is not None and not self._is_done:
+        if kind is not None and self._parts is not None and not self._is_done:
             self._say_what_is_kept(error)
         self._release()
 
@@ -165,17 +166,16 @@ class UnfinishedWork:
             "run_id": run_id,
             "where": self._where,
             "n_types": self._n_types,
-            "made_output": self._made_output or any(one.made_output for one in self._left),
+            "made_output": self._made_output,
         }
-        lock = None if own is None else own.lock
+        self._folder, self._lock = folder, None if own is None else own.lock
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = lock or FolderLock.take(folder)
+            self._lock = self._lock or FolderLock.take(folder)
             write_text_durably(folder / RESUME_FILE, json.dumps(state, indent=1))
         except OSError as error:
             # no reason to stop: parts that cannot be saved are reported as well, and results can go to another folder
             logger.warning("%s cannot be written (%s): the work could not be taken up there", folder, error)
-        self._own = folder, lock
         others = [one.folder / PARTS_FOLDER for one in self._left if one.folder != folder]
         self._parts = FinishedParts(folder / PARTS_FOLDER, key=self._key, others=others)
         self._parts.sweep()
@@ -196,8 +196,7 @@ class UnfinishedWork:
 
     def done(self) -> Path | None:
         """Remove what is not needed any more once all is sent; return the local copy if it is to stay."""
-        assert self._own is not None  # noqa: S101, RUF100 - for the type checker
-        folder, lock = self._own
+        folder = self._folder
         self._is_done = True
         for one in self._left:
             # results that were not sent yet may still be sent to their own run
@@ -205,14 +204,13 @@ class UnfinishedWork:
             if one.lock is not None and one.folder != folder and not unsent:
                 _remove(one.folder)
         self._point_to_successor(folder.name)
-        made = self._made_output or any(one.made_output for one in self._left)
         if self._tracking.keep_local:
             forget_parts(folder)
-            if lock is not None:
-                lock.release(remove=True)
+            if self._lock is not None:
+                self._lock.release(remove=True)
             return folder
         _remove(folder)
-        if made:
+        if self._made_output:
             with contextlib.suppress(OSError):
                 self._output.path.rmdir()
         return None
@@ -256,19 +254,14 @@ class UnfinishedWork:
                     "%s is damaged (%s): what is finished there is not taken up; remove the folder", path, error
                 )
         for _, folder, state in sorted(found, key=lambda one: one[0], reverse=True):
+            lock = FolderLock.take(folder)
             self._left.append(
-                _UnfinishedFolder(
-                    folder=folder,
-                    run_id=state["run_id"],
-                    where=state.get("where"),
-                    made_output=bool(state.get("made_output")),
-                    lock=FolderLock.take(folder),
-                )
+                _UnfinishedFolder(folder=folder, run_id=state["run_id"], where=state.get("where"), lock=lock)
             )
+            self._made_output |= bool(state.get("made_output"))
 
     def _say_what_is_kept(self, error: BaseException | None) -> None:
-        assert self._own is not None  # noqa: S101, RUF100 - for the type checker
-        folder, kept = self._own[0], FinishedParts.count_in(self._own[0] / PARTS_FOLDER)
+        folder, kept = self._folder, FinishedParts.count_in(self._folder / PARTS_FOLDER)
         # an interrupted run goes on also if nothing was finished
         if kept == 0 and not (folder / RECORD_FILE).exists() and not isinstance(error, KeyboardInterrupt):
             shutil.rmtree(folder, ignore_errors=True)
@@ -278,7 +271,7 @@ class UnfinishedWork:
             logger.warning("what is finished is kept in %s%s; %s goes on from there", folder, self.finished(), again)
 
     def _release(self) -> None:
-        for lock in [one.lock for one in self._left] + ([] if self._own is None else [self._own[1]]):
+        for lock in (*(one.lock for one in self._left), self._lock):
             if lock is not None:
                 lock.release()
         self._stack.close()

@@ -1,4 +1,4 @@
-"""Mutual exclusion of processes that share nothing but a model registry, which has tags and no compare-and-swap."""
+"""Tags of a registered model, and leases made of them: registries have no compare-and-swap."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import AmiciEvalError, InvalidSpecError, LeaseHeldError, first_line
 from amici_eval.tracking.runs.tracked import undisturbed
+from amici_eval.tracking.store import patiently, tracking_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,14 +35,44 @@ _LONGEST_RETRY_S = 3.0
 _JOIN_S = 10.0
 
 
-class Tags(Protocol):
-    """Where markers lie: tags of ``where``, and how to read all, set one, and delete one that may be gone."""
+def _client() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryTags:
+    """Tags of a registered model, or of one of its versions if ``version`` is given."""
+
+    name: str
+    version: str | None = None
+    client: Any = field(default_factory=_client, repr=False, compare=False)
 
     @property
-    def where(self) -> str: ...  # noqa: D102
-    def read(self) -> dict[str, str]: ...  # noqa: D102
-    def write(self, key: str, value: str) -> None: ...  # noqa: D102
-    def remove(self, key: str) -> None: ...  # noqa: D102
+    def where(self) -> str:
+        """What the tags are of, for messages."""
+        return self.name if self.version is None else f"{self.name} version {self.version}"
+
+    def ask(self, call: str, *more: str) -> Any:
+        """Call a method of the client for this model or version: ``get_{}``, ``set_{}_tag``, ``set_{}_alias``, ..."""
+        of, where = (
+            ("registered_model", [self.name]) if self.version is None else ("model_version", [self.name, self.version])
+        )
+        with tracking_errors(self.where):
+            return patiently(partial(getattr(self.client, call.format(of)), *where, *more), what="asking the registry")
+
+    def read(self) -> dict[str, str]:
+        """Return all tags."""
+        return dict(self.ask("get_{}").tags)
+
+    def write(self, key: str, value: str) -> None:
+        """Set a tag."""
+        self.ask("set_{}_tag", key, value)
+
+    def remove(self, key: str) -> None:
+        """Delete a tag; one that is gone already is no error."""
+        self.ask("delete_{}_tag", key)
 
 
 def this_process() -> str:
@@ -89,7 +121,7 @@ class Lease:
     renewed; ``clock``: returns seconds since 1970.
     """
 
-    def __init__(self, tags: Tags, *, what: str, owner: str, ttl_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, tags: RegistryTags, *, what: str, owner: str, ttl_s: float, clock: Callable[[], float]) -> None:
         self._tags, self._owner, self._ttl, self._clock = tags, owner, ttl_s, clock
         self._prefix = f"{LEASE_TAG}.{what}"
         # a new name for each lease, so that a late removal of this marker hits no other
@@ -194,7 +226,7 @@ class Lease:
 
 @contextmanager
 def held(
-    tags: Tags,
+    tags: RegistryTags,
     what: str,
     *,
     ttl_s: float,
@@ -212,37 +244,18 @@ def held(
     ``ttl_s``. A holder that is stopped for longer has lost the lease: call ``Lease.still_mine()`` before a step that
     must not be done twice (a moment between the answer and the step stays unguarded).
     """
-    lease = _take(tags, what, ttl_s=ttl_s, wait_s=wait_s, owner=owner or this_process(), clock=clock, sleep=sleep)
-    try:
-        if renew:
-            lease.keep_renewed()
-        yield lease
-    finally:
-        lease.release()
-
-
-def _take(
-    tags: Tags,
-    what: str,
-    *,
-    ttl_s: float,
-    wait_s: float,
-    owner: str,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> Lease:
     if not ttl_s > 0:
         raise InvalidSpecError(value=f"a lease of {ttl_s!r} s", rule="it must last", fix="give it some seconds")
     begun, pause = clock(), _RETRY_S[1]
     while True:
-        lease = Lease(tags, what=what, owner=owner, ttl_s=ttl_s, clock=clock)
+        lease = Lease(tags, what=what, owner=owner or this_process(), ttl_s=ttl_s, clock=clock)
         try:
             rival = lease.contend(begun=begun, wait_s=wait_s, sleep=sleep)
         except BaseException:
             lease.release()
             raise
         if rival is None:
-            return lease
+            break
         lease.release()
         if _patience(rival, wait_s) <= clock() - begun:
             until = datetime.fromtimestamp(rival.expires, timezone.utc) if rival.expires < 1e11 else None
@@ -254,3 +267,9 @@ def _take(
             )
         sleep(random.uniform(pause / 4, pause))  # noqa: S311, RUF100 - only to fall out of step
         pause = min(2 * pause, _LONGEST_RETRY_S)
+    try:
+        if renew:
+            lease.keep_renewed()
+        yield lease
+    finally:
+        lease.release()

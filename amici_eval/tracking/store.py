@@ -1,9 +1,11 @@
-"""Classify errors of a tracking store or a file system, and try again after those that pass."""
+"""Ask a tracking store: classify errors, try again after those that pass, search page by page."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
+import os
 import random
 import re
 import sqlite3
@@ -25,7 +27,7 @@ from amici_eval.common.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -394,3 +396,46 @@ def _of_code(one: Any) -> Fault | None:
 def _text(error: BaseException) -> str:
     """Return all that an error says, in one line."""
     return " ".join(str(error).split())[:_LONGEST_MESSAGE].rstrip(".") or type(error).__name__
+
+
+_EXPERIMENTS_AT_A_TIME = 100
+_PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
+
+
+def all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Yield the results of one of MLflow's searches, page after page."""
+    page = search()
+    while page.token:
+        yield from page
+        page = search(page_token=page.token)
+    yield from page
+
+
+def version_numbers(client: Any, name: str) -> list[int]:
+    """Return the numbers of a registered model's versions, oldest first."""
+    return sorted(int(one.version) for one in all_pages(partial(client.search_model_versions, f"name='{name}'")))
+
+
+def runs_anywhere(client: Any, condition: str, *, seconds: float = math.inf) -> Iterator[Any]:
+    """Yield runs that match, newest first: those of the current experiment, then of all others, for some seconds."""
+    until = time.monotonic() + seconds
+
+    def search(experiments: list[str]) -> Iterator[Any]:
+        newest = ["attributes.start_time DESC"]
+        return all_pages(partial(client.search_runs, experiments, condition, order_by=newest))
+
+    own = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if own:
+        yield from search([own])
+    ids = [one.experiment_id for one in all_pages(client.search_experiments) if one.experiment_id != own]
+    for start in range(0, len(ids), _EXPERIMENTS_AT_A_TIME):
+        if time.monotonic() > until:
+            return
+        yield from search(ids[start : start + _EXPERIMENTS_AT_A_TIME])
+
+
+def log_batches(client: Any, run_id: str, **entities: Sequence[Any]) -> None:
+    """Log ``params``, ``tags`` or ``metrics`` to a run in requests of a size that servers take, and wait for each."""
+    for kind, values in entities.items():
+        for start in range(0, len(values), _PER_BATCH[kind]):
+            client.log_batch(run_id, **{kind: values[start : start + _PER_BATCH[kind]]}, synchronous=True)

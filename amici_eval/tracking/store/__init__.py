@@ -1,1 +1,0 @@
-"""Asking a store: errors and retries, searches, fetched data."""
