@@ -238,7 +238,8 @@ def _evaluate(config: DictConfig) -> None:
     from amici_eval.tracking.jobs.evaluating import evaluate_job
 
     with Reporter() as progress:
-        result = evaluate_job(config.model_uri, data_uri=data_uri(config), options=job_options(config, progress))
+        options = job_options(config, progress)
+        result = evaluate_job(config.model_uri, data_uri=data_uri(config), options=options)
     _say(f"{config.model_uri}:", *summary_lines(result.evaluation), "")
     _say_where(result, how_to_look=True)
 

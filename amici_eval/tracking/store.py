@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 20.0
+_EXPERIMENTS_AT_A_TIME = 100
+_PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
 _LONGEST_MESSAGE = 2000
 _patience_s = [0.0]
 """For how many seconds calls of this process are tried again, as `set_patience` has set it."""
@@ -396,10 +398,6 @@ def _of_code(one: Any) -> Fault | None:
 def _text(error: BaseException) -> str:
     """Return all that an error says, in one line."""
     return " ".join(str(error).split())[:_LONGEST_MESSAGE].rstrip(".") or type(error).__name__
-
-
-_EXPERIMENTS_AT_A_TIME = 100
-_PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
 
 
 def all_pages(search: Callable[..., Any]) -> Iterator[Any]:

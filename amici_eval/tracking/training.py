@@ -25,6 +25,7 @@ from amici_eval.settings.checks import require_int, require_one_of
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec, TrainedOnSpec
 from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.tracking.runs.delivery import evaluation_metrics
+from amici_eval.tracking.runs.tracked import environment
 from amici_eval.tracking.store import log_batches
 
 if TYPE_CHECKING:
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int64
     from mlflow.entities import Metric
 
+logger = logging.getLogger(__name__)
+
+PREFIX = "train_heads"
+CELLS_TAG = "amici_eval.train_heads.cells"
+_LOGGED = ("ev/", "ev_full_model/", "p_adj/", "p_adj_spatial/", "summary/n_significant", "summary/n_tests")
+_FAILURES = 3
+"""After so many failures in a row no more evaluations are tried."""
+_REPEATING = (
+    "amici_eval.evaluation.pipeline",
+    "amici_eval.data.tissue",
+    "amici_eval.model.engines.opening",
+    "amici_eval.model.engines.factored",
+)
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Used unless the user sets them: with MLflow's own, 7 retries of 120 s, training would stand still."""
 CELLS = ("validation", "train", "all")
 _STRATUM = "train_heads"
 
@@ -107,10 +123,6 @@ def _quotas(counts: Int64[np.ndarray, " types"], n_cells: int) -> Int64[np.ndarr
     return quotas
 
 
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
-"""Used unless the user sets them: with MLflow's own, 7 retries of 120 s, training would stand still."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunInTraining:
     """The run that gets metrics while a model trains, and the store it is in."""
@@ -132,24 +144,9 @@ class RunInTraining:
         from mlflow import MlflowClient
         from mlflow.entities import RunTag
 
-        with _impatient():
+        with environment({name: most for name, most in _PATIENCE.items() if name not in os.environ}):
             client = MlflowClient(tracking_uri=self.tracking_uri)
             log_batches(client, self.run_id, tags=[RunTag(*tag) for tag in tags.items()], metrics=metrics)
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _PATIENCE}
-    try:
-        for name, most in _PATIENCE.items():
-            os.environ.setdefault(name, str(most))
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -222,21 +219,6 @@ class OncePerMessage(logging.Filter):
                 found.addFilter(self)
                 stack.callback(found.removeFilter, self)
             yield
-
-
-logger = logging.getLogger(__name__)
-
-PREFIX = "train_heads"
-CELLS_TAG = "amici_eval.train_heads.cells"
-_LOGGED = ("ev/", "ev_full_model/", "p_adj/", "p_adj_spatial/", "summary/n_significant", "summary/n_tests")
-_FAILURES = 3
-"""After so many failures in a row no more evaluations are tried."""
-_REPEATING = (
-    "amici_eval.evaluation.pipeline",
-    "amici_eval.data.tissue",
-    "amici_eval.model.engines.opening",
-    "amici_eval.model.engines.factored",
-)
 
 
 def _cheap() -> EvaluationSpec:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 EVALUATION = {"amici_eval.kind": "evaluation"}
+RUN = "a run of amici-eval"
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +70,15 @@ def fill(run_id: str, with_what: str) -> None:
         client.set_tag(run_id, "amici_eval.kind", "gate")
 
 
-@pytest.mark.parametrize("held", ["metrics", "params", "artifacts", "data sets", "a run of amici-eval"])
-@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize(
+    ("held", "ended"),
+    [
+        ("metrics", False),
+        ("metrics", True),
+        *((one, False) for one in ("params", "artifacts", "data sets")),
+        (RUN, True),
+    ],
+)
 def test_a_run_that_holds_something_gets_a_child(bare_model, monkeypatch, caplog, held, ended):
     given = opened()
     fill(given, held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import tempfile
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from amici_eval.tracking.jobs.evaluating import Opened, evaluate_opened, open_da
 from amici_eval.tracking.registry import connect_to, resolve_model, tag_version
 from amici_eval.tracking.runs.delivery import send_written
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RunRecord, checked_output, remove_local, run_folder
-from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE, tracked_run
+from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE, environment, tracked_run
 from amici_eval.tracking.runs.unfinished import download_evaluation, find_evaluation
 from amici_eval.tracking.store import version_numbers
 
@@ -319,7 +318,8 @@ def evaluations_run(
         tempfile.TemporaryDirectory(prefix="evaluations-", dir=folder) as staging,
     ):
         own = replace(options, spec=cells.spec, tracking=replace(tracking, run_name=None, keep_local=False))
-        with _children_of(run.info.run_id, run.info.experiment_id):
+        # runs that are started meanwhile are children of this one
+        with environment({PARENT_RUN_VARIABLE: run.info.run_id, "MLFLOW_EXPERIMENT_ID": run.info.experiment_id}):
             found = _gather(columns, cells, Path(staging), own, tracking_uri, need_moments=need_moments)
         yield EvaluationsRun(
             run_id=run.info.run_id,
@@ -394,21 +394,6 @@ def _evaluation_in(
         result = evaluate_opened(opened, options, tracking_uri=tracking_uri)
     result.evaluation.save(folder)
     return found(run_id=result.run_id, reused=False)
-
-
-@contextmanager
-def _children_of(run_id: str, experiment_id: str) -> Iterator[None]:
-    """Make runs that the body starts children of a run, in its experiment."""
-    values = {PARENT_RUN_VARIABLE: run_id, "MLFLOW_EXPERIMENT_ID": experiment_id}
-    before: dict[str, Any] = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def comparison_params(spec: ComparisonSpec) -> dict[str, str]:

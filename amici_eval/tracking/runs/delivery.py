@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.evaluation import ReportSpec
 
-_LONGEST_PARAM = 6000
+logger = logging.getLogger(__name__)
+
+_LONGEST_PARAM, _LONGEST_TAG = 6000, 8000
 
 
 def evaluation_metrics(evaluation: HeadEvaluation) -> dict[str, float]:
@@ -171,11 +173,6 @@ def write_artifacts(
             path.stem: path for path in paths if path.suffix == ".png"
         }
     write_html(evaluation, folder, figures=figures)
-
-
-logger = logging.getLogger(__name__)
-
-_LONGEST_TAG = 8000
 
 
 def deliver(

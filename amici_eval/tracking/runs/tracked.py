@@ -21,7 +21,7 @@ from amici_eval.common.text import mask_mapping, masked
 from amici_eval.tracking.store import is_missing, patiently, runs_anywhere, store_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from amici_eval.settings.evaluation import TrackingSpec
 
@@ -325,6 +325,19 @@ def _contents(run_id: str) -> str:
         "artifacts": bool(client.list_artifacts(run_id)),
     }
     return ", ".join(what for what, held in found.items() if held)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment while a body runs."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextmanager

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RESUME_FILE = "resume.json"
+CONTINUED_TAG = "amici_eval.continued_by"
+PARTS_FOLDER = "parts"
+_DONE_SUFFIX = ".done"
+_SCHEMA_VERSION = 1
+_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 FINGERPRINT_TAG = "amici_eval.fingerprint"
 
 
@@ -73,14 +79,6 @@ def download_evaluation(run_id: str, folder: Path, *, tracking_uri: str | None =
     for name in sorted({FILE_NAME, MOMENTS_FILE} & there):
         download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=tracking_uri)
     return True
-
-
-RESUME_FILE = "resume.json"
-CONTINUED_TAG = "amici_eval.continued_by"
-PARTS_FOLDER = "parts"
-_DONE_SUFFIX = ".done"
-_SCHEMA_VERSION = 1
-_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
