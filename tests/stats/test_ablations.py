@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def catalogue(case, modes=MODES, *, seed=0, cell_type="T", device="cpu", **constants):
-    with patch.multiple(ablations, **constants):
+    with patch.multiple(ablations, **{"N_RESAMPLES": ablations.N_RESAMPLES, **constants}):
         return ablate(case.cells, modes=modes, seed=seed, cell_type=cell_type, device=device)
 
 
