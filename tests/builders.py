@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.results.ablations import HeadAblations
+from amici_eval.results.analyses import Baselines, HeadAblations, HeldOutParts, Intervals, Senders, SpatialTests
 from amici_eval.results.evaluation import HeadEvaluation, Undefined
-from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.senders import Senders
 from amici_eval.results.tile_sums import Moments
 from amici_eval.settings.evaluation import MODES, EvaluationSpec, PermutationSpec
 from amici_eval.stats.explained_variance import TileSums
@@ -346,17 +344,17 @@ def make_comparison(
     n_versions: int = 3, n_heads: int = 3, seed: int = 0, *, kind: str = "versions", with_genes: bool = True
 ):
     """Return a comparison of made-up numbers: in each step one head is gone and one new; the last type has no tests."""
-    from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.matches import (
+    from amici_eval.results.comparison import (
         WHOLE_MODEL,
         ComparedVersion,
         FailedVersion,
+        HeadComparison,
         HeadDifferences,
         HeadMatches,
         Lineage,
         Overall,
+        SenderDifferences,
     )
-    from amici_eval.results.senders import SenderDifferences
 
     rng = np.random.default_rng(seed)
     types, genes = AWKWARD_TYPES[:4], ("ACTA2", "<b>", "$g$")
@@ -541,8 +539,7 @@ def heads_of(factors, images, dead=None) -> HeadFactors:
 
 def job_options(spec, *, report=None, launch=None, config_yaml="a: 1\n", **tracking):
     """Return the options of a job, without figures unless a report is given."""
-    from amici_eval.settings.evaluation import ReportSpec, TrackingSpec
-    from amici_eval.settings.launch import LaunchSpec
+    from amici_eval.settings.evaluation import LaunchSpec, ReportSpec, TrackingSpec
     from amici_eval.tracking.jobs import JobOptions
 
     return JobOptions(

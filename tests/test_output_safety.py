@@ -27,8 +27,8 @@ from amici_eval.common.text import csv_text, printable, slugify
 from amici_eval.comparison.gate import judge
 from amici_eval.report.tables import read_csv
 from amici_eval.report.verdict_files import write_verdict, write_verdict_page
+from amici_eval.settings.comparison import GateSpec, Rule
 from amici_eval.settings.evaluation import DataSpec, EvaluationSpec, PermutationSpec, ReportSpec
-from amici_eval.settings.gate import GateSpec, Rule
 from amici_eval.tracking.jobs.evaluating import evaluate_job
 from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
 from tests.builders import job_options

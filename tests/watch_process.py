@@ -6,7 +6,7 @@ import sys
 import types
 from types import SimpleNamespace
 
-from amici_eval.settings import gate
+from amici_eval.settings import comparison as gate_settings
 
 KEY = "0123456789ab"
 
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     double = types.ModuleType("amici_eval.tracking.jobs.gating")
     double.gate_job = gate_job
     sys.modules[double.__name__] = double
-    gate.gate_key = lambda **_: KEY
+    gate_settings.gate_key = lambda **_: KEY
     from amici_eval.cli.commands import main
 
     main(["watch", *sys.argv[1:]])

@@ -340,7 +340,7 @@ def _gate(config: DictConfig, *, dry_run: bool) -> int:
 def _watch(config: DictConfig, *, once: bool) -> int:
     """Judge all versions of a model that have no verdict for these settings, once or for ever."""
     from amici_eval.cli.config import job_options, judged_by
-    from amici_eval.settings.gate import gate_key
+    from amici_eval.settings.comparison import gate_key
     from amici_eval.tracking.jobs.watching import watch
     from amici_eval.tracking.registry import connect_to
 

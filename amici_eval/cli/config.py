@@ -29,10 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 from amici_eval.common.errors import InvalidSpecError
 from amici_eval.common.text import masked
 from amici_eval.settings.commands import COMMANDS, settings_of
-from amici_eval.settings.comparison import ComparisonSpec
-from amici_eval.settings.evaluation import ReportSpec, TrackingSpec, spec_from_mapping, spec_of
-from amici_eval.settings.gate import GateSpec, Rule, gate_spec_from
-from amici_eval.settings.launch import LaunchSpec
+from amici_eval.settings.comparison import ComparisonSpec, GateSpec, Rule, gate_spec_from
+from amici_eval.settings.evaluation import LaunchSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

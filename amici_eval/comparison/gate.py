@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.settings.gate import GateSpec, Rule
+    from amici_eval.settings.comparison import GateSpec, Rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,15 @@ from amici_eval.comparison.version_pairs import (
     unpaired_differences,
 )
 from amici_eval.evaluation.senders import sender_differences_between, unpaired_sender_differences
-from amici_eval.results.comparison import HeadComparison
+from amici_eval.results.comparison import (
+    ComparedVersion,
+    HeadComparison,
+    HeadDifferences,
+    HeadMatches,
+    Lineage,
+    Overall,
+)
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.results.matches import ComparedVersion, HeadDifferences, HeadMatches, Lineage, Overall
 from amici_eval.settings.comparison import ComparisonSpec
 from amici_eval.stats.matching import assign_heads
 
@@ -29,8 +35,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float64
 
-    from amici_eval.results.matches import FailedVersion
-    from amici_eval.results.senders import SenderDifferences
+    from amici_eval.results.comparison import FailedVersion, SenderDifferences
     from amici_eval.results.tile_sums import Moments
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.evaluation.tiles import kept_rows
+from amici_eval.results.comparison import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
 from amici_eval.results.head_sample import attention_of_both, blocks_of, contributions, outputs_of, shared_by
-from amici_eval.results.matches import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
 from amici_eval.stats.matching import (
     attention_divergence,
     head_products,
@@ -30,9 +30,9 @@ from amici_eval.stats.tile_tests import (
 if TYPE_CHECKING:
     from jaxtyping import Float64
 
+    from amici_eval.results.comparison import ComparedVersion
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.results.head_sample import Shared
-    from amici_eval.results.matches import ComparedVersion
     from amici_eval.results.tile_sums import Moments
     from amici_eval.settings.comparison import ComparisonSpec
 

@@ -16,8 +16,8 @@ import pandas as pd
 from scipy import sparse
 
 from amici_eval.common.errors import DataError, first_line
+from amici_eval.common.files import check_is_plain_file, check_names
 from amici_eval.common.memory import available_memory
-from amici_eval.common.untrusted import check_is_plain_file, check_names
 from amici_eval.data.matrices import (
     as_dense,
     in_memory,

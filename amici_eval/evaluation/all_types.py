@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.tasks import Launcher
     from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.model.engines.hooked import ModelAccess
-    from amici_eval.results.inference import Baselines
-    from amici_eval.results.senders import Senders
+    from amici_eval.results.analyses import Baselines, Senders
     from amici_eval.results.tile_sums import Moments
     from amici_eval.settings.evaluation import EvaluationSpec
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
-from amici_eval.results.inference import Baselines
+from amici_eval.results.analyses import Baselines
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
 from amici_eval.stats.ridge import (
     CosineBasis,

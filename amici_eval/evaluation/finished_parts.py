@@ -10,8 +10,7 @@ from amici_eval.common.files import PARTIAL_SUFFIX, DamagedPackError, read_pack,
 from amici_eval.evaluation.one_type import FreeTest, TypeEvaluation
 from amici_eval.evaluation.spatial_evaluation import TypeSpatial
 from amici_eval.model.engines.factored import HeadOutputs
-from amici_eval.results.inference import Baselines
-from amici_eval.results.senders import Senders
+from amici_eval.results.analyses import Baselines, Senders
 from amici_eval.stats.ablation.ablations import TypeAblations
 from amici_eval.stats.explained_variance import TileSums
 from amici_eval.stats.type_sums import TypeSums

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amici_eval.evaluation.tiles import HELD_OUT, IN_SAMPLE, rows_of
-from amici_eval.results.inference import HeldOutParts, Intervals, SpatialTests
+from amici_eval.results.analyses import HeldOutParts, Intervals, SpatialTests
 from amici_eval.stats.pvalues import adjust_p_values, max_t_p_values
 from amici_eval.stats.tile_tests import tile_bootstrap
 

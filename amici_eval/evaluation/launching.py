@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from amici_eval.evaluation.tasks import Launcher
-    from amici_eval.settings.launch import LaunchSpec
+    from amici_eval.settings.evaluation import LaunchSpec
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from amici_eval.common.errors import DataError
 from amici_eval.evaluation.all_types import evaluate_types
 from amici_eval.evaluation.inference import adjusted_free, held_out_parts, intervals, spatial_tests
 from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Progress
-from amici_eval.results.ablations import HeadAblations
+from amici_eval.results.analyses import HeadAblations
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import EvaluationSpec, default_n_permutations
 

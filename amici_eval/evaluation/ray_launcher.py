@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.protocols import ModelAccess
     from amici_eval.evaluation.tasks import TypeSettings, TypeTask
-    from amici_eval.settings.launch import LaunchSpec
+    from amici_eval.settings.evaluation import LaunchSpec
 
 _ANSWER_S = 10.0
 _ENVIRONMENT = {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.evaluation.tiles import kept_rows
-from amici_eval.results.senders import SenderDifferences, Senders
+from amici_eval.results.analyses import Senders
+from amici_eval.results.comparison import SenderDifferences
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE, TileSums
 from amici_eval.stats.pvalues import adjust_p_values
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from amici_eval.evaluation.protocols import FactorAccess
     from amici_eval.model.engines.factored import HeadOutputs
+    from amici_eval.results.comparison import HeadMatches
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.matches import HeadMatches
     from amici_eval.settings.comparison import ComparisonSpec
     from amici_eval.settings.evaluation import PermutationSpec
 

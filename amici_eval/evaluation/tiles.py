@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.one_type import TypeEvaluation
     from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess
     from amici_eval.model.engines.factored import HeadOutputs
-    from amici_eval.results.senders import Senders
+    from amici_eval.results.analyses import Senders
     from amici_eval.stats.type_sums import TypeSums
 
 IN_SAMPLE, HELD_OUT = 0, 1

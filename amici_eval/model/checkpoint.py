@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amici_eval.common.errors import DataError, DeviceMemoryError, ModelFormatError, first_line
+from amici_eval.common.files import check_names, load_json
 from amici_eval.common.memory import memory_errors_explained
-from amici_eval.common.untrusted import check_names, load_json
 from amici_eval.data.checks import trained_on as trained_rows
 from amici_eval.data.files import open_anndata
 from amici_eval.data.membership import describe_training_data, prints_from, text_of

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 from amici_eval.common.errors import ModelFormatError
+from amici_eval.common.files import check_is_plain_file, check_names, load_json, odd_character, read_plain_file
 from amici_eval.common.model_card import ModelCard, TrainingData
-from amici_eval.common.untrusted import check_is_plain_file, check_names, load_json, odd_character, read_plain_file
 
 if TYPE_CHECKING:
     from torch import Tensor

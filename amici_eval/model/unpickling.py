@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from amici_eval.common.errors import ModelFormatError, UnsafePickleError, first_line
-from amici_eval.common.untrusted import check_is_plain_file
+from amici_eval.common.files import check_is_plain_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Bool, Float64, Int64
 
+    from amici_eval.results.analyses import SpatialTests
     from amici_eval.results.evaluation import HeadEvaluation, Undefined
-    from amici_eval.results.inference import SpatialTests
 
 VALIDITY = {
     "free": (

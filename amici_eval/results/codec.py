@@ -1,193 +1,207 @@
-"""Conversion of an evaluation to plain values for JSON, and back; HeadEvaluation checks and wraps both."""
+"""Results as plain values for JSON, and back: one way for all of them, which follows from the types of their fields."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NoReturn
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from amici_eval.common.untrusted import check_names
-from amici_eval.results.ablations import HeadAblations, array_shapes
-from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.senders import Senders
-from amici_eval.settings.evaluation import spec_from_mapping
+from amici_eval.common.errors import DataError
+from amici_eval.common.files import parse_json, read_plain_file
+from amici_eval.settings.evaluation import EvaluationSpec, spec_from_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
-    from amici_eval.results.evaluation import HeadEvaluation
+    from typing_extensions import Self
 
+_MOST_BYTES = 2**32
+_MOST_VALUES = 10**8
 _MOST = 2**63
 _MOST_HEADS = 2**16
-_ARRAYS: dict[str, tuple[type, str]] = {
-    "n_cells": (np.int64, "C"),
-    "expl_var_gene": (np.float64, "HCG"),
-    "expl_var": (np.float64, "HC"),
-    "expl_var_full": (np.float64, "C"),
-    "expl_var_none": (np.float64, "C"),
-    "exceedances": (np.int64, "HC"),
-    "p_value": (np.float64, "HC"),
-    "p_value_adj": (np.float64, "HC"),
-    "p_ci_low": (np.float64, "HC"),
-    "p_ci_high": (np.float64, "HC"),
-}
-# fields that schema version 1 lacks: all its evaluations were hooked, with independent permutations
-_NEW_IN_2: dict[str, Any] = {
-    "engine": "hooked",
-    "parity": None,
-    "parity_cells": 0,
-    "n_permutations_by_type": None,
-    "sampling": [],
-    "ablations": None,
-}
-_PARTS: dict[str, Any] = {
-    "spatial": SpatialTests,
-    "intervals": Intervals,
-    "parts": HeldOutParts,
-    "trivial": Baselines,
-    "senders": Senders,
-}
-_NEW_IN_4: dict[str, Any] = {"senders": None}
-# today's default settings would claim that these were computed
-_OLD_SETTINGS: dict[str, dict[str, Any]] = {
-    "permutation": {"spatial_null": "none", "n_bootstrap": 0},
-    "ablation": {"baselines": False, "without_nearest": False},
-}
+# annotations are kept as text with single quotes
+_ARRAY = re.compile(r"(Float64|Float32|Int64)\[np\.ndarray, '([^']*)'\]")
+_PLAIN = {"bool": bool, "str": str, "int": int}
+_Read = TypeVar("_Read")
+_Result = TypeVar("_Result", bound="Record")
 
 
-def record_of(evaluation: HeadEvaluation) -> dict[str, Any]:
-    """Return all fields of an evaluation as plain values; undefined numbers are ``None``."""
-    by_type, parity, found = evaluation.n_permutations_by_type, evaluation.parity, evaluation.ablations
-    return {
-        "schema_version": evaluation.schema_version,
-        "n_heads": evaluation.n_heads,
-        "cell_types": list(evaluation.cell_types),
-        "genes": list(evaluation.genes),
-        "n_permutations": evaluation.n_permutations,
-        "held_out": list(evaluation.held_out),
-        "spec": evaluation.spec.to_dict(),
-        "undefined": [vars(item) for item in evaluation.undefined],
-        "notes": list(evaluation.notes),
-        "model": dict(evaluation.model),
-        "data": dict(evaluation.data),
-        "engine": evaluation.engine,
-        # JSON has no NaN: a parity that is not finite is None although cells were compared
-        "parity": None if parity is None or not math.isfinite(parity) else float(parity),
-        "parity_cells": evaluation.parity_cells,
-        "n_permutations_by_type": None if by_type is None else _to_lists(by_type),
-        "sampling": list(evaluation.sampling),
-        "ablations": None
-        if found is None
-        else {"modes": list(found.modes), **{name: _to_lists(getattr(found, name)) for name in array_shapes(0, 0, 0)}},
-        **{name: None if (one := getattr(evaluation, name)) is None else one.to_record() for name in _PARTS},
-        **{name: _to_lists(getattr(evaluation, name)) for name in _ARRAYS},
-    }
+class Record:
+    """A frozen dataclass that a run keeps as JSON.
+
+    The annotation of a field says how it is read: ``Float64[np.ndarray, "heads types"]`` is an array of that kind, with
+    a dimension for each word.
+    """
+
+    sized_by: ClassVar[Mapping[str, str | int]] = {}
+    """Dimensions whose size the record itself decides: by a number, the length of a field, or a field that is one."""
+    apart: ClassVar[tuple[str, ...]] = ()
+    """Fields that are not part of the record, for they are kept elsewhere."""
+
+    @classmethod
+    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes of dimensions that fields, or their plain values, decide."""
+        sources = {name: values[source] if isinstance(source, str) else source for name, source in cls.sized_by.items()}
+        return {name: source if isinstance(source, int) else len(source) for name, source in sources.items()}
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ``ValueError`` if an array has another shape than its own sizes and these ask for."""
+        sizes = {**sizes, **self.sizes_in(vars(self))}
+        for name, dimensions in arrays_of(type(self)).items():
+            value, expected = getattr(self, name), tuple(sizes.get(dimension) for dimension in dimensions)
+            shape = np.shape(value)
+            fits = len(shape) == len(expected) and all(
+                size in (n, None) for n, size in zip(shape, expected, strict=True)
+            )
+            if value is not None and not fits:
+                msg = f"{type(self).__name__}.{name} has shape {shape}, not {expected}"
+                raise ValueError(msg)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain values for JSON; numbers that are not finite become ``None``."""
+        return {
+            entry.name: plain(getattr(self, entry.name))
+            for entry in fields(self)  # type: ignore[arg-type]
+            if entry.name not in self.apart
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> Self:
+        """Read what :meth:`to_record` gave."""
+        kinds = {entry.name: str(entry.type) for entry in fields(cls)}  # type: ignore[arg-type]
+        for name in ("n_heads", *(name for name, kind in kinds.items() if kind == "int")):
+            value = record.get(name, 0)
+            if type(value) is not int or not 0 <= value < (_MOST_HEADS if name == "n_heads" else _MOST):
+                msg = f"{cls.__name__}.{name} is no number that it may be"
+                raise ValueError(msg)
+        for name in cls.apart:
+            if record.get(name) is not None:
+                msg = f"{cls.__name__}.{name} is kept elsewhere"
+                raise ValueError(msg)
+        sizes = {**sizes, **cls.sizes_in(record)}
+        return cls(**{name: _read(cls, name, kinds[name], value, sizes) for name, value in record.items()})
 
 
-def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of an evaluation from the plain values of any schema version; ``undefined`` stays plain."""
-    if record["schema_version"] == 1:
-        spec = record["spec"]
-        # today's default settings would claim that all ablations were computed
-        spec = {**spec, "ablation": {"modes": ["keep_one"], **spec["ablation"]}}
-        record = {**_NEW_IN_2, **record, "spec": spec}
-    if record["schema_version"] < 3:
-        spec = {**record["spec"]}
-        for group, settings in _OLD_SETTINGS.items():
-            spec[group] = {**settings, **spec[group]}
-        record = {**dict.fromkeys(_PARTS), **record, "spec": spec}
-    if record["schema_version"] < 4:
-        record = {**_NEW_IN_4, **record}
-    _check_plain(record)
-    n_heads, n_types, by_type = record["n_heads"], len(record["cell_types"]), record["n_permutations_by_type"]
-    held_out = tuple(record["held_out"])
-    if len(held_out) != n_types:
-        msg = f"held_out has {len(held_out)} entries for {n_types} cell types"
-        raise ValueError(msg)
-    sizes = {"H": n_heads, "C": n_types, "G": len(record["genes"])}
-    compared = record["parity"] is None and record["parity_cells"]
-    return {
-        "n_heads": n_heads,
-        "cell_types": tuple(record["cell_types"]),
-        "genes": tuple(record["genes"]),
-        "n_permutations": record["n_permutations"],
-        "held_out": held_out,
-        "spec": spec_from_mapping(record["spec"]),
-        "undefined": record["undefined"],
-        "notes": tuple(record["notes"]),
-        "model": record["model"],
-        "data": record["data"],
-        "engine": record["engine"],
-        "parity": math.nan if compared else record["parity"],
-        "parity_cells": record["parity_cells"],
-        "n_permutations_by_type": None if by_type is None else np.array(by_type, dtype=np.int64),
-        "sampling": tuple(record["sampling"]),
-        "ablations": _ablations(record["ablations"], n_heads, n_types),
-        **{
-            name: None if record[name] is None else kind.from_record(record[name], sizes)
-            for name, kind in _PARTS.items()
-        },
-        **{
-            name: np.array(record[name], dtype=kind).reshape(_shape(record, dimensions))
-            for name, (kind, dimensions) in _ARRAYS.items()
-        },
-    }
+def arrays_of(cls: Any) -> dict[str, tuple[str, ...]]:
+    """Return the names of the dimensions of each array of a record."""
+    found = {entry.name: _ARRAY.match(str(entry.type)) for entry in fields(cls)}
+    return {name: tuple(array[2].split()) for name, array in found.items() if array}
 
 
-def _check_plain(record: Mapping[str, Any]) -> None:
-    """Refuse entries of the wrong kind."""
-    for name in ("cell_types", "genes"):
-        # an AnnData in memory may have any names
-        check_names(record[name], name, printable=False)
-    for name in ("notes", "sampling"):
-        if not isinstance(record[name], list) or not all(isinstance(one, str) for one in record[name]):
-            _refuse(name)
-    for name, least in (("n_heads", 0), ("n_permutations", 0), ("parity_cells", 0)):
-        if type(record[name]) is not int or not least <= record[name] < _MOST:
-            _refuse(name)
-    if record["n_heads"] > _MOST_HEADS or not isinstance(record["engine"], str):
-        _refuse("n_heads or engine")
-    if not all(one is None or isinstance(one, bool) for one in record["held_out"]):
-        _refuse("held_out")
-    parity = record["parity"]
-    if parity is not None and (isinstance(parity, bool) or not isinstance(parity, (int, float))):
-        _refuse("parity")
-    for name in ("model", "data"):
-        if not isinstance(record[name], dict):
-            _refuse(name)
-    for item in record["undefined"]:
-        texts = isinstance(item["cell_type"], str) and isinstance(item["reason"], str)
-        head, gene = item.get("head"), item.get("gene")
-        whole = head is None or (type(head) is int and 0 <= head < max(record["n_heads"], 1))
-        if not texts or not whole or not (gene is None or isinstance(gene, str)):
-            _refuse("undefined")
+def plain(value: Any) -> Any:
+    """Return a value as JSON holds it; numbers that are not finite become ``None``."""
+    if isinstance(value, Record):
+        return value.to_record()
+    if isinstance(value, EvaluationSpec):
+        return value.to_dict()
+    if isinstance(value, np.ndarray):
+        if np.issubdtype(value.dtype, np.floating):
+            value = np.where(np.isfinite(value), value, None)  # type: ignore[call-overload]
+        return value.tolist()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    return value
 
 
-def _refuse(name: str) -> NoReturn:
-    msg = f"{name} holds something else than it may"
-    raise ValueError(msg)
-
-
-def _ablations(record: Mapping[str, Any] | None, n_heads: int, n_types: int) -> HeadAblations | None:
-    if record is None:
+def _read(cls: type[Record], name: str, kind: str, value: Any, sizes: Mapping[str, int]) -> Any:
+    """Return a field of the type that its annotation names from its plain value, or refuse a value of another type."""
+    if value is None and kind.endswith("| None"):
         return None
-    modes = tuple(record["modes"])
-    arrays = {
-        name: np.array(record[name], dtype=np.float64).reshape(shape)
-        for name, shape in array_shapes(len(modes), n_heads, n_types).items()
-    }
-    return HeadAblations(modes=modes, **arrays)
+    kind = kind.removesuffix(" | None")
+    if array := _ARRAY.fullmatch(kind):
+        shape = [sizes.get(dimension, -1) for dimension in array[2].split()]
+        return np.array(value, dtype=array[1].lower()).reshape(shape)
+    if kind == "EvaluationSpec":
+        return spec_from_mapping(value)
+    if kind == "float" and value is None:
+        return math.nan
+    if kind.startswith("tuple[") and isinstance(value, list):
+        inner = kind.removeprefix("tuple[").removesuffix("]")
+        several = inner.endswith(", ...")
+        kinds = [inner.removesuffix(", ...")] * len(value) if several else inner.split(", ")
+        return tuple(_read(cls, name, one, item, sizes) for one, item in zip(kinds, value, strict=True))
+    fits = (
+        isinstance(value, (int, float)) and not isinstance(value, bool)
+        if kind == "float"
+        else isinstance(value, dict)
+        if kind.startswith("Mapping[")
+        else type(value) is _PLAIN.get(kind)
+    )
+    if fits:
+        return value
+    if kind in _PLAIN or kind == "float" or "[" in kind:
+        msg = f"{cls.__name__}.{name} is no {kind}"
+        raise ValueError(msg)
+    # a record within a record
+    return getattr(sys.modules[cls.__module__], kind).from_record(value, sizes)
 
 
-def _shape(record: Mapping[str, Any], dimensions: str) -> tuple[int, ...]:
-    sizes = {"H": record["n_heads"], "C": len(record["cell_types"]), "G": len(record["genes"])}
-    return tuple(sizes[name] for name in dimensions)
+def read_result(cls: type[_Result], text: str | bytes, *, what: str, file_name: str, newest: int, redo: str) -> _Result:
+    """Return what a file of a run holds; ``what`` it is, with its article, and what to ``redo`` are for messages."""
+    noun = what.partition(" ")[2]
+    try:
+        record = dict(parse_json(text, max_values=_MOST_VALUES))
+        version = record["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            value=f"not {what} ({error})", rule=f"it must be the {file_name} of a run", fix="download it again"
+        ) from error
+    check_schema_version(version, what=noun, newest=newest)
+    try:
+        return cls.from_record(record, {})
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, MemoryError) as error:
+        raise DataError(
+            value=f"damaged {noun} ({type(error).__name__}: {error})",
+            rule="all fields of its schema version must be there, with matching sizes",
+            fix=f"download it again or {redo}",
+        ) from error
 
 
-def _to_lists(array: np.ndarray) -> list[Any]:
-    plain = array
-    if np.issubdtype(array.dtype, np.floating):
-        plain = np.where(np.isfinite(array), array, None)  # type: ignore[call-overload]
-    values: list[Any] = plain.tolist()
-    return values
+def check_schema_version(version: Any, *, what: str, newest: int) -> None:
+    """Refuse a schema version that this version of the package does not read."""
+    if type(version) is not int or not 1 <= version <= newest:
+        raise DataError(
+            value=f"{what} of schema version {version!a:.80}",
+            rule=f"this version of amici_eval reads schema versions 1 to {newest}",
+            fix="install the version of amici_eval that wrote it",
+        )
+
+
+def load_result(directory: str | Path, file_name: str, from_json: Callable[[bytes], _Read]) -> _Read:
+    """Return what a JSON file in a folder holds; a message names the file."""
+    path = Path(directory) / file_name
+    if not path.is_file():
+        raise DataError(
+            value=f"{directory} holds no {file_name}",
+            rule="load() takes a folder that save() or a run wrote",
+            fix="give the folder itself",
+        )
+    try:
+        # not read_text: from_json reports bytes that are not UTF-8 as damage
+        return from_json(read_plain_file(path, limit=_MOST_BYTES, links=True))
+    except DataError as error:
+        raise DataError(value=f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            value=f"{path} cannot be read ({error})",
+            rule="it must be a plain file of a run",
+            fix="download it again",
+        ) from error
+
+
+def save_result(directory: str | Path, file_name: str, text: str) -> Path:
+    """Write a JSON file into a folder (made if missing) and return it."""
+    path = Path(directory) / file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,42 +1,246 @@
-"""The results of a comparison of heads: versions side by side, matches and changes."""
+"""The results of a comparison of heads: versions side by side, matches, changes and lineages."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from amici_eval.common.errors import DataError
-from amici_eval.common.untrusted import parse_json
 from amici_eval.results import comparison_frames
-from amici_eval.results.matches import (
-    ComparedVersion,
-    FailedVersion,
-    HeadDifferences,
-    HeadMatches,
-    Lineage,
-    Overall,
-    check_settings,
-)
-from amici_eval.results.named_arrays import read_named
-from amici_eval.results.senders import SenderDifferences, sender_differences_frame
+from amici_eval.results.codec import Record, load_result, plain, read_result, save_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import pandas as pd
-    from jaxtyping import Float64
+    from jaxtyping import Float64, Int64
 
 COMPARISON_FILE = "comparison.json"
 SCHEMA_VERSION = 2
-_MOST_VALUES = 10**8
+WHOLE_MODEL = -1
+"""Stands for all heads together where a head is named by its number."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HeadComparison:
+class ComparedVersion(Record):
+    """One column of a comparison: a model version on a data set.
+
+    ``setup``: hash of the training set-up, None if unknown; versions that share it differ in seed and data order only.
+    ``expl_var``: of each head kept alone; ``full``: of the whole model; ``p_value_adj``: of the null ``decided_by``.
+    """
+
+    sized_by: ClassVar[Mapping[str, str | int]] = {"heads": "n_heads", "types": "cell_types"}
+
+    label: str
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    run_id: str | None
+    reused: bool
+    setup: str | None
+    n_heads: int
+    cell_types: tuple[str, ...]
+    held_out: tuple[bool | None, ...]
+    n_cells: Int64[np.ndarray, " types"]
+    expl_var: Float64[np.ndarray, "heads types"]
+    low: Float64[np.ndarray, "heads types"]
+    high: Float64[np.ndarray, "heads types"]
+    p_value_adj: Float64[np.ndarray, "heads types"]
+    full: Float64[np.ndarray, " types"]
+    full_low: Float64[np.ndarray, " types"]
+    full_high: Float64[np.ndarray, " types"]
+    alpha: float
+    decided_by: str
+
+    @property
+    def n_significant(self) -> int:
+        """Number of head x type pairs that are significant."""
+        return int(np.count_nonzero(self.p_value_adj <= self.alpha))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedVersion(Record):
+    """A version that could not be evaluated."""
+
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadMatches(Record):
+    """Which head of one version corresponds to which head of another.
+
+    ``similarity``: correlation of contributions over sketched cells and shared genes, NaN for dead heads; ``partner``:
+    head of ``after``, -1 if gone. ``p_value``: similarity, matching included, where cells of a type are exchangeable;
+    ``p_value_spatial``: signs of whole tiles flipped instead, NaN (``reason``) with too few tiles. ``cka``: linear;
+    ``divergence``: Jensen-Shannon, in bits, NaN without kept attention; ``profile_cosine``: of explained variance by
+    gene; ``reseeded``: both have one training set-up.
+    """
+
+    before: int
+    after: int
+    cell_types: tuple[str, ...]
+    n_genes: int
+    n_cells: int
+    similarity: Float64[np.ndarray, "before after"]
+    similarity_by_type: Float64[np.ndarray, "types before after"]
+    partner: Int64[np.ndarray, " before"]
+    n_permutations: int
+    p_value: Float64[np.ndarray, " before"]
+    p_value_spatial: Float64[np.ndarray, " before"]
+    cka: Float64[np.ndarray, "before after"]
+    divergence: Float64[np.ndarray, "before after"]
+    profile_cosine: Float64[np.ndarray, "before after"]
+    reseeded: bool
+    reason: str | None = None
+
+    @classmethod
+    def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes of dimensions that fields, or their plain values, decide."""
+        n_after = len(values["similarity"][0]) if len(values["similarity"]) else 0
+        return {"before": len(values["partner"]), "after": n_after, "types": len(values["cell_types"])}
+
+    @property
+    def matched(self) -> Float64[np.ndarray, " before"]:
+        """Similarity of each head of ``before`` to its partner; NaN if it is gone."""
+        found = np.full(len(self.partner), np.nan)
+        has = self.partner >= 0
+        found[has] = self.similarity[np.flatnonzero(has), self.partner[has]]
+        return found
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """Heads of ``after`` without a partner in ``before``."""
+        return tuple(sorted(set(range(self.similarity.shape[1])) - set(self.partner.tolist())))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadDifferences(Record):
+    """Changes from one version to the next of matched heads and of the whole model, on the same cells.
+
+    The last of the matched pairs is the whole model (:data:`WHOLE_MODEL` in both). ``difference`` is ``after`` minus
+    ``before``, p is two-sided by sign flips of tiles; ``p_value_equivalence`` is small if the difference lies inside
+    the margin, ``p_value_not_worse`` if ``after`` is not worse by the margin. ``verdict`` (better, worse, same,
+    undecided) is row-major over M x C. Values per gene are kept in a table of their own, not in JSON.
+    """
+
+    sized_by: ClassVar[Mapping[str, str | int]] = {"matched": "head_before", "types": "cell_types"}
+    apart: ClassVar[tuple[str, ...]] = ("difference_gene", "p_value_gene", "p_value_adj_gene")
+
+    before: int
+    after: int
+    cell_types: tuple[str, ...]
+    genes: tuple[str, ...]
+    head_before: Int64[np.ndarray, " matched"]
+    head_after: Int64[np.ndarray, " matched"]
+    difference: Float64[np.ndarray, "matched types"]
+    low: Float64[np.ndarray, "matched types"]
+    high: Float64[np.ndarray, "matched types"]
+    p_value: Float64[np.ndarray, "matched types"]
+    p_value_adj: Float64[np.ndarray, "matched types"]
+    p_value_equivalence: Float64[np.ndarray, "matched types"]
+    p_value_not_worse: Float64[np.ndarray, "matched types"]
+    n_tiles: Int64[np.ndarray, " types"]
+    verdict: tuple[str, ...]
+    reasons: tuple[tuple[str, str], ...] = ()
+    difference_gene: Float64[np.ndarray, "matched types genes"] | None = None
+    p_value_gene: Float64[np.ndarray, "matched types genes"] | None = None
+    p_value_adj_gene: Float64[np.ndarray, "matched types genes"] | None = None
+
+    def verdict_of(self, index: int, cell_type: int) -> str:
+        """Return the verdict on one matched pair in one cell type."""
+        return self.verdict[index * len(self.cell_types) + cell_type]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SenderDifferences(Record):
+    """Changes in what matched heads take from each type of sender.
+
+    ``lost_*`` and ``distance_*`` are ``effect`` and ``distance`` of :class:`Senders`. ``difference`` is the loss in
+    ``after`` minus that in ``before``; p is two-sided by sign flips of tiles, ``p_value_equivalence`` small if the
+    difference lies inside the margin. ``verdict`` (more: the head takes more than before; less, same, undecided) is
+    row-major over M x C x S; an empty sender in ``reasons`` means all.
+    """
+
+    sized_by: ClassVar[Mapping[str, str | int]] = {
+        "matched": "head_before",
+        "types": "cell_types",
+        "senders": "senders",
+    }
+
+    before: int
+    after: int
+    cell_types: tuple[str, ...]
+    senders: tuple[str, ...]
+    head_before: Int64[np.ndarray, " matched"]
+    head_after: Int64[np.ndarray, " matched"]
+    attention_before: Float64[np.ndarray, "matched types senders"]
+    attention_after: Float64[np.ndarray, "matched types senders"]
+    lost_before: Float64[np.ndarray, "matched types senders"]
+    lost_after: Float64[np.ndarray, "matched types senders"]
+    distance_before: Float64[np.ndarray, "matched types senders"]
+    distance_after: Float64[np.ndarray, "matched types senders"]
+    difference: Float64[np.ndarray, "matched types senders"]
+    low: Float64[np.ndarray, "matched types senders"]
+    high: Float64[np.ndarray, "matched types senders"]
+    p_value: Float64[np.ndarray, "matched types senders"]
+    p_value_adj: Float64[np.ndarray, "matched types senders"]
+    p_value_equivalence: Float64[np.ndarray, "matched types senders"]
+    verdict: tuple[str, ...]
+    reasons: tuple[tuple[str, str, str], ...] = ()
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ``ValueError`` if an array or the verdicts are of another size than these."""
+        super().check(sizes)
+        if len(self.verdict) != self.difference.size:
+            msg = f"{type(self).__name__}.verdict has {len(self.verdict)} entries, not {self.difference.size}"
+            raise ValueError(msg)
+
+    def reason(self, cell_type: str, sender: str) -> str:
+        """Return why something has no value for a pair of types; empty where everything has."""
+        return "; ".join(why for name, of, why in self.reasons if name == cell_type and of in ("", sender))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overall(Record):
+    """Change of the whole model from one version to the next, over all cell types together.
+
+    Fields as in :class:`HeadDifferences`; NaN where undefined.
+    """
+
+    before: int
+    after: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_value_equivalence: float
+    p_value_not_worse: float
+    n_tiles: int
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage(Record):
+    """One head through the versions.
+
+    ``heads``: its number in each version, None where it is missing. ``stability``: mean similarity over all pairs of
+    versions, 0 for a pair where it is missing; NaN with one version.
+    """
+
+    heads: tuple[int | None, ...]
+    stability: float
+
+    def __post_init__(self) -> None:
+        if min((head for head in self.heads if head is not None), default=0) < 0:
+            msg = f"Lineage.heads holds {self.heads}"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HeadComparison(Record):
     """Heads across versions of a model, or of one version across data sets.
 
     Parameters
@@ -100,11 +304,9 @@ class HeadComparison:
             msg = f"kind {self.kind!r} must be versions or datasets"
             raise ValueError(msg)
         for one in (*self.versions, *self.matches, *self.differences, *self.senders):
-            one.check(one.own_sizes)
-        pairs = [(one.before, one.after) for one in self.matches]
-        pairs += [(one.before, one.after) for one in self.differences]
-        pairs += [(one.before, one.after) for one in self.overall]
-        pairs += [(one.before, one.after) for one in self.senders]
+            one.check({})
+        of_pairs: tuple[Any, ...] = (*self.matches, *self.differences, *self.overall, *self.senders)
+        pairs = [(one.before, one.after) for one in of_pairs]
         for before, after in (*pairs, *self.similarity):
             if not 0 <= before < after < len(self.versions):
                 msg = f"pair ({before}, {after}) does not fit {len(self.versions)} versions"
@@ -141,7 +343,7 @@ class HeadComparison:
 
         No rows unless senders were computed (``ablation.senders=true``).
         """
-        return sender_differences_frame(self.labels, self.senders)
+        return comparison_frames.sender_differences_frame(self)
 
     def versions_frame(self) -> pd.DataFrame:
         """Return a row per version x head x type: explained variance, significance, lineage."""
@@ -149,22 +351,23 @@ class HeadComparison:
 
     def to_json(self) -> str:
         """Return the comparison as JSON text, without what is per gene; undefined numbers are ``null``."""
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        plain["versions"] = [one.to_record() for one in self.versions]
-        plain["failed"] = [vars(one) for one in self.failed]
-        plain["matches"] = [one.to_record() for one in self.matches]
-        plain["differences"] = [one.to_record() for one in self.differences]
-        plain["overall"] = [_finite(vars(one)) for one in self.overall]
-        plain["senders"] = [one.to_record() for one in self.senders]
-        plain["lineages"] = [_finite(vars(one)) for one in self.lineages]
-        plain["similarity"] = [
-            {"before": before, "after": after, "values": _list_of(values)}
-            for (before, after), values in self.similarity.items()
-        ]
-        plain["floor"] = None if self.floor is None else _list_of(self.floor)
-        plain["reseeded"] = _list_of(self.reseeded)
-        plain["notes"] = list(self.notes)
-        return json.dumps(plain, allow_nan=False, ensure_ascii=False)
+        return json.dumps(self.to_record(), allow_nan=False, ensure_ascii=False)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain values for JSON; pairs of versions cannot be the keys of an object."""
+        similarity = ({"before": pair[0], "after": pair[1], "values": one} for pair, one in self.similarity.items())
+        return {**super().to_record(), "similarity": [plain(one) for one in similarity]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> HeadComparison:
+        """Read what :meth:`to_record` gave, in this version or an earlier one."""
+        similarity = {
+            (one["before"], one["after"]): np.array(one["values"], dtype=np.float64) for one in record["similarity"]
+        }
+        # schema version 1 has no senders
+        record = {"senders": [], **record}
+        values = {entry.name: record[entry.name] for entry in fields(cls) if entry.name != "similarity"}
+        return replace(super().from_record(values, sizes), similarity=similarity, schema_version=SCHEMA_VERSION)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> HeadComparison:
@@ -175,55 +378,13 @@ class HeadComparison:
         DataError
             If the text is no comparison, damaged, or of another schema.
         """
-        try:
-            record = dict(parse_json(text, max_values=_MOST_VALUES))
-            version = record["schema_version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                value=f"not a comparison ({error})",
-                rule=f"it must be the {COMPARISON_FILE} of a run",
-                fix="download it again",
-            ) from error
-        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-            raise DataError(
-                value=f"comparison of schema version {version!a:.80}",
-                rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
-                fix="install the version of amici_eval that wrote it",
-            )
-        try:
-            check_settings(record)
-            record["versions"] = tuple(ComparedVersion.from_record(one, {}) for one in record["versions"])
-            record["failed"] = tuple(FailedVersion(**one) for one in record["failed"])
-            record["matches"] = tuple(HeadMatches.from_record(one, {}) for one in record["matches"])
-            record["differences"] = tuple(HeadDifferences.from_record(one, {}) for one in record["differences"])
-            # new in schema version 2
-            record["senders"] = tuple(SenderDifferences.from_record(one, {}) for one in record.get("senders", ()))
-            record["schema_version"] = SCHEMA_VERSION
-            record["overall"] = tuple(Overall(**_with_nan(one)) for one in record["overall"])
-            record["lineages"] = tuple(
-                Lineage(heads=tuple(one["heads"]), stability=_nan_if_none(one["stability"]))
-                for one in record["lineages"]
-            )
-            record["similarity"] = {
-                (one["before"], one["after"]): np.array(one["values"], dtype=np.float64) for one in record["similarity"]
-            }
-            for name in ("floor", "reseeded"):
-                record[name] = None if record[name] is None else np.array(record[name], dtype=np.float64)
-            record["notes"] = tuple(record["notes"])
-            return cls(**record)
-        except (KeyError, TypeError, ValueError, OverflowError, LookupError, AttributeError, MemoryError) as error:
-            raise DataError(
-                value=f"damaged comparison ({type(error).__name__}: {error})",
-                rule="all fields of its schema version must be there, with matching sizes",
-                fix="download it again or compare again",
-            ) from error
+        return read_result(
+            cls, text, what="a comparison", file_name=COMPARISON_FILE, newest=SCHEMA_VERSION, redo="compare again"
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Write the comparison into a folder (made if missing) and return the file."""
-        path = Path(directory) / COMPARISON_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
+        return save_result(directory, COMPARISON_FILE, self.to_json())
 
     @classmethod
     def load(cls, directory: str | Path) -> HeadComparison:
@@ -234,30 +395,4 @@ class HeadComparison:
         DataError
             If the folder holds no comparison or a damaged one.
         """
-        path = Path(directory) / COMPARISON_FILE
-        if not path.is_file():
-            raise DataError(
-                value=f"{directory} holds no {COMPARISON_FILE}",
-                rule="load() takes a folder that save() or a run wrote",
-                fix="give the folder itself",
-            )
-        return read_named(path, cls.from_json)
-
-
-def _list_of(values: np.ndarray) -> list[Any]:
-    plain: list[Any] = np.where(np.isfinite(values), values, None).tolist()  # type: ignore[call-overload]
-    return plain
-
-
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in record.items()
-    }
-
-
-def _nan_if_none(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: float("nan") if value is None else value for name, value in record.items()}
+        return load_result(directory, COMPARISON_FILE, cls.from_json)

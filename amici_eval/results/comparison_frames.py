@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.matches import HeadDifferences
+    from amici_eval.results.comparison import HeadComparison, HeadDifferences
 
 MATCH_COLUMNS = (
     "version_before",
@@ -54,6 +53,28 @@ GENE_COLUMNS = (
     "difference_gene",
     "p_value_gene",
     "p_value_adj_gene",
+)
+SENDER_DIFFERENCE_COLUMNS = (
+    "version_before",
+    "version_after",
+    "head_before",
+    "head_after",
+    "ct_name",
+    "sender",
+    "attention_before",
+    "attention_after",
+    "expl_var_lost_before",
+    "expl_var_lost_after",
+    "difference",
+    "ci_low",
+    "ci_high",
+    "p_value",
+    "p_value_adj",
+    "p_value_equivalence",
+    "verdict",
+    "distance_tenth_before",
+    "distance_tenth_after",
+    "undefined_reason",
 )
 VERSION_COLUMNS = (
     "version",
@@ -155,6 +176,45 @@ def gene_differences_frame(comparison: HeadComparison) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame(columns=list(GENE_COLUMNS))
     return pd.concat(parts, ignore_index=True)[list(GENE_COLUMNS)]
+
+
+def sender_differences_frame(comparison: HeadComparison) -> pd.DataFrame:
+    """See :meth:`HeadComparison.senders_frame`."""
+    labels = comparison.labels
+    parts = []
+    for one in comparison.senders:
+        head, receiver, sender = (places.ravel() for places in np.indices(one.difference.shape))
+        reasons = np.array(
+            [[one.reason(name, other) for other in one.senders] for name in one.cell_types], dtype=object
+        ).reshape(len(one.cell_types), len(one.senders))
+        missing = np.isnan(np.stack([one.difference, one.low, one.p_value])).any(axis=0).ravel()
+        part = pd.DataFrame(
+            {
+                "version_before": labels[one.before],
+                "version_after": labels[one.after],
+                "head_before": one.head_before[head],
+                "head_after": one.head_after[head],
+                "ct_name": np.array(one.cell_types, dtype=object)[receiver],
+                "sender": np.array(one.senders, dtype=object)[sender],
+                "attention_before": one.attention_before.ravel(),
+                "attention_after": one.attention_after.ravel(),
+                "expl_var_lost_before": one.lost_before.ravel(),
+                "expl_var_lost_after": one.lost_after.ravel(),
+                "difference": one.difference.ravel(),
+                "ci_low": one.low.ravel(),
+                "ci_high": one.high.ravel(),
+                "p_value": one.p_value.ravel(),
+                "p_value_adj": one.p_value_adj.ravel(),
+                "p_value_equivalence": one.p_value_equivalence.ravel(),
+                "verdict": np.array(one.verdict, dtype=object),
+                "distance_tenth_before": one.distance_before.ravel(),
+                "distance_tenth_after": one.distance_after.ravel(),
+                "undefined_reason": np.where(missing, reasons[receiver, sender], ""),
+            },
+            columns=list(SENDER_DIFFERENCE_COLUMNS),
+        )
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(SENDER_DIFFERENCE_COLUMNS))
 
 
 def versions_frame(comparison: HeadComparison) -> pd.DataFrame:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.common.untrusted import parse_json
+from amici_eval.common.files import check_names
 from amici_eval.results import frames
-from amici_eval.results.ablations import HeadAblations
-from amici_eval.results.codec import fields_of, record_of
+from amici_eval.results.analyses import Baselines, HeadAblations, HeldOutParts, Intervals, Senders, SpatialTests
+from amici_eval.results.codec import Record, load_result, read_result, save_result
 from amici_eval.results.frames import (
     ABLATION_COLUMNS,
     GENE_COLUMNS,
@@ -25,9 +26,6 @@ from amici_eval.results.frames import (
     SENDER_COLUMNS,
     SENDER_GENE_COLUMNS,
 )
-from amici_eval.results.inference import Baselines, HeldOutParts, Intervals, SpatialTests
-from amici_eval.results.named_arrays import read_named
-from amici_eval.results.senders import Senders
 from amici_eval.results.tile_sums import MOMENTS_FILE, Moments
 from amici_eval.settings.evaluation import ENGINES, SAMPLINGS
 
@@ -61,12 +59,11 @@ __all__ = [
 
 SCHEMA_VERSION = 4
 FILE_NAME = "evaluation.json"
-_MOST_VALUES = 10**8
 _DRAWN = (*SAMPLINGS, "sequential", "gpd", "moments")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Undefined:
+class Undefined(Record):
     """A number that does not exist, and why.
 
     Parameters
@@ -88,7 +85,7 @@ class Undefined:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HeadEvaluation:
+class HeadEvaluation(Record):
     """How much each attention head, kept alone, explains of each receiver cell type, and how sure that is.
 
     Parameters
@@ -161,20 +158,14 @@ class HeadEvaluation:
         of other heads, types or genes.
     """
 
+    sized_by: ClassVar[Mapping[str, str | int]] = {"heads": "n_heads", "types": "cell_types", "genes": "genes"}
+    apart: ClassVar[tuple[str, ...]] = ("moments",)
+
+    schema_version: int = SCHEMA_VERSION
     n_heads: int
     cell_types: tuple[str, ...]
     genes: tuple[str, ...]
-    n_cells: Int64[np.ndarray, " types"]
-    expl_var_gene: Float64[np.ndarray, "heads types genes"]
-    expl_var: Float64[np.ndarray, "heads types"]
-    expl_var_full: Float64[np.ndarray, " types"]
-    expl_var_none: Float64[np.ndarray, " types"]
-    exceedances: Int64[np.ndarray, "heads types"]
     n_permutations: int
-    p_value: Float64[np.ndarray, "heads types"]
-    p_value_adj: Float64[np.ndarray, "heads types"]
-    p_ci_low: Float64[np.ndarray, "heads types"]
-    p_ci_high: Float64[np.ndarray, "heads types"]
     held_out: tuple[bool | None, ...]
     spec: EvaluationSpec
     undefined: tuple[Undefined, ...] = ()
@@ -192,8 +183,17 @@ class HeadEvaluation:
     parts: HeldOutParts | None = None
     trivial: Baselines | None = None
     senders: Senders | None = None
+    n_cells: Int64[np.ndarray, " types"]
+    expl_var_gene: Float64[np.ndarray, "heads types genes"]
+    expl_var: Float64[np.ndarray, "heads types"]
+    expl_var_full: Float64[np.ndarray, " types"]
+    expl_var_none: Float64[np.ndarray, " types"]
+    exceedances: Int64[np.ndarray, "heads types"]
+    p_value: Float64[np.ndarray, "heads types"]
+    p_value_adj: Float64[np.ndarray, "heads types"]
+    p_ci_low: Float64[np.ndarray, "heads types"]
+    p_ci_high: Float64[np.ndarray, "heads types"]
     moments: Moments | None = None
-    schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         n_types = len(self.cell_types)
@@ -203,17 +203,13 @@ class HeadEvaluation:
         if (self.sampling and len(self.sampling) != n_types) or not set(self.sampling) <= {*_DRAWN, ""}:
             msg = f"sampling {self.sampling!r} must be (), or some of {_DRAWN!r} or empty for {n_types} types"
             raise ValueError(msg)
-        by_type, found = self.n_permutations_by_type, self.ablations
+        by_type = self.n_permutations_by_type
         if by_type is not None and by_type.shape != (n_types,):
             msg = f"n_permutations_by_type has shape {by_type.shape} for {n_types} cell types"
             raise ValueError(msg)
-        if found is not None and found.expl_var.shape[1:] != (self.n_heads, n_types):
-            msg = f"ablations are of (heads, types) {found.expl_var.shape[1:]}, not {(self.n_heads, n_types)}"
-            raise ValueError(msg)
-        sizes = {"H": self.n_heads, "C": n_types, "G": len(self.genes)}
-        for one in (self.spatial, self.intervals, self.parts, self.trivial, self.senders):
+        for one in (self.ablations, self.spatial, self.intervals, self.parts, self.trivial, self.senders):
             if one is not None:
-                one.check({**sizes, **one.own_sizes})
+                one.check(self.sizes_in(vars(self)))
         if self.moments is not None and (difference := self._difference(self.moments)):
             msg = f"moments: {difference}"
             raise ValueError(msg)
@@ -357,7 +353,26 @@ class HeadEvaluation:
 
     def to_json(self) -> str:
         """Return the whole evaluation as JSON text; undefined numbers are ``null``."""
-        return json.dumps(record_of(self), allow_nan=False, ensure_ascii=False)
+        return json.dumps(self.to_record(), allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sizes: Mapping[str, int]) -> HeadEvaluation:
+        """Read what :meth:`to_record` gave, in this version or an earlier one."""
+        record = _as_written_now(record)
+        for name in ("cell_types", "genes"):
+            # an AnnData in memory may have any names
+            check_names(record[name], name, printable=False)
+        n_types, n_heads = len(record["cell_types"]), record["n_heads"]
+        if len(record["held_out"]) != n_types:
+            msg = f"held_out has {len(record['held_out'])} entries for {n_types} cell types"
+            raise ValueError(msg)
+        made = super().from_record({name: record[name] for name in _WRITTEN}, sizes)
+        if not all(one.head is None or 0 <= one.head < max(n_heads, 1) for one in made.undefined):
+            msg = f"undefined holds heads beyond {n_heads}"
+            raise ValueError(msg)
+        # JSON has no NaN: a parity that is no finite number is None although cells were compared
+        compared = made.parity is None and made.parity_cells
+        return replace(made, schema_version=SCHEMA_VERSION, parity=math.nan if compared else made.parity)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> HeadEvaluation:
@@ -368,31 +383,9 @@ class HeadEvaluation:
         DataError
             If the text is no evaluation, or of a newer schema than this version reads.
         """
-        try:
-            record = parse_json(text, max_values=_MOST_VALUES)
-            version = record["schema_version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                value=f"not an evaluation ({error})",
-                rule=f"it must be the {FILE_NAME} of a run",
-                fix="download it again",
-            ) from error
-        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-            raise DataError(
-                value=f"evaluation of schema version {version!a:.80}",
-                rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
-                fix="install the version of amici_eval that wrote it",
-            )
-        try:
-            values = fields_of(record)
-            values["undefined"] = tuple(Undefined(**item) for item in values["undefined"])
-            return cls(**values)
-        except (LookupError, TypeError, ValueError, OverflowError, AttributeError, MemoryError) as error:
-            raise DataError(
-                value=f"damaged evaluation ({type(error).__name__}: {error})",
-                rule="all fields of its schema version must be there, with matching sizes",
-                fix="download it again or evaluate again",
-            ) from error
+        return read_result(
+            cls, text, what="an evaluation", file_name=FILE_NAME, newest=SCHEMA_VERSION, redo="evaluate again"
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Write the evaluation into a folder (made if missing) and return the file; moments come beside it.
@@ -401,11 +394,9 @@ class HeadEvaluation:
         -----
         Moments that lie there are removed first, so that those of another evaluation never stay.
         """
-        path = Path(directory) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / MOMENTS_FILE
+        beside = Path(directory) / MOMENTS_FILE
         beside.unlink(missing_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        path = save_result(directory, FILE_NAME, self.to_json())
         if self.moments is not None:
             self.moments.save(beside)
         return path
@@ -419,16 +410,8 @@ class HeadEvaluation:
         DataError
             If the folder holds no evaluation or a damaged one, or moments of another one.
         """
-        path = Path(directory) / FILE_NAME
-        if not path.is_file():
-            raise DataError(
-                value=f"{directory} holds no {FILE_NAME}",
-                rule="load() takes a folder that save() or a run wrote",
-                fix="give the folder itself",
-            )
-        # not read_text: from_json reports bytes that are not UTF-8 as damage
-        evaluation = read_named(path, cls.from_json)
-        beside = path.parent / MOMENTS_FILE
+        evaluation = load_result(directory, FILE_NAME, cls.from_json)
+        beside = Path(directory) / MOMENTS_FILE
         if not beside.is_file():
             return evaluation
         moments = Moments.load(beside)
@@ -459,3 +442,36 @@ def _nan_max(values: Float64[np.ndarray, "heads genes"]) -> Float64[np.ndarray, 
     """Return the maximum over genes; NaN, without a warning, where all are NaN."""
     filled = np.where(np.isnan(values), -np.inf, values).max(axis=1)
     return np.where(np.isinf(filled), np.nan, filled)
+
+
+_WRITTEN = tuple(entry.name for entry in fields(HeadEvaluation) if entry.name not in HeadEvaluation.apart)
+# what a schema version added; evaluations of version 1 were all hooked, with independent permutations
+_ADDED: dict[int, dict[str, Any]] = {
+    2: {
+        "engine": "hooked",
+        "parity": None,
+        "parity_cells": 0,
+        "n_permutations_by_type": None,
+        "sampling": [],
+        "ablations": None,
+    },
+    3: dict.fromkeys(("spatial", "intervals", "parts", "trivial")),
+    4: {"senders": None},
+}
+# today's default settings would claim that these were computed
+_ADDED_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"ablation": {"modes": ["keep_one"]}},
+    3: {
+        "permutation": {"spatial_null": "none", "n_bootstrap": 0},
+        "ablation": {"baselines": False, "without_nearest": False},
+    },
+}
+
+
+def _as_written_now(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the record of an evaluation of any schema version with what later versions added."""
+    for version in range(record["schema_version"] + 1, SCHEMA_VERSION + 1):
+        groups = _ADDED_SETTINGS.get(version, {})
+        spec = {**record["spec"], **{name: {**added, **record["spec"][name]} for name, added in groups.items()}}
+        record = {**_ADDED[version], **record, "spec": spec}
+    return record

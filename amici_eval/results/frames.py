@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.results.ablations import SHAPLEY_MODES
+from amici_eval.results.analyses import SHAPLEY_MODES
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Bool, Float64
 
+    from amici_eval.results.analyses import Senders
     from amici_eval.results.evaluation import HeadEvaluation
-    from amici_eval.results.senders import Senders
 
 GENE_COLUMNS = (
     "head",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.errors import DataError
-from amici_eval.common.untrusted import check_names, load_npz, parse_json
+from amici_eval.common.files import check_names, load_npz, parse_json
+from amici_eval.results.codec import Record
 from amici_eval.stats.explained_variance import squares_about
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _DAMAGE = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Moments:
+class Moments(Record):
     """Moments per receiver type and spatial tile, and a sketch of the heads' outputs.
 
     Each *row* is one type in one tile. Tiles are squares of the tissue, the same for all types.
@@ -65,7 +66,7 @@ class Moments:
         Mean position of each tile's evaluated cells, in coordinate units, shape (tiles, 2); row t is tile number t.
     senders, lost_squares
         Types of senders, if they were asked for, and what a head, kept alone, leaves more of each tile's squares where
-        these senders are masked out (:class:`~amici_eval.results.senders.Senders`), shape (heads, types,
+        these senders are masked out (:class:`~amici_eval.results.analyses.Senders`), shape (heads, types,
         senders, tiles), float32; NaN where undefined.
     query_weights, head_weights
         How attention outputs become expression (:class:`amici_eval.stats.readout.Readout`): its first column, which
@@ -107,45 +108,31 @@ class Moments:
     readout_epsilon: Float64[np.ndarray, " one"]
 
     def __post_init__(self) -> None:
-        n_types, n_genes, n_heads = len(self.cell_types), len(self.genes), self.n_heads
-        n_rows, n_sketched = np.size(self.row_type), len(self.sketch_names)
+        n_heads, n_types, n_sketched = self.n_heads, len(self.cell_types), len(self.sketch_names)
         n_outputs = np.size(self.head_gram, 0) if np.ndim(self.head_gram) else 0
         n_tiles = int(np.max(self.row_tile, initial=-1)) + 1
-        n_attended = np.size(self.attended)
         n_neighbours = np.size(self.attended_neighbours, 1) if np.ndim(self.attended_neighbours) == 2 else 0
         if n_heads < 1 or n_outputs % n_heads:
             msg = f"{n_outputs} outputs cannot be those of {n_heads} heads"
             raise ValueError(msg)
-        shapes = {
-            "row_type": (n_rows,),
-            "row_tile": (n_rows,),
-            "row_held_out": (n_rows,),
-            "n_cells": (n_rows,),
-            "target_mean": (n_rows, n_genes),
-            "target_m2": (n_rows, n_genes),
-            "residual_mean": (n_rows, n_heads, n_genes),
-            "residual_m2": (n_rows, n_heads, n_genes),
-            "full_mean": (n_rows, n_genes),
-            "full_m2": (n_rows, n_genes),
-            "sketch_type": (n_sketched,),
-            "sketch_outputs": (n_sketched, n_outputs),
-            "sketch_tile": (n_sketched,),
-            "attended": (n_attended,),
-            "attention": (n_attended, n_heads, n_neighbours + 1),
-            "attended_neighbours": (n_attended, n_neighbours),
-            "tile_center": (n_tiles, 2),
-            "lost_squares": (n_heads, n_types, len(self.senders), n_tiles),
-            "query_weights": (n_types, n_genes),
-            "head_weights": (n_genes, n_outputs),
-            "query_gram": (n_types, 1 + n_outputs),
-            "head_gram": (n_outputs, n_outputs),
-            "readout_offset": (n_types, n_genes),
-            "readout_epsilon": (1,),
-        }
-        for name, shape in shapes.items():
-            if np.shape(getattr(self, name)) != shape:
-                msg = f"{name} has shape {np.shape(getattr(self, name))}, not {shape}"
-                raise ValueError(msg)
+        self.check(
+            {
+                "rows": np.size(self.row_type),
+                "heads": n_heads,
+                "types": n_types,
+                "genes": len(self.genes),
+                "senders": len(self.senders),
+                "outputs": n_outputs,
+                "columns": 1 + n_outputs,
+                "sketched": n_sketched,
+                "attended": np.size(self.attended),
+                "neighbours": n_neighbours,
+                "places": n_neighbours + 1,
+                "tiles": n_tiles,
+                "one": 1,
+                "two": 2,
+            }
+        )
         for name, first, stop in (
             ("row_type", 0, n_types),
             ("sketch_type", 0, n_types),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amici_eval.common.errors import DataError
-from amici_eval.common.untrusted import parse_json, read_plain_file
+from amici_eval.common.files import parse_json, read_plain_file
+from amici_eval.results.codec import Record, check_schema_version, save_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ OUTCOMES = ("pass", "fail", "undecided")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleResult:
+class RuleResult(Record):
     """The outcome of one rule.
 
     ``outcome``: pass, fail or undecided; ``value``, ``low``, ``high``: what was judged, None where missing; of several
@@ -53,7 +54,7 @@ class RuleResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(Record):
     """Whether a version may take the place of its baseline, and why.
 
     Parameters
@@ -101,7 +102,7 @@ class Verdict:
     def to_json(self) -> str:
         """Return the verdict as JSON text."""
         # escape to ASCII: names may hold characters that cannot be encoded, such as a lone surrogate
-        return json.dumps(asdict(self), allow_nan=False, indent=1)
+        return json.dumps(self.to_record(), allow_nan=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Verdict:
@@ -114,19 +115,8 @@ class Verdict:
         """
         try:
             record = dict(parse_json(text, max_values=_MOST_VALUES))
-            version = record["schema_version"]
-            if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-                raise DataError(
-                    value=f"verdict of schema version {version!a:.80}",
-                    rule=f"this version of amici_eval reads schema versions 1 to {SCHEMA_VERSION}",
-                    fix="install the version of amici_eval that wrote it",
-                )
-            _check_plain(record)
-            record["results"] = tuple(
-                RuleResult(**{**one, "details": tuple(map(tuple, one["details"]))}) for one in record["results"]
-            )
-            record["notes"] = tuple(record["notes"])
-            return cls(**record)
+            check_schema_version(record["schema_version"], what="verdict", newest=SCHEMA_VERSION)
+            return cls.from_record(record, {})
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -155,28 +145,7 @@ class Verdict:
 
     def save(self, directory: str | Path) -> Path:
         """Write the verdict into a folder (made if missing) and return the file."""
-        path = Path(directory) / VERDICT_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
-
-
-def _check_plain(record: Mapping[str, Any]) -> None:
-    """Refuse entries of the wrong kind."""
-    texts: list[Any] = [record.get("cells", ""), record.get("key", ""), *record["notes"]]
-    for one in record["results"]:
-        texts += [one[name] for name in ("rule", "kind", "outcome", "threshold", "reason")]
-        if not isinstance(one.get("details", []), list):
-            msg = "details are no list"
-            raise ValueError(msg)  # noqa: TRY004, RUF100 - damage like any other
-    model, baseline = record.get("model", {}), record.get("baseline")
-    kinds = isinstance(model, dict) and (baseline is None or isinstance(baseline, dict))
-    if not kinds or not isinstance(record["notes"], list) or not all(isinstance(text, str) for text in texts):
-        msg = "an entry is of another kind than it may be"
-        raise ValueError(msg)
-    if not isinstance(record.get("in_sample"), (bool, type(None))):
-        msg = "in_sample is neither true nor false"
-        raise ValueError(msg)
+        return save_result(directory, VERDICT_FILE, self.to_json())
 
 
 def _readable(path: Path) -> bytes:

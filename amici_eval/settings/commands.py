@@ -7,17 +7,16 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from amici_eval.settings.comparison import ComparisonSpec
+from amici_eval.settings.comparison import ComparisonSpec, GateSpec
 from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
+    LaunchSpec,
     PermutationSpec,
     ReportSpec,
     TrackingSpec,
     TrainedOnSpec,
 )
-from amici_eval.settings.gate import GateSpec
-from amici_eval.settings.launch import LaunchSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

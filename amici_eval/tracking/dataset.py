@@ -21,8 +21,8 @@ from mlflow.data.evaluation_dataset import EvaluationDataset
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
 from amici_eval.common.errors import DataError, first_line
+from amici_eval.common.files import load_json
 from amici_eval.common.text import mask_secrets
-from amici_eval.common.untrusted import load_json
 from amici_eval.tracking.store import patiently, store_errors, understood
 
 if TYPE_CHECKING:

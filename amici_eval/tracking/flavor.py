@@ -23,8 +23,8 @@ from amici_eval.common.errors import (
     OutputError,
     first_line,
 )
+from amici_eval.common.files import odd_character, read_plain_file
 from amici_eval.common.text import mask_secrets
-from amici_eval.common.untrusted import odd_character, read_plain_file
 from amici_eval.tracking.store import patiently, tracking_errors
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ def main() -> None:
 
     from amici_eval.evaluation.launching import open_launcher
     from amici_eval.evaluation.pipeline import evaluate
-    from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
-    from amici_eval.settings.launch import LaunchSpec
+    from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, LaunchSpec, PermutationSpec
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.comparison.gate import Element, decide, judge
 from amici_eval.results.verdict import RuleResult, Verdict, overall_outcome
-from amici_eval.settings.comparison import ComparisonSpec
+from amici_eval.settings.comparison import KINDS, TABLES, ComparisonSpec, GateSpec, Rule, gate_key, gate_spec_from
 from amici_eval.settings.evaluation import EvaluationSpec
-from amici_eval.settings.gate import KINDS, TABLES, GateSpec, Rule, gate_key, gate_spec_from
 from amici_eval.tracking.runs.delivery import evaluation_metrics, metric_intervals
 from tests.builders import AWKWARD_TYPES, make_comparison, make_evaluation
 

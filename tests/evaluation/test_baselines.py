@@ -238,7 +238,7 @@ def test_gain_is_over_the_best_baseline_or_over_nothing():
     best = found.expl_var.max(axis=0)
     np.testing.assert_allclose(found.gain, 0.2 - np.stack([best, best]))
     np.testing.assert_allclose(found.full_gain, 0.3 - best)
-    found.check({"H": 2, "C": 3, "B": 3})
+    found.check({"heads": 2, "types": 3})
     assert np.isnan(found.without_nearest).all()
     masked = np.arange(9.0).reshape(3, 3)
     carried = evaluated(tissue, without_nearest=masked)

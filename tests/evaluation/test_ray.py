@@ -19,8 +19,7 @@ import pytest
 from amici_eval.common.errors import DataError, DeviceError, InvalidSpecError, LaunchError
 from amici_eval.evaluation.launching import open_launcher
 from amici_eval.evaluation.pipeline import evaluate, evaluate_access
-from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec
-from amici_eval.settings.launch import LaunchSpec
+from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, LaunchSpec, PermutationSpec
 from tests.cli.test_cli import call
 from tests.fakes import FakeAccess, make_access
 from tests.same_numbers import differences
@@ -244,7 +243,7 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZER
 import ray
 from amici_eval.common.errors import LaunchError
 from amici_eval.evaluation.pipeline import evaluate_access
-from amici_eval.settings.launch import LaunchSpec
+from amici_eval.settings.evaluation import LaunchSpec
 from amici_eval.evaluation.launching import open_launcher
 from tests.fakes import make_access
 from tests.evaluation.test_ray import QUICK

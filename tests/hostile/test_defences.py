@@ -20,9 +20,9 @@ import torch
 import yaml
 from scipy import sparse
 
-from amici_eval.common import untrusted
+from amici_eval.common import files
 from amici_eval.common.errors import DataError, ModelFormatError, UnsafePickleError
-from amici_eval.common.untrusted import check_names, parse_json
+from amici_eval.common.files import check_names, parse_json
 from amici_eval.data.files import open_anndata
 from amici_eval.data.matrices import open_rows, spans
 
@@ -250,15 +250,15 @@ SOUND = npy(np.arange(4.0))
     ],
 )
 def test_an_archive_of_arrays_holds_what_it_says(tmp_path, monkeypatch, members, message):
-    monkeypatch.setattr(untrusted, "_SMALL_BYTES", 2**17)
+    monkeypatch.setattr(files, "_SMALL_BYTES", 2**17)
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("sound.npy", SOUND)
-    assert untrusted.load_npz(tmp_path / "a.npz")["sound"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert files.load_npz(tmp_path / "a.npz")["sound"].tolist() == [0.0, 1.0, 2.0, 3.0]
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members:
             archive.writestr(name, content)
     with pytest.raises(ValueError, match=message):
-        untrusted.load_npz(tmp_path / "a.npz")
+        files.load_npz(tmp_path / "a.npz")
 
 
 def test_a_limit_of_the_process_limits_the_memory():

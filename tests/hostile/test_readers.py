@@ -16,8 +16,8 @@ from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.results.tile_sums import Moments
 from amici_eval.results.verdict import RuleResult, Verdict
+from amici_eval.settings.comparison import gate_spec_from
 from amici_eval.settings.evaluation import spec_from_mapping
-from amici_eval.settings.gate import gate_spec_from
 from tests.builders import make_comparison, make_evaluation, make_moments
 from tests.hostile.stored_models import sign
 

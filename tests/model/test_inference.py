@@ -12,6 +12,7 @@ from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.pipeline import evaluate, evaluate_access
 from amici_eval.model.engines.opening import open_access
+from amici_eval.results.codec import arrays_of
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.pvalues import adjust_p_values
@@ -29,7 +30,7 @@ def spec_of(*, engine="factored", baselines=False, data=None, **test):
 
 
 def same(one, other, *, rtol=1e-5, atol=1e-7):
-    for name in one.shapes:
+    for name in arrays_of(type(one)):
         found, expected = getattr(one, name), getattr(other, name)
         if name == "statistic":  # standardized: rounding is relative to its spread, not to each value
             assert_rounded(found, expected, precision=max(rtol, FLOAT32), name=name)

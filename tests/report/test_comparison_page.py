@@ -24,7 +24,7 @@ from amici_eval.report.figures.comparison_figures import (
 from amici_eval.report.page.comparison_page import write_comparison_html
 from amici_eval.report.tables import write_comparison_tables
 from amici_eval.results.comparison import HeadComparison
-from amici_eval.results.senders import SENDER_DIFFERENCE_COLUMNS
+from amici_eval.results.comparison_frames import SENDER_DIFFERENCE_COLUMNS
 from amici_eval.settings.comparison import ComparisonSpec
 from tests.builders import make_comparison
 from tests.report.test_evaluation_page import Page

@@ -16,7 +16,7 @@ import torch
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelNotFoundError
 from amici_eval.model.checkpoint import untrained_like
 from amici_eval.results.verdict import Verdict
-from amici_eval.settings.gate import GateSpec, Rule
+from amici_eval.settings.comparison import GateSpec, Rule
 from amici_eval.tracking.flavor import log_model
 from amici_eval.tracking.jobs import comparing, gating
 from amici_eval.tracking.jobs.gating import gate_job

@@ -16,8 +16,14 @@ import pytest
 from amici_eval.common.errors import OutputError, TrackingError
 from amici_eval.evaluation.finished_parts import FinishedParts
 from amici_eval.evaluation.tasks import evaluate_task
-from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, ReportSpec, TrackingSpec
-from amici_eval.settings.launch import LaunchSpec
+from amici_eval.settings.evaluation import (
+    AblationSpec,
+    EvaluationSpec,
+    LaunchSpec,
+    PermutationSpec,
+    ReportSpec,
+    TrackingSpec,
+)
 from amici_eval.tracking.jobs.evaluating import evaluate_job, upload
 from amici_eval.tracking.runs import delivery
 from amici_eval.tracking.runs.local_results import ARTIFACTS, RECORD_FILE

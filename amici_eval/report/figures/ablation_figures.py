@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
 
+    from amici_eval.results.analyses import Senders
     from amici_eval.results.evaluation import HeadAblations, HeadEvaluation
-    from amici_eval.results.senders import Senders
 
     Link = tuple[int, int, int]
 

@@ -37,9 +37,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
     from matplotlib.axes import Axes
 
-    from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.matches import HeadDifferences
-    from amici_eval.results.senders import SenderDifferences
+    from amici_eval.results.comparison import HeadComparison, HeadDifferences, SenderDifferences
 
 
 _MOST_PAIRS_SHOWN = 20

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from amici_eval.results.comparison import HeadComparison
-    from amici_eval.results.matches import HeadDifferences, HeadMatches
-    from amici_eval.results.senders import SenderDifferences
+    from amici_eval.results.comparison import HeadComparison, HeadDifferences, HeadMatches, SenderDifferences
 
     Record = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from amici_eval.settings.launch import LaunchSpec
+from amici_eval.settings.evaluation import LaunchSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

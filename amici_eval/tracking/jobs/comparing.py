@@ -21,8 +21,8 @@ from amici_eval.comparison.version_pairs import similarity_of
 from amici_eval.report.comparison_sentences import comparison_sentences
 from amici_eval.report.page.comparison_page import write_comparison_html
 from amici_eval.report.tables import write_comparison_tables
+from amici_eval.results.comparison import FailedVersion
 from amici_eval.results.evaluation import FILE_NAME
-from amici_eval.results.matches import FailedVersion
 from amici_eval.results.tile_sums import MOMENTS_FILE
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tracking.flavor import open_stored_model

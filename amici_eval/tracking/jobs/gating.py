@@ -13,7 +13,7 @@ from amici_eval.common.text import markdown, mask_secrets
 from amici_eval.comparison.gate import judge
 from amici_eval.report.verdict_files import verdict_section, verdict_sentence, write_verdict, write_verdict_page
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.settings.gate import gate_key
+from amici_eval.settings.comparison import gate_key
 from amici_eval.tracking.jobs.comparing import (
     Column,
     comparison_params,
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
     from amici_eval.results.comparison import HeadComparison
     from amici_eval.results.verdict import Verdict
-    from amici_eval.settings.comparison import ComparisonSpec
-    from amici_eval.settings.gate import GateSpec
+    from amici_eval.settings.comparison import ComparisonSpec, GateSpec
     from amici_eval.tracking.jobs import JobOptions
     from amici_eval.tracking.jobs.comparing import ColumnEvaluation, ComparedCells, GatheredEvaluations
     from amici_eval.tracking.registry import ResolvedModel
