@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
+import subprocess
 import sys
 import warnings
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +18,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
 
@@ -45,7 +49,30 @@ def _own_environment() -> Iterator[None]:
     _forget()
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests: else one of two processes is left with them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def run_python(
+    *arguments: str, package: Path = ROOT, cwd: Path | None = None, timeout: float = 600.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run another Python with the package in a folder; an empty variable is one that is not set."""
+    variables = {**os.environ, "PYTHONPATH": str(package), **environment}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={name: value for name, value in variables.items() if value},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +83,16 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def _tissue() -> AnnData:
+def small_tissue() -> AnnData:
+    """Simulate 500 cells x 40 genes; the models of the tests are fitted on its region "rest"."""
     from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 
-    tissue = simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
+    return simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
+
+
+@pytest.fixture(scope="session")
+def _tissue() -> AnnData:
+    tissue = small_tissue()
     # as most tissues are stored
     tissue.X = csr_matrix(tissue.X)
     return tissue
@@ -72,17 +104,11 @@ def adata(_tissue: AnnData) -> AnnData:
     return _tissue.copy()
 
 
-SMALL_MODEL = {
-    "n_heads": 2,
-    "n_head_size": 4,
-    "n_query_dim": 16,
-    "n_kv_dim": 16,
-    "n_nn_embed": 16,
-    "n_nn_embed_hidden": 16,
-    "n_query_embed_hidden": 16,
-    "n_pos_coef_mlp_hidden": 16,
-    "distance_kernel_unit_scale": 10.0,
-}
+def small_sizes(width: int) -> dict[str, float]:
+    """Return the settings of an AMICI of 2 heads whose layers are ``width`` wide."""
+    layers = ("query_dim", "kv_dim", "nn_embed", "nn_embed_hidden", "query_embed_hidden", "pos_coef_mlp_hidden")
+    widths = {f"n_{layer}": width for layer in layers}
+    return {"n_heads": 2, "n_head_size": 4, "distance_kernel_unit_scale": 10.0, **widths}
 
 
 def train_plainly(adata: AnnData, rows: np.ndarray, *, epochs: int = 4):
@@ -99,7 +125,7 @@ def train_plainly(adata: AnnData, rows: np.ndarray, *, epochs: int = 4):
         seed = scvi.settings.seed
         scvi.settings.seed = 0
         amici.AMICI.setup_anndata(own, labels_key="cell_type", coord_obsm_key="spatial", n_neighbors=8)
-        model = amici.AMICI(own, **SMALL_MODEL)
+        model = amici.AMICI(own, **small_sizes(16))
         model.train(
             max_epochs=epochs,
             accelerator="cpu",
@@ -150,6 +176,26 @@ def native(amici_dir: Path, adata: AnnData):
         return amici.AMICI.load(str(amici_dir), adata=adata.copy())
 
 
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Return a function that makes an empty SQLite store of MLflow and returns its URI.
+
+    It copies one: MLflow takes seconds to make the tables. Artifacts lie beside the file, or where it is said.
+    """
+    import mlflow
+
+    empty = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{empty}").search_registered_models()
+
+    def make(path: Path, *, artifacts: str | None = None) -> str:
+        shutil.copy(empty, path)
+        with closing(sqlite3.connect(path)) as store, store:
+            store.execute("update experiments set artifact_location = ?", [artifacts or str(path.parent / "mlruns/0")])
+        return f"sqlite:///{path}"
+
+    return make
+
+
 @dataclass(frozen=True)
 class Registry:
     """A tracking store with models in it, shared by all tests of a session: they add to it and never take away."""
@@ -162,7 +208,9 @@ class Registry:
 
 
 @pytest.fixture(scope="session")
-def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+def _registry(
+    _tissue: AnnData, amici_dir: Path, new_store: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Registry:
     import mlflow
 
     from amici_eval.settings.evaluation import TrackingSpec
@@ -171,7 +219,7 @@ def _registry(_tissue: AnnData, amici_dir: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("store")
     data = folder / "tissue.h5ad"
     _tissue.write_h5ad(data)
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    uri = new_store(folder / "mlflow.db")
     before, here = mlflow.get_tracking_uri(), Path.cwd()
     os.chdir(folder)
     try:

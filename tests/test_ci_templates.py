@@ -20,6 +20,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = REPOSITORY / "docs" / "ci"
 MODEL = "breast"
+WATCHED = {"MODEL_NAME": MODEL, "MLFLOW_TRACKING_URI": "sqlite:///none.db"}
 NOT_RUN = {"Install"}
 EXPRESSION = re.compile(r"\$\{\{\s*([\w.-]+)\s*\}\}")
 QUIET = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_MODE")
@@ -301,7 +302,7 @@ def test_gitlab_runs_the_same_commands():
     ("code", "said"), [(0, ""), (2, "could not be judged"), (1, "exit code 1"), (143, "exit code 143")]
 )
 def test_cron_says_something_only_if_something_is_wrong(stub, tmp_path, code, said):
-    values = {"MODEL_NAME": MODEL, "MLFLOW_TRACKING_URI": "sqlite:///none.db", "STATE": str(tmp_path / "a b")}
+    values = {**WATCHED, "STATE": str(tmp_path / "a b")}
     done = cron(environment(stub, CODE=str(code), **values))
     assert done.returncode == code
     assert done.stdout == ""
@@ -316,7 +317,7 @@ def test_cron_says_something_only_if_something_is_wrong(stub, tmp_path, code, sa
 
 
 def test_cron_leaves_a_round_out_while_the_one_before_is_at_work(stub, tmp_path):
-    values = {"MODEL_NAME": MODEL, "MLFLOW_TRACKING_URI": "sqlite:///none.db", "STATE": str(tmp_path)}
+    values = {**WATCHED, "STATE": str(tmp_path)}
     with (tmp_path / f"{MODEL}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = cron(environment(stub, CODE="1", **values))
@@ -326,7 +327,7 @@ def test_cron_leaves_a_round_out_while_the_one_before_is_at_work(stub, tmp_path)
 
 
 def test_cron_ends_a_round_that_hangs_and_bounds_its_log(stub, tmp_path):
-    values = {"MODEL_NAME": MODEL, "MLFLOW_TRACKING_URI": "sqlite:///none.db", "STATE": str(tmp_path)}
+    values = {**WATCHED, "STATE": str(tmp_path)}
     log = tmp_path / f"{MODEL}.log"
     log.write_text("old\n" * 1_300_000)
     done = cron(environment(stub, CODE="0", HANGS="1", LIMIT="0.5", **values))
@@ -338,7 +339,7 @@ def test_cron_ends_a_round_that_hangs_and_bounds_its_log(stub, tmp_path):
 
 @pytest.mark.parametrize("missing", ["MODEL_NAME", "MLFLOW_TRACKING_URI"])
 def test_cron_asks_for_what_it_needs(stub, tmp_path, missing):
-    values = {"MODEL_NAME": MODEL, "MLFLOW_TRACKING_URI": "sqlite:///none.db", "STATE": str(tmp_path)}
+    values = {**WATCHED, "STATE": str(tmp_path)}
     del values[missing]
     done = cron(environment(stub, CODE="0", **values))
     assert done.returncode != 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import walk_packages
@@ -13,6 +11,7 @@ import pytest
 
 import amici_eval
 from amici_eval import __version__
+from tests.conftest import run_python
 
 HEAVY = ("amici", "scvi", "mlflow", "torch", "numba", "anndata", "pandas", "hydra", "matplotlib")
 # what all modules of a package together may load; others load what they like
@@ -30,10 +29,6 @@ COMPILED = "amici_eval.stats.permutation.kernels"
 def modules_of(package: str) -> list[str]:
     folder, prefix = Path(amici_eval.__file__).parent / package, f"amici_eval.{package}."
     return [one.name for one in walk_packages([str(folder)], prefix) if not one.ispkg]
-
-
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
 def loaded_after(code: str, *, among: tuple[str, ...] = HEAVY) -> set[str]:

@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-import amici_eval
 from amici_eval.cli.commands import main
 from amici_eval.cli.terminal import Reporter, check_temporary_folder
 from amici_eval.evaluation.pipeline import evaluate_access
 from amici_eval.settings.evaluation import EvaluationSpec, PermutationSpec
+from tests.conftest import ROOT, run_python
 from tests.fakes import make_access
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
 
 NOWHERE = "/proc/none"
 CACHES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
 
 
-def command(*arguments: str, cwd: Path, package: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``amici-eval`` from a package elsewhere; an empty variable is one that is not set."""
-    given = {**os.environ, "PYTHONPATH": str(package.parent), **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "amici_eval", *arguments],
-        cwd=cwd,
-        env={name: value for name, value in given.items() if value},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def evaluation(**where) -> subprocess.CompletedProcess[str]:
-    """Run a small evaluation."""
-    return command("evaluate", "model_uri=models:/tiny/1", "permutation.n_permutations=19", **where)
+def evaluation(*options: str, **where) -> subprocess.CompletedProcess[str]:
+    """Run an evaluation that compiles some functions, not all."""
+    quick = ("model_uri=models:/tiny/1", "permutation.n_permutations=19", "permutation.n_bootstrap=0")
+    quick += ("permutation.spatial_null=none", "ablation.modes=[keep_one]", "ablation.baselines=false")
+    return run_python("-m", "amici_eval", "evaluate", *quick, *options, **where)
 
 
 @pytest.fixture(scope="module")
 def sealed_package(tmp_path_factory) -> Path:
     """A copy of the package into which nobody, root neither, can write what was compiled."""
-    there = tmp_path_factory.mktemp("installed") / "amici_eval"
-    shutil.copytree(Path(amici_eval.__file__).parent, there, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(Path(amici_eval.__file__).parents[1] / "configs", there.parent / "configs")
+    there = tmp_path_factory.mktemp("installed")
+    for name in ("amici_eval", "configs"):
+        shutil.copytree(ROOT / name, there / name, ignore=shutil.ignore_patterns("__pycache__"))
+    there = there / "amici_eval"
     for folder in (there, *(path for path in there.rglob("*") if path.is_dir())):
         (folder / "__pycache__").write_text("")
     return there
@@ -66,7 +57,7 @@ def heard(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.amici
 def test_an_evaluation_needs_neither_a_home_nor_a_package_to_write_to(registry, tmp_path, sealed_package):
     nowhere = dict.fromkeys(CACHES, NOWHERE)
-    there = {"cwd": tmp_path, "package": sealed_package}
+    there = {"cwd": tmp_path, "package": sealed_package.parent}
     result = evaluation(**there, HOME=NOWHERE, NUMBA_CACHE_DIR="", MPLCONFIGDIR="", TORCH_HOME="", **nowhere)
     assert result.returncode == 0, result.stderr
     said = heard(result)
@@ -107,9 +98,8 @@ def test_another_folder_for_temporary_files_than_was_asked_for_is_told(monkeypat
 @pytest.mark.slow
 @pytest.mark.amici
 def test_spoilt_files_of_compiled_code_do_no_harm(registry, tmp_path):
-    package = Path(amici_eval.__file__).parent
-    where = {"cwd": tmp_path, "package": package, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert evaluation(**where).returncode == 0
+    where = {"cwd": tmp_path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert evaluation("report.figures=false", **where).returncode == 0
     indices = sorted(path for path in (tmp_path / "cache").rglob("*.nbi") if "kernel" in path.name)
     # an index leads to its code: of every other function one is spoilt, of the rest the other
     codes = [path for index in indices[1::2] for path in index.parent.glob(f"{index.stem}.*.nbc")]
@@ -117,7 +107,7 @@ def test_spoilt_files_of_compiled_code_do_no_harm(registry, tmp_path):
     assert codes
     for path in (*indices[::2], *codes):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    result = evaluation(**where)
+    result = evaluation("report.figures=false", **where)
     assert result.returncode == 0, result.stderr
     heard(result)
 

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT, run_python
+from tests.test_surroundings import evaluation
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's content as pip would install it; everything else comes from this environment."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    built = subprocess.run(build, cwd=REPOSITORY, check=False, capture_output=True, text=True)
+    built = run_python("-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT)
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
-
-
-def run(site: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_it_carries_configs_types_and_entry_points(site):
@@ -52,15 +38,14 @@ def test_it_carries_configs_types_and_entry_points(site):
 @pytest.mark.slow
 @pytest.mark.amici
 def test_it_evaluates_and_offers_the_evaluator(site, registry, tmp_path):
-    options = ["permutation.n_permutations=19", "report.formats=[png]", "tracking.experiment=wheel"]
-    done = run(site, "-m", "amici_eval", "evaluate", "model_uri=models:/tiny/1", *options, cwd=tmp_path)
+    done = evaluation("report.formats=[png]", "tracking.experiment=wheel", package=site, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "attention heads x" in done.stdout
     script = (
         "import json, amici_eval, mlflow, mlflow.data; "
         "print(json.dumps([amici_eval.__file__, mlflow.models.list_evaluators(), mlflow.data.from_anndata.__module__]))"
     )
-    done = run(site, "-c", script, cwd=tmp_path)
+    done = run_python("-c", script, package=site, cwd=tmp_path)
     location, evaluators, module = json.loads(done.stdout.splitlines()[-1])
     assert Path(location).is_relative_to(site)
     assert "amici" in evaluators

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from difflib import unified_diff
 from pathlib import Path
 
@@ -36,10 +35,9 @@ def prepare(inputs: Path) -> None:
     """Write a simulated tissue and a small AMICI trained on a part of it: input of both sides."""
     import numpy as np
 
-    from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
-    from tests.conftest import train_plainly
+    from tests.conftest import small_tissue, train_plainly
 
-    tissue = simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
+    tissue = small_tissue()
     tissue.write_h5ad(inputs / "simulated.h5ad")
     train_plainly(tissue, np.flatnonzero((tissue.obs["region"] == "rest").to_numpy())).save(str(inputs / "simulated"))
 

@@ -11,23 +11,12 @@ from amici_eval.data.tissue import prepare
 from amici_eval.model.cards import card_of
 from amici_eval.model.engines.opening import open_access
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec
+from tests.conftest import small_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from anndata import AnnData
-
-SMALL = {
-    "n_heads": 2,
-    "n_head_size": 4,
-    "n_query_dim": 8,
-    "n_kv_dim": 8,
-    "n_nn_embed": 8,
-    "n_nn_embed_hidden": 8,
-    "n_query_embed_hidden": 8,
-    "n_pos_coef_mlp_hidden": 8,
-    "distance_kernel_unit_scale": 10.0,
-}
 
 
 def opened(model: Any, adata: AnnData, **settings: Any) -> Any:
@@ -67,7 +56,7 @@ def make_amici() -> Callable[..., Any]:
         with own_data_loader(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             cls.setup_anndata(adata, **keys)
-            model = cls(adata, **SMALL)
+            model = cls(adata, **small_sizes(8))
         model.module.eval()
         model.is_trained_ = trained
         model.history_ = {}

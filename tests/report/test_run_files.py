@@ -84,10 +84,11 @@ def with_moments():
     return replace(evaluation, moments=moments)
 
 
-def run_in(tmp_path, monkeypatch):
-    """Return a store and a run in it."""
+@pytest.fixture
+def stored_run(tmp_path, monkeypatch, new_store):
+    """A store and a run in it."""
     monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = new_store(tmp_path / "mlflow.db")
     client = MlflowClient(tracking_uri=uri)
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "store").as_uri())
     return uri, client.create_run(experiment).info.run_id
@@ -107,8 +108,8 @@ def saved_after(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("has_moments", [True, False])
-def test_a_run_gives_the_evaluation_back_with_moments_written_once(tmp_path, monkeypatch, saved_after, has_moments):
-    uri, run_id = run_in(tmp_path, monkeypatch)
+def test_a_run_gives_the_evaluation_back_with_moments_written_once(tmp_path, stored_run, saved_after, has_moments):
+    uri, run_id = stored_run
     with pytest.raises(DataError) as caught:
         load_evaluation(run_id, tracking_uri=uri)
     assert caught.value.value == f"run {run_id} holds no evaluation.json"

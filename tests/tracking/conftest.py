@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -29,13 +29,8 @@ class BareModel:
 
 
 @pytest.fixture(scope="session")
-def _bare_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    import mlflow
-
-    uri = f"sqlite:///{tmp_path_factory.mktemp('bare') / 'mlflow.db'}"
-    # makes the tables, which takes seconds
-    mlflow.MlflowClient(tracking_uri=uri).search_registered_models()
-    return uri
+def _bare_store(new_store: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_store(tmp_path_factory.mktemp("bare") / "mlflow.db")
 
 
 @pytest.fixture

@@ -31,28 +31,18 @@ from amici_eval.settings.evaluation import (
 from amici_eval.tracking import training as module
 from amici_eval.tracking.runs.delivery import evaluation_metrics
 from amici_eval.tracking.training import RunInTraining, cells_to_evaluate
+from tests.conftest import small_sizes
 
-SMALL = {
-    "n_heads": 2,
-    "n_head_size": 4,
-    "n_query_dim": 8,
-    "n_kv_dim": 8,
-    "n_nn_embed": 8,
-    "n_nn_embed_hidden": 8,
-    "n_query_embed_hidden": 8,
-    "n_pos_coef_mlp_hidden": 8,
-    "distance_kernel_unit_scale": 10.0,
-}
 N_EPOCHS = 5
 NAME = "amici_eval.tracking.training"
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
+def store(tmp_path, monkeypatch, new_store):
     """A SQLite store of the test's own."""
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'm.db'}")
+    mlflow.set_tracking_uri(new_store(tmp_path / "m.db"))
     mlflow.set_experiment("Default")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     try:
@@ -78,7 +68,7 @@ def untrained(adata):
     with own_data_loader(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         AMICI.setup_anndata(adata, labels_key="cell_type", coord_obsm_key="spatial", n_neighbors=6)
-        model = AMICI(adata, **SMALL)
+        model = AMICI(adata, **small_sizes(8))
     give_own_data_splitter(model)
     return model
 
