@@ -417,7 +417,9 @@ def start(*arguments: str, cwd: Path, script: str | None = None) -> subprocess.P
 
 
 @pytest.mark.amici
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sign", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_command_leaves_the_run_killed(registry, tmp_path, sign, code):
     name = f"interrupted {sign.name}"
     # so many permutations that it is still at work when the signal comes
@@ -447,6 +449,7 @@ def wait_for_run(name: str, process: subprocess.Popen[str]) -> list:
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.amici
 def test_mlflow_run_evaluates(registry, tmp_path, monkeypatch):
     """`mlflow run .` in the environment at hand: parameters, further overrides, exit code, the run it opened itself."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from amici_eval.tracking.jobs.promotion import promote
+from tests import watch_process
 from tests.cli.test_cli import call
 from tests.test_imports import HEAVY, loaded_after
 
@@ -75,20 +76,20 @@ def start_watch(model, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_watch_once_on_the_command_line(bare_model):
-    with start_watch(bare_model, "--once", "data.uri=broken") as process:
-        out, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    assert f"models:/{bare_model.name}/2: failed: no data: there must be some; pass data.uri\n" in out
-    with start_watch(bare_model, "--once") as process:
-        out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+def test_watch_once_on_the_command_line(bare_model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "amici_eval.tracking.jobs.gating", watch_process)
+    monkeypatch.setattr("amici_eval.settings.gate.gate_key", lambda **_: watch_process.KEY)
+    arguments = ["watch", "--once", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"]
+    assert call(*arguments, "data.uri=broken") == 2
+    failed = f"models:/{bare_model.name}/2: failed: no data: there must be some; pass data.uri\n"
+    assert failed in capsys.readouterr().out
+    assert call(*arguments) == 0
     judged = [f"models:/{bare_model.name}/{version}: pass (run abc)" for version in "123"]
-    assert out.splitlines() == [f"watching {bare_model.name} in {bare_model.uri}, configuration 0123456789ab", *judged]
+    watching = f"watching {bare_model.name} in {bare_model.uri}, configuration 0123456789ab"
+    assert capsys.readouterr().out.splitlines() == [watching, *judged]
     assert bare_model.tags("3") == {VERDICT: "pass abc"}
-    with start_watch(bare_model, "--once") as process:
-        out, errors = process.communicate(timeout=120)
-    assert (process.returncode, out.splitlines()[1:]) == (0, ["nothing to judge"])
+    assert call(*arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["nothing to judge"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
