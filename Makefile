@@ -12,7 +12,7 @@ export WANDB_MODE := disabled
 
 help:
 	@echo "make demo   install into $(VENV), simulate, train, register, evaluate, compare with what was planted"
-	@echo "make test   install and run the tests, without those that take long"
+	@echo "make test   install and run the tests, without those that take long, in two processes"
 	@echo "make test-all  run all tests, as CI does; with CI=true, make browser first"
 	@echo "make test-processors  run the tests of numbers as other processors would, with 1 and 2 threads: each about as long as those tests"
 	@echo "make test-mlflow MLFLOW=3.8  run the tests of what is tracked with another MLflow, in an environment of its own"
@@ -36,11 +36,14 @@ demo: install
 	$(BIN)/amici-eval demo
 	@echo "(amici-eval and mlflow are in $(BIN); activate it with: source $(BIN)/activate)"
 
+# two processes of one thread each, all tests of a file in the same; PARALLEL= runs all in one process
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(if $(PARALLEL),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(PARALLEL)
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: install $(if $(filter true,$(CI)),browser)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # PROCESSORS="zen reordered-1" chooses settings, PROCESSOR_TESTS="tests/stats" tests
 test-processors: install
