@@ -37,6 +37,10 @@ class Cost:
     repeats: int
     value: Any
 
+    def row(self) -> dict[str, float]:
+        """Return all but the value, for a table."""
+        return {name: getattr(self, name) for name in ("wall_s", "cpu_s", "peak_mb", "above_mb", "repeats")}
+
 
 def cost_of(function: Callable[[], Any], *, repeats: int = 1) -> Cost:
     """Call a function some times (once, if the first call is slow) and return what it cost, and its last value."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     Row = dict[str, Any]
     Emit = Callable[[Row], None]
@@ -183,6 +183,12 @@ def write_page(path: Path, sections: Iterable[str]) -> Path:
     """Write sections in Markdown, and return the page's path."""
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
+
+
+def table(columns: str, rows: Iterable[Iterable[str]], *, text: Collection[int] = (0,)) -> str:
+    """Return a table in Markdown, columns named as in ``"a | b"``; those of text to the left, numbers to the right."""
+    rule = "|".join("---" if column in text else "---:" for column in range(columns.count(" | ") + 1))
+    return "\n".join([f"| {columns.strip()} |", f"|{rule}|", *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def machine(options: Options) -> Row:

@@ -116,14 +116,10 @@ def measure_ours(
     emit(
         {
             **_sizes(trained.card, tissue.n_cells, len(result.cell_types), result.n_permutations),
-            "wall_s": cost.wall_s,
-            "cpu_s": cost.cpu_s,
-            "peak_mb": cost.peak_mb,
-            "above_mb": cost.above_mb,
+            **cost.row(),
             "open_s": timing.open_s,
             "check_s": prepare_s,
             "basis": "measured",
-            "repeats": cost.repeats,
         }
     )
 
@@ -196,15 +192,7 @@ def _everything(native: Any, counts: Any, card: Any, n_permutations: int) -> tup
         values[place] = rows["expl_var_head"].iloc[0]
         exceedances[place] = np.rint(rows["p_value_head"].iloc[0] * n_permutations)
     numbers = {"expl_var_gene": per_gene, "expl_var": values, "exceedances": exceedances}
-    row = {
-        "wall_s": cost.wall_s,
-        "cpu_s": cost.cpu_s,
-        "peak_mb": cost.peak_mb,
-        "above_mb": cost.above_mb,
-        "basis": "measured",
-        "repeats": 1,
-    }
-    return {"cell_types": np.array(types), **numbers}, row
+    return {"cell_types": np.array(types), **numbers}, {**cost.row(), "basis": "measured"}
 
 
 def _some_pairs(native: Any, counts: Any, card: Any, n_permutations: int) -> tuple[dict[str, Any], Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.common import read_tables, write_page
+from tests.benchmarks.common import read_tables, table, write_page
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,14 +78,13 @@ def _reference(rows: list[Row], agreement: list[Row], compiling: list[Row]) -> s
             f"{first['n_neighbors']} neighbours, {first['n_types']} types, {first['n_permutations']:,} permutations."
         )
         theirs = next((row for row in own if row["side"] == "amici-st"), None)
-        lines = ["| | wall s | CPU s | peak MB (of the call) | amici-st takes | |", "|---|---:|---:|---:|---:|---|"]
+        lines = []
         for row in own:
             ratio = "" if theirs is None or row is theirs else f"{_number(theirs['wall_s'] / row['wall_s'])} times"
-            lines.append(
-                f"| {_NAMES[row['side']]} | {_number(row['wall_s'])} | {_number(row['cpu_s'])} | "
-                f"{row['peak_mb']:,.0f} ({row['above_mb']:,.0f}) | {ratio} | {row['basis']} |"
-            )
-        parts.append("\n".join(lines))
+            memory = f"{row['peak_mb']:,.0f} ({row['above_mb']:,.0f})"
+            seconds = (_number(row["wall_s"]), _number(row["cpu_s"]))
+            lines.append([_NAMES[row["side"]], *seconds, memory, ratio, row["basis"]])
+        parts.append(table(" | wall s | CPU s | peak MB (of the call) | amici-st takes | ", lines, text=(0, 5)))
         compared = [] if theirs is None else [row for row in own if row["side"] in ("factored", "hooked")]
         parts += [_verdict(row, theirs) for row in compared]
         parts += [_agreement(row) for row in agreement if row["case"] == case and row["side"] in ("factored", "hooked")]
@@ -137,21 +136,17 @@ def _scaling(rows: list[Row]) -> str:
         for axis in ("cells", "genes", "heads", "head_size", "neighbours", "types", "permutations")
     }
     engine = rows[0]["engine"]
-    lines = [
-        "| against | from | to | s at from | s at to | exponent | exponent without permutations | further modes: s at "
-        "from | s at to |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for axis, sampling in curves(rows):
         own = curve(rows, axis, sampling)
         x = [row[axis] for row in own]
         whole, rest = ([row[key] for row in own] for key in ("wall_s", "without_permutations_s"))
         name = f"{axis} (cyclic)" if sampling == "cyclic" else axis
-        lines.append(
-            f"| {name} | {x[0]:,} | {x[-1]:,} | {_number(whole[0])} | {_number(whole[-1])} | "
-            f"{exponent(x, whole):.2f} | {exponent(x, rest):.2f} | "
-            f"{_optional(own[0].get('catalogue_s'))} | {_optional(own[-1].get('catalogue_s'))} |"
-        )
+        slopes = [f"{exponent(x, seconds):.2f}" for seconds in (whole, rest)]
+        ends = (own[0], own[-1])
+        seconds = [_number(row["wall_s"]) for row in ends]
+        modes = [_optional(row.get("catalogue_s")) for row in ends]
+        lines.append([name, f"{x[0]:,}", f"{x[-1]:,}", *seconds, *slopes, *modes])
     return "\n\n".join(
         [
             title,
@@ -162,7 +157,11 @@ def _scaling(rows: list[Row]) -> str:
             "of the range; 1 is linear. Heads are kept alone only; what further ablation modes add is in the last two "
             "columns. The part without permutations was measured as an evaluation with one.",
             f"![Wall time against cells, genes, heads, types, neighbours and permutations](images/{FIGURE})",
-            "\n".join(lines),
+            table(
+                "against | from | to | s at from | s at to | exponent | exponent without permutations | "
+                "further modes: s at from | s at to",
+                lines,
+            ),
         ]
     )
 
@@ -241,27 +240,22 @@ def _floor(rows: list[Row], stages: list[Row]) -> str:
         "the spatial tests of heads and genes with the intervals are shown apart, in seconds and as a share of all the "
         "rest; baselines and the evaluation without the nearest neighbour come on top.",
     ]
-    lines = [
-        "| cells | floor s | evaluation without permutations s | times the floor | of it until attention is done s | "
-        "independent permutations add s | cyclic permutations add s | further ablation modes add s | "
-        "spatial tests and intervals add s | all that is on by default adds s |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in rows:
+        numbers = [_number(row[name]) for name in ("floor_s", "wall_s", "ratio")]
         apart = ("independent_s", "cyclic_s", "catalogue_s", "inference_s", "everything_s")
-        added = " | ".join(_added(row, name) for name in apart)
-        lines.append(
-            f"| {row['n_cells']:,} | {_number(row['floor_s'])} | {_number(row['wall_s'])} | {_number(row['ratio'])} | "
-            f"{_optional(row['attention_s'])} | {added} |"
-        )
-    parts.append("\n".join(lines))
+        added = [_added(row, name) for name in apart]
+        lines.append([f"{row['n_cells']:,}", *numbers, _optional(row["attention_s"]), *added])
+    header = (
+        "cells | floor s | evaluation without permutations s | times the floor | of it until attention is done s | "
+        "independent permutations add s | cyclic permutations add s | further ablation modes add s | "
+        "spatial tests and intervals add s | all that is on by default adds s"
+    )
+    parts.append(table(header, lines, text=()))
     largest = max((row["n_cells"] for row in stages), default=0)
-    lines = [f"| stage, {largest:,} cells | GFLOP | GFLOP/s of `torch.mm` | s |", "|---|---:|---:|---:|"]
-    for row in stages:
-        if row["n_cells"] == largest:
-            values = f"{_number(row['gflop'])} | {_number(row['gflop_per_s'])} | {_number(row['floor_s'])}"
-            lines.append(f"| {row['stage']} | {values} |")
-    parts.append("\n".join(lines))
+    names = ("gflop", "gflop_per_s", "floor_s")
+    lines = [[row["stage"], *(_number(row[name]) for name in names)] for row in stages if row["n_cells"] == largest]
+    parts.append(table(f"stage, {largest:,} cells | GFLOP | GFLOP/s of `torch.mm` | s", lines))
     permutations = rows[0]["n_permutations"]
     parts.append(
         f"Independent: {permutations:,} permutations a type. Cyclic: all shifts of one random order, one permutation "
@@ -281,19 +275,13 @@ def _million(rows: list[Row]) -> str:
     if not rows:
         return _missing(title, "million")
     first = max(rows, key=lambda row: row["n_cells"])
-    lines = [
-        "| cells | permutations | open | check | neighbours | computing | (to the end of attention) | all s | "
-        "ms a cell | peak MB |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in rows:
         count = f"{row['n_permutations']:,} independent" if row["sampling"] == "independent" else "cyclic"
         names = ("open", "check", "neighbours", "computing", "attention", "total")
-        phases = " | ".join(_optional(row[f"{name}_s"]) for name in names)
-        lines.append(
-            f"| {row['n_cells']:,} | {count} | {phases} | {1000 * row['total_s'] / row['n_cells']:.2f} | "
-            f"{row['peak_mb']:,.0f} |"
-        )
+        phases = [_optional(row[f"{name}_s"]) for name in names]
+        per_cell = f"{1000 * row['total_s'] / row['n_cells']:.2f}"
+        lines.append([f"{row['n_cells']:,}", count, *phases, per_cell, f"{row['peak_mb']:,.0f}"])
     return "\n\n".join(
         [
             title,
@@ -301,7 +289,12 @@ def _million(rows: list[Row]) -> str:
             f"{first['file_mb']:,.0f} MB for {first['n_cells']:,} cells (written in {first['write_s']:.0f} s, a block "
             f"of cells at a time; its expression stays on disk), {first['engine']} engine. A process per row; its peak "
             f"memory includes {first['base_mb']:,.0f} MB for libraries and a warm-up.",
-            "\n".join(lines),
+            table(
+                "cells | permutations | open | check | neighbours | computing | (to the end of attention) | all s | "
+                "ms a cell | peak MB",
+                lines,
+                text=(1,),
+            ),
             *_cost_per_cell(rows),
         ]
     )
@@ -329,16 +322,13 @@ def _gpu(rows: list[Row]) -> str:
             "tensor kernels up to a million cells and compares each with the card's own limits; it needs nothing else "
             "of this package's dependencies."
         )
-    lines = [
-        "| stage | cells | s | of the card's matrix products | of its memory bandwidth |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in timed:
-        shares = " | ".join(
-            f"{100 * row[name]:.0f} %" if row.get(name) is not None else "" for name in ("of_products", "of_bandwidth")
-        )
-        lines.append(f"| {row['stage']} | {row['n_cells']:,} | {_number(row['seconds'])} | {shares} |")
-    return "\n\n".join([title, f"Card: {timed[0]['device']}.", "\n".join(lines)])
+        shares = (row.get(name) for name in ("of_products", "of_bandwidth"))
+        shown = ["" if share is None else f"{100 * share:.0f} %" for share in shares]
+        lines.append([row["stage"], f"{row['n_cells']:,}", _number(row["seconds"]), *shown])
+    header = "stage | cells | s | of the card's matrix products | of its memory bandwidth"
+    return "\n\n".join([title, f"Card: {timed[0]['device']}.", table(header, lines)])
 
 
 def _missing(title: str, part: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread, summary
 from tests.calibration.fields import CellPositions, real_places
-from tests.calibration.simulations import simulations
+from tests.calibration.nulls import simulations
 
 if TYPE_CHECKING:
     from tests.calibration.common import Options, Row

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.benchmarks.common import read_tables, write_page
+from tests.benchmarks.common import read_tables, table, write_page
 from tests.calibration import figures
 from tests.calibration import report_checks as checks
 from tests.calibration.figures import MARKED, NULLS
-from tests.calibration.markdown import missing, rate, table
+from tests.calibration.report_checks import missing, rate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,15 +119,7 @@ def _type_one(rows: list[Row]) -> list[str]:
         f"given in correlation lengths; `torus` draws 199 shifts. {verdict}",
         "![Rejection rate of each null, a point for each setting](figures/type_one.png)",
         table(
-            [
-                "null",
-                "settings",
-                "median at .05",
-                "largest at .05",
-                "settings above .08",
-                "median at .01",
-                "largest at .01",
-            ],
+            "null | settings | median at .05 | largest at .05 | settings above .08 | median at .01 | largest at .01",
             overview,
         ),
         "Each setting has "
@@ -155,14 +147,9 @@ def _type_one(rows: list[Row]) -> list[str]:
             label = f"{place}: {setting}" if real else setting
             ess = f"{lag['ess']:.0f} ({lag['ess_05']:.0f}–{lag['ess_95']:.0f})"
             lines.append([label, ess, *cells, rate(lag["at_01"]), rate(lag["ks"]), rate(here["free"]["ks"])])
-        names_of = [f"`{name}`" for name in columns]
-        parts += [
-            heading,
-            table(
-                ["setting", "ESS (5–95 %)", *names_of, "`lag` at .01", "KS of `lag`", "KS of `free`"],
-                lines,
-            ),
-        ]
+        names_of = " | ".join(f"`{name}`" for name in columns)
+        header = f"setting | ESS (5–95 %) | {names_of} | `lag` at .01 | KS of `lag` | KS of `free`"
+        parts += [heading, table(header, lines)]
     undefined = sum(row["undefined"] for row in default)
     parts.append(
         "ESS: effective sample size as `lag` estimates it. KS: largest distance between the distribution of p and the "
@@ -208,7 +195,7 @@ def _few(rows: list[Row]) -> list[str]:
         f"{len(settings)} settings. With 5 to 10 effective cells it rejects {rate(share)} at .05, {verdict}. Below 5 "
         "there is no p.",
         "![Rejection rate of lag against the effective sample size it estimates](figures/few_cells.png)",
-        table(["effective sample size, as estimated", "tests", "at .05", "at .01"], lines),
+        table("effective sample size, as estimated | tests | at .05 | at .01", lines),
     ]
 
 
@@ -281,6 +268,6 @@ def _power(rows: list[Row]) -> list[str]:
         f"tiles is the one that finds most among those (l/4 to 4 l) whose type I error is .08 at most, which nobody "
         f"knows in practice. {verdict}",
         "![Power against effect](figures/power.png)",
-        table(["setting", "ESS", "null", "type I", *(f"effect {e:g}" for e in effects)], lines),
+        table(" | ".join(["setting", "ESS", "null", "type I", *(f"effect {e:g}" for e in effects)]), lines),
         "Bold: above .08, so that its power is not worth comparing.",
     ]

@@ -1,4 +1,4 @@
-"""The sections of docs/validity.md on exact moments, families of tests, intervals and trained models."""
+"""Sections of docs/validity.md on exact moments, families of tests, intervals, trained models; how rates are shown."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.calibration.markdown import missing, rate, table
+from tests.benchmarks.common import table
 
 if TYPE_CHECKING:
     from tests.benchmarks.common import Row
+
+
+def rate(value: float | None, error: float | None = None, *, marked: bool = False) -> str:
+    """Return a rate with three digits and its standard error; bold if marked."""
+    if value is None or np.isnan(value):
+        return "–"
+    text = f"{value:.3f}".removeprefix("0")
+    text = f"**{text}**" if marked else text
+    return text if error is None else f"{text} ± {f'{error:.3f}'.removeprefix('0')}"
+
+
+def missing(title: str, part: str) -> list[str]:
+    return [title, f"Not measured: run `python -m tests.calibration {part} report`."]
 
 
 def percent(rows: list[Row], method: str) -> str:
@@ -39,7 +52,7 @@ def exact(tables: dict[str, list[Row]]) -> list[str]:
         f"skewness are off by {worst:.0e} at most: rounding. Against {drawn[0]['permutations']:,} drawn permutations "
         f"of 60 cells they are off by at most {off:.1f} standard errors of the drawing ({len(errors) * len(drawn)} "
         "numbers).",
-        table(["F and Z", "skewness of T", *(f"at p = {p:g}" for p in quantiles)], lines),
+        table(" | ".join(["F and Z", "skewness of T", *(f"at p = {p:g}" for p in quantiles)]), lines),
         "p by Pearson III over the counted share, and in brackets the difference in standard errors of the count: p "
         f"is {min(ratios):.2f} to {max(ratios):.2f} times the counted share, so it errs on the safe side far out. The "
         f"largest difference is {far['se']:+.1f} standard errors ({far['law']}, p = {far['p']:g}): sparse "
@@ -63,14 +76,14 @@ def families(tables: dict[str, list[Row]]) -> list[str]:
         f"{any_error[0]['simulations']:,} simulations: unadjusted in {percent(any_error, 'none')} of them; with maxT, "
         f"which uses what the tests have in common, in {percent(any_error, 'maxt')}.",
         table(
-            ["", "probability of any rejection at .05"],
+            " | probability of any rejection at .05",
             [[names[r["method"]], rate(r["rate"], r["se"])] for r in any_error],
         ),
         f"False discoveries among 200 tests of which 40 have an effect of 3 standard deviations, "
         f"{fdr[0]['simulations']:,} simulations: BH should stay at .05 times the share of true nulls, "
         f"{rate(fdr[0]['bound'])}; it is at {rate(largest)} at most, also with dependence. BY costs power.",
         table(
-            ["", "correlation of tests", "false discovery rate", "power"],
+            " | correlation of tests | false discovery rate | power",
             [
                 [f"`adjustment={r['method']}`", f"{r['correlation']:g}", rate(r["fdr"], r["se"]), rate(r["power"])]
                 for r in fdr
@@ -80,15 +93,7 @@ def families(tables: dict[str, list[Row]]) -> list[str]:
         "below .05 are about as many, and most of the draws are saved where there is nothing to find. Typical: root of "
         "the mean squared difference of p.",
         table(
-            [
-                "effect",
-                "at .05, all",
-                "at .05, stopped",
-                "decided otherwise",
-                "mean difference of p",
-                "typical",
-                "draws saved",
-            ],
+            "effect | at .05, all | at .05, stopped | decided otherwise | mean difference of p | typical | draws saved",
             [
                 [
                     f"{r['effect']:g}",
@@ -106,7 +111,7 @@ def families(tables: dict[str, list[Row]]) -> list[str]:
         f"({tails[0]['fits']} fits each): medians of {medians}, but one fit in twenty is {lowest:.2f} or less. Use it "
         "to rank heads, not to claim a small p; exact moments (`method=moments`) need no permutation and do not vary.",
         table(
-            ["F and Z", "fits that describe the tail", "5 %", "median", "95 %", "exact moments"],
+            "F and Z | fits that describe the tail | 5 % | median | 95 % | exact moments",
             [
                 [
                     r["law"],
@@ -140,7 +145,7 @@ def intervals(rows: list[Row]) -> list[str]:
         f"truth in {100 * min(covers):.0f} to {100 * max(covers):.0f} % of simulations (mean: {by_length}): the more "
         "fields reach across tiles, the more neighbouring tiles tell the same, and the fewer hold it.",
         "![Coverage against the number of tiles](figures/intervals.png)",
-        table(["tiles", "cells", *(f"length {x:g} of a side" for x in lengths)], lines),
+        table(" | ".join(["tiles", "cells", *(f"length {x:g} of a side" for x in lengths)]), lines),
     ]
 
 
@@ -177,16 +182,8 @@ def real_null(rows: list[Row]) -> list[str]:
         f"tests are {0.05 * sums['lag', 'tests']:.0f}). In-sample p-values are of a model fitted on the same cells and "
         "mean less.",
         table(
-            [
-                "expression",
-                "cells",
-                "models",
-                "EV of the whole model, median type",
-                "`free` at .05",
-                "`free` significant",
-                "`lag` at .05",
-                "`lag` significant",
-            ],
+            "expression | cells | models | EV of the whole model, median type | `free` at .05 | `free` significant | "
+            "`lag` at .05 | `lag` significant",
             lines,
         ),
     ]

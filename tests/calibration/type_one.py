@@ -10,8 +10,7 @@ import numpy as np
 from tests.benchmarks.common import write_table
 from tests.calibration.common import spread, summary
 from tests.calibration.fields import CellPositions, Smooth, real_places, simulate, uniform_place
-from tests.calibration.nulls import apply_nulls
-from tests.calibration.simulations import simulations
+from tests.calibration.nulls import apply_nulls, simulations
 
 if TYPE_CHECKING:
     from tests.calibration.common import Options, Row
