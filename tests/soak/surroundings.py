@@ -26,28 +26,14 @@ __all__ = ["Soak", "warmed"]
 
 _SETUP = """
 import sys
-from dataclasses import replace
 import numpy as np
-from amici_eval.model.training import train_amici
-from amici_eval.data.simulate import DEMO_TISSUE, simulate_tissue
 from amici_eval.settings.evaluation import TrackingSpec
 from amici_eval.tracking.jobs.evaluating import register_job
+from tests.conftest import small_tissue, train_plainly
 
 folder, uris = sys.argv[1], sys.argv[2:]
-tissue = simulate_tissue(replace(DEMO_TISSUE, n_cells=500, n_genes=40, window_um=(250.0, 250.0))).adata
-sizes = ("n_query_dim", "n_kv_dim", "n_nn_embed", "n_nn_embed_hidden", "n_query_embed_hidden", "n_pos_coef_mlp_hidden")
-model = train_amici(
-    tissue,
-    labels_key="cell_type",
-    coord_obsm_key="spatial",
-    n_neighbors=8,
-    seed=0,
-    max_epochs=2,
-    batch_size=128,
-    train_indices=np.flatnonzero((tissue.obs["region"] == "rest").to_numpy()),
-    model_params={"n_heads": 2, "n_head_size": 4, "distance_kernel_unit_scale": 10.0, **dict.fromkeys(sizes, 16)},
-)
-model.save(f"{folder}/model")
+tissue = small_tissue()
+train_plainly(tissue, np.flatnonzero((tissue.obs["region"] == "rest").to_numpy())).save(f"{folder}/model")
 tissue.write_h5ad(f"{folder}/tissue.h5ad")
 for uri in uris:
     register_job(

@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, run_python
+
 pytestmark = [pytest.mark.amici, pytest.mark.server, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = "between types|server gone$|answers|disk full|two at once$|damaged|clock"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trials are forked")
 def test_faults_lose_nothing(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.soak",
-            "--faults",
-            "9",
-            "--jobs",
-            "1",
-            "--seed",
-            "7",
-            "--only",
-            KINDS,
-            "--keep",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    options = ("--faults", "9", "--jobs", "1", "--seed", "7", "--only", KINDS, "--keep", str(tmp_path))
+    done = run_python("-m", "tests.soak", *options, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     said = re.search(r"9 faults of 9 kinds in \d+ s: 0 bad; (\d+) parts were finished .*, (\d+) were", done.stdout)
     assert said is not None, done.stdout

@@ -69,8 +69,9 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def _store(tmp_path_factory: pytest.TempPathFactory, amici_dir: Path, _tissue) -> Iterator[Desk]:
+def _store(tmp_path_factory: pytest.TempPathFactory, amici_dir: Path, _tissue, new_store) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("answers")
+    new_store(folder / "m.db", artifacts="mlflow-artifacts:/0")
     server = Server(folder)
     server.start()
     stub = Stub(server.uri)

@@ -19,17 +19,18 @@ from amici_eval.tracking.jobs.evaluating import evaluate_job, register_job, uplo
 from tests.serving import Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.amici, pytest.mark.server, pytest.mark.slow]
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_store: Callable[..., str]) -> Iterator[Server]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     before = mlflow.get_tracking_uri()
     (tmp_path / "server").mkdir()
+    new_store(tmp_path / "server" / "m.db", artifacts="mlflow-artifacts:/0")
     server = Server(tmp_path / "server")
     server.start()
     try:
