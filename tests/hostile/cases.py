@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,21 @@ class Base:
 
     folder: Path
 
-    def model(self, into: Path) -> Path:
-        """Copy the stored model (with its AnnData bundled)."""
-        return shutil.copytree(self.folder / "model", into / "model")
-
-    def saved(self, into: Path) -> Path:
-        """Copy the folder that AMICI.save wrote."""
-        return shutil.copytree(self.folder / "saved", into / "saved")
-
-    def data(self, into: Path, suffix: str) -> Path:
-        """Copy the tissue as .h5ad or .zarr."""
-        source, target = self.folder / f"tissue.{suffix}", into / f"tissue.{suffix}"
+    def copy(self, name: str, into: Path) -> Path:
+        """Copy ``model`` (stored, its AnnData bundled), ``saved`` (by AMICI.save), ``tissue.h5ad`` or ``.zarr``."""
+        source, target = self.folder / name, into / name
         return shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+
+
+def spoilt(name: str, change: Callable[[Path], Any]) -> Callable[[Base, Path], Path]:
+    """Return a builder that copies something sound and changes the copy."""
+
+    def build(base: Base, into: Path) -> Path:
+        path = base.copy(name, into)
+        change(path)
+        return path
+
+    return build
 
 
 @dataclass(frozen=True)

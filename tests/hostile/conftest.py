@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT, run_python
 from tests.hostile.cases import Base
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
 
 
@@ -46,10 +45,8 @@ def outcomes(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What came of every case, all read in one process of bounded memory."""
     scratch = tmp_path_factory.mktemp("cases")
     told = scratch / "outcomes.jsonl"
-    command = [sys.executable, "-m", "tests.hostile.run_cases", str(base.folder), str(scratch), str(told)]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)  # noqa: S603, RUF100
+    command = ("-m", "tests.hostile.run_cases", str(base.folder), str(scratch), str(told))
+    done = run_python(*command, cwd=ROOT, OMP_NUM_THREADS="1")
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
     assert done.returncode == 0, f"after {len(lines)} cases: {done.stderr[-2000:]}"
     return {one["name"]: one for one in map(json.loads, lines)}

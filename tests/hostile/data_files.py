@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from tests.hostile.cases import Base, Case
+from tests.hostile.cases import Base, Case, spoilt
 from tests.hostile.stored_models import ODD
 
 if TYPE_CHECKING:
@@ -23,31 +23,15 @@ if TYPE_CHECKING:
 
 
 def h5(change: Callable[[h5py.File], Any]) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        path = base.data(into, "h5ad")
+    def rewrite(path: Path) -> None:
         with h5py.File(path, "r+") as file:
             change(file)
-        return path
 
-    return build
+    return spoilt("tissue.h5ad", rewrite)
 
 
 def h5_bytes(change: Callable[[bytes], bytes]) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        path = base.data(into, "h5ad")
-        path.write_bytes(change(path.read_bytes()))
-        return path
-
-    return build
-
-
-def zarr(change: Callable[[Path], Any]) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        path = base.data(into, "zarr")
-        change(path)
-        return path
-
-    return build
+    return spoilt("tissue.h5ad", lambda path: path.write_bytes(change(path.read_bytes())))
 
 
 def placed(name: str, put: Callable[[Path], Any]) -> Callable[[Base, Path], Path]:
@@ -95,17 +79,6 @@ def array_changed(name: str, **entries: Any) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         path = root / name / ".zarray"
         path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
-
-    return change
-
-
-def linked(name: str, to: str) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        path = root / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        path.symlink_to(to)
 
     return change
 
@@ -182,7 +155,7 @@ def _cases() -> list[Case]:
         "chunk cut": replaced("obsm/spatial/0.0", lambda path: path.write_bytes(b"")),
         "obs missing": lambda root: shutil.rmtree(root / "obs"),
     }.items():
-        add(f"zarr {name}", zarr(change))
+        add(f"zarr {name}", spoilt("tissue.zarr", change))
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import zipfile
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tests.hostile.cases import Base, Case
+from tests.hostile.cases import Base, Case, spoilt
 from tests.hostile.stored_models import ODD
 
 if TYPE_CHECKING:
@@ -22,24 +21,20 @@ if TYPE_CHECKING:
 def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Base, Path], Path]:
     """Return a builder that changes what model.pt holds."""
 
-    def build(base: Base, into: Path) -> Path:
-        folder = base.saved(into)
+    def rewrite(folder: Path) -> None:
         content = torch.load(folder / "model.pt", weights_only=False)
         change(content)
         torch.save(content, folder / "model.pt")
-        return folder
 
-    return build
+    return spoilt("saved", rewrite)
 
 
 def cut(place: float) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        folder = base.saved(into)
+    def shorten(folder: Path) -> None:
         content = (folder / "model.pt").read_bytes()
         (folder / "model.pt").write_bytes(content[: int(place * len(content))])
-        return folder
 
-    return build
+    return spoilt("saved", shorten)
 
 
 def put(make: Callable[[Path], Any]) -> Callable[[Base, Path], Path]:
@@ -51,22 +46,17 @@ def put(make: Callable[[Path], Any]) -> Callable[[Base, Path], Path]:
     return build
 
 
-def rewritten(
-    change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED
-) -> Callable[[Base, Path], Path]:
-    """Return a builder that changes records of the archive."""
+def rewritten(change: Callable[[str, bytes], bytes]) -> Callable[[Base, Path], Path]:
+    """Return a builder that changes records of the archive model.pt."""
+    return spoilt("saved", lambda folder: rewrite_archive(folder / "model.pt", change))
 
-    def build(base: Base, into: Path) -> Path:
-        folder = base.saved(into)
-        path = folder / "model.pt"
-        with zipfile.ZipFile(path) as source:
-            records = {name: change(name, source.read(name)) for name in source.namelist()}
-        with zipfile.ZipFile(path, "w", compression) as target:
-            for name, content in records.items():
-                target.writestr(name, content)
-        return folder
 
-    return build
+def rewrite_archive(path: Path, change: Callable[[str, bytes], bytes]) -> None:
+    with zipfile.ZipFile(path) as source:
+        records = {name: change(name, source.read(name)) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w") as target:
+        for name, content in records.items():
+            target.writestr(name, content)
 
 
 def calling(function: str, arguments: bytes) -> bytes:
@@ -77,10 +67,10 @@ def of_pickle(content: bytes) -> Callable[[Base, Path], Path]:
     return rewritten(lambda name, old: content if name.endswith("data.pkl") else old)
 
 
-def packed_zeros(path: Path) -> None:
+def packed_zeros(path: Path, name: str = "model/data.pkl") -> None:
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("model/data.pkl", "w", force_zip64=True) as file,
+        archive.open(name, "w", force_zip64=True) as file,
     ):
         for _ in range(2048):
             file.write(bytes(2**20))
@@ -111,49 +101,29 @@ def names_of(content: dict[str, Any], where: str) -> Any:
 
 
 def moments(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        with np.load(base.folder / "moments.npz") as stored:
+    def rewrite(path: Path) -> None:
+        with np.load(path) as stored:
             arrays = dict(stored)
         change(arrays)
-        with (into / "moments.npz").open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        return into / "moments.npz"
+        np.savez_compressed(path, **arrays)
 
-    return build
+    return spoilt("moments.npz", rewrite)
 
 
-def member(name: str, content: Callable[[bytes], bytes]) -> Callable[[Base, Path], Path]:
+def member(name: str, change: Callable[[bytes], bytes]) -> Callable[[Base, Path], Path]:
     """Return a builder that changes the bytes of one array of moments."""
 
-    def build(base: Base, into: Path) -> Path:
-        with zipfile.ZipFile(base.folder / "moments.npz") as source:
-            records = {one: source.read(one) for one in source.namelist()}
-        records[f"{name}.npy"] = content(records[f"{name}.npy"])
-        with zipfile.ZipFile(into / "moments.npz", "w") as target:
-            for one, value in records.items():
-                target.writestr(one, value)
-        return into / "moments.npz"
+    def rewrite(path: Path) -> None:
+        rewrite_archive(path, lambda one, content: change(content) if one == f"{name}.npy" else content)
 
-    return build
-
-
-def npz_bomb(base: Base, into: Path) -> Path:  # noqa: ARG001, RUF100 - a builder
-    with zipfile.ZipFile(into / "moments.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("header.npy", "w", force_zip64=True) as file:
-            for _ in range(2048):
-                file.write(bytes(2**20))
-    return into / "moments.npz"
+    return spoilt("moments.npz", rewrite)
 
 
 def header_of(shape: str) -> Callable[[bytes], bytes]:
-    def change(content: bytes) -> bytes:  # noqa: ARG001, RUF100 - a change of bytes
-        out = io.BytesIO()
-        text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}"
-        text += " " * (118 - 1 - len(text)) + "\n"
-        out.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(64))
-        return out.getvalue()
-
-    return change
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}"
+    text += " " * (118 - 1 - len(text)) + "\n"
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(64)
+    return lambda _: content
 
 
 def _saved() -> dict[str, Callable[[Base, Path], Path]]:
@@ -201,7 +171,7 @@ def _saved() -> dict[str, Callable[[Base, Path], Path]]:
 
 def _moments() -> dict[str, Callable[[Base, Path], Path]]:
     return {
-        "packed zeros": npz_bomb,
+        "packed zeros": spoilt("moments.npz", lambda path: packed_zeros(path, "header.npy")),
         "objects": moments(lambda arrays: arrays.update(target_mean=np.array([{}], dtype=object))),
         "texts": moments(lambda arrays: arrays.update(target_mean=np.array(["a"]))),
         "another shape": moments(lambda arrays: arrays.update(target_mean=np.zeros(3, dtype="f4"))),

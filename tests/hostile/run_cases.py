@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from tests.hostile import data_files, pickles, stored_models
-from tests.hostile.cases import Base, Case, read
+from tests.hostile.cases import Base, Case, read, spoilt
 
 CASES: list[Case] = [*stored_models.CASES, *data_files.CASES, *pickles.CASES]
 LIMIT_BYTES = 2 * 2**30
@@ -53,13 +53,8 @@ def main() -> None:
     base, scratch, outcomes = (Path(argument) for argument in sys.argv[1:])
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _too_long)
-    sound = [
-        Case("sound model", "model", lambda base, into: base.model(into)),
-        Case("sound model.pt", "saved", lambda base, into: base.saved(into)),
-        Case("sound h5ad", "data", lambda base, into: base.data(into, "h5ad")),
-        Case("sound zarr", "data", lambda base, into: base.data(into, "zarr")),
-        Case("sound moments", "moments", lambda base, into: base.folder / "moments.npz"),
-    ]
+    kinds = {"model": "model", "saved": "saved", "tissue.h5ad": "data", "tissue.zarr": "data", "moments.npz": "moments"}
+    sound = [Case(f"sound {name}", kind, spoilt(name, lambda path: None)) for name, kind in kinds.items()]
     with outcomes.open("w", encoding="utf-8") as file:
         for number, case in enumerate([*sound, *CASES]):
             if number == len(sound):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.hostile.cases import Base, Case
+from tests.hostile.cases import Base, Case, spoilt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,14 +44,12 @@ def sign(model: Path) -> None:
 def spoiled(change: Callable[[Path], None], *, signed: bool) -> Callable[[Base, Path], Path]:
     """Return a builder that changes files of the data folder, and signs them anew if asked."""
 
-    def build(base: Base, into: Path) -> Path:
-        model = base.model(into)
+    def spoil(model: Path) -> None:
         change(model / "data" / "amici")
         if signed:
             sign(model)
-        return model
 
-    return build
+    return spoilt("model", spoil)
 
 
 def bytes_changed(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -100,36 +98,31 @@ def header_changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes],
 
 
 def settings_changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        model = base.model(into)
+    def rewrite(model: Path) -> None:
         settings = yaml.safe_load((model / "MLmodel").read_text())
         change(settings)
         (model / "MLmodel").write_text(yaml.safe_dump(settings))
-        return model
 
-    return build
+    return spoilt("model", rewrite)
+
+
+def flavor_changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Base, Path], Path]:
+    return settings_changed(lambda settings: change(settings["flavors"]["amici"]))
 
 
 def mlmodel(content: str | bytes) -> Callable[[Base, Path], Path]:
-    def build(base: Base, into: Path) -> Path:
-        model = base.model(into)
-        (model / "MLmodel").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return model
-
-    return build
+    content = content if isinstance(content, bytes) else content.encode()
+    return spoilt("model", lambda model: (model / "MLmodel").write_bytes(content))
 
 
 def replaced(name: str, put: Callable[[Path], Any]) -> Callable[[Base, Path], Path]:
     """Return a builder that puts something else in place of a file of the model."""
 
-    def build(base: Base, into: Path) -> Path:
-        model = base.model(into)
-        path = model / name
-        path.unlink()
-        put(path)
-        return model
+    def replace(model: Path) -> None:
+        (model / name).unlink()
+        put(model / name)
 
-    return build
+    return spoilt("model", replace)
 
 
 def set_in(*keys: str, value: Any) -> Callable[[dict[str, Any]], Any]:
@@ -235,23 +228,17 @@ def _cases() -> list[Case]:
         text = json.dumps({"sha256": {**dict.fromkeys(FILES[:3], ""), path: ""}})
         change = bytes_changed("manifest.json", lambda _, text=text: text.encode())
         add(f"manifest names {name}", spoiled(change, signed=False))
-        add(
-            f"MLmodel sums name {name}",
-            settings_changed(
-                lambda s, path=path: s["flavors"]["amici"].update(
-                    sha256={path: "0" * 64, **s["flavors"]["amici"]["sha256"]}
-                )
-            ),
-        )
-        add(f"data {name}", settings_changed(lambda s, path=path: s["flavors"]["amici"].update(data=path)))
-    add("data of another kind", settings_changed(lambda s: s["flavors"]["amici"].update(data=["data/amici"])))
-    add("data missing", settings_changed(lambda s: s["flavors"]["amici"].pop("data")))
-    add("data the model itself", settings_changed(lambda s: s["flavors"]["amici"].update(data="")))
-    add("sums of another kind", settings_changed(lambda s: s["flavors"]["amici"].update(sha256=[1])))
-    add("sums that lack a file", settings_changed(lambda s: s["flavors"]["amici"]["sha256"].pop("model.json")))
+        sums = flavor_changed(lambda f, path=path: f.update(sha256={path: "0" * 64, **f["sha256"]}))
+        add(f"MLmodel sums name {name}", sums)
+        add(f"data {name}", flavor_changed(lambda f, path=path: f.update(data=path)))
+    add("data of another kind", flavor_changed(lambda f: f.update(data=["data/amici"])))
+    add("data missing", flavor_changed(lambda f: f.pop("data")))
+    add("data the model itself", flavor_changed(lambda f: f.update(data="")))
+    add("sums of another kind", flavor_changed(lambda f: f.update(sha256=[1])))
+    add("sums that lack a file", flavor_changed(lambda f: f["sha256"].pop("model.json")))
     add("flavors a list", settings_changed(lambda s: s.update(flavors=["amici"])))
     add("flavor a text", settings_changed(lambda s: s["flavors"].update(amici="x")))
-    add("uri with escape", settings_changed(lambda s: s["flavors"]["amici"].update(adata_uri="s3://\x1b[2J/a.h5ad")))
+    add("uri with escape", flavor_changed(lambda f: f.update(adata_uri="s3://\x1b[2J/a.h5ad")))
     for what, content in {
         "empty": "",
         "nested": "a: " + "[" * 100_000,

@@ -15,7 +15,7 @@ def test_names_are_distinct_and_cases_many():
     assert len({case.name for case in CASES}) == len(CASES) >= 120
 
 
-@pytest.mark.parametrize("name", ["model", "model.pt", "h5ad", "zarr", "moments"])
+@pytest.mark.parametrize("name", ["model", "saved", "tissue.h5ad", "tissue.zarr", "moments.npz"])
 def test_what_is_sound_is_read(outcomes, name):
     assert outcomes[f"sound {name}"]["error"] is None
 

@@ -7,8 +7,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 
@@ -25,6 +23,7 @@ from amici_eval.common.errors import DataError, ModelFormatError, UnsafePickleEr
 from amici_eval.common.files import check_names, parse_json
 from amici_eval.data.files import open_anndata
 from amici_eval.data.matrices import open_rows, spans
+from tests.conftest import run_python
 
 pytestmark = pytest.mark.amici
 VARIABLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
@@ -123,7 +122,7 @@ def test_mlmodel_records_the_sum_of_every_file(base):
 def test_a_corrupted_file_is_told_before_anything_is_parsed(base, tmp_path, monkeypatch, name):
     from amici_eval.model import checkpoint, manifest
 
-    model = base.model(tmp_path)
+    model = base.copy("model", tmp_path)
     path = model / "data" / "amici" / name
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -138,7 +137,7 @@ def test_a_corrupted_file_is_told_before_anything_is_parsed(base, tmp_path, monk
 
 
 def test_a_model_of_before_the_sums_loads_as_ever(base, tmp_path):
-    model = base.model(tmp_path)
+    model = base.copy("model", tmp_path)
     settings = yaml.safe_load((model / "MLmodel").read_text())
     del settings["flavors"]["amici"]["sha256"]
     (model / "MLmodel").write_text(yaml.safe_dump(settings))
@@ -262,21 +261,15 @@ def test_an_archive_of_arrays_holds_what_it_says(tmp_path, monkeypatch, members,
 
 
 def test_a_limit_of_the_process_limits_the_memory():
-    told = subprocess.run(  # noqa: S603, RUF100
-        [
-            sys.executable,
-            "-c",
-            "import resource, os\n"
-            "from amici_eval.data.files import available_memory\n"
-            "size = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (size + 10**8, size + 10**8))\n"
-            "print(available_memory())",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
+    told = run_python(
+        "-c",
+        "import resource, os\n"
+        "from amici_eval.data.files import available_memory\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 10**8, size + 10**8))\n"
+        "print(available_memory())",
     )
-    assert 0 < int(told.stdout) <= 10**8
+    assert 0 < int(told.stdout) <= 10**8, told.stderr
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -310,6 +303,6 @@ def test_what_json_reads_in_two_ways_is_refused():
 
 def test_the_copy_of_a_case_is_sound(base, tmp_path):
     """What the corpus spoils is read before it is spoilt, also from another folder."""
-    assert load(base.model(tmp_path)).card.n_heads == 2
+    assert load(base.copy("model", tmp_path)).card.n_heads == 2
     shutil.rmtree(tmp_path / "model")
-    assert open_anndata(base.data(tmp_path, "zarr")).n_obs == 500
+    assert open_anndata(base.copy("tissue.zarr", tmp_path)).n_obs == 500

@@ -270,7 +270,7 @@ def test_a_stored_model_of_any_bytes(base, tmp_path, name, signed, data):
     from amici_eval.tracking.flavor import open_stored_model
 
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
-    model = base.model(tmp_path)
+    model = base.copy("model", tmp_path)
     path = model / name if name == "MLmodel" else model / "data" / "amici" / name
     path.write_bytes(data.draw(mutated(path.read_bytes())))
     if signed and name not in ("MLmodel", "manifest.json"):
