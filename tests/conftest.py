@@ -39,6 +39,9 @@ def _forget() -> None:
     os.environ.update(_ENVIRONMENT)
     if store := sys.modules.get("amici_eval.tracking.store"):
         store.set_patience(0.0)
+    # MLflow keeps the experiment that a test sets as the current one, in whatever store
+    if mlflow := sys.modules.get("mlflow.tracking.fluent"):
+        mlflow._active_experiment_id = None
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +246,6 @@ def registry(_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", _registry.uri)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(_registry.uri)
-    # an experiment that an earlier test set would stay MLflow's current one
     mlflow.set_experiment("Default")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     try:
