@@ -14,10 +14,11 @@ from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from amici_eval.common.errors import DeviceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
-    from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,12 @@ _SPOILT = (
 """Errors that reading a pickle raises if it was cut off or overwritten."""
 
 
-def numba_if_usable() -> ModuleType | None:
-    """Return numba, or ``None`` where it is not installed or its compiler is switched off (``NUMBA_DISABLE_JIT``)."""
-    try:
-        numba = importlib.import_module("numba")
-    except ImportError:
-        return None
-    return None if numba.config.DISABLE_JIT else numba
+def check_compiler() -> None:
+    """Refuse to go on where numba's compiler is switched off: permutations and attention need it."""
+    if importlib.import_module("numba").config.DISABLE_JIT:
+        raise DeviceError(
+            value="NUMBA_DISABLE_JIT=1", rule="permutations and attention are compiled by numba", fix="unset it"
+        )
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
@@ -88,11 +88,6 @@ Result = TypeVar("Result")
 
 
 _WAITING_PER_THREAD = 8
-
-
-def kernels() -> ModuleType | None:
-    """Return the module of compiled kernels, or ``None`` without numba or with its compiler switched off."""
-    return None if numba_if_usable() is None else importlib.import_module("amici_eval.stats.permutation.kernels")
 
 
 def cuts(length: int, n_parts: int, *, multiple: int = 1) -> list[tuple[int, int]]:

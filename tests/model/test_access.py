@@ -38,6 +38,12 @@ def random_state():
     return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()
 
 
+def test_a_compiler_that_is_switched_off_is_refused_before_any_work(trained, adata, monkeypatch):
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    with pytest.raises(DeviceError, match=r"NUMBA_DISABLE_JIT=1.*unset it"), opened(trained, adata):
+        pass
+
+
 def test_neighbours_are_those_of_amici(trained, native, adata):
     index, distance = neighbours(prepare(adata, trained.card, DataSpec()), trained.card)
     assert np.array_equal(index, native.adata.obsm["_nn_idx"])

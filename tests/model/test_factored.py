@@ -15,7 +15,7 @@ from amici_eval.data.tissue import prepare
 from amici_eval.evaluation.baselines import evaluate_baselines
 from amici_eval.evaluation.pipeline import Parity, check_parity, evaluate_access
 from amici_eval.model.engines import factored
-from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch, compiled_attention
+from amici_eval.model.engines.attention import Receivers, attend, attend_by_torch
 from amici_eval.model.engines.encoder import SenderTables, embed_senders
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.folding import fold_encoder
@@ -151,8 +151,6 @@ def test_the_memory_budget_bounds_the_tables(trained, adata, monkeypatch, scatte
 
 
 def test_compiled_and_plain_attention_agree():
-    if compiled_attention() is None:
-        pytest.skip("numba is not installed")
     rng = np.random.default_rng(0)
     tables = SenderTables(
         values=torch.from_numpy(rng.normal(size=(50, 15)).astype(np.float32)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from amici_eval.common.threads import compiled, numba_if_usable
+from amici_eval.common.threads import compiled
 from amici_eval.data.matrices import expression_blocks, open_rows
 
 if TYPE_CHECKING:
@@ -129,10 +129,8 @@ def _softmax(tables: SenderTables, receivers: Receivers) -> tuple[Tensor, Tensor
 
 
 @functools.cache
-def compiled_attention() -> Callable[..., Any] | None:
-    """Return the compiled kernel, or ``None`` without numba."""
-    if numba_if_usable() is None:
-        return None
+def compiled_attention() -> Callable[..., Any]:
+    """Return the compiled kernel."""
 
     def kernel(
         values: np.ndarray,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from amici_eval.common.threads import compiled, numba_if_usable
+from amici_eval.common.threads import compiled
 from amici_eval.stats.readout import Readout
 
 if TYPE_CHECKING:
@@ -40,10 +40,8 @@ class EncoderKernels(NamedTuple):
 
 
 @functools.cache
-def encoder_kernels() -> EncoderKernels | None:
-    """Return the kernels, or ``None`` without numba."""
-    if numba_if_usable() is None:
-        return None
+def encoder_kernels() -> EncoderKernels:
+    """Return the compiled kernels."""
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
     return EncoderKernels(
         compiled(_first_layer, **options), compiled(_norm, **options), compiled(_last_layers, **options)
