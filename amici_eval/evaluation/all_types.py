@@ -1,233 +1,137 @@
-"""The evaluation of all receiver types, and of what needs all types together."""
+"""The evaluation of all receiver types, and of what needs all types together; finished parts are kept in a folder."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amici_eval.common.files import PARTIAL_SUFFIX, DamagedPackError, read_pack, write_durably, write_pack
 from amici_eval.evaluation.baselines import evaluate_baselines
-from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Meter, PermutationMeter, Progress, TissueAccess
+from amici_eval.evaluation.launching import evaluate_here, side_by_side_types
+from amici_eval.evaluation.one_type import TypeEvaluation, TypeTask
+from amici_eval.evaluation.permutation_tests import FreeTest, TypeSpatial
+from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Meter, Progress, TissueAccess
 from amici_eval.evaluation.senders import WHY_NOT, evaluate_senders
-from amici_eval.evaluation.tasks import Plan, TypeSettings, TypeTask, evaluate_here
-from amici_eval.evaluation.tiles import Sketch, Tiling, kept_moments, tile_of
+from amici_eval.evaluation.tiles import EvaluatedCells, kept_moments
+from amici_eval.model.engines.factored import HeadOutputs
+from amici_eval.results.analyses import Baselines, Senders
 from amici_eval.results.evaluation import Undefined
-from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE
+from amici_eval.stats.ablation.ablations import TypeAblations
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE, TileSums
+from amici_eval.stats.type_sums import TypeSums
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from jaxtyping import Bool, Int64
 
-    from amici_eval.evaluation.finished_parts import FinishedParts
-    from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.tasks import Launcher
-    from amici_eval.model.engines.factored import HeadOutputs
+    from amici_eval.evaluation.launching import Launcher
+    from amici_eval.evaluation.one_type import TypeSettings
     from amici_eval.model.engines.hooked import ModelAccess
-    from amici_eval.results.analyses import Baselines, Senders
     from amici_eval.results.tile_sums import Moments
     from amici_eval.settings.evaluation import EvaluationSpec
+
+logger = logging.getLogger(__name__)
+
+_CLASSES = (TypeEvaluation, FreeTest, TypeSpatial, TypeAblations, TypeSums, TileSums, HeadOutputs, Senders, Baselines)
+_SUFFIX = ".part"
+
+
+class FinishedParts:
+    """Finished parts of one evaluation, by name.
+
+    ``key`` says what was evaluated, on what and how; parts with another key are not used. ``others`` are folders of the
+    same evaluation that other processes left or still use. Parts are written atomically and read back bit for bit;
+    damaged ones are computed again. A folder that cannot be written to is a warning: the work goes on without it.
+    """
+
+    def __init__(self, folder: Path, *, key: str, others: Sequence[Path] = ()) -> None:
+        self._folder, self._key, self._others = folder, key, tuple(others)
+        self._full = False
+        self.taken: list[str] = []
+        """Names of the parts that were found, in the order of the requests."""
+        self.kept: list[str] = []
+        """Names of the parts that were written."""
+
+    @property
+    def n_types(self) -> int:
+        """Number of cell types that were found or written."""
+        return sum(1 for name in {*self.taken, *self.kept} if name.startswith(("factored type ", "hooked type ")))
+
+    @staticmethod
+    def count_in(folder: Path) -> int:
+        """Return the number of parts in a folder."""
+        return sum(1 for _ in folder.glob(f"*{_SUFFIX}"))
+
+    def get(self, name: str) -> Any:
+        """Return a part, or ``None`` if it is not there or damaged."""
+        for folder in (self._folder, *self._others):
+            path = folder / _file_name(name)
+            try:
+                found = read_pack(path, label={"name": name, "key": self._key}, classes=_CLASSES)
+            except FileNotFoundError:
+                continue
+            except DamagedPackError as error:
+                logger.warning("%s (%s) is damaged and is computed again: %s", path, name, error)
+                continue
+            self.taken.append(name)
+            return found
+        return None
+
+    def put(self, name: str, value: Any) -> None:
+        """Write a part."""
+        if self._full:
+            return
+        path = self._folder / _file_name(name)
+        try:
+            if not self._folder.is_dir():
+                self._folder.mkdir(parents=True, exist_ok=True)
+            write_durably(path, lambda partial: write_pack(partial, value, label={"name": name, "key": self._key}))
+        except OSError as error:
+            # warn once, not for each part
+            self._full = True
+            logger.warning(
+                "results cannot be kept in %s as they finish (%s); the work goes on, an interruption would lose them",
+                self._folder,
+                error.strerror or error,
+            )
+            return
+        self.kept.append(name)
+
+    def sweep(self) -> None:
+        """Remove partial files of writers that were killed."""
+        for path in self._folder.glob(f"*{PARTIAL_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
+def _file_name(name: str) -> str:
+    # hashed because names of types may not be valid file names
+    return hashlib.sha256(name.encode()).hexdigest()[:32] + _SUFFIX
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Types:
     """Results of the evaluation of all types.
 
-    ``evaluated`` is in the order of the receivers, None for a type with too few cells. ``moments`` and ``senders`` are
-    from the factored engine; ``baselines`` and ``tile_width`` (coordinate units) need known positions. ``held_out``: by
-    type, whether the model was fitted on none of its evaluated cells, None if unknown.
+    ``evaluated`` is in the order of the receivers, None for a type with too few cells. ``tile_sums`` and ``senders``
+    are from the factored engine; ``trivial`` (predictors without heads) and ``tile_width`` (coordinate units) need
+    known positions. ``held_out``: by type, whether the model was fitted on none of its evaluated cells, None if
+    unknown.
     """
 
     evaluated: list[TypeEvaluation | None]
     undefined: list[Undefined]
-    moments: Moments | None = None
-    baselines: Baselines | None = None
+    tile_sums: Moments | None = None
+    trivial: Baselines | None = None
     senders: Senders | None = None
     tile_width: float | None = None
     held_out: tuple[bool | None, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def evaluate_types(
-    access: ModelAccess,
-    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    spec: EvaluationSpec,
-    *,
-    n_permutations: int,
-    modes: tuple[str, ...],
-    progress: Progress | None,
-    launcher: Launcher | None = None,
-    parts: FinishedParts | None = None,
-) -> Types:
-    """Evaluate all types."""
-    usable = {cell_type: rows for cell_type, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
-    everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
-    n_heads, n_receivers = access.card.n_heads, sum(len(rows) for rows in receivers.values())
-    factors = access if isinstance(access, FactorAccess) and len(everyone) else None
-    engine = "hooked" if factors is None else "factored"
-    there = {name: part for name in usable if (part := _taken(parts, _type_part(engine, name))) is not None}
-    if launcher is not None and len(there) < len(usable):
-        launcher.prepare(len(usable) - len(there))
-    # rough costs relative to one cell's forward pass
-    cells_work = 1.0 if factors is not None else n_heads + 2.0 + (n_heads if "leave_one_out" in modes else 0)
-    test_work = n_permutations / 1000 if factors is not None else float(n_heads)
-    tissue = access if isinstance(access, TissueAccess) else None
-    with_baselines = spec.ablation.baselines and tissue is not None
-    batches: list[tuple[int, ...]] = []
-    if spec.ablation.senders and factors is not None:
-        batches = factors.sender_batches(len(everyone))
-    # each mask takes another pass over all receivers and their expression
-    mask_work = len(everyone) * sum(map(len, batches))
-    meter = Meter(progress, total=n_receivers * (cells_work + test_work + with_baselines) + mask_work)
-    sketch = Sketch.of(usable)
-    senders: Senders | None = _taken(parts, _SENDERS) if batches else None
-    # stored outputs lack the masked ones that senders need
-    outputs: HeadOutputs | None = None if batches and senders is None else _taken(parts, _ATTENTION)
-    if outputs is not None:
-        meter.add(len(everyone), "attention")
-    elif factors is not None:
-        outputs = factors.attend(
-            everyone,
-            without_senders=batches[0] if batches and senders is None else (),
-            without_nearest=spec.ablation.baselines and spec.ablation.without_nearest,
-            attention_of=sketch.places[sketch.attended],
-            progress=meter.cells("attention", len(everyone)),
-        )
-        if not batches or senders is not None:
-            _keep(parts, _ATTENTION, outputs)
-    all_fitted = access.fitted
-    fitted = None if all_fitted is None else all_fitted[everyone]
-    tiling = None
-    if isinstance(access, LocatedAccess) and len(everyone):
-        tiling = Tiling.of(access, everyone, fitted=fitted, n_types=len(usable))
-    if senders is not None:
-        meter.add(mask_work, "senders masked out")
-    elif batches and factors is not None and outputs is not None and tiling is not None:
-        senders = evaluate_senders(
-            factors,
-            receivers,
-            usable,
-            outputs,
-            batches,
-            tile_of(tiling.keys),
-            n_tiles=len(tiling.centers),
-            test=spec.permutation,
-            progress=lambda more: meter.add(more, "senders masked out"),
-        )
-        # free the array of each sender type before types are tested
-        outputs = replace(outputs, without_senders=None, by_sender=None)
-        _keep(parts, _SENDERS, senders)
-        _keep(parts, _ATTENTION, outputs)
-    outputs, ties = _without_ties(outputs, usable)
-    found = _each(
-        access,
-        receivers,
-        usable,
-        spec,
-        n_permutations=n_permutations,
-        modes=modes,
-        outputs=outputs,
-        keys=np.zeros(len(everyone), dtype=np.int64) if tiling is None else tiling.keys,
-        meter=meter,
-        cells_work=cells_work,
-        test_work=test_work,
-        launcher=launcher,
-        parts=parts,
-        there=there,
-    )
-    evaluated = [found.get(cell_type) for cell_type in receivers]
-    moments = baselines = None
-    if factors is not None and outputs is not None and tiling is not None:
-        moments = kept_moments(factors, receivers, everyone, evaluated, outputs, sketch, tiling, senders)
-    if with_baselines and tissue is not None:
-        baselines = _taken(parts, _BASELINES)
-    if with_baselines and tissue is not None and baselines is None:
-        baselines = evaluate_baselines(
-            tissue,
-            receivers,
-            expl_var=np.stack([np.full(n_heads, np.nan) if i is None else i.expl_var for i in evaluated], axis=1),
-            expl_var_full=np.array([np.nan if item is None else item.full for item in evaluated]),
-            fitted=all_fitted,
-            without_nearest=np.stack(
-                [
-                    np.full(n_heads + 1, np.nan)
-                    if item is None or item.moments is None
-                    else item.moments.explained_without_nearest
-                    for item in evaluated
-                ],
-                axis=1,
-            ),
-            progress=meter.cells("baselines", n_receivers),
-        )
-        _keep(parts, _BASELINES, baselines)
-    return Types(
-        evaluated=evaluated,
-        undefined=_undefined(access, receivers, found),
-        moments=moments,
-        baselines=baselines,
-        senders=senders,
-        tile_width=None if tiling is None else tiling.width,
-        held_out=tuple(None if all_fitted is None else not all_fitted[rows].any() for rows in receivers.values()),
-        notes=(
-            *(() if tissue is None or all_fitted is None else _crowded(tissue, everyone, all_fitted, spec)),
-            *ties,
-            *((WHY_NOT,) if spec.ablation.senders and senders is None else ()),
-        ),
-    )
-
-
-def _each(
-    access: ModelAccess,
-    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    usable: Mapping[str, Int64[np.ndarray, " cells"]],
-    spec: EvaluationSpec,
-    *,
-    n_permutations: int,
-    modes: tuple[str, ...],
-    outputs: HeadOutputs | None,
-    keys: Int64[np.ndarray, " cells"],
-    meter: Meter,
-    cells_work: float,
-    test_work: float,
-    launcher: Launcher | None,
-    parts: FinishedParts | None,
-    there: Mapping[str, TypeEvaluation],
-) -> dict[str, TypeEvaluation]:
-    tasks = _tasks(access, usable, spec, outputs=outputs, keys=keys)
-    open_tasks = [task for task in tasks if task.cell_type not in there]
-    settings = TypeSettings(test=spec.permutation, n_permutations=n_permutations, modes=modes)
-    counters: dict[str, PermutationMeter] = {}
-    for cell_type, rows in usable.items():
-        pieces = access.card.n_heads * n_permutations
-        counters[cell_type] = meter.permutations(cell_type, work=len(rows) * test_work, pieces=pieces)
-    found: dict[str, TypeEvaluation] = dict(there)
-    for cell_type in there:
-        meter.add(0 if outputs is not None else len(usable[cell_type]) * cells_work, cell_type)
-        counters[cell_type].finish()
-    if launcher is None:
-        on_cells = {
-            cell_type: meter.cells(cell_type, round(len(rows) * cells_work)) for cell_type, rows in usable.items()
-        }
-        plan = Plan.of(access, tasks)
-        results = evaluate_here(access, open_tasks, settings, plan=plan, counters=counters, on_cells=on_cells)
-    elif open_tasks:
-        results = launcher.run(
-            access, open_tasks, settings, heartbeat=lambda: meter.add(0, f"{len(found)} of {len(usable)} types")
-        )
-    else:
-        results = iter(())
-    for cell_type, result in results:
-        found[cell_type] = result
-        _keep(parts, _type_part("hooked" if outputs is None else "factored", cell_type), result)
-        if launcher is not None and outputs is None:
-            meter.add(len(usable[cell_type]) * cells_work, cell_type)
-        counters[cell_type].finish()
-    for cell_type, rows in receivers.items():
-        if cell_type not in usable:
-            meter.add(len(rows) * (cells_work + test_work), cell_type)
-    return found
 
 
 _MOST_TIED, _TIED_SAID = 0.05, 0.001
@@ -235,8 +139,222 @@ _MOST_TIED, _TIED_SAID = 0.05, 0.001
 _ATTENTION, _SENDERS, _BASELINES = "attention", "senders", "baselines"
 
 
-def _type_part(engine: str, cell_type: str) -> str:
-    return f"{engine} type {cell_type}"
+def evaluate_types(
+    access: ModelAccess,
+    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
+    spec: EvaluationSpec,
+    settings: TypeSettings,
+    *,
+    progress: Progress | None,
+    launcher: Launcher | None = None,
+    parts: FinishedParts | None = None,
+) -> Types:
+    """Evaluate all types: attention of all cells, senders, each type by itself, then predictors without heads."""
+    cells = EvaluatedCells.of(access, receivers)
+    factors = access if isinstance(access, FactorAccess) and len(cells.rows) else None
+    tissue = access if isinstance(access, TissueAccess) else None
+    engine = "hooked" if factors is None else "factored"
+    finished = {name: part for name in cells.usable if (part := _taken(parts, f"{engine} type {name}")) is not None}
+    if launcher is not None and len(finished) < len(cells.usable):
+        launcher.prepare(len(cells.usable) - len(finished))
+    batches = factors.sender_batches(len(cells.rows)) if factors is not None and spec.ablation.senders else []
+    work = _Work.of(access, spec, settings, cells, batches, engine)
+    run = _Run(
+        cells=cells, spec=spec, settings=settings, work=work, meter=Meter(progress, total=work.total), parts=parts
+    )
+    outputs = senders = None
+    if factors is not None:
+        outputs, senders = run.attention_and_senders(factors, batches)
+    outputs, ties = _without_ties(outputs, cells.slices)
+    found = run.each_type(access, outputs, finished, launcher)
+    evaluated = [found.get(cell_type) for cell_type in receivers]
+    all_fitted = access.fitted
+    return Types(
+        evaluated=evaluated,
+        undefined=_undefined(access, receivers, found),
+        tile_sums=None
+        if factors is None or outputs is None
+        else kept_moments(factors, cells, evaluated, outputs, senders),
+        trivial=run.trivial(tissue, evaluated) if tissue is not None and spec.ablation.baselines else None,
+        senders=senders,
+        tile_width=None if cells.tiling is None else cells.tiling.width,
+        held_out=tuple(None if all_fitted is None else not all_fitted[rows].any() for rows in receivers.values()),
+        notes=(
+            *(() if tissue is None or all_fitted is None else _crowded(tissue, cells.rows, all_fitted, spec)),
+            *ties,
+            *((WHY_NOT,) if spec.ablation.senders and senders is None else ()),
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Rough costs, of which 1 is one cell's forward pass: per cell, of all sender masks, and in total."""
+
+    predictions: float
+    tests: float
+    masks: int
+    total: float
+
+    @classmethod
+    def of(
+        cls,
+        access: ModelAccess,
+        spec: EvaluationSpec,
+        settings: TypeSettings,
+        cells: EvaluatedCells,
+        batches: Sequence[tuple[int, ...]],
+        engine: str,
+    ) -> _Work:
+        n_heads = access.card.n_heads
+        predictions, tests = 1.0, settings.n_permutations / 1000
+        if engine == "hooked":
+            predictions = n_heads + 2.0 + (n_heads if "leave_one_out" in settings.modes else 0)
+            tests = float(n_heads)
+        # each mask takes another pass over all receivers and their expression
+        masks = len(cells.rows) * sum(map(len, batches))
+        with_baselines = spec.ablation.baselines and isinstance(access, TissueAccess)
+        total = cells.n_receivers * (predictions + tests + with_baselines) + masks
+        return cls(predictions=predictions, tests=tests, masks=masks, total=total)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _Run:
+    """The steps of one evaluation, each of which counts its work and keeps what it has finished."""
+
+    cells: EvaluatedCells
+    spec: EvaluationSpec
+    settings: TypeSettings
+    work: _Work
+    meter: Meter
+    parts: FinishedParts | None
+
+    def attention_and_senders(
+        self, access: FactorAccess, batches: Sequence[tuple[int, ...]]
+    ) -> tuple[HeadOutputs, Senders | None]:
+        """Return the attention outputs of all cells, and the effects of masking each type of sender if asked for."""
+        rows, ablation = self.cells.rows, self.spec.ablation
+        senders: Senders | None = _taken(self.parts, _SENDERS) if batches else None
+        open_batches = batches if senders is None else ()
+        # stored outputs lack the masked ones that senders need
+        outputs: HeadOutputs | None = None if open_batches else _taken(self.parts, _ATTENTION)
+        if outputs is not None:
+            self.meter.add(len(rows), "attention")
+        else:
+            outputs = access.attend(
+                rows,
+                without_senders=open_batches[0] if open_batches else (),
+                without_nearest=ablation.baselines and ablation.without_nearest,
+                attention_of=self.cells.sketch.places[self.cells.sketch.attended],
+                progress=self.meter.cells("attention", len(rows)),
+            )
+            if not open_batches:
+                _keep(self.parts, _ATTENTION, outputs)
+        if senders is not None:
+            self.meter.add(self.work.masks, "senders masked out")
+        elif open_batches:
+            senders = evaluate_senders(
+                access,
+                self.cells,
+                outputs,
+                open_batches,
+                test=self.spec.permutation,
+                progress=lambda more: self.meter.add(more, "senders masked out"),
+            )
+            # free the array of each sender type before types are tested
+            outputs = replace(outputs, without_senders=None, by_sender=None)
+            _keep(self.parts, _SENDERS, senders)
+            _keep(self.parts, _ATTENTION, outputs)
+        return outputs, senders
+
+    def each_type(
+        self,
+        access: ModelAccess,
+        outputs: HeadOutputs | None,
+        finished: Mapping[str, TypeEvaluation],
+        launcher: Launcher | None,
+    ) -> dict[str, TypeEvaluation]:
+        """Return the evaluation of each usable type; those that are not ``finished`` run here or at the launcher."""
+        usable, meter, work = self.cells.usable, self.meter, self.work
+        n_pairs = access.card.n_heads * self.settings.n_permutations
+        counters = {
+            cell_type: meter.permutations(cell_type, work=len(rows) * work.tests, pieces=n_pairs)
+            for cell_type, rows in usable.items()
+        }
+        on_cells = {
+            cell_type: meter.cells(cell_type, round(len(rows) * work.predictions)) for cell_type, rows in usable.items()
+        }
+        found = dict(finished)
+        for cell_type in finished:
+            # attention was counted for all types together
+            meter.add(0 if outputs is not None else len(usable[cell_type]) * work.predictions, cell_type)
+            counters[cell_type].finish()
+        tasks = self.tasks(access, outputs)
+        left = [task for task in tasks if task.cell_type not in finished]
+        if launcher is None:
+            together = side_by_side_types(access, tasks)
+            results = evaluate_here(
+                access, left, self.settings, side_by_side=together, counters=counters, on_cells=on_cells
+            )
+        elif left:
+            results = launcher.run(
+                access, left, self.settings, heartbeat=lambda: meter.add(0, f"{len(found)} of {len(usable)} types")
+            )
+        else:
+            results = iter(())
+        for cell_type, result in results:
+            found[cell_type] = result
+            _keep(self.parts, f"{'hooked' if outputs is None else 'factored'} type {cell_type}", result)
+            if launcher is not None and outputs is None:
+                meter.add(len(usable[cell_type]) * work.predictions, cell_type)
+            counters[cell_type].finish()
+        for cell_type, rows in self.cells.receivers.items():
+            if cell_type not in usable:
+                meter.add(len(rows) * (work.predictions + work.tests), cell_type)
+        return found
+
+    def tasks(self, access: ModelAccess, outputs: HeadOutputs | None) -> list[TypeTask]:
+        """Return the task of each type; arrays are views where possible."""
+        spatial_null = self.spec.permutation.spatial_null
+        located = access if isinstance(access, LocatedAccess) and spatial_null != "none" else None
+        tiling, tasks = self.cells.tiling, []
+        without_nearest = None if outputs is None else outputs.without_nearest
+        for cell_type, own in self.cells.slices.items():
+            rows = self.cells.usable[cell_type]
+            tasks.append(
+                TypeTask(
+                    cell_type=cell_type,
+                    rows=rows,
+                    keys=np.zeros(len(rows), dtype=np.int64) if tiling is None else tiling.keys[own],
+                    z=None if outputs is None else outputs.whole[own],
+                    z_without_nearest=None if without_nearest is None else without_nearest[own],
+                    coordinates=None if located is None else located.coordinates(rows),
+                    samples=None if located is None else located.samples(rows),
+                )
+            )
+        return tasks
+
+    def trivial(self, access: TissueAccess, evaluated: Sequence[TypeEvaluation | None]) -> Baselines:
+        """Return what predictors without heads explain."""
+        trivial: Baselines | None = _taken(self.parts, _BASELINES)
+        if trivial is not None:
+            return trivial
+        nothing = np.full(access.card.n_heads + 1, np.nan)
+        without_nearest = [
+            nothing if item is None or item.moments is None else item.moments.explained_without_nearest
+            for item in evaluated
+        ]
+        trivial = evaluate_baselines(
+            access,
+            self.cells.receivers,
+            expl_var=np.stack([nothing[1:] if item is None else item.expl_var for item in evaluated], axis=1),
+            expl_var_full=np.array([np.nan if item is None else item.full for item in evaluated]),
+            fitted=access.fitted,
+            without_nearest=np.stack(without_nearest, axis=1),
+            progress=self.meter.cells("baselines", self.cells.n_receivers),
+        )
+        _keep(self.parts, _BASELINES, trivial)
+        return trivial
 
 
 def _taken(parts: FinishedParts | None, name: str) -> Any:
@@ -246,32 +364,6 @@ def _taken(parts: FinishedParts | None, name: str) -> Any:
 def _keep(parts: FinishedParts | None, name: str, value: object) -> None:
     if parts is not None:
         parts.put(name, value)
-
-
-def _tasks(
-    access: ModelAccess,
-    usable: Mapping[str, Int64[np.ndarray, " cells"]],
-    spec: EvaluationSpec,
-    *,
-    outputs: HeadOutputs | None,
-    keys: Int64[np.ndarray, " cells"],
-) -> list[TypeTask]:
-    """Return the task of each type; arrays are views where possible."""
-    located = access if isinstance(access, LocatedAccess) and spec.permutation.spatial_null != "none" else None
-    return [
-        TypeTask(
-            cell_type=cell_type,
-            rows=rows,
-            keys=keys[own],
-            outputs=None if outputs is None else outputs.whole[own],
-            without_nearest=None
-            if outputs is None or outputs.without_nearest is None
-            else outputs.without_nearest[own],
-            coordinates=None if located is None else located.coordinates(rows),
-            samples=None if located is None else located.samples(rows),
-        )
-        for own, (cell_type, rows) in zip(_slices(usable), usable.items(), strict=True)
-    ]
 
 
 def _undefined(
@@ -320,7 +412,7 @@ def _crowded(
 
 
 def _without_ties(
-    outputs: HeadOutputs | None, usable: Mapping[str, Int64[np.ndarray, " cells"]]
+    outputs: HeadOutputs | None, slices: Mapping[str, slice]
 ) -> tuple[HeadOutputs | None, tuple[str, ...]]:
     """Replace ``without_nearest`` of tied receivers by ``whole``, and of types with many ties by NaN; return notes."""
     if outputs is None or outputs.without_nearest is None:
@@ -330,7 +422,7 @@ def _without_ties(
         return outputs, ()
     masked = np.where(tied[:, None], outputs.whole, outputs.without_nearest)
     left_out = []
-    for own, cell_type in zip(_slices(usable), usable, strict=True):
+    for cell_type, own in slices.items():
         if tied[own].mean() > _MOST_TIED:
             left_out.append(cell_type)
             masked[own] = np.nan
@@ -343,9 +435,3 @@ def _without_ties(
         "their neighbours"
     )
     return replace(outputs, without_nearest=masked), (note,) if tied.mean() >= _TIED_SAID else ()
-
-
-def _slices(usable: Mapping[str, Int64[np.ndarray, " cells"]]) -> list[slice]:
-    """Return the slice of each type's cells among the cells of all types, one type after the other."""
-    ends = np.cumsum([0, *(len(rows) for rows in usable.values())]).tolist()
-    return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -10,21 +10,24 @@ import numpy as np
 
 from amici_eval.common.errors import DataError
 from amici_eval.evaluation.all_types import evaluate_types
-from amici_eval.evaluation.inference import adjusted_free, held_out_parts, intervals, spatial_tests
+from amici_eval.evaluation.one_type import TypeSettings
+from amici_eval.evaluation.permutation_tests import adjusted_free, spatial_tests
 from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Progress
+from amici_eval.evaluation.tiles import held_out_parts, intervals
 from amici_eval.results.analyses import HeadAblations
 from amici_eval.results.evaluation import HeadEvaluation
 from amici_eval.settings.evaluation import EvaluationSpec, default_n_permutations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anndata import AnnData
 
-    from amici_eval.evaluation.finished_parts import FinishedParts
+    from amici_eval.evaluation.all_types import FinishedParts, Types
+    from amici_eval.evaluation.launching import Launcher
     from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.tasks import Launcher
     from amici_eval.model.engines.hooked import ModelAccess
+    from amici_eval.settings.evaluation import PermutationSpec
 
 __all__ = ["Parity", "Progress", "check_parity", "evaluate", "evaluate_access"]
 
@@ -178,87 +181,131 @@ def evaluate_access(
     """
     receivers = access.receivers()
     _check_sections_known(access, spec)
-    engine, parity, notes = "hooked", Parity(), access.notes
-    if isinstance(access, FactorAccess):
-        parity = check_parity(access, receivers)
-        if parity.holds:
-            engine = "factored"
-        else:
-            notes = (*notes, parity.complaint)
-            logger.warning("%s", parity.complaint)
-            access = access.hooked
-    modes = spec.ablation.modes_of(engine)
+    engine = _checked_engine(access, receivers)
+    modes = spec.ablation.modes_of(engine.name)
+    notes = [*access.notes, *engine.notes]
     left_out = [mode for mode in spec.ablation.modes_of(spec.ablation.engine) if mode not in modes]
     if left_out:
-        notes = (*notes, f"not computed, for it needs the factored engine: {', '.join(left_out)}")
-        logger.warning("%s", notes[-1])
-
-    types, n_heads, genes = tuple(receivers), access.card.n_heads, access.card.genes
-    test = spec.permutation
-    n_permutations = test.n_permutations or default_n_permutations(n_heads, len(types), test.alpha)
-    found = evaluate_types(
-        access,
-        receivers,
-        spec,
-        n_permutations=n_permutations,
-        modes=modes,
-        progress=progress,
-        launcher=launcher,
-        parts=parts,
-    )
-    notes = (*notes, *found.notes)
-    evaluated, free = found.evaluated, [None if item is None else item.free for item in found.evaluated]
-    p = _stack([None if one is None else one.p for one in free], (n_heads,))
-    for cell_type, item in zip(types, evaluated, strict=True):
-        if item is not None and item.not_finite:
-            heads = ", ".join(map(str, item.not_finite))
-            notes = (*notes, f"{cell_type}: ablations are undefined, for outputs of heads {heads} are not finite")
-            logger.warning("%s", notes[-1])
-    for thing in found.undefined:
-        if thing.gene is None:
-            where = "all heads" if thing.head is None else f"head {thing.head}"
-            logger.warning("undefined for %s, %s: %s", thing.cell_type, where, thing.reason)
+        notes.append(f"not computed, for it needs the factored engine: {', '.join(left_out)}")
+    _warn(notes[len(access.notes) :])
+    access, test = engine.access, spec.permutation
+    n_permutations = test.n_permutations or default_n_permutations(access.card.n_heads, len(receivers), test.alpha)
+    settings = TypeSettings(test=test, n_permutations=n_permutations, modes=modes)
+    found = evaluate_types(access, receivers, spec, settings, progress=progress, launcher=launcher, parts=parts)
+    not_finite = _not_finite(receivers, found)
+    _warn(not_finite)
+    _warn_of_undefined(found)
     return HeadEvaluation(
-        n_heads=n_heads,
-        cell_types=types,
-        genes=genes,
+        n_heads=access.card.n_heads,
+        cell_types=tuple(receivers),
+        genes=access.card.genes,
         n_cells=np.array([len(rows) for rows in receivers.values()], dtype=np.int64),
-        expl_var_gene=_stack([None if i is None else i.expl_var_gene for i in evaluated], (n_heads, len(genes))),
-        expl_var=_stack([None if i is None else i.expl_var for i in evaluated], (n_heads,)),
-        expl_var_full=np.array([np.nan if i is None else i.full for i in evaluated]),
-        expl_var_none=np.array([np.nan if i is None else i.none for i in evaluated]),
-        exceedances=_stack([None if one is None else one.exceedances for one in free], (n_heads,), fill=-1),
         n_permutations=n_permutations,
-        p_value=p,
-        p_value_adj=adjusted_free(p, evaluated, test),
-        p_ci_low=_stack([None if one is None else one.p_low for one in free], (n_heads,)),
-        p_ci_high=_stack([None if one is None else one.p_high for one in free], (n_heads,)),
         held_out=found.held_out,
         spec=spec,
         undefined=tuple(found.undefined),
-        notes=notes,
+        notes=(*notes, *found.notes, *not_finite),
         model=dict(model_info or {}),
         data=dict(data_info or {}),
-        engine=engine,
-        parity=parity.largest_difference,
-        parity_cells=parity.n_cells,
-        n_permutations_by_type=np.array([0 if one is None else one.n_permutations for one in free], dtype=np.int64),
-        sampling=tuple("" if one is None else one.method for one in free),
-        ablations=_ablations(evaluated, modes, n_heads),
-        spatial=None
-        if found.tile_width is None or test.spatial_null == "none"
-        else spatial_tests(types, evaluated, test=test, n_heads=n_heads, n_genes=len(genes)),
-        intervals=None
-        if found.tile_width is None or not test.n_bootstrap
-        else intervals(types, evaluated, test=test, n_heads=n_heads, tile_width=found.tile_width),
-        # moments are split into parts only if there are tiles
-        parts=None
-        if access.fitted is None or found.tile_width is None
-        else held_out_parts(types, evaluated, test=test, n_heads=n_heads),
-        trivial=found.baselines,
+        engine=engine.name,
+        parity=engine.parity.largest_difference,
+        parity_cells=engine.parity.n_cells,
+        ablations=_ablations(found.evaluated, modes, access.card.n_heads),
+        trivial=found.trivial,
         senders=found.senders,
-        moments=found.moments,
+        moments=found.tile_sums,
+        **_explained(found, access),
+        **_free_tests(found, access, test),
+        **_spatial_and_intervals(receivers, found, access, test),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Engine:
+    """The engine that evaluates, and how it was checked."""
+
+    access: ModelAccess
+    name: str = "hooked"
+    parity: Parity = Parity()
+    notes: tuple[str, ...] = ()
+
+
+def _checked_engine(access: ModelAccess, receivers: Mapping[str, np.ndarray]) -> _Engine:
+    """Return the factored engine if it agrees with the hooked one, else the hooked one."""
+    if not isinstance(access, FactorAccess):
+        return _Engine(access=access)
+    parity = check_parity(access, receivers)
+    if parity.holds:
+        return _Engine(access=access, name="factored", parity=parity)
+    return _Engine(access=access.hooked, parity=parity, notes=(parity.complaint,))
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        logger.warning("%s", note)
+
+
+def _not_finite(types: Iterable[str], found: Types) -> list[str]:
+    return [
+        f"{cell_type}: ablations are undefined, for outputs of heads {', '.join(map(str, item.not_finite))} are not "
+        "finite"
+        for cell_type, item in zip(types, found.evaluated, strict=True)
+        if item is not None and item.not_finite
+    ]
+
+
+def _warn_of_undefined(found: Types) -> None:
+    """Warn of types and heads without a value; genes are too many to name."""
+    for one in found.undefined:
+        if one.gene is None:
+            where = "all heads" if one.head is None else f"head {one.head}"
+            logger.warning("undefined for %s, %s: %s", one.cell_type, where, one.reason)
+
+
+def _explained(found: Types, access: ModelAccess) -> dict[str, Any]:
+    """Return explained variance by its field of the result."""
+    n_heads, evaluated = access.card.n_heads, found.evaluated
+    by_gene = [None if item is None else item.expl_var_gene for item in evaluated]
+    return {
+        "expl_var_gene": _stack(by_gene, (n_heads, len(access.card.genes))),
+        "expl_var": _stack([None if item is None else item.expl_var for item in evaluated], (n_heads,)),
+        "expl_var_full": np.array([np.nan if item is None else item.full for item in evaluated]),
+        "expl_var_none": np.array([np.nan if item is None else item.none for item in evaluated]),
+    }
+
+
+def _free_tests(found: Types, access: ModelAccess, test: PermutationSpec) -> dict[str, Any]:
+    """Return the free tests by their field of the result."""
+    free, shape = [None if item is None else item.free for item in found.evaluated], (access.card.n_heads,)
+    p = _stack([None if one is None else one.p for one in free], shape)
+    return {
+        "exceedances": _stack([None if one is None else one.exceedances for one in free], shape, fill=-1),
+        "p_value": p,
+        "p_value_adj": adjusted_free(p, free, test),
+        "p_ci_low": _stack([None if one is None else one.p_low for one in free], shape),
+        "p_ci_high": _stack([None if one is None else one.p_high for one in free], shape),
+        "n_permutations_by_type": np.array([0 if one is None else one.n_permutations for one in free], dtype=np.int64),
+        "sampling": tuple("" if one is None else one.method for one in free),
+    }
+
+
+def _spatial_and_intervals(
+    types: Iterable[str], found: Types, access: ModelAccess, test: PermutationSpec
+) -> dict[str, Any]:
+    """Return what needs tiles of tissue, by its field of the result; nothing without coordinates."""
+    if found.tile_width is None:
+        return {}
+    n_heads, by_type = access.card.n_heads, dict(zip(types, found.evaluated, strict=True))
+    fields: dict[str, Any] = {}
+    if test.spatial_null != "none":
+        spatial = {name: None if item is None else item.spatial for name, item in by_type.items()}
+        fields["spatial"] = spatial_tests(spatial, test=test, n_heads=n_heads, n_genes=len(access.card.genes))
+    if test.n_bootstrap:
+        fields["intervals"] = intervals(by_type, test=test, n_heads=n_heads, tile_width=found.tile_width)
+    # sums are split into cells in-sample and held out only if it is known which are which
+    if access.fitted is not None:
+        fields["parts"] = held_out_parts(by_type, test=test, n_heads=n_heads)
+    return fields
 
 
 def _check_sections_known(access: ModelAccess, spec: EvaluationSpec) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.evaluation.tiles import kept_rows
+from amici_eval.evaluation.tiles import kept_rows, tile_of
 from amici_eval.results.analyses import Senders
 from amici_eval.results.comparison import SenderDifferences
 from amici_eval.stats.cell_chunks import over_blocks
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64
 
     from amici_eval.evaluation.protocols import FactorAccess
+    from amici_eval.evaluation.tiles import EvaluatedCells
     from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.results.comparison import HeadMatches
     from amici_eval.results.evaluation import HeadEvaluation
@@ -39,13 +40,10 @@ _OF_GENES = ("effect", "low", "high", "p_value")
 
 def evaluate_senders(
     access: FactorAccess,
-    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    usable: Mapping[str, Int64[np.ndarray, " cells"]],
+    cells: EvaluatedCells,
     outputs: HeadOutputs,
     batches: Sequence[tuple[int, ...]],
-    tiles: Int64[np.ndarray, " all_cells"],
     *,
-    n_tiles: int,
     test: PermutationSpec,
     progress: Callable[[int], None] | None = None,
 ) -> Senders:
@@ -54,26 +52,27 @@ def evaluate_senders(
     Masked and whole heads are compared as two models of the same cells: interval and p of their difference are from
     :func:`~amici_eval.stats.tile_tests.paired_differences`, on the same tiles, resamples and flips for all senders.
     """
-    types, n_heads = tuple(receivers), access.card.n_heads
-    found = _SenderLosses.empty((n_heads, len(types), len(access.card.cell_types)), len(access.card.genes), n_tiles)
-    reasons: dict[tuple[str, str], str] = {}
+    types, known, tiling = tuple(cells.receivers), access.card.cell_types, cells.tiling
     sums = outputs.by_sender
     assert sums is not None  # noqa: S101, RUF100 - the first batch was asked for
-    codes = {cell_type: access.card.cell_types.index(cell_type) for cell_type in types}
-    everyone = np.concatenate(list(usable.values()))
+    assert tiling is not None  # noqa: S101, RUF100 - for the type checker
+    shape = access.card.n_heads, len(types), len(known)
+    found = _SenderLosses.empty(shape, len(access.card.genes), len(tiling.centers))
+    receiver_codes = [known.index(cell_type) for cell_type in types]
+    n_receivers = sums.n_receivers[receiver_codes]
+    reasons: dict[tuple[str, str], str] = {}
+    tiles = tile_of(tiling.keys)
     for number, batch in enumerate(batches):
-        brought = outputs if number == 0 else access.attend(everyone, without_senders=batch)
-        assert brought.without_senders is not None  # noqa: S101, RUF100 - it was asked for
-        start = 0
-        for cell_type, rows in usable.items():
-            own = slice(start, start + len(rows))
-            start += len(rows)
-            near = [place for place, code in enumerate(batch) if sums.n_receivers[codes[cell_type], code]]
-            of_type = [brought.whole[own], *(brought.without_senders[place, own] for place in near)]
+        masked = outputs if number == 0 else access.attend(cells.rows, without_senders=batch)
+        assert masked.without_senders is not None  # noqa: S101, RUF100 - it was asked for
+        for cell_type, own in cells.slices.items():
+            at, rows = types.index(cell_type), cells.usable[cell_type]
+            near = [place for place, code in enumerate(batch) if n_receivers[at, code]]
+            z = [masked.whole[own], *(masked.without_senders[place, own] for place in near)]
             reason = found.fill(
-                types.index(cell_type),
+                at,
                 [batch[place] for place in near],
-                _moments(access, cell_type, rows, of_type, tiles[own]) if near else [],
+                _moments(access, cell_type, rows, z, tiles[own]) if near else [],
                 test=test,
                 label=cell_type,
             )
@@ -81,23 +80,20 @@ def evaluate_senders(
                 reasons[cell_type, ""] = reason
             if progress is not None:
                 progress(len(rows) * len(batch))
-        del brought
-    receiver_codes = [codes[cell_type] for cell_type in types]
-    n_cells = np.array([len(usable.get(cell_type, ())) for cell_type in types], dtype=np.float64)
+        del masked, z
+    n_cells = np.array([len(cells.usable.get(cell_type, ())) for cell_type in types], dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         attention = (sums.attention[receiver_codes] / n_cells[:, None, None]).transpose(2, 0, 1)
         coefficient = (sums.coefficient[receiver_codes] / sums.attention[receiver_codes]).transpose(2, 0, 1)
         distance = log(10.0) / coefficient
-    n_receivers = sums.n_receivers[receiver_codes]
     for at, cell_type in enumerate(types):
-        if cell_type not in usable:
-            reasons[cell_type, ""] = _TOO_FEW.format(len(receivers[cell_type]))
+        if cell_type not in cells.usable:
+            reasons[cell_type, ""] = _TOO_FEW.format(len(cells.receivers[cell_type]))
             continue
-        for code, sender in enumerate(access.card.cell_types):
-            if not n_receivers[at, code]:
-                reasons[cell_type, sender] = _NO_SUCH
+        for code in np.flatnonzero(n_receivers[at] == 0).tolist():
+            reasons[cell_type, known[code]] = _NO_SUCH
     return found.result(
-        senders=access.card.cell_types,
+        senders=known,
         test=test,
         n_receivers=n_receivers,
         attention=attention,
@@ -193,13 +189,11 @@ def _moments(
     access: FactorAccess,
     cell_type: str,
     rows: Int64[np.ndarray, " cells"],
-    outputs: Sequence[Float32[np.ndarray, "cells outputs"]],
+    z: Sequence[Float32[np.ndarray, "cells outputs"]],
     tiles: Int64[np.ndarray, " cells"],
 ) -> list[TileSums]:
     return over_blocks(
-        lambda blocks: masked_sums(
-            outputs, access.readout(cell_type), blocks, tiles=tiles, device=access.statistics_device
-        ),
+        lambda blocks: masked_sums(z, access.readout(cell_type), blocks, tiles=tiles, device=access.statistics_device),
         lambda: access.expression_blocks(rows),
         what="moments with senders masked out",
         device=access.statistics_device,

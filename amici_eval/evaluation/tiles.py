@@ -1,16 +1,20 @@
-"""Tiles of tissue for the evaluated cells, and the sums over each tile's cells that are kept."""
+"""The evaluated cells, cut into tiles of tissue: sums by tile that are kept, and intervals from tiles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
 
+from amici_eval.evaluation.protocols import LocatedAccess
+from amici_eval.results.analyses import HeldOutParts, Intervals
 from amici_eval.results.tile_sums import Moments
-from amici_eval.stats.explained_variance import TileSums, squares_about
+from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE, TileSums, squares_about
 from amici_eval.stats.spatial.tiles import square_tiles, tile_side
+from amici_eval.stats.tile_tests import tile_bootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,9 +22,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
     from amici_eval.evaluation.one_type import TypeEvaluation
-    from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess
+    from amici_eval.evaluation.protocols import FactorAccess, ModelAccess
     from amici_eval.model.engines.factored import HeadOutputs
     from amici_eval.results.analyses import Senders
+    from amici_eval.settings.evaluation import PermutationSpec
+    from amici_eval.stats.tile_tests import TileBootstrap
     from amici_eval.stats.type_sums import TypeSums
 
 IN_SAMPLE, HELD_OUT = 0, 1
@@ -141,24 +147,59 @@ class Sketch:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class EvaluatedCells:
+    """The cells of one evaluation.
+
+    ``receivers``: rows of each type; ``usable``: those of types with enough cells for explained variance; ``rows``: the
+    usable ones, one type after the other, which is the order of ``tiling`` (None without coordinates) and ``sketch``.
+    """
+
+    receivers: Mapping[str, Int64[np.ndarray, " cells"]]
+    usable: Mapping[str, Int64[np.ndarray, " cells"]]
+    rows: Int64[np.ndarray, " evaluated"]
+    tiling: Tiling | None
+    sketch: Sketch
+
+    @classmethod
+    def of(cls, access: ModelAccess, receivers: Mapping[str, Int64[np.ndarray, " cells"]]) -> EvaluatedCells:
+        """Return the cells of some receivers, with their tiles."""
+        usable = {name: rows for name, rows in receivers.items() if len(rows) >= MIN_CELLS_EXPLAINED_VARIANCE}
+        everyone = np.concatenate([*usable.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
+        tiling = None
+        if isinstance(access, LocatedAccess) and len(everyone):
+            fitted = None if access.fitted is None else access.fitted[everyone]
+            tiling = Tiling.of(access, everyone, fitted=fitted, n_types=len(usable))
+        return cls(receivers=receivers, usable=usable, rows=everyone, tiling=tiling, sketch=Sketch.of(usable))
+
+    @property
+    def n_receivers(self) -> int:
+        """Number of cells of all types, also of those with too few."""
+        return sum(len(rows) for rows in self.receivers.values())
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where the cells of each usable type are among ``rows``."""
+        ends = np.cumsum([0, *(len(rows) for rows in self.usable.values())]).tolist()
+        return {name: slice(*ends_of) for name, ends_of in zip(self.usable, pairwise(ends), strict=True)}
+
+
 def kept_moments(
     access: FactorAccess,
-    receivers: Mapping[str, Int64[np.ndarray, " cells"]],
-    everyone: Int64[np.ndarray, " all_evaluated"],
+    cells: EvaluatedCells,
     evaluated: Sequence[TypeEvaluation | None],
     outputs: HeadOutputs,
-    sketch: Sketch,
-    tiling: Tiling,
     senders: Senders | None = None,
 ) -> Moments:
-    """Return the moments and the sketch that are kept of an evaluation."""
-    types = tuple(receivers)
+    """Return the sums by tile and the sketch that are kept of an evaluation with coordinates."""
+    types, sketch, tiling = tuple(cells.receivers), cells.sketch, cells.tiling
+    assert tiling is not None  # noqa: S101, RUF100 - for the type checker
     parts = [
         (index, item.moments.by_tile)
         for index, item in enumerate(evaluated)
         if item is not None and item.moments is not None
     ]
-    rows = everyone[sketch.places]
+    rows = cells.rows[sketch.places]
     neighbours = access.neighbour_rows[rows[sketch.attended]]
     names = access.cell_names(neighbours.ravel().astype(np.int64))
     readouts = [access.readout(cell_type) for cell_type in types]
@@ -203,4 +244,72 @@ def kept_moments(
         head_gram=readouts[0].gram[1:, 1:],
         readout_offset=np.stack([readout.offset for readout in readouts]),
         readout_epsilon=np.array([readouts[0].epsilon]),
+    )
+
+
+def _interval(rows: TileSums, test: PermutationSpec, cell_type: str) -> TileBootstrap:
+    return tile_bootstrap(
+        rows,
+        confidence=test.confidence,
+        n_resamples=test.n_bootstrap,
+        seed=test.seed,
+        cell_type=cell_type,
+    )
+
+
+def intervals(
+    evaluated: Mapping[str, TypeEvaluation | None],
+    *,
+    test: PermutationSpec,
+    n_heads: int,
+    tile_width: float,
+) -> Intervals:
+    """Return confidence intervals of explained variance by resampling tiles; see :class:`Intervals`."""
+    found = [
+        None if item is None or item.moments is None else _interval(rows_of(item.moments), test, cell_type)
+        for cell_type, item in evaluated.items()
+    ]
+    nothing = np.full(n_heads + 1, np.nan)
+    low = np.stack([nothing if one is None else one.low for one in found], axis=1)
+    high = np.stack([nothing if one is None else one.high for one in found], axis=1)
+    return Intervals(
+        confidence=test.confidence,
+        n_resamples=test.n_bootstrap,
+        tile_width=tile_width,
+        n_tiles=np.array([0 if one is None else one.n_tiles for one in found], dtype=np.int64),
+        low=low[:-1],
+        high=high[:-1],
+        full_low=low[-1],
+        full_high=high[-1],
+        reasons=tuple(
+            (cell_type, one.reason)
+            for cell_type, one in zip(evaluated, found, strict=True)
+            if one is not None and one.reason is not None
+        ),
+    )
+
+
+def held_out_parts(
+    evaluated: Mapping[str, TypeEvaluation | None], *, test: PermutationSpec, n_heads: int
+) -> HeldOutParts:
+    """Return explained variance in-sample and held out, side by side; see :class:`HeldOutParts`."""
+    n_types = len(evaluated)
+    n_cells = np.zeros((2, n_types), dtype=np.int64)
+    values, low, high = (np.full((2, n_heads + 1, n_types), np.nan) for _ in range(3))
+    for index, (cell_type, item) in enumerate(evaluated.items()):
+        if item is None or item.moments is None:
+            continue
+        for part in (IN_SAMPLE, HELD_OUT):
+            rows = rows_of(item.moments, part)
+            n_cells[part, index] = rows.n_cells.sum()
+            values[part, :, index] = rows.explained_variance if len(rows.tiles) else np.nan
+            if test.n_bootstrap and len(rows.tiles):
+                found = _interval(rows, test, cell_type)
+                low[part, :, index], high[part, :, index] = found.low, found.high
+    return HeldOutParts(
+        n_cells=n_cells,
+        expl_var=values[:, :-1],
+        full=values[:, -1],
+        low=low[:, :-1],
+        high=high[:, :-1],
     )

@@ -15,7 +15,7 @@ from tests.benchmarks.engines import Source
 from tests.same_numbers import differences
 
 if TYPE_CHECKING:
-    from amici_eval.evaluation.tasks import Launcher
+    from amici_eval.evaluation.launching import Launcher
     from amici_eval.results.evaluation import HeadEvaluation
 
 

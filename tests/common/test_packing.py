@@ -20,7 +20,7 @@ from amici_eval.common.files import (
     write_pack,
     write_text_durably,
 )
-from amici_eval.evaluation.finished_parts import FinishedParts
+from amici_eval.evaluation.all_types import FinishedParts
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tests.same_numbers import differences
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from amici_eval.evaluation.ray_launcher import RayLauncher
+    from amici_eval.evaluation.launching import RayLauncher
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
 QUICK = EvaluationSpec(permutation=PermutationSpec(n_permutations=49))
@@ -222,7 +222,7 @@ def test_what_cannot_be_sent_is_named(workers):
 @pytest.mark.ray
 @needs_ray
 def test_more_workers_than_processors_are_refused(workers):
-    from amici_eval.evaluation.ray_launcher import RayLauncher
+    from amici_eval.evaluation.launching import RayLauncher
 
     with RayLauncher(LaunchSpec(kind="ray", n_workers=3)) as more, pytest.raises(LaunchError, match="cluster has 2"):
         more.prepare(5)
@@ -353,7 +353,7 @@ except LaunchError as error:
 @pytest.mark.ray
 @needs_ray
 def test_waiting_for_a_processor_is_said(workers, monkeypatch, caplog):
-    from amici_eval.evaluation import ray_launcher
+    from amici_eval.evaluation import launching
 
     class TiredError(Exception):
         pass
@@ -363,8 +363,8 @@ def test_waiting_for_a_processor_is_said(workers, monkeypatch, caplog):
             raise TiredError
 
     workers.prepare(2)
-    monkeypatch.setattr(ray_launcher, "_PATIENCE_S", 1.0)
-    with ray_launcher.RayLauncher(LaunchSpec(kind="ray")) as others, pytest.raises(TiredError):
+    monkeypatch.setattr(launching, "_PATIENCE_S", 1.0)
+    with launching.RayLauncher(LaunchSpec(kind="ray")) as others, pytest.raises(TiredError):
         evaluate_access(make_access(), QUICK, launcher=others, progress=stop_once_it_is_said)
     assert "2 of 2 workers wait for a free processor: the cluster has 2" in caplog.messages
 

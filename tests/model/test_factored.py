@@ -408,7 +408,7 @@ def test_counts_do_not_depend_on_tiles_chunks_or_threads(trained, adata, monkeyp
         (101, 17, 2, 4096),
         (None, 64, 2, 10),
     ):
-        monkeypatch.setattr("amici_eval.evaluation.tasks._SIDE_BY_SIDE_CELLS", small)
+        monkeypatch.setattr("amici_eval.evaluation.launching._SIDE_BY_SIDE_CELLS", small)
         torch.set_num_threads(n_threads)
         try:
             with opened(trained, adata) as access:

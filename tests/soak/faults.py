@@ -85,7 +85,7 @@ def _at_a_part(number: int) -> Callable[[Surroundings, random.Random], None]:
     """Interrupt the process just before or just after it keeps one of the parts."""
 
     def inject(around: Surroundings, rng: random.Random) -> None:
-        from amici_eval.evaluation.finished_parts import FinishedParts
+        from amici_eval.evaluation.all_types import FinishedParts
 
         put, left, early = FinishedParts.put, rng.randrange(around.parts), rng.random() < 0.5
 

@@ -88,7 +88,7 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
 
     from amici_eval.cli import commands as cli
     from amici_eval.cli.terminal import forget_signals
-    from amici_eval.evaluation import finished_parts
+    from amici_eval.evaluation.all_types import FinishedParts
     from amici_eval.tracking.jobs.evaluating import evaluate_job
     from amici_eval.tracking.store import tracking_errors
     from tests.builders import job_options
@@ -98,7 +98,7 @@ def _command(place: Place, *, retry_s: float, name: str, inject: Callable[[], No
     # a shell that started the soak in the background lets its children ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cli._set_up_process()
-    _keep_a_journal(place, finished_parts.FinishedParts, name)
+    _keep_a_journal(place, FinishedParts, name)
     os.chdir(place.folder)
     if inject is not None:
         inject()

@@ -14,8 +14,8 @@ import mlflow
 import pytest
 
 from amici_eval.common.errors import OutputError, TrackingError
-from amici_eval.evaluation.finished_parts import FinishedParts
-from amici_eval.evaluation.tasks import evaluate_task
+from amici_eval.evaluation.all_types import FinishedParts
+from amici_eval.evaluation.one_type import evaluate_task
 from amici_eval.settings.evaluation import (
     AblationSpec,
     EvaluationSpec,

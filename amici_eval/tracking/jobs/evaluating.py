@@ -44,7 +44,7 @@ from amici_eval.tracking.runs.unfinished import (
 from amici_eval.tracking.store import asked_again, is_missing, optional, patiently, store_errors
 
 if TYPE_CHECKING:
-    from amici_eval.evaluation.tasks import Launcher
+    from amici_eval.evaluation.launching import Launcher
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.settings.evaluation import EvaluationSpec, TrackingSpec, TrainedOnSpec
     from amici_eval.tracking.dataset import AnnDataDataset

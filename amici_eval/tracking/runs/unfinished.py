@@ -16,7 +16,7 @@ from amici_eval import __version__
 from amici_eval.common.errors import TrackingError, first_line
 from amici_eval.common.files import FolderLock, write_text_durably
 from amici_eval.common.text import mask_secrets
-from amici_eval.evaluation.finished_parts import FinishedParts
+from amici_eval.evaluation.all_types import FinishedParts
 from amici_eval.results.evaluation import FILE_NAME, SCHEMA_VERSION
 from amici_eval.results.tile_sums import MOMENTS_FILE
 from amici_eval.settings.evaluation import settings_that_matter

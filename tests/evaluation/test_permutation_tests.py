@@ -3,13 +3,48 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.evaluation import spatial_evaluation
-from amici_eval.evaluation.spatial_evaluation import spatial_test
+from amici_eval.evaluation import permutation_tests
+from amici_eval.evaluation.permutation_tests import HeadsUnderTest, TypeFactors, free_test, spatial_test
 from amici_eval.settings.evaluation import PermutationSpec
+from amici_eval.stats.permutation import nulls
 from amici_eval.stats.spatial.lag import CellPositions
-from amici_eval.stats.type_sums import principal_factors, sums_of_predictions
+from amici_eval.stats.type_sums import sums_of_predictions
 
 SAME = "predicts the same for all cells of each section"
+
+
+def free(*, n_permutations, signal=0.0, progress=None, **settings):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(60, 3, 4)).astype(np.float32)
+    asked = HeadsUnderTest(
+        cell_type="T",
+        heads=TypeFactors(factors=signal * images + rng.normal(size=images.shape), images=images, weights=None),
+        dead=np.zeros(4, dtype=bool),
+        test=PermutationSpec(**settings),
+        n_permutations=n_permutations,
+        progress=progress,
+    )
+    return free_test(asked)
+
+
+def test_fewer_permutations_than_exceedances_to_stop_at_are_all_drawn():
+    found = free(method="sequential", stop_at=20, n_permutations=9, signal=2.0)
+    assert found.n_permutations == 9
+    np.testing.assert_array_equal(found.p, 0.1)
+
+
+@pytest.mark.parametrize("settings", [{"method": "sequential"}, {"tail": "gpd"}, {"adjustment": "maxt"}])
+def test_factors_are_packed_once_and_progress_ends_at_its_total(settings, monkeypatch):
+    packed, done, pack = [], [], nulls.pack
+
+    def counted(*args, **more):
+        packed.append(1)
+        return pack(*args, **more)
+
+    monkeypatch.setattr(nulls, "pack", counted)
+    free(**settings, n_permutations=999, signal=0.5, progress=done.append)
+    assert len(packed) == 1
+    assert sum(done) == 4 * 999
 
 
 def spatial_by(null, *, n_cells=90, **settings):
@@ -21,25 +56,15 @@ def spatial_by(null, *, n_cells=90, **settings):
     heads[1] = np.repeat(rng.normal(size=(3, 6)), n_cells // 3, axis=0)
     heads[2] = 1.0
     place = CellPositions.of(rng.uniform(0.0, 100.0, (n_cells, 2)), samples=samples, n_genes=6)
-    moments = sums_of_predictions(
-        heads,
-        heads[0],
-        targets,
-        tiles=np.zeros(n_cells, dtype=np.int64),
-        place=place,
-    )
-    factors, weights = principal_factors(heads)
-    return spatial_test(
-        factors,
-        np.einsum("ng,hgr->nrh", targets - targets.mean(axis=0, dtype=np.float64), weights),
-        moments,
-        weights=weights,
-        place=place,
-        test=PermutationSpec(spatial_null=null, n_shifts=19, **settings),
+    moments = sums_of_predictions(heads, heads[0], targets, tiles=np.zeros(n_cells, dtype=np.int64), place=place)
+    asked = HeadsUnderTest(
         cell_type="T",
-        n_permutations=99,
+        heads=TypeFactors.from_principal_components(heads, targets),
         dead=np.array([False, False, True]),
+        test=PermutationSpec(spatial_null=null, n_shifts=19, **settings),
+        n_permutations=99,
     )
+    return spatial_test(asked, moments, place)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +116,7 @@ def test_default_widths_span_a_section_and_not_what_lies_between():
     apart = xy + np.where(samples == "a", 0.0, 1000.0)[:, None]
     test = PermutationSpec(spatial_null="tile")
     one, other = (
-        spatial_evaluation._widths(test, CellPositions.of(where, samples=samples, n_genes=2), 22.0)
+        permutation_tests._widths(test, CellPositions.of(where, samples=samples, n_genes=2), 22.0)
         for where in (xy, apart)
     )
     assert one == other

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from amici_eval.evaluation.inference import rows_of
+from amici_eval.evaluation.tiles import rows_of
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.type_sums import sums_of_predictions
 
