@@ -9,11 +9,11 @@ import pytest
 
 from amici_eval.common.errors import DataError, InvalidSpecError
 from amici_eval.data.simulate import PlantedEffect, TissueSpec, simulate_tissue
-from tests.model.conftest import SMALL
+from tests.conftest import small_sizes
 
 pytestmark = pytest.mark.amici
 
-SETTINGS = {"n_neighbors": 5, "seed": 1, "max_epochs": 2, "batch_size": 100, "model_params": SMALL}
+SETTINGS = {"n_neighbors": 5, "seed": 1, "max_epochs": 2, "batch_size": 100, "model_params": small_sizes(8)}
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def start_watch(model, *arguments: str) -> subprocess.Popen[str]:
 
 def test_watch_once_on_the_command_line(bare_model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "amici_eval.tracking.jobs.gating", watch_process)
-    monkeypatch.setattr("amici_eval.settings.gate.gate_key", lambda **_: watch_process.KEY)
+    monkeypatch.setattr("amici_eval.settings.comparison.gate_key", lambda **_: watch_process.KEY)
     arguments = ["watch", "--once", f"model={bare_model.name}", f"tracking.uri={bare_model.uri}"]
     assert call(*arguments, "data.uri=broken") == 2
     failed = f"models:/{bare_model.name}/2: failed: no data: there must be some; pass data.uri\n"
