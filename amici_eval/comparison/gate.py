@@ -171,6 +171,10 @@ def judge(
     ------
     ValueError
         If the comparison is not of two versions.
+
+    Notes
+    -----
+    The arguments are public and many are only kept with the verdict: they stay apart.
     """
     if comparison is not None and (comparison.kind != "versions" or len(comparison.versions) != 2):
         msg = f"a verdict takes a comparison of two versions, not of {len(comparison.versions)} {comparison.kind}"

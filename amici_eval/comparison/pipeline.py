@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -87,6 +87,7 @@ def compare(
     Heads are matched by the correlation of their contributions, each kept alone, over cells and genes, both centred
     within cell types: the assignment with the largest sum of similarities above ``spec.unmatched``. Lineages follow
     these matches from version to version.
+    The arguments are public and most are only shown with the result: they stay apart.
     """
     spec = spec or ComparisonSpec()
     n_versions = len(evaluations)
@@ -96,14 +97,7 @@ def compare(
             rule="a comparison needs at least two",
             fix="give two versions or more",
         )
-    versions: list[ComparedVersion] = []
-    matches: list[HeadMatches] = []
-    differences: list[HeadDifferences] = []
-    overall: list[Overall] = []
-    talk: list[SenderDifferences | None] = []
-    similarity: dict[tuple[int, int], Float64[np.ndarray, "before after"]] = {}
-    more = list(notes)
-    sketches: list[Moments] = []
+    found = _PairByPair(spec=spec, notes=list(notes))
     first = previous = None
     kind = "versions"
     for position, given in enumerate(evaluations):
@@ -115,64 +109,35 @@ def compare(
         label = labels[position] if labels is not None else _label(evaluation, position)
         if progress is not None:
             progress(position, n_versions, label)
-        versions.append(
-            _compared(
-                evaluation,
-                label=label,
-                run_id=None if run_ids is None else run_ids[position],
-                reused=False if reused is None else reused[position],
-            )
-        )
+        run_id = None if run_ids is None else run_ids[position]
+        was_there = False if reused is None else reused[position]
+        found.versions.append(_compared(evaluation, label=label, run_id=run_id, reused=was_there))
         if kind == "versions":
-            moments = _moments_of(evaluation, label)
-            if previous is not None:
-                _check_same_cells(previous, evaluation, versions[-2].label, label)
-                pair = (position - 1, position)
-                matches.append(matches_between(previous, evaluation, pair, spec, reseeded=_same_setup(*versions[-2:])))
-                found, whole = differences_between(previous, evaluation, matches[-1], spec)
-                differences.append(found)
-                overall.append(whole)
-                talk.append(sender_differences_between(previous, evaluation, matches[-1], spec))
-                more += _what_differs(previous, evaluation, versions[-2].label, label)
-            sketches.append(moments.without_tiles())
-            for before in range(position):
-                similarity[before, position] = (
-                    matches[-1].similarity
-                    if before == position - 1
-                    else similarity_of(sketches[before], sketches[position])
-                )
+            found.add_version(previous, evaluation)
         elif previous is not None:
-            found, whole = unpaired_differences(versions[-2], versions[-1], position, spec)
-            differences.append(found)
-            overall.append(whole)
-            talk.append(unpaired_sender_differences(previous, evaluation, position, spec))
+            found.add_data_set(previous, evaluation)
         previous = evaluation
     if progress is not None:
         progress(n_versions, n_versions, "done")
+    versions = found.versions
     if kind == "datasets" and labels is None:
         versions = [
             replace(version, label=str(version.data.get("name") or f"data {position + 1}"))
             for position, version in enumerate(versions)
         ]
-    lineages = _lineages(versions, matches, similarity, kind)
-    reseeded = [
-        matched_similarity(similarity[before, after])
-        for before, after in combinations(range(n_versions), 2)
-        if kind == "versions" and _same_setup(versions[before], versions[after])
-    ]
     known = [flag for version in versions for flag in version.held_out]
     return HeadComparison(
         kind=kind,
         versions=_named_apart(versions),
         failed=tuple(failed),
-        matches=tuple(matches),
-        differences=tuple(differences),
-        overall=tuple(overall),
-        senders=tuple(one for one in talk if one is not None),
-        lineages=lineages,
-        similarity=similarity,
+        matches=tuple(found.matches),
+        differences=tuple(found.differences),
+        overall=tuple(found.overall),
+        senders=tuple(found.senders),
+        lineages=_lineages(versions, found.matches, found.similarity, kind),
+        similarity=found.similarity,
         floor=floor,
-        reseeded=np.concatenate(reseeded) if reseeded else np.zeros(0),
+        reseeded=found.reseeded() if kind == "versions" else np.zeros(0),
         unmatched=spec.unmatched,
         margin=spec.margin,
         alpha=spec.alpha,
@@ -180,8 +145,67 @@ def compare(
         seed=spec.seed,
         cells=cells or "all evaluated cells",
         in_sample=True if False in known else None if None in known else False,
-        notes=tuple(more),
+        notes=tuple(found.notes),
     )
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class _PairByPair:
+    """What is found about consecutive evaluations; of earlier ones only the sampled cells are kept."""
+
+    spec: ComparisonSpec
+    notes: list[str]
+    versions: list[ComparedVersion] = field(default_factory=list)
+    matches: list[HeadMatches] = field(default_factory=list)
+    differences: list[HeadDifferences] = field(default_factory=list)
+    overall: list[Overall] = field(default_factory=list)
+    senders: list[SenderDifferences] = field(default_factory=list)
+    similarity: dict[tuple[int, int], Float64[np.ndarray, "before after"]] = field(default_factory=dict)
+    samples: list[Moments] = field(default_factory=list)
+
+    def add_version(self, previous: HeadEvaluation | None, evaluation: HeadEvaluation) -> None:
+        """Compare the last version with the one before it, and the similarity of its heads with all before it."""
+        position, label = len(self.versions) - 1, self.versions[-1].label
+        tile_sums = _moments_of(evaluation, label)
+        if previous is not None:
+            before = self.versions[-2]
+            _check_same_cells(previous, evaluation, before.label, label)
+            same_setup = _same_setup(before, self.versions[-1])
+            pair = (position - 1, position)
+            match = matches_between(previous, evaluation, pair, self.spec, reseeded=same_setup)
+            self.matches.append(match)
+            self._add(*differences_between(previous, evaluation, match, self.spec))
+            self._add_senders(sender_differences_between(previous, evaluation, match, self.spec))
+            self.notes += _what_differs(previous, evaluation, before.label, label)
+        self.samples.append(tile_sums.without_tiles())
+        for earlier in range(position - 1):
+            self.similarity[earlier, position] = similarity_of(self.samples[earlier], self.samples[-1])
+        if previous is not None:
+            self.similarity[position - 1, position] = self.matches[-1].similarity
+
+    def add_data_set(self, previous: HeadEvaluation, evaluation: HeadEvaluation) -> None:
+        """Compare the model on the last data set with the same model on the one before it."""
+        position = len(self.versions) - 1
+        before, after = self.versions[-2:]
+        self._add(*unpaired_differences(before, after, position, self.spec))
+        self._add_senders(unpaired_sender_differences(previous, evaluation, position, self.spec))
+
+    def reseeded(self) -> Float64[np.ndarray, " matches"]:
+        """Return matched similarities of all pairs of versions that were trained alike."""
+        found = [
+            matched_similarity(self.similarity[before, after])
+            for before, after in combinations(range(len(self.versions)), 2)
+            if _same_setup(self.versions[before], self.versions[after])
+        ]
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def _add(self, differences: HeadDifferences, overall: Overall) -> None:
+        self.differences.append(differences)
+        self.overall.append(overall)
+
+    def _add_senders(self, found: SenderDifferences | None) -> None:
+        if found is not None:
+            self.senders.append(found)
 
 
 def matched_similarity(similarity: Float64[np.ndarray, "before after"]) -> Float64[np.ndarray, " matches"]:
