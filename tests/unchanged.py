@@ -2,8 +2,8 @@
 
 ``python -m tests.unchanged COMMIT`` registers, evaluates (with both engines), compares and gates models of a simulated
 tissue and, where they lie beside the repository, of real tissue. It compares every artifact, metric, parameter and tag
-of the runs, and what the commands print: numbers to the last bit; identifiers, times and paths are masked. A folder
-that an earlier run kept may stand for the commit, whose jobs are then not run again.
+of the runs, the text of pages, and what the commands print: numbers to the last bit; identifiers, times and paths are
+masked, figures are not compared. A folder that an earlier run kept may stand for the commit.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import subprocess
 import sys
 import tempfile
 from difflib import unified_diff
+from html import unescape
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 MASKS = {
     r"tag amici_eval\.heartbeat.*": "<heartbeat>",
-    r"(?m)^ *\d+ % \(.* left$": "<progress>",
+    r"(?m)^ *\d+ % \(.* left\n": "",
+    r"(?m)^(INFO|WARNING|ERROR) [\w.]+:": "<logger>:",
     r"\b[0-9a-f]{32,64}\b|\bm-[0-9a-f]{32}\b": "<id>",
     r"(?<![\w.])(?=[0-9a-f]*[a-f])(?=[a-f]*[0-9])[0-9a-f]{8,12}\b": "<short id>",
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?( UTC|Z|\+00:00)?": "<time>",
@@ -117,13 +120,18 @@ def run_all(checkout: Path, inputs: Path, work: Path) -> None:
 
 
 def masked(path: Path) -> list[str]:
-    """Return the lines of a file, numbers as they are and masked where every run has its own."""
-    if path.suffix == ".safetensors":
-        return [f"{key} {value.dtype} {value.shape} {value.tobytes().hex()}" for key, value in load_file(path).items()]
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError:
+    """Return a file as lines: numbers as they are, masked where every run has its own; of pages the text alone."""
+    if path.suffix in (".png", ".svg"):
         return []
+    if path.suffix in (".safetensors", ".npz"):
+        arrays = load_file(path) if path.suffix == ".safetensors" else np.load(path)
+        return [f"{key} {arrays[key].dtype} {arrays[key].shape} {arrays[key].tobytes().hex()}" for key in arrays]
+    if path.suffix == ".parquet":
+        return [path.read_bytes().hex()]
+    text = path.read_text()
+    if path.suffix == ".html":
+        text = re.sub(r"(?s)<(svg|style|script)\b.*?</\1>|<[^>]*>", " ", text)
+        text = re.sub(r"\s+", " ", unescape(text)).replace(". ", ".\n")
     for pattern, mask in MASKS.items():
         text = re.sub(pattern, mask, text)
     return text.splitlines()
