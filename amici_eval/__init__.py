@@ -24,7 +24,7 @@ _EXPORTS = {
     "HeadEvaluation": "amici_eval.results.evaluation",
     "HeadEvaluationCallback": "amici_eval.tracking.training",
     "LaunchSpec": "amici_eval.settings.evaluation",
-    "Moments": "amici_eval.results.tile_sums",
+    "Moments": "amici_eval.results.moments",
     "PermutationSpec": "amici_eval.settings.evaluation",
     "PlantedEffect": "amici_eval.data.simulate",
     "Rule": "amici_eval.settings.comparison",

@@ -8,7 +8,7 @@ import numpy as np
 
 from amici_eval.results.analyses import Baselines, HeadAblations, HeldOutParts, Intervals, Senders, SpatialTests
 from amici_eval.results.evaluation import HeadEvaluation, Undefined
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.settings.evaluation import MODES, EvaluationSpec, PermutationSpec
 from amici_eval.stats.explained_variance import TileSums
 from amici_eval.stats.permutation.statistics import HeadFactors

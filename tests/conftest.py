@@ -119,11 +119,11 @@ def train_plainly(adata: AnnData, rows: np.ndarray, *, epochs: int = 4):
     import amici
     import scvi
 
-    from amici_eval.model.training import own_data_loader
+    from amici_eval.model.training import data_loader_restored
 
     own = adata.copy()
     own.obs["cell_type"] = own.obs["cell_type"].astype(str).astype("category")
-    with own_data_loader(), warnings.catch_warnings():
+    with data_loader_restored(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seed = scvi.settings.seed
         scvi.settings.seed = 0
@@ -173,9 +173,9 @@ def native(amici_dir: Path, adata: AnnData):
     """The small model as AMICI itself loads it, on a copy of the tissue."""
     import amici
 
-    from amici_eval.model.training import own_data_loader
+    from amici_eval.model.training import data_loader_restored
 
-    with own_data_loader():
+    with data_loader_restored():
         return amici.AMICI.load(str(amici_dir), adata=adata.copy())
 
 

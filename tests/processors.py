@@ -23,7 +23,7 @@ FILES = (
     "tests/data/test_files.py",
     "tests/evaluation/test_memory_ends.py",
     "tests/results/test_moments.py",
-    "tests/evaluation/test_permutation_tests.py",
+    "tests/evaluation/test_head_tests.py",
 )
 _AVX512 = "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL"
 _WITHOUT_AVX = {

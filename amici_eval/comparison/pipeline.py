@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
     from amici_eval.results.comparison import FailedVersion, SenderDifferences
-    from amici_eval.results.tile_sums import Moments
+    from amici_eval.results.moments import Moments
 
 
 def compare(
@@ -166,7 +166,7 @@ class _PairByPair:
     def add_version(self, previous: HeadEvaluation | None, evaluation: HeadEvaluation) -> None:
         """Compare the last version with the one before it, and the similarity of its heads with all before it."""
         position, label = len(self.versions) - 1, self.versions[-1].label
-        tile_sums = _moments_of(evaluation, label)
+        moments = _moments_of(evaluation, label)
         if previous is not None:
             before = self.versions[-2]
             _check_same_cells(previous, evaluation, before.label, label)
@@ -177,7 +177,7 @@ class _PairByPair:
             self._add(*differences_between(previous, evaluation, match, self.spec))
             self._add_senders(sender_differences_between(previous, evaluation, match, self.spec))
             self.notes += _what_differs(previous, evaluation, before.label, label)
-        self.samples.append(tile_sums.without_tiles())
+        self.samples.append(moments.without_tiles())
         for earlier in range(position - 1):
             self.similarity[earlier, position] = similarity_of(self.samples[earlier], self.samples[-1])
         if previous is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amici_eval.evaluation.tiles import kept_rows
+from amici_eval.evaluation.tiles import kept_sums
 from amici_eval.results.comparison import WHOLE_MODEL, HeadDifferences, HeadMatches, Overall
 from amici_eval.results.head_sample import attention_of_both, blocks_of, contributions, outputs_of, shared_by
 from amici_eval.stats.matching import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from amici_eval.results.comparison import ComparedVersion
     from amici_eval.results.evaluation import HeadEvaluation
     from amici_eval.results.head_sample import Shared
-    from amici_eval.results.tile_sums import Moments
+    from amici_eval.results.moments import Moments
     from amici_eval.settings.comparison import ComparisonSpec
 
 
@@ -114,7 +114,7 @@ def differences_between(
     found: list[TileChanges] = []
     reasons: list[tuple[str, str]] = []
     for cell_type in shared.cell_types:
-        rows = [kept_rows(moments, cell_type, shared.genes) for moments in (one, other)]
+        rows = [kept_sums(moments, cell_type, shared.genes) for moments in (one, other)]
         pair = rows[0].of_models(heads[0]), rows[1].of_models(heads[1])
         # the last pair: the whole models
         parts.append((pair[0].of_models([-1]), pair[1].of_models([-1])))

@@ -34,7 +34,7 @@ _SCALE_RATIO = 3.0
 _CELL_SPACING = (1.0, 50.0)
 
 
-def check_type(adata: object) -> None:
+def check_is_anndata(adata: object) -> None:
     """Refuse anything but an AnnData, and an empty one."""
     from anndata import AnnData
 

@@ -16,10 +16,10 @@ from amici_eval.data.checks import (
     align_genes,
     check_cell_names,
     check_expression,
+    check_is_anndata,
     check_known,
     check_neighbours,
     check_scale,
-    check_type,
     chosen_cells,
     compare_with_training,
     coordinates_of,
@@ -111,7 +111,7 @@ class Tissue:
 @memory_errors_explained("preparing the tissue", "cpu")
 def prepare(adata: AnnData, card: ModelCard, spec: DataSpec) -> Tissue:
     """Check that an AnnData can be evaluated with a model, and return it as the model sees it."""
-    check_type(adata)
+    check_is_anndata(adata)
     notes: list[str] = []
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
     check_cell_names(adata)

@@ -11,9 +11,9 @@ import numpy as np
 
 from amici_eval.common.files import PARTIAL_SUFFIX, DamagedPackError, read_pack, write_durably, write_pack
 from amici_eval.evaluation.baselines import evaluate_baselines
+from amici_eval.evaluation.head_tests import FreeTest, TypeSpatial
 from amici_eval.evaluation.launching import evaluate_here, side_by_side_types
 from amici_eval.evaluation.one_type import TypeEvaluation, TypeTask
-from amici_eval.evaluation.permutation_tests import FreeTest, TypeSpatial
 from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Meter, Progress, TissueAccess
 from amici_eval.evaluation.senders import WHY_NOT, evaluate_senders
 from amici_eval.evaluation.tiles import EvaluatedCells, kept_moments
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from amici_eval.evaluation.launching import Launcher
     from amici_eval.evaluation.one_type import TypeSettings
     from amici_eval.model.engines.hooked import ModelAccess
-    from amici_eval.results.tile_sums import Moments
+    from amici_eval.results.moments import Moments
     from amici_eval.settings.evaluation import EvaluationSpec
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _file_name(name: str) -> str:
 class Types:
     """Results of the evaluation of all types.
 
-    ``evaluated`` is in the order of the receivers, None for a type with too few cells. ``tile_sums`` and ``senders``
+    ``evaluated`` is in the order of the receivers, None for a type with too few cells. ``moments`` and ``senders``
     are from the factored engine; ``trivial`` (predictors without heads) and ``tile_width`` (coordinate units) need
     known positions. ``held_out``: by type, whether the model was fitted on none of its evaluated cells, None if
     unknown.
@@ -126,7 +126,7 @@ class Types:
 
     evaluated: list[TypeEvaluation | None]
     undefined: list[Undefined]
-    tile_sums: Moments | None = None
+    moments: Moments | None = None
     trivial: Baselines | None = None
     senders: Senders | None = None
     tile_width: float | None = None
@@ -172,7 +172,7 @@ def evaluate_types(
     return Types(
         evaluated=evaluated,
         undefined=_undefined(access, receivers, found),
-        tile_sums=None
+        moments=None
         if factors is None or outputs is None
         else kept_moments(factors, cells, evaluated, outputs, senders),
         trivial=run.trivial(tissue, evaluated) if tissue is not None and spec.ablation.baselines else None,
@@ -341,8 +341,7 @@ class _Run:
             return trivial
         nothing = np.full(access.card.n_heads + 1, np.nan)
         without_nearest = [
-            nothing if item is None or item.moments is None else item.moments.explained_without_nearest
-            for item in evaluated
+            nothing if item is None or item.sums is None else item.sums.explained_without_nearest for item in evaluated
         ]
         trivial = evaluate_baselines(
             access,

@@ -148,7 +148,7 @@ def import_ray() -> Any:
     return ray
 
 
-def check_answers(address: str) -> None:
+def check_listens(address: str) -> None:
     """Raise OSError if nothing listens at an address, because Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
@@ -264,7 +264,7 @@ class RayLauncher:
         self._idle: list[Any] = []
         self._workers: list[Any] = []
         self._starting: dict[Any, Any] = {}
-        self._connected = False
+        self._opened_here = False
         self._folder: str | None = None
         self._numbers = itertools.count()
 
@@ -283,8 +283,8 @@ class RayLauncher:
                 self._ray.kill(worker, no_restart=True)
         finally:
             self._idle, self._workers, self._starting = [], [], {}
-            if self._connected:
-                self._connected = False
+            if self._opened_here:
+                self._opened_here = False
                 with own_handlers():
                     self._ray.shutdown()
                 if self._folder is not None:
@@ -355,7 +355,7 @@ class RayLauncher:
                 if self._spec.address is None:
                     self._start_cluster()
                 else:
-                    check_answers(self._spec.address)
+                    check_listens(self._spec.address)
                     self._ray.init(address=self._spec.address, **_QUIET)
         except (OSError, RuntimeError, ValueError) as error:
             self._ray.shutdown()
@@ -370,7 +370,7 @@ class RayLauncher:
                 rule="a cluster of our own must start on this machine",
                 fix=f"see the logs in {self._folder}, or leave out launch=ray",
             ) from error
-        self._connected = True
+        self._opened_here = True
 
     def _start_cluster(self) -> None:
         # not /tmp/ray, which may belong to another user; paths of sockets must be short

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from amici_eval.evaluation.permutation_tests import (
+from amici_eval.evaluation.head_tests import (
     FreeTest,
     HeadsUnderTest,
     TypeFactors,
@@ -95,7 +95,7 @@ class TypeEvaluation:
     spatial: TypeSpatial | None = None
     ablations: dict[str, Float64[np.ndarray, " heads"]] = field(default_factory=dict)
     catalogue: TypeAblations | None = None
-    moments: TypeSums | None = None
+    sums: TypeSums | None = None
     not_finite: tuple[int, ...] = ()
 
 
@@ -154,7 +154,7 @@ def _by_hooks(
     explained = np.array([fit.aggregated for fit in fits])
     no_test = _why_no_test(len(task.rows), constant_genes)
     dead = np.array([_is_dead(prediction) for prediction in heads])
-    tile_sums = sums_of_predictions(heads, predictions[n_heads], targets, tiles=task.keys, place=place)
+    type_sums = sums_of_predictions(heads, predictions[n_heads], targets, tiles=task.keys, place=place)
     free = spatial = None
     if no_test is None:
         test, n_permutations, device = settings.test, settings.n_permutations, access.statistics_device
@@ -180,7 +180,7 @@ def _by_hooks(
         if place is not None:
             factors = TypeFactors.from_principal_components(heads, targets)
             asked = under_test(heads=factors, dead=dead, progress=lambda _: on_permutations(0))
-            spatial = spatial_test(asked, tile_sums, place)
+            spatial = spatial_test(asked, type_sums, place)
     ablations = {"keep_one": explained[:n_heads]}
     if without:
         ablations["leave_one_out"] = explained[n_heads + 2 :]
@@ -197,7 +197,7 @@ def _by_hooks(
         no_test=no_test,
         spatial=spatial,
         ablations=ablations,
-        moments=tile_sums.without_cells(),
+        sums=type_sums.without_cells(),
     )
 
 
@@ -214,21 +214,21 @@ def _by_factors(
 ) -> TypeEvaluation:
     """Evaluate one type from z, without forming predictions of cells x genes."""
     readout = access.readout(task.cell_type)
-    tile_sums = _sums_by_tile(access, task, z, readout, place)
-    explained, target_ss = tile_sums.by_tile.explained_variance, tile_sums.by_tile.target_ss
-    constant_genes = ~tile_sums.by_tile.varies
+    type_sums = _sums_by_tile(access, task, z, readout, place)
+    explained, target_ss = type_sums.by_tile.explained_variance, type_sums.by_tile.target_ss
+    constant_genes = ~type_sums.by_tile.varies
     finite_heads = np.isfinite(z).all(axis=0).reshape(access.card.n_heads, -1).all(axis=1)
     not_finite = tuple(np.flatnonzero(~finite_heads).tolist())
-    catalogue = None if not_finite else _catalogue(access, task, z, tile_sums, readout, settings)
+    catalogue = None if not_finite else _catalogue(access, task, z, type_sums, readout, settings)
     # a comparison with NaN is False, so that predictions that are not finite are dead
-    alive = tile_sums.predicted_ss > DEAD_TOLERANCE**2 * tile_sums.predicted_size
+    alive = type_sums.predicted_ss > DEAD_TOLERANCE**2 * type_sums.predicted_size
     no_test = _why_no_test(len(task.rows), constant_genes)
     free = spatial = None
     if no_test is None:
         under_test = partial(
             HeadsUnderTest,
             cell_type=task.cell_type,
-            heads=TypeFactors.from_z(z, tile_sums, readout),
+            heads=TypeFactors.from_z(z, type_sums, readout),
             test=settings.test,
             n_permutations=settings.n_permutations,
             device=access.statistics_device,
@@ -238,23 +238,23 @@ def _by_factors(
         alive &= ~np.isnan(free.p)
         if place is not None:
             asked = under_test(dead=~alive, progress=lambda _: on_permutations(0))
-            spatial = spatial_test(asked, tile_sums, place)
+            spatial = spatial_test(asked, type_sums, place)
     # without heads a prediction is the same for all cells, so it explains nothing
     none = 0.0 if target_ss > 0.0 else float("nan")
     ablations = {} if catalogue is None else {mode: getattr(catalogue, mode) for mode in settings.modes}
     return TypeEvaluation(
-        expl_var_gene=tile_sums.by_tile.explained_variance_gene[:-1],
+        expl_var_gene=type_sums.by_tile.explained_variance_gene[:-1],
         expl_var=explained[:-1],
         full=float("nan") if not_finite else float(explained[-1]),
         none=none if catalogue is None else catalogue.none,
         constant_genes=constant_genes,
         free=free,
-        dead={} if no_test is not None else _why_dead(~alive, np.isfinite(tile_sums.predicted_ss)),
+        dead={} if no_test is not None else _why_dead(~alive, np.isfinite(type_sums.predicted_ss)),
         no_test=no_test,
         spatial=spatial,
         ablations={**ablations, "keep_one": explained[:-1]},
         catalogue=catalogue,
-        moments=tile_sums.without_cells(),
+        sums=type_sums.without_cells(),
         not_finite=not_finite,
     )
 
@@ -287,16 +287,16 @@ def _catalogue(
     access: FactorAccess,
     task: TypeTask,
     z: Float32[np.ndarray, "cells outputs"],
-    tile_sums: TypeSums,
+    type_sums: TypeSums,
     readout: Readout,
     settings: TypeSettings,
 ) -> TypeAblations | None:
     """Return the ablations besides keep-one, which the sums by tile give gene by gene; None if there are none."""
     others = [mode for mode in settings.modes if mode != "keep_one"]
-    if not others or not tile_sums.by_tile.target_ss > 0.0:
+    if not others or not type_sums.by_tile.target_ss > 0.0:
         return None
     return ablate(
-        AblatedCells(z=z, projected=tile_sums.projected, target_ss=tile_sums.by_tile.target_ss, readout=readout),
+        AblatedCells(z=z, projected=type_sums.projected, target_ss=type_sums.by_tile.target_ss, readout=readout),
         modes=others,
         seed=settings.test.seed,
         cell_type=task.cell_type,

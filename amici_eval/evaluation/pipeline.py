@@ -10,8 +10,8 @@ import numpy as np
 
 from amici_eval.common.errors import DataError
 from amici_eval.evaluation.all_types import evaluate_types
+from amici_eval.evaluation.head_tests import adjusted_free, spatial_tests
 from amici_eval.evaluation.one_type import TypeSettings
-from amici_eval.evaluation.permutation_tests import adjusted_free, spatial_tests
 from amici_eval.evaluation.protocols import FactorAccess, LocatedAccess, Progress
 from amici_eval.evaluation.tiles import held_out_parts, intervals
 from amici_eval.results.analyses import HeadAblations
@@ -213,7 +213,7 @@ def evaluate_access(
         ablations=_ablations(found.evaluated, modes, access.card.n_heads),
         trivial=found.trivial,
         senders=found.senders,
-        moments=found.tile_sums,
+        moments=found.moments,
         **_explained(found, access),
         **_free_tests(found, access, test),
         **_spatial_and_intervals(receivers, found, access, test),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amici_eval.evaluation.tiles import kept_rows, tile_of
+from amici_eval.evaluation.tiles import kept_sums, tile_of
 from amici_eval.results.analyses import Senders
 from amici_eval.results.comparison import SenderDifferences
 from amici_eval.stats.cell_chunks import over_blocks
@@ -72,7 +72,7 @@ def evaluate_senders(
             reason = found.fill(
                 at,
                 [batch[place] for place in near],
-                _moments(access, cell_type, rows, z, tiles[own]) if near else [],
+                _masked_sums(access, cell_type, rows, z, tiles[own]) if near else [],
                 test=test,
                 label=cell_type,
             )
@@ -122,23 +122,23 @@ class _SenderLosses:
         self,
         at: int,
         senders: Sequence[int],
-        moments: list[TileSums],
+        sums: list[TileSums],
         *,
         test: PermutationSpec,
         label: str,
     ) -> str | None:
         """Fill in a receiver type without each of some senders; return the reason if something has no value."""
-        if not moments:
+        if not sums:
             return None
-        if not moments[0].varies.any():
-            return f"no gene varies over the {moments[0].n_cells.sum()} cells"
+        if not sums[0].varies.any():
+            return f"no gene varies over the {sums[0].n_cells.sum()} cells"
         # heads that are not finite are left out; the resamples of the others do not change
-        finite = np.all([np.isfinite(one.residual_m2).all(axis=(0, 2)) for one in moments], axis=0)
+        finite = np.all([np.isfinite(one.residual_m2).all(axis=(0, 2)) for one in sums], axis=0)
         heads = np.flatnonzero(
-            np.all([finite, *(np.isfinite(one.residual_mean).all(axis=(0, 2)) for one in moments)], axis=0)
+            np.all([finite, *(np.isfinite(one.residual_mean).all(axis=(0, 2)) for one in sums)], axis=0)
         )
         reason = "the predictions of some heads are not finite" if len(heads) < len(finite) else None
-        whole, *masked = (one.of_models(heads) for one in moments)
+        whole, *masked = (one.of_models(heads) for one in sums)
         change = ChangeTest(
             confidence=test.confidence,
             n_resamples=max(1, test.n_bootstrap),
@@ -185,7 +185,7 @@ class _SenderLosses:
         )
 
 
-def _moments(
+def _masked_sums(
     access: FactorAccess,
     cell_type: str,
     rows: Int64[np.ndarray, " cells"],
@@ -232,7 +232,7 @@ def sender_differences_between(
         if why_none is not None:
             reasons.append((cell_type, "", why_none))
             continue
-        rows = kept_rows(one, cell_type, before.genes)
+        rows = kept_sums(one, cell_type, before.genes)
         cells = rows.n_cells.astype(np.float64)
         target = rows.target_squares[:, rows.varies].sum(axis=1)
         losses = [

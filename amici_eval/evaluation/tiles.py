@@ -11,7 +11,7 @@ import numpy as np
 
 from amici_eval.evaluation.protocols import LocatedAccess
 from amici_eval.results.analyses import HeldOutParts, Intervals
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.stats.explained_variance import MIN_CELLS_EXPLAINED_VARIANCE, TileSums, squares_about
 from amici_eval.stats.spatial.tiles import square_tiles, tile_side
 from amici_eval.stats.tile_tests import tile_bootstrap
@@ -82,14 +82,14 @@ _ROUNDING = 1e-10
 """Share of a gene's squares below which its variance is float32 rounding of a constant."""
 
 
-def rows_of(moments: TypeSums, part: int | None = None) -> TileSums:
+def sums_of_part(sums: TypeSums, part: int | None = None) -> TileSums:
     """Return the sums of a type by tile, of both parts together or of one; the whole model is the last."""
-    sums = moments.by_tile
-    chosen = np.ones(len(sums.tiles), dtype=bool) if part is None else part_of(sums.tiles) == part
-    return sums.merged(tile_of(sums.tiles), chosen)
+    by_tile = sums.by_tile
+    chosen = np.ones(len(by_tile.tiles), dtype=bool) if part is None else part_of(by_tile.tiles) == part
+    return by_tile.merged(tile_of(by_tile.tiles), chosen)
 
 
-def kept_rows(moments: Moments, cell_type: str, genes: Sequence[str]) -> TileSums:
+def kept_sums(moments: Moments, cell_type: str, genes: Sequence[str]) -> TileSums:
     """Return the kept moments of a type by tile, of some genes in the given order, for both parts together.
 
     Kept moments are float32: a gene varies if its variance over the type exceeds the rounding of a constant.
@@ -195,9 +195,7 @@ def kept_moments(
     types, sketch, tiling = tuple(cells.receivers), cells.sketch, cells.tiling
     assert tiling is not None  # noqa: S101, RUF100 - for the type checker
     parts = [
-        (index, item.moments.by_tile)
-        for index, item in enumerate(evaluated)
-        if item is not None and item.moments is not None
+        (index, item.sums.by_tile) for index, item in enumerate(evaluated) if item is not None and item.sums is not None
     ]
     rows = cells.rows[sketch.places]
     neighbours = access.neighbour_rows[rows[sketch.attended]]
@@ -266,7 +264,7 @@ def intervals(
 ) -> Intervals:
     """Return confidence intervals of explained variance by resampling tiles; see :class:`Intervals`."""
     found = [
-        None if item is None or item.moments is None else _interval(rows_of(item.moments), test, cell_type)
+        None if item is None or item.sums is None else _interval(sums_of_part(item.sums), test, cell_type)
         for cell_type, item in evaluated.items()
     ]
     nothing = np.full(n_heads + 1, np.nan)
@@ -297,10 +295,10 @@ def held_out_parts(
     n_cells = np.zeros((2, n_types), dtype=np.int64)
     values, low, high = (np.full((2, n_heads + 1, n_types), np.nan) for _ in range(3))
     for index, (cell_type, item) in enumerate(evaluated.items()):
-        if item is None or item.moments is None:
+        if item is None or item.sums is None:
             continue
         for part in (IN_SAMPLE, HELD_OUT):
-            rows = rows_of(item.moments, part)
+            rows = sums_of_part(item.sums, part)
             n_cells[part, index] = rows.n_cells.sum()
             values[part, :, index] = rows.explained_variance if len(rows.tiles) else np.nan
             if test.n_bootstrap and len(rows.tiles):

@@ -348,7 +348,7 @@ class TrainedAMICI:
         from amici import AMICI
         from anndata import AnnData
 
-        from amici_eval.model.training import give_own_data_splitter, own_data_loader
+        from amici_eval.model.training import data_loader_restored, give_own_data_splitter
 
         tissue, card = self._tissue(adata), self.card
         categories = values_of(self.registry["field_registries"]["labels"]["state_registry"]["categorical_mapping"])
@@ -361,7 +361,7 @@ class TrainedAMICI:
         if card.cell_radius_key is not None:
             own.obs[card.cell_radius_key] = tissue.radii
         registry = with_arrays(self.registry)
-        with own_data_loader(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_fit_setup():
+        with data_loader_restored(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_fit_setup():
             # types that this tissue lacks warn of empty means; the saved profiles replace all means
             warnings.simplefilter("ignore")
             AMICI.setup_anndata(own, source_registry=registry, **registry["setup_args"])

@@ -194,7 +194,7 @@ def _undisturbed_process() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _CHATTY_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
-        with own_data_loader(), warnings.catch_warnings(), torch.random.fork_rng():
+        with data_loader_restored(), warnings.catch_warnings(), torch.random.fork_rng():
             # warnings on workers, small batches and deprecations, on which a caller cannot act
             warnings.simplefilter("ignore")
             for logger in loggers:
@@ -209,7 +209,7 @@ def _undisturbed_process() -> Iterator[None]:
 
 
 @contextmanager
-def own_data_loader() -> Iterator[None]:
+def data_loader_restored() -> Iterator[None]:
     """Restore scvi-tools' data loader after the body.
 
     ``AMICI.__init__`` sets ``DataSplitter.data_loader_cls`` for the whole process, so that any other scvi-tools model

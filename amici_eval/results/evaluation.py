@@ -26,7 +26,7 @@ from amici_eval.results.frames import (
     SENDER_COLUMNS,
     SENDER_GENE_COLUMNS,
 )
-from amici_eval.results.tile_sums import MOMENTS_FILE, Moments
+from amici_eval.results.moments import MOMENTS_FILE, Moments
 from amici_eval.settings.evaluation import ENGINES, SAMPLINGS
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from amici_eval.stats.spatial.tiles import balanced_blocks
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
-    from amici_eval.results.tile_sums import Moments
+    from amici_eval.results.moments import Moments
 
 _HALVINGS = 3
 """Three halvings give eight blocks of tissue: nearly independent, and enough for a p of 1/256."""

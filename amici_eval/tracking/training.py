@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError, first_line
-from amici_eval.data.checks import check_type, chosen_cells, obs_column
+from amici_eval.data.checks import check_is_anndata, chosen_cells, obs_column
 from amici_eval.data.tissue import cells_found, prepare
 from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
@@ -76,9 +76,10 @@ def cells_to_evaluate(
     n_cells: int,
     seed: int,
 ) -> TrainingCells:
-    """Choose up to ``n_cells`` cells of a part of the split (``None``: all, or not known), in equal shares of types.
+    """Choose up to ``n_cells`` cells of a part of the split (``None`` or empty: all), in equal shares of types.
 
-    Shares are equal, not proportional: a curve is drawn for each type, and each needs enough cells.
+    ``cells`` is the name of the part. Shares are equal, not proportional: a curve is drawn for each type, and each
+    needs enough cells.
     """
     names = np.asarray(adata.obs_names.astype(str), dtype=object)
     part = None if part is None or not part.any() else part
@@ -323,7 +324,7 @@ class HeadEvaluationCallback(Callback):
                 fix="pass the object whose train() gets this callback",
             )
         if adata is not None:
-            check_type(adata)
+            check_is_anndata(adata)
         self.every_n_epochs, self.max_share = every_n_epochs, max_share
         self.n_cells, self.cells = n_cells, cells
         self.spec = _cheap() if spec is None else spec

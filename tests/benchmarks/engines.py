@@ -80,14 +80,14 @@ class Source:
         from scipy import sparse
 
         from amici_eval.model.checkpoint import TrainedAMICI
-        from amici_eval.model.training import own_data_loader
+        from amici_eval.model.training import data_loader_restored
 
         adata = anndata.read_h5ad(self.data)
         if not self.is_amici:
             return TrainedAMICI.load(Path(self.model)).bind(adata)
         if sparse.issparse(adata.X):
             adata.X = adata.X.toarray()
-        with own_data_loader():
+        with data_loader_restored():
             return amici.AMICI.load(self.model, adata=adata)
 
     @property

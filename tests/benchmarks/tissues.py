@@ -180,12 +180,12 @@ def random_model(
     from amici import AMICI
 
     from amici_eval.model.checkpoint import TrainedAMICI
-    from amici_eval.model.training import own_data_loader
+    from amici_eval.model.training import data_loader_restored
 
     own = adata.copy()
     if not isinstance(own.X, np.ndarray):
         own.X = own.X.toarray()
-    with own_data_loader(), torch.random.fork_rng():
+    with data_loader_restored(), torch.random.fork_rng():
         torch.manual_seed(seed)
         AMICI.setup_anndata(own, labels_key="cell_type", coord_obsm_key="spatial", n_neighbors=n_neighbors)
         model = AMICI(own, n_heads=n_heads, n_head_size=head_size, distance_kernel_unit_scale=10.0, **dims)

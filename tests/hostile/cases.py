@@ -76,6 +76,6 @@ def read(kind: str, target: Path) -> None:
         coordinates_of(adata, "spatial")
         expression_matrix(adata, None)
     else:
-        from amici_eval.results.tile_sums import Moments
+        from amici_eval.results.moments import Moments
 
         Moments.load(target)

@@ -14,7 +14,7 @@ from amici_eval.cli.config import check_override, hydra_override, project_overri
 from amici_eval.common.errors import AmiciEvalError
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.results.verdict import RuleResult, Verdict
 from amici_eval.settings.comparison import gate_spec_from
 from amici_eval.settings.evaluation import spec_from_mapping

@@ -49,11 +49,11 @@ def make_amici() -> Callable[..., Any]:
     import torch
     from amici import AMICI
 
-    from amici_eval.model.training import own_data_loader
+    from amici_eval.model.training import data_loader_restored
 
     def make(adata: AnnData, *, cls: type = AMICI, trained: bool = True, **setup: Any) -> Any:
         keys = {"labels_key": "cell_type", "coord_obsm_key": "spatial", "n_neighbors": 6, **setup}
-        with own_data_loader(), torch.random.fork_rng(devices=[]):
+        with data_loader_restored(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             cls.setup_anndata(adata, **keys)
             model = cls(adata, **small_sizes(8))

@@ -18,7 +18,7 @@ from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.engines.opening import open_access
 from amici_eval.model.manifest import write_manifest
-from amici_eval.model.training import own_data_loader
+from amici_eval.model.training import data_loader_restored
 from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
@@ -521,7 +521,7 @@ def test_rows_of_another_anndata_name_no_cells(make_amici, adata, tmp_path, capl
     part = part_of(adata)
     native = make_amici(part)
     native.save(str(tmp_path), overwrite=True)
-    with own_data_loader():
+    with data_loader_restored():
         model = amici.AMICI.load(str(tmp_path), adata=adata)
     test = PermutationSpec(n_permutations=20, spatial_null="none", n_bootstrap=0)
     unknown = evaluate(model, adata, EvaluationSpec(permutation=test))
@@ -560,7 +560,7 @@ def test_a_model_bound_to_all_and_saved_again_does_not_take_other_rows(make_amic
 
     part = part_of(adata)
     make_amici(part).save(str(tmp_path / "part"))
-    with own_data_loader():
+    with data_loader_restored():
         amici.AMICI.load(str(tmp_path / "part"), adata=adata.copy()).save(str(tmp_path / "all"))
     with pytest.raises(DataError, match=r"differs by up to .*register\.trained_on\.key=in_test"):
         read_amici_directory(tmp_path / "all", adata=adata, trust=False)

@@ -11,7 +11,7 @@ import torch
 from amici_eval.common.errors import DataError
 from amici_eval.comparison.pipeline import compare
 from amici_eval.evaluation.pipeline import evaluate
-from amici_eval.evaluation.tiles import kept_rows
+from amici_eval.evaluation.tiles import kept_sums
 from amici_eval.model.checkpoint import read_amici_directory, untrained_like
 from amici_eval.results.comparison import HeadComparison
 from amici_eval.settings.comparison import ComparisonSpec
@@ -227,7 +227,7 @@ def test_who_talks_to_whom_is_compared_head_by_head(trained, adata, talking, tmp
     for evaluation in (one, same):
         moments = evaluation.moments
         for at, cell_type in enumerate(evaluation.cell_types):
-            rows = kept_rows(moments, cell_type, moments.genes)
+            rows = kept_sums(moments, cell_type, moments.genes)
             target = rows.target_squares[:, rows.varies].sum()
             lost = moments.lost_squares[:, at].sum(axis=2) / target
             np.testing.assert_allclose(lost, evaluation.senders.effect[:, at], atol=1e-5)

@@ -21,7 +21,7 @@ from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.folding import fold_encoder
 from amici_eval.model.engines.hooked import added_hook, faint_attention_is_zero, keep_heads, why_not_factored
 from amici_eval.model.engines.opening import open_access
-from amici_eval.model.training import own_data_loader
+from amici_eval.model.training import data_loader_restored
 from amici_eval.settings.evaluation import AblationSpec, DataSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.stats.explained_variance import explained_variance
 from amici_eval.stats.permutation.permutations import PermutationStream
@@ -543,7 +543,7 @@ def test_nothing_handed_in_changes(native, adata):
     state = torch.get_rng_state()
     quick = on_cpu(5)
     native.module.train()
-    with own_data_loader(), opened(native, adata) as access:
+    with data_loader_restored(), opened(native, adata) as access:
         evaluate_access(access, quick)
     assert native.module.training
     assert all(torch.equal(before[name], tensor) for name, tensor in native.module.state_dict().items())

@@ -17,7 +17,7 @@ from amici_eval.evaluation.pipeline import evaluate
 from amici_eval.model.cards import card_of
 from amici_eval.model.checkpoint import TrainedAMICI, read_amici_directory
 from amici_eval.model.engines.opening import open_access
-from amici_eval.model.training import own_data_loader
+from amici_eval.model.training import data_loader_restored
 from amici_eval.settings.evaluation import (
     AblationSpec,
     DataSpec,
@@ -151,7 +151,7 @@ def compare(
 def load(folder, adata):
     import amici
 
-    with own_data_loader():
+    with data_loader_restored():
         return amici.AMICI.load(str(folder), adata=adata)
 
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from amici_eval.common.errors import DataError
 from amici_eval.common.text import slugify
 from amici_eval.results.evaluation import HeadEvaluation
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.settings.evaluation import MODES, ReportSpec
 from amici_eval.tracking.jobs.evaluating import load_evaluation
 from amici_eval.tracking.runs.delivery import deliver, evaluation_metrics, write_artifacts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from amici_eval.common.errors import DataError
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.stats.explained_variance import squares_about
 from amici_eval.stats.readout import Readout
 from amici_eval.stats.spatial.tiles import square_tiles

@@ -26,7 +26,7 @@ from amici_eval.results.evaluation import (
     HeadEvaluation,
     Undefined,
 )
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.settings.evaluation import MODES
 from tests.builders import AWKWARD_TYPES, make_evaluation, make_moments
 

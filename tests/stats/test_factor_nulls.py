@@ -165,7 +165,7 @@ def test_float32_sums_are_within_their_bound(shift, monkeypatch):
         statistics._panels(pair, values, size) for values, size in ((pair.factors, 16), (pair.images, kernels.ROWS))
     ]
     found = statistics._gram_sums(orders, *panels, 0, 13)
-    exact = statistics.exact_sums(pair, stream(100).key(), np.arange(50)).T
+    exact = statistics.float64_sums(pair, stream(100).key(), np.arange(50)).T
     error = np.abs(found - exact).max(axis=1)
     assert np.all(error > 0)
     assert np.all(error <= (33 + 8 + 2) * 2.0**-24 * pair.sizes)
@@ -177,7 +177,7 @@ def test_the_sums_of_the_kernel_are_the_direct_sums():
     pair = statistics.pack(heads_of(factors, images))
     numbers = np.array([kernels.IDENTITY, 0, 7, 2**40, 3])
     orders = [np.arange(19), *(stream(19).batch(number, number + 1)[0] for number in numbers[1:])]
-    found = statistics.exact_sums(pair, stream(19).key(), numbers)
+    found = statistics.float64_sums(pair, stream(19).key(), numbers)
     for head in range(21):
         f, z = (pair.of_head(values, head).astype(np.float64) for values in (pair.factors, pair.images))
         np.testing.assert_allclose(found[:, head], [np.sum(f[order] * z) for order in orders], rtol=1e-12, atol=1e-12)
@@ -360,7 +360,7 @@ def test_an_interrupt_drops_what_is_queued(monkeypatch):
     monkeypatch.setattr(statistics, "TASK_PRODUCTS", 1)
     use_form("factor", monkeypatch)
     factors, images = draw(2, n_cells=500)
-    done, sums = [], statistics.exact_sums
+    done, sums = [], statistics.float64_sums
 
     def slowly(*arguments):
         done.append(1)
@@ -369,7 +369,7 @@ def test_an_interrupt_drops_what_is_queued(monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(statistics, "exact_sums", slowly)
+    monkeypatch.setattr(statistics, "float64_sums", slowly)
     with pytest.raises(KeyboardInterrupt):
         count(factors, images, n_permutations=40_000, n_threads=2, progress=interrupt)
     assert len(done) < 5_000

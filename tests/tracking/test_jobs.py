@@ -18,7 +18,7 @@ from amici_eval.data.files import content_digest
 from amici_eval.data.tissue import prepare
 from amici_eval.model.engines.hooked import neighbours
 from amici_eval.results.evaluation import GENE_COLUMNS, HEAD_COLUMNS
-from amici_eval.results.tile_sums import Moments
+from amici_eval.results.moments import Moments
 from amici_eval.settings.evaluation import (
     DataSpec,
     EvaluationSpec,

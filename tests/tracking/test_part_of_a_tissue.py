@@ -76,10 +76,10 @@ def test_the_same_in_python(road, store):
     import amici
 
     import amici_eval
-    from amici_eval.model.training import own_data_loader
+    from amici_eval.model.training import data_loader_restored
 
     folder, adata, fitted, first = road
-    with own_data_loader():
+    with data_loader_restored():
         whole = amici.AMICI.load(str(folder / "first"), adata=adata.copy(), prefix="run1_")
     said = amici_eval.TrainedOnSpec(key="in_test", value="false")
     logged = {

@@ -63,9 +63,9 @@ def untrained(adata):
     """Return an AMICI with random weights, always the same."""
     from amici import AMICI
 
-    from amici_eval.model.training import give_own_data_splitter, own_data_loader
+    from amici_eval.model.training import data_loader_restored, give_own_data_splitter
 
-    with own_data_loader(), torch.random.fork_rng(devices=[]):
+    with data_loader_restored(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         AMICI.setup_anndata(adata, labels_key="cell_type", coord_obsm_key="spatial", n_neighbors=6)
         model = AMICI(adata, **small_sizes(8))

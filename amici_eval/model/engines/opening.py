@@ -62,9 +62,9 @@ def _other_sources(card: ModelCard) -> tuple[str, ...]:
 
 def _own_tensors(model: Any, rows: Int64[np.ndarray, " cells"]) -> dict[str, torch.Tensor]:
     """Return the tensors of a live model's own loader, for classes that need more than AMICI's."""
-    from amici_eval.model.training import own_data_loader
+    from amici_eval.model.training import data_loader_restored
 
-    with own_data_loader():
+    with data_loader_restored():
         loader = model._make_data_loader(adata=model.adata, indices=rows, batch_size=len(rows))
         (tensors,) = loader
     return dict(tensors)

@@ -79,7 +79,7 @@ def write_html(
         ablations=_ablations(evaluation),
         genes=_significant_genes(evaluation),
         senders=_senders(evaluation),
-        scale=_scale(evaluation),
+        scale=_scale_and_power(evaluation),
         widths=_widths(evaluation),
         undefined=undefined_sentences(evaluation),
         figures=figures or {},
@@ -336,7 +336,7 @@ def _senders(evaluation: HeadEvaluation) -> Record | None:
     return {"rows": rows, "n_links": len(links), "n_tests": n_tests, "confidence": found.confidence}
 
 
-def _scale(evaluation: HeadEvaluation) -> list[Record]:
+def _scale_and_power(evaluation: HeadEvaluation) -> list[Record]:
     """Return the correlation length, effective sample size and detectable effect of each type, and its tiles."""
     spatial, bounds = evaluation.spatial, evaluation.intervals
     rows = []

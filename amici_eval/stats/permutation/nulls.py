@@ -25,8 +25,8 @@ from amici_eval.stats.permutation.statistics import (
     compiled_statistics,
     cpu_kernels,
     cyclic_statistics,
-    exact_statistics,
     float64_device,
+    float64_statistics,
     identity_statistics,
     pack,
     torch_statistics,
@@ -279,7 +279,7 @@ class FactorDraw:
             statistics[first - start : last - start, group.pair.heads] += sums * group.units
 
         tasks = (
-            partial(exact_statistics, group.pair, group.stream, first, last, device=self.device)
+            partial(float64_statistics, group.pair, group.stream, first, last, device=self.device)
             for group, first, last in pieces
         )
         # results come in the order of the tasks: groups are always added in the same order

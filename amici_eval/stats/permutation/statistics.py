@@ -230,7 +230,7 @@ def compiled_statistics(
     """
     key, n_cells = stream.key(), pair.factors.shape[1]
     identity = np.array([compiled_kernels().IDENTITY])
-    thresholds = exact_sums(pair, key, identity)[0] - TIE_TOLERANCE * pair.sizes
+    thresholds = float64_sums(pair, key, identity)[0] - TIE_TOLERANCE * pair.sizes
     chunk = max(1, min(n_permutations, STORED_INDICES // n_cells, _GRAM_COLUMNS))
     if n_cells <= _GRAM_CELLS_PER_PERMUTATION * chunk:
         _gram(pair, key, n_permutations, chunk, thresholds, n_threads, take)
@@ -241,11 +241,11 @@ def compiled_statistics(
     step = max(4, min(TASK_PRODUCTS // products, -(-n_permutations // (4 * n_threads))) // 4 * 4)
     starts = range(0, n_permutations, step)
     # a generator: all index arrays together may not fit in memory
-    tasks = (partial(exact_sums, pair, key, np.arange(first, min(first + step, n_permutations))) for first in starts)
+    tasks = (partial(float64_sums, pair, key, np.arange(first, min(first + step, n_permutations))) for first in starts)
     in_threads(tasks, n_threads, lambda sums: take(sums, thresholds))
 
 
-def exact_sums(
+def float64_sums(
     pair: PackedPair, key: Any, numbers: Int64[np.ndarray, " permutations"]
 ) -> Float64[np.ndarray, "permutations alive"]:
     """Return T of the permutations with these numbers, as float64 sums of exact products."""
@@ -293,7 +293,7 @@ def _gram(
         undecided = np.flatnonzero((np.abs(statistics - thresholds) <= margin).any(axis=1))
         pieces = [undecided[first:last] for first, last in cuts(undecided.size, 4 * threads)]
         sums: list[Float64[np.ndarray, "some alive"]] = []
-        in_threads([partial(exact_sums, pair, key, start + piece) for piece in pieces], threads, sums.append)
+        in_threads([partial(float64_sums, pair, key, start + piece) for piece in pieces], threads, sums.append)
         for piece, own in zip(pieces, sums, strict=True):
             statistics[piece] = own
         take(statistics, thresholds)
@@ -508,7 +508,7 @@ def _torch_spectrum(pair: PackedPair, length: int, device: str) -> Complex128[Te
     return spectrum
 
 
-def exact_statistics(
+def float64_statistics(
     pair: PackedPair, stream: PermutationStream, start: int, stop: int, *, device: str
 ) -> Float64[np.ndarray, "permutations alive"]:
     """Return T of permutations ``start`` to ``stop - 1`` in float64.
@@ -516,7 +516,7 @@ def exact_statistics(
     On the CPU it is computed in the calling thread, and T of a permutation is the same to the last bit in any range.
     """
     if cpu_kernels(device) is not None:
-        return exact_sums(pair, stream.key(), np.arange(start, stop))
+        return float64_sums(pair, stream.key(), np.arange(start, stop))
     found = [np.empty((0, pair.heads.size))]
     if stop > start:
         torch_statistics(
@@ -532,9 +532,9 @@ def exact_statistics(
 
 
 def identity_statistics(pair: PackedPair, *, device: str) -> Float64[np.ndarray, " alive"]:
-    """Return T of the identity, from the kernel of ``exact_statistics``."""
+    """Return T of the identity, from the kernel of ``float64_statistics``."""
     if (kernels := cpu_kernels(device)) is not None:
-        sums = exact_sums(pair, np.zeros(2, dtype=np.uint64), np.array([kernels.IDENTITY]))
+        sums = float64_sums(pair, np.zeros(2, dtype=np.uint64), np.array([kernels.IDENTITY]))
     else:
         f, z = (torch.from_numpy(values).to(device) for values in (pair.factors, pair.images))
         sums = torch_factor(pair, f, z, np.arange(pair.factors.shape[1], dtype=np.int32)[None])

@@ -23,7 +23,7 @@ from amici_eval.report.page.comparison_page import write_comparison_html
 from amici_eval.report.tables import write_comparison_tables
 from amici_eval.results.comparison import FailedVersion
 from amici_eval.results.evaluation import FILE_NAME
-from amici_eval.results.tile_sums import MOMENTS_FILE
+from amici_eval.results.moments import MOMENTS_FILE
 from amici_eval.settings.evaluation import AblationSpec, EvaluationSpec, PermutationSpec, SubsetSpec
 from amici_eval.tracking.flavor import open_stored_model
 from amici_eval.tracking.jobs.evaluating import Opened, evaluate_opened, open_dataset

@@ -18,7 +18,7 @@ from amici_eval.common.files import FolderLock, write_text_durably
 from amici_eval.common.text import mask_secrets
 from amici_eval.evaluation.all_types import FinishedParts
 from amici_eval.results.evaluation import FILE_NAME, SCHEMA_VERSION
-from amici_eval.results.tile_sums import MOMENTS_FILE
+from amici_eval.results.moments import MOMENTS_FILE
 from amici_eval.settings.evaluation import settings_that_matter
 from amici_eval.tracking.runs.local_results import RECORD_FILE, output_folder
 from amici_eval.tracking.runs.tracked import NOTE_TAG, PARENT_RUN_VARIABLE, PARTIAL_TAG

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amici_eval.evaluation import permutation_tests
-from amici_eval.evaluation.permutation_tests import HeadsUnderTest, TypeFactors, free_test, spatial_test
+from amici_eval.evaluation import head_tests
+from amici_eval.evaluation.head_tests import HeadsUnderTest, TypeFactors, free_test, spatial_test
 from amici_eval.settings.evaluation import PermutationSpec
 from amici_eval.stats.permutation import nulls
 from amici_eval.stats.spatial.lag import CellPositions
@@ -116,8 +116,7 @@ def test_default_widths_span_a_section_and_not_what_lies_between():
     apart = xy + np.where(samples == "a", 0.0, 1000.0)[:, None]
     test = PermutationSpec(spatial_null="tile")
     one, other = (
-        permutation_tests._widths(test, CellPositions.of(where, samples=samples, n_genes=2), 22.0)
-        for where in (xy, apart)
+        head_tests._widths(test, CellPositions.of(where, samples=samples, n_genes=2), 22.0) for where in (xy, apart)
     )
     assert one == other
     assert max(one) <= 51.0

@@ -60,9 +60,9 @@ class TypeFactors:
     weights: Float64[np.ndarray, "heads genes rank"]
 
     @classmethod
-    def from_z(cls, z: Float32[np.ndarray, "cells outputs"], tile_sums: TypeSums, readout: Readout) -> TypeFactors:
+    def from_z(cls, z: Float32[np.ndarray, "cells outputs"], type_sums: TypeSums, readout: Readout) -> TypeFactors:
         """Return the factors ``[1, z] / scale``, of the scale that the pass over the cells found."""
-        factors, images = factors_of(z, tile_sums, readout)
+        factors, images = factors_of(z, type_sums, readout)
         weights = np.stack([readout.weights[:, readout.columns([head])] for head in range(readout.n_heads)])
         return cls(factors=factors, images=images, weights=weights)
 
@@ -274,14 +274,14 @@ class TypeSpatial:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
-def spatial_test(asked: HeadsUnderTest, tile_sums: TypeSums, place: CellPositions) -> TypeSpatial:
+def spatial_test(asked: HeadsUnderTest, type_sums: TypeSums, place: CellPositions) -> TypeSpatial:
     """Test each head, and each head and gene, of one type with a null that respects where cells lie.
 
     Genes are tested by the lag null, whatever the null of the heads: only it tests single genes without a second pass
     over the cells.
     """
     asked = replace(asked, heads=replace(asked.heads, factors=np.nan_to_num(asked.heads.factors)))
-    lag = _lag(asked, tile_sums, place)
+    lag = _lag(asked, type_sums, place)
     found = _by_null(asked, lag, place)
     widths = _widths(asked.test, place, lag.correlation_length)
     p_by_width = [_by_width(asked, width, found, place) for width in widths]
@@ -292,7 +292,7 @@ def spatial_test(asked: HeadsUnderTest, tile_sums: TypeSums, place: CellPosition
         statistic=found.statistic,
         ess=lag.ess,
         detectable=lag.detectable,
-        p_gene=np.where(tile_sums.by_tile.varies, lag.p_gene, np.nan),
+        p_gene=np.where(type_sums.by_tile.varies, lag.p_gene, np.nan),
         correlation_length=lag.correlation_length,
         reach=lag.reach if found.reach is None else found.reach,
         method=found.method,
@@ -302,7 +302,7 @@ def spatial_test(asked: HeadsUnderTest, tile_sums: TypeSums, place: CellPosition
     )
 
 
-def _lag(asked: HeadsUnderTest, tile_sums: TypeSums, place: CellPositions) -> LagTest:
+def _lag(asked: HeadsUnderTest, type_sums: TypeSums, place: CellPositions) -> LagTest:
     """Return the lag test of heads and genes; dead heads count as 0."""
     alive = np.where(asked.dead, 0.0, 1.0)
     return lag_test(
@@ -311,11 +311,11 @@ def _lag(asked: HeadsUnderTest, tile_sums: TypeSums, place: CellPositions) -> La
         place=place,
         genes=GeneSums(
             weights=asked.heads.weights,
-            pixel_sums=tile_sums.pixel_sums,
-            near=tile_sums.kept_values,
-            target_ss=tile_sums.target_ss_gene,
-            predicted_ss=np.nan_to_num(tile_sums.predicted_ss_gene) * alive[:, None],
-            common=np.nan_to_num(tile_sums.common) * alive[:, None],
+            pixel_sums=type_sums.pixel_sums,
+            near=type_sums.kept_values,
+            target_ss=type_sums.target_ss_gene,
+            predicted_ss=np.nan_to_num(type_sums.predicted_ss_gene) * alive[:, None],
+            common=np.nan_to_num(type_sums.common) * alive[:, None],
         ),
         alpha=asked.test.alpha,
         reach=asked.test.reach,
@@ -376,7 +376,7 @@ def _by_torus(asked: HeadsUnderTest, place: CellPositions) -> _SpatialAnswer:
         progress=asked.progress,
     )
     exceedances = np.count_nonzero(found.statistics >= found.observed - _TORUS_TIES, axis=0)
-    # shifts without any overlap have NaN statistics and are left out of mean and spread
+    # shifts without any overlap (inf) and heads without a test (NaN) are left out of mean and spread
     compared = np.ma.masked_invalid(found.statistics)
     statistic = np.ma.filled((found.observed - compared.mean(axis=0)) / compared.std(axis=0, ddof=1), np.nan)
     nothing = np.isnan(found.observed)
