@@ -99,7 +99,9 @@ def _set_up_process() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     guard_logs()
-    logging.getLogger("amici_eval").setLevel(logging.INFO)
+    own = logging.getLogger("amici_eval")
+    # hydra.verbose sets another
+    own.setLevel(own.level or logging.INFO)
     quiet_matplotlib()
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # they tell each attempt at length, with a traceback; we tell what is wrong with the store
@@ -184,8 +186,12 @@ def _run_hydra(command: str, arguments: list[str], own_flags: dict[str, bool]) -
         # jobs of a sweep may run in processes of their own: each leaves its exit code in a file
         code = Path(os.environ[SCRATCH_VARIABLE]) / f"{_EXIT_CODE}{uuid4().hex}"
         code.write_text(str(EXIT_CRASH))
-        _set_up_process()
-        done = _answered(lambda: _TASKS[command](config, **own_flags))
+
+        def body() -> int | None:
+            _set_up_process()
+            return _TASKS[command](config, **own_flags)
+
+        done = _answered(body)
         code.write_text(str(done))
         if sweep and done in (EXIT_CRASH, EXIT_BAD_INPUT):
             msg = f"exit code {done}"
@@ -234,11 +240,14 @@ def _worst(folder: str, *, none: int) -> int:
 
 def _evaluate(config: DictConfig) -> None:
     from amici_eval.cli.config import data_uri, job_options
+
+    # settings are checked before packages are imported that take seconds
+    options = job_options(config)
     from amici_eval.report.evaluation_sentences import summary_lines
     from amici_eval.tracking.jobs.evaluating import evaluate_job
 
     with Reporter() as progress:
-        options = job_options(config, progress)
+        options = replace(options, progress=progress)
         result = evaluate_job(config.model_uri, data_uri=data_uri(config), options=options)
     _say(f"{config.model_uri}:", *summary_lines(result.evaluation), "")
     _say_where(result, how_to_look=True)
@@ -246,6 +255,8 @@ def _evaluate(config: DictConfig) -> None:
 
 def _compare(config: DictConfig) -> None:
     from amici_eval.cli.config import comparison_spec, data_uri, job_options
+
+    options, comparison = job_options(config), comparison_spec(config)
     from amici_eval.report.comparison_sentences import comparison_sentences
     from amici_eval.tracking.jobs.comparing import compare_job
 
@@ -256,8 +267,8 @@ def _compare(config: DictConfig) -> None:
             runs=list(config.runs),
             datasets=list(config.datasets),
             data_uri=data_uri(config),
-            comparison=comparison_spec(config),
-            options=job_options(config, progress),
+            comparison=comparison,
+            options=replace(options, progress=progress),
         )
     _say(*comparison_sentences(result.comparison), "")
     _say_where(result, how_to_look=True)
@@ -321,12 +332,14 @@ def _demo(config: DictConfig) -> None:
 def _gate(config: DictConfig, *, dry_run: bool) -> int:
     """Judge a version, print the verdict, and promote the version if that is asked for."""
     from amici_eval.cli.config import job_options, judged_by
+
+    options, settings = job_options(config), judged_by(config)
     from amici_eval.report.verdict_files import verdict_lines, verdict_markdown
     from amici_eval.tracking.jobs.gating import gate_job
 
     with Reporter() as progress:
-        options = job_options(config, progress)
-        run = gate_job(model_uri=config.model_uri, **judged_by(config), options=options, dry_run=dry_run)
+        options = replace(options, progress=progress)
+        run = gate_job(model_uri=config.model_uri, **settings, options=options, dry_run=dry_run)
     promotion = [] if run.promotion is None else ["", run.promotion.reason]
     _say(*verdict_lines(run.verdict), *promotion, "")
     summary = verdict_markdown(run.verdict) + "".join(f"{markdown(line)}\n" for line in promotion)

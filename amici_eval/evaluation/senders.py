@@ -138,7 +138,7 @@ class _SenderLosses:
             np.all([finite, *(np.isfinite(one.residual_mean).all(axis=(0, 2)) for one in sums)], axis=0)
         )
         reason = "the predictions of some heads are not finite" if len(heads) < len(finite) else None
-        whole, *masked = (one.of_models(heads) for one in sums)
+        whole = sums[0].of_models(heads)
         change = ChangeTest(
             confidence=test.confidence,
             n_resamples=max(1, test.n_bootstrap),
@@ -146,7 +146,8 @@ class _SenderLosses:
             seed=test.seed,
             label=label,
         )
-        for sender, without in zip(senders, masked, strict=True):
+        for sender, masked in zip(senders, sums[1:], strict=True):
+            without = masked.of_models(heads)
             difference = paired_differences(without, whole, change)
             place = (heads, at, sender)
             lost = np.zeros((len(heads), self.lost_squares.shape[-1]))

@@ -53,7 +53,7 @@ class TrainingRecipe:
     batch_size: int
     learning_rate: float = 1e-3
     attention_penalty: AttentionPenalty | None = None
-    model_params: Mapping[str, Any] = field(default_factory=dict)
+    model_params: Mapping[str, Any] | None = field(default_factory=dict)
 
     def kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for `train_amici`."""
@@ -99,7 +99,7 @@ def train_amici(
         AMICI.setup_anndata(
             private, labels_key=labels_key, coord_obsm_key=coord_obsm_key, n_neighbors=recipe.n_neighbors
         )
-        model = AMICI(private, **recipe.model_params)
+        model = AMICI(private, **(recipe.model_params or {}))
         give_own_data_splitter(model, batch_size=recipe.batch_size)
         model.train(
             max_epochs=recipe.max_epochs,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MOST_BYTES = 2**32
 _MOST_VALUES = 10**8
 _MOST = 2**63
-_MOST_HEADS = 2**16
+MOST_HEADS = 2**16
 # annotations are kept as text with single quotes
 _ARRAY = re.compile(r"(Float64|Float32|Int64)\[np\.ndarray, '([^']*)'\]")
 _PLAIN = {"bool": bool, "str": str, "int": int}
@@ -43,6 +43,8 @@ class Record:
     """Dimensions whose size the record itself decides: by a number, the length of a field, or a field that is one."""
     apart: ClassVar[tuple[str, ...]] = ()
     """Fields that are not part of the record, for they are kept elsewhere."""
+    may_be_undefined: ClassVar[tuple[str, ...]] = ()
+    """Single numbers that are NaN where they are not defined."""
 
     @classmethod
     def sizes_in(cls, values: Mapping[str, Any]) -> dict[str, int]:
@@ -77,7 +79,7 @@ class Record:
         kinds = {entry.name: str(entry.type) for entry in fields(cls)}  # type: ignore[arg-type]
         for name in ("n_heads", *(name for name, kind in kinds.items() if kind == "int")):
             value = record.get(name, 0)
-            if type(value) is not int or not 0 <= value < (_MOST_HEADS if name == "n_heads" else _MOST):
+            if type(value) is not int or not 0 <= value < (MOST_HEADS if name == "n_heads" else _MOST):
                 msg = f"{cls.__name__}.{name} is no number that it may be"
                 raise ValueError(msg)
         for name in cls.apart:
@@ -123,7 +125,7 @@ def _read(cls: type[Record], name: str, kind: str, value: Any, sizes: Mapping[st
         return np.array(value, dtype=array[1].lower()).reshape(shape)
     if kind == "EvaluationSpec":
         return spec_from_mapping(value)
-    if kind == "float" and value is None:
+    if kind == "float" and value is None and name in cls.may_be_undefined:
         return math.nan
     if kind.startswith("tuple[") and isinstance(value, list):
         inner = kind.removeprefix("tuple[").removesuffix("]")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from amici_eval.results import comparison_frames
-from amici_eval.results.codec import Record, load_result, plain, read_result, save_result
+from amici_eval.results.codec import MOST_HEADS, Record, load_result, plain, read_result, save_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -210,6 +210,8 @@ class Overall(Record):
     Fields as in :class:`HeadDifferences`; NaN where undefined.
     """
 
+    may_be_undefined = ("difference", "low", "high", "p_value", "p_value_equivalence", "p_value_not_worse")
+
     before: int
     after: int
     difference: float
@@ -230,11 +232,13 @@ class Lineage(Record):
     versions, 0 for a pair where it is missing; NaN with one version.
     """
 
+    may_be_undefined = ("stability",)
+
     heads: tuple[int | None, ...]
     stability: float
 
     def __post_init__(self) -> None:
-        if min((head for head in self.heads if head is not None), default=0) < 0:
+        if not all(head is None or 0 <= head < MOST_HEADS for head in self.heads):
             msg = f"Lineage.heads holds {self.heads}"
             raise ValueError(msg)
 

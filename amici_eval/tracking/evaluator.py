@@ -12,6 +12,7 @@ import yaml
 from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from amici_eval.common.errors import DataError, InvalidSpecError, ModelFormatError
+from amici_eval.common.threads import check_compiler
 from amici_eval.settings.evaluation import EvaluationSpec, ReportSpec, spec_from_mapping, spec_of
 from amici_eval.tracking.flavor import FLAVOR_NAME
 
@@ -90,7 +91,7 @@ class AMICIEvaluator(ModelEvaluator):
 
         from amici_eval.data.tissue import prepare
         from amici_eval.evaluation.pipeline import evaluate_access
-        from amici_eval.model.engines.opening import open_access
+        from amici_eval.model.engines.opening import open_access, resolve_device
         from amici_eval.tracking.dataset import AnnDataEvaluationDataset
         from amici_eval.tracking.runs.delivery import (
             check_report,
@@ -116,6 +117,8 @@ class AMICIEvaluator(ModelEvaluator):
                 rule="settings, tables and figures of two evaluations would mix",
                 fix="start another run for each",
             )
+        check_compiler()
+        resolve_device(spec.ablation.device)
         tissue = prepare(dataset.adata, trained.card, spec.data)
         info = _model_info(getattr(model, "metadata", None), model_id)
         data_info = {"name": dataset.name, "digest": dataset.digest, "n_cells": dataset.adata.n_obs}

@@ -40,8 +40,8 @@ def random_state():
 
 def test_a_compiler_that_is_switched_off_is_refused_before_any_work(trained, adata, monkeypatch):
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
-    with pytest.raises(DeviceError, match=r"NUMBA_DISABLE_JIT=1.*unset it"), opened(trained, adata):
-        pass
+    with pytest.raises(DeviceError, match=r"NUMBA_DISABLE_JIT=1.*unset it"):
+        evaluate(trained, adata)
 
 
 def test_neighbours_are_those_of_amici(trained, native, adata):

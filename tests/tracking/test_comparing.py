@@ -172,6 +172,19 @@ def test_a_version_that_fails_is_named_and_the_others_go_on(pair, monkeypatch):
     assert newest.info.status == "FAILED"
 
 
+@pytest.mark.parametrize("subset", [{"key": "nothing", "value": "1"}, {"indices": (10**6,)}])
+def test_cells_that_are_not_there_are_refused_before_any_run(pair, subset):
+    def all_runs():
+        client = mlflow.MlflowClient()
+        return client.search_runs([one.experiment_id for one in client.search_experiments()])
+
+    before = len(all_runs())
+    spec = replace(SPEC, data=replace(SPEC.data, subset=SubsetSpec(**subset)))
+    with pytest.raises(DataError, match=r"nothing|1000000"):
+        job(pair, spec=spec, comparison=replace(QUICK, cells="all"))
+    assert len(all_runs()) == before
+
+
 def test_a_version_without_moments_is_left_out(pair):
     models = ("models:/pair/1", "models:/pair/2", "models:/tiny/1")
     hooked = replace(SPEC, ablation=replace(SPEC.ablation, engine="hooked"))

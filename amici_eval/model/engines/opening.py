@@ -11,7 +11,6 @@ import torch
 
 from amici_eval.common.errors import DeviceError
 from amici_eval.common.memory import memory_errors_explained
-from amici_eval.common.threads import check_compiler
 from amici_eval.model.cards import AMICI_SOURCES, card_of, package_versions
 from amici_eval.model.engines.factored import FactoredAccess
 from amici_eval.model.engines.hooked import HookedAccess, eval_mode_on, is_amici_module, why_not_factored
@@ -76,7 +75,6 @@ def open_access(model: Any, tissue: Tissue, spec: AblationSpec) -> Iterator[Hook
 
     A model that the factored engine cannot follow (parts or hooks of its own) is opened by the hooked one, with a note.
     """
-    check_compiler()
     device = resolve_device(spec.device)
     card = card_of(model, adata=getattr(model, "adata", None))
     module = model.build_module() if hasattr(model, "build_module") else model.module

@@ -16,6 +16,7 @@ import numpy as np
 
 from amici_eval.common.errors import AmiciEvalError, DataError, InvalidSpecError, ModelNotFoundError, first_line
 from amici_eval.common.text import markdown, slugify
+from amici_eval.common.threads import check_compiler
 from amici_eval.comparison.pipeline import compare, matched_similarity
 from amici_eval.comparison.version_pairs import similarity_of
 from amici_eval.report.comparison_sentences import comparison_sentences
@@ -184,6 +185,7 @@ def compared_cells(
     columns: Sequence[Column], spec: EvaluationSpec, comparison: ComparisonSpec, data_uri: str | None
 ) -> Iterator[ComparedCells]:
     """Open versions and the data that they share, and choose the cells that none was fitted on, if there are enough."""
+    from amici_eval.data.checks import chosen_cells, obs_column
     from amici_eval.data.tissue import prepare
 
     subset = spec.data.subset
@@ -192,7 +194,7 @@ def compared_cells(
     if not versions:
         yield ComparedCells(spec=spec)
         return
-    dataset, labels_key = None, spec.data.labels_key or ""
+    dataset, labels_key, choice_is_sound = None, spec.data.labels_key or "", False
     opened: dict[str, Opened] = {}
     failed: list[FailedVersion] = []
     fitted: list[Bool[np.ndarray, " cells"] | None] = []
@@ -207,11 +209,14 @@ def compared_cells(
                         # the data may be bundled with this model
                         folder_of_data.enter_context(folder.pop_all())
                         labels_key = labels_key or card.labels_key
+                    chosen_cells(dataset.adata, subset)
+                    obs_column(dataset.adata, labels_key, "cell types")
+                    choice_is_sound = True
                     if wanted:
                         fitted.append(prepare(dataset.adata, card, spec.data).fitted)
                     opened[label] = Opened.of(replace(model, asked=model.uri), stored, dataset)
             except AmiciEvalError as error:
-                if dataset is None and isinstance(error, DataError):
+                if not choice_is_sound and isinstance(error, DataError):
                     raise
                 failed.append(FailedVersion(label=label, reason=str(error)))
         if dataset is None:
@@ -310,6 +315,7 @@ def evaluations_run(
 ) -> Iterator[EvaluationsRun]:
     """Start a run, and evaluate each column in a child run of it unless that was done before."""
     tracking = options.tracking
+    check_compiler()
     output = checked_output(tracking.output_dir)
     with (
         compared_cells(columns, options.spec, comparison, data_uri) as cells,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from amici_eval.common.errors import DataError, InvalidSpecError, OutputError, TrackingError, first_line
 from amici_eval.common.files import FolderLock
 from amici_eval.common.text import code_block, mask_secrets
+from amici_eval.common.threads import check_compiler
 from amici_eval.settings.checks import check_alias
 from amici_eval.tracking.registry import (
     ResolvedModel,
@@ -106,6 +107,7 @@ def evaluate_job(model_uri: str, *, data_uri: str | None, options: JobOptions) -
     from amici_eval.model.engines.opening import resolve_device
     from amici_eval.tracking.flavor import open_stored_model
 
+    check_compiler()
     options.launch.check_device(resolve_device(options.spec.ablation.device))
     checked_output(options.tracking.output_dir)
     tracking_uri = connect_to(options.tracking)
