@@ -154,6 +154,9 @@ class HeadAblations(Record):
         if self.modes != tuple(mode for mode in MODES if mode in self.modes):
             msg = f"modes {self.modes!r}: they must be some of {MODES!r}, each once and in this order"
             raise ValueError(msg)
+        if np.ndim(self.expl_var) != 3:
+            msg = f"expl_var has shape {np.shape(self.expl_var)}; it must be (modes, heads, types)"
+            raise ValueError(msg)
         _, n_heads, n_types = np.shape(self.expl_var)
         self.check({"heads": n_heads, "types": n_types})
 

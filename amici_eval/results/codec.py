@@ -82,6 +82,9 @@ class Record:
             if type(value) is not int or not 0 <= value < (MOST_HEADS if name == "n_heads" else _MOST):
                 msg = f"{cls.__name__}.{name} is no number that it may be"
                 raise ValueError(msg)
+        if lacking := [name for name in kinds if name not in record and name not in cls.apart]:
+            msg = f"{cls.__name__} lacks {', '.join(lacking)}"
+            raise ValueError(msg)
         for name in cls.apart:
             if record.get(name) is not None:
                 msg = f"{cls.__name__}.{name} is kept elsewhere"

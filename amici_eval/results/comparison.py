@@ -370,7 +370,7 @@ class HeadComparison(Record):
         }
         # schema version 1 has no senders
         record = {"senders": [], **record}
-        values = {entry.name: record[entry.name] for entry in fields(cls) if entry.name != "similarity"}
+        values = {**{entry.name: record[entry.name] for entry in fields(cls)}, "similarity": {}}
         return replace(super().from_record(values, sizes), similarity=similarity, schema_version=SCHEMA_VERSION)
 
     @classmethod
