@@ -127,7 +127,6 @@ def differences_between(
 
     p = adjust_p_values(stacked("p_value"), method=spec.adjustment)
     p_gene = stacked("p_value_gene") if spec.genes else None
-    whole = pooled_difference(parts, test)
     return (
         HeadDifferences(
             before=match.before,
@@ -160,26 +159,30 @@ def differences_between(
             p_value_gene=p_gene,
             p_value_adj_gene=None if p_gene is None else adjust_p_values(p_gene, method=spec.adjustment),
         ),
-        Overall(
-            before=match.before,
-            after=match.after,
-            difference=float(whole.difference[0]),
-            low=float(whole.low[0]),
-            high=float(whole.high[0]),
-            p_value=float(whole.p_value[0]),
-            p_value_equivalence=float(whole.p_equivalence[0]),
-            p_value_not_worse=float(whole.p_not_worse[0]),
-            n_tiles=whole.n_tiles,
-            verdict=str(
-                verdict_of(
-                    low=whole.low,
-                    high=whole.high,
-                    p_adjusted=whole.p_value,
-                    p_equivalence=whole.p_equivalence,
-                    alpha=spec.alpha,
-                )[0]
-            ),
-        ),
+        _overall(match, pooled_difference(parts, test), spec),
+    )
+
+
+def _overall(match: HeadMatches, whole: TileChanges, spec: ComparisonSpec) -> Overall:
+    """Return the change of the whole model over all types."""
+    verdict = verdict_of(
+        low=whole.low,
+        high=whole.high,
+        p_adjusted=whole.p_value,
+        p_equivalence=whole.p_equivalence,
+        alpha=spec.alpha,
+    )
+    return Overall(
+        before=match.before,
+        after=match.after,
+        difference=float(whole.difference[0]),
+        low=float(whole.low[0]),
+        high=float(whole.high[0]),
+        p_value=float(whole.p_value[0]),
+        p_value_equivalence=float(whole.p_equivalence[0]),
+        p_value_not_worse=float(whole.p_not_worse[0]),
+        n_tiles=whole.n_tiles,
+        verdict=str(verdict[0]),
     )
 
 
