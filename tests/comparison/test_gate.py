@@ -376,9 +376,9 @@ def spoilt(values, draw):
     return found
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
-def test_odd_inputs_raise_nothing_and_pass_nothing_undefined(evaluation, comparison, data):
+def test_a_thousand_odd_inputs_raise_nothing_and_pass_nothing_undefined(evaluation, comparison, data):
     draw = data.draw
     bounds = evaluation.intervals
     odd = dataclasses.replace(

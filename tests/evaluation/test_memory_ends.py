@@ -81,7 +81,7 @@ def test_one_failure_anywhere_changes_nothing_or_is_explained(trained, adata, as
     with scarce(lambda *_: False) as building:
         trained.build_module()
     explained: list[str] = []
-    recovered, places = 0, np.linspace(building.count + 1, mode.count, 6).astype(int)
+    recovered, places = 0, np.linspace(building.count + 1, mode.count, 8).astype(int)
     for number, place in enumerate(places):
         error = list(ERRORS.values())[number % len(ERRORS)]
         caplog.clear()

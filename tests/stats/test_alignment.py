@@ -186,7 +186,7 @@ def p_of_unrelated(n_pairs, width):
 
 
 def test_of_exchangeable_cells_p_is_uniform():
-    p, p_spatial = p_of_unrelated(120, None)
+    p, p_spatial = p_of_unrelated(200, None)
     for values in (p, p_spatial):
         # p takes multiples of 1/100: a uniform number below it makes it continuous
         spread = values - np.random.default_rng(0).uniform(size=values.shape) / 100
@@ -194,8 +194,8 @@ def test_of_exchangeable_cells_p_is_uniform():
 
 
 def test_of_smooth_contributions_only_the_spatial_p_holds_its_level():
-    p, p_spatial = p_of_unrelated(120, 0.06)
-    most = binom.ppf(0.999, 120, 0.05) / 120
+    p, p_spatial = p_of_unrelated(200, 0.06)
+    most = binom.ppf(0.999, 200, 0.05) / 200
     assert (p_spatial <= 0.05).mean() <= most
     assert (p <= 0.05).mean() > 1.5 * most
 

@@ -61,7 +61,7 @@ def test_a_planted_effect_is_found():
     assert np.mean(p <= 0.05) > 0.95
 
 
-N_TISSUES = 120
+N_TISSUES = 200
 
 
 @cache

@@ -65,12 +65,12 @@ def test_both_p_are_those_of_a_slow_oracle(n_heads, n_others):
 
 def test_cells_whose_block_is_unknown_do_not_make_the_spatial_p_small():
     p = []
-    for pair in range(100):
+    for pair in range(200):
         rng = np.random.default_rng(300 + pair)
         one, other = contributions(rng), contributions(rng)
         one.blocks[rng.uniform(size=len(one.blocks)) < 0.5] = -1
         p.append(match_heads(one, other, n_permutations=59, seed=pair).p_value_spatial)
-    assert (np.array(p) <= 0.05).mean() <= binom.ppf(0.999, 100, 0.05) / 100
+    assert (np.array(p) <= 0.05).mean() <= binom.ppf(0.999, 200, 0.05) / 200
 
 
 def test_heads_that_are_constant_but_for_rounding_are_alike_to_none():

@@ -32,9 +32,8 @@ def test_it_claims_amici_only():
     assert AMICIEvaluator.can_evaluate(model_type="amici", evaluator_config={})
 
 
-@pytest.mark.parametrize(
-    ("uri", "as_list"), [("models:/tiny/1", True), ("models:/tiny@champion", False), ("models:/{model_id}", False)]
-)
+@pytest.mark.parametrize("uri", ["models:/tiny/1", "models:/tiny@champion", "models:/{model_id}"])
+@pytest.mark.parametrize("as_list", [False, True])
 def test_evaluate_gives_metrics_and_artifacts_linked_once(registry, adata, uri, as_list, tmp_path):
     uri = uri.format(model_id=registry.model_id)
     options = {"evaluators": ["amici"], "evaluator_config": {"amici": CONFIG}}

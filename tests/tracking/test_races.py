@@ -16,7 +16,7 @@ from tests.tracking.test_server import server  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-RACES = 25
+RACES = 50
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def run(targets, *, n_results: int) -> list[list]:
     return results
 
 
-def test_races_of_two_promotions_and_two_watchers(remote, tmp_path):
+def test_fifty_races_of_two_promotions_and_two_watchers(remote, tmp_path):
     log = tmp_path / "judged"
     targets = [(promoter, (remote.uri, "raced", number, RACES), "promote") for number in (0, 1)]
     targets += [(watcher, (remote.uri, "watched", RACES, log), "watch")] * 2
