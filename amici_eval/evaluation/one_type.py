@@ -24,7 +24,7 @@ from amici_eval.stats.ablation.ablations import TypeAblations, ablate
 from amici_eval.stats.ablation.values import AblatedCells
 from amici_eval.stats.cell_chunks import over_blocks
 from amici_eval.stats.explained_variance import explained_variance
-from amici_eval.stats.permutation.nulls import MIN_CELLS_TEST, permutation_exceedances
+from amici_eval.stats.permutation.nulls import DEAD_TOLERANCE, MIN_CELLS_TEST, permutation_exceedances
 from amici_eval.stats.permutation.permutations import PermutationStream
 from amici_eval.stats.spatial.lag import CellPositions
 from amici_eval.stats.type_sums import TypeSums, gather_sums, sums_of_predictions
@@ -68,8 +68,6 @@ class TypeSettings:
     modes: tuple[str, ...]
 
 
-DEAD_TOLERANCE = 1e-6
-"""A head whose predictions vary by less than this share of their size varies by float32 rounding alone."""
 _NOT_FINITE = "the head's predictions are not finite"
 _DEAD = "the head predicts the same for all cells (dead head)"
 

@@ -139,6 +139,7 @@ class _SenderLosses:
         )
         reason = "the predictions of some heads are not finite" if len(heads) < len(finite) else None
         whole = sums[0].of_models(heads)
+        squares = whole.residual_squares.sum(axis=2)
         change = ChangeTest(
             confidence=test.confidence,
             n_resamples=max(1, test.n_bootstrap),
@@ -151,7 +152,7 @@ class _SenderLosses:
             difference = paired_differences(without, whole, change)
             place = (heads, at, sender)
             lost = np.zeros((len(heads), self.lost_squares.shape[-1]))
-            lost[:, whole.tiles] = (without.residual_squares.sum(axis=2) - whole.residual_squares.sum(axis=2)).T
+            lost[:, whole.tiles] = (without.residual_squares.sum(axis=2) - squares).T
             self.lost_squares[place] = lost
             self.overall["effect"][place] = difference.difference
             self.overall["p_value"][place] = difference.p_value

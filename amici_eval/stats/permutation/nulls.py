@@ -55,7 +55,7 @@ class PermutationCounts:
     n_permutations: int
 
 
-_DEAD_TOLERANCE = 1e-6
+DEAD_TOLERANCE = 1e-6
 """A head whose predictions vary by less than this share of their size varies only by float32 rounding."""
 _CELL_BLOCK = 2048
 _STORED_INDICES = 2**27
@@ -98,7 +98,7 @@ def permutation_exceedances(
             p_norm = float(torch.linalg.norm(p))
             size = float(np.linalg.norm(predictions[head].astype(np.float64)))
             # ``not (x > tol)`` is also True for NaN: a prediction that is not finite is dead
-            if not p_norm > _DEAD_TOLERANCE * size:
+            if not p_norm > DEAD_TOLERANCE * size:
                 dead[head] = True
             else:
                 statistics = room.run(partial(kernel, p, y, permutations))
